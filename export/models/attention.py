@@ -13,7 +13,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     batch, length, width = q.shape
 
     def split(t: Tensor) -> Tensor:
-        return t.view(batch, length, heads, width // heads).transpose(1, 2)
+        return t.reshape(batch, length, heads, width // heads).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(split(q), split(k), split(v))
     return out.transpose(1, 2).reshape(batch, length, width)

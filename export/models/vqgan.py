@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.config import VqganConfig
+from export.models.attention import attend
 
 __all__ = ["VqganDecoder", "VqganEncoder"]
 
@@ -45,7 +46,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v, heads=1)
         return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
