@@ -2,7 +2,7 @@
 
 Each module wraps parts of the eager model and computes the same function in the form that engines run well:
 
-- a resize of fixed size is one matrix product (`export.resize`);
+- a resize of fixed size is one matrix product (`tokenflow_sdk.resize`);
 - both halves of a cell have unit length, so the nearest code is the largest inner product with the normalised codebook:
   one GEMM and one ArgMax a scale, lowest index first;
 - all scales of a picture are resized and added by one product with the matrices side by side.
@@ -10,15 +10,26 @@ Each module wraps parts of the eager model and computes the same function in the
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.models import TokenFlowTokenizer
 from export.models.tokenizer import to_pixels, to_unit_range
-from export.resize import map_matrix, side_matrix
+from tokenflow_sdk.resize import area_matrix, bicubic_matrix
 
 __all__ = ["DecodeGraph", "EncodeGraph", "FeaturesGraph", "SemanticGraph"]
+
+
+def _constant(matrix: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(matrix.astype(np.float32))
+
+
+def _of_map(side: NDArray[np.float64]) -> Tensor:
+    """The resize of a whole row-major map, from that of one side."""
+    return _constant(np.kron(side, side))
 
 
 class SeparableResize(nn.Module):
@@ -27,7 +38,7 @@ class SeparableResize(nn.Module):
     def __init__(self, source: int, target: int) -> None:
         super().__init__()
         self.matrix: Tensor | None
-        self.register_buffer("matrix", side_matrix(source, target, "bicubic") if source != target else None)
+        self.register_buffer("matrix", _constant(bicubic_matrix(source, target)) if source != target else None)
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.matrix is None else self.matrix @ x @ self.matrix.T
@@ -46,8 +57,8 @@ class CodebookSearch(nn.Module):
         self.register_buffer("codebook_t", codebook.T.contiguous())
         for side in config.patch_nums:
             if side != config.grid:
-                self.register_buffer(f"down_{side}", map_matrix(config.grid, side, "area"))
-                self.register_buffer(f"up_{side}", map_matrix(side, config.grid, "bicubic"))
+                self.register_buffer(f"down_{side}", _of_map(area_matrix(config.grid, side)))
+                self.register_buffer(f"up_{side}", _of_map(bicubic_matrix(side, config.grid)))
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         found, out = [], None
@@ -66,7 +77,10 @@ class CodebookSearch(nn.Module):
 
 
 class EncodeGraph(nn.Module):
-    """images u8 [B, H, W, 3] -> code_indices int32 [B, L], features float32 [B, 40, g, g]."""
+    """images u8 [B, H, W, 3] -> code_indices int32 [B, L], features and latent float32 [B, 40, g, g].
+
+    The latent is what the search reads. It costs nothing where it is not asked for, and lets any engine be checked teacher-forced.
+    """
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
@@ -77,13 +91,16 @@ class EncodeGraph(nn.Module):
         self.encoder, self.quant_conv = model.encoder, model.quant_conv
         self.search = CodebookSearch(model)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = to_unit_range(images)
         semantic = self.encode_task_layer(self.encoder_vqkd(self.scaling_layer(x)))
         pixel = self.quant_conv(self.encoder(self.resize(x))).flatten(2).transpose(1, 2)
-        code_indices, out = self.search(torch.cat([semantic, pixel], dim=-1))
-        grid = self.config.grid
-        return code_indices, out.transpose(1, 2).reshape(-1, self.config.code_dim, grid, grid)
+        latent = torch.cat([semantic, pixel], dim=-1)
+        code_indices, features = self.search(latent)
+        return code_indices, self._as_map(features), self._as_map(latent)
+
+    def _as_map(self, cells: Tensor) -> Tensor:
+        return cells.transpose(1, 2).reshape(-1, self.config.code_dim, self.config.grid, self.config.grid)
 
 
 class CodeSum(nn.Module):
@@ -95,7 +112,7 @@ class CodeSum(nn.Module):
         codebook = torch.cat(model.quantize.codebooks(), dim=1)[:, start:stop]
         self.absent = config.codebook_size
         self.register_buffer("codebook", torch.cat([codebook, torch.zeros(1, stop - start)]))
-        self.register_buffer("up", torch.cat([map_matrix(s, config.grid, "bicubic") for s in config.patch_nums], dim=1))
+        self.register_buffer("up", torch.cat([_of_map(bicubic_matrix(s, config.grid)) for s in config.patch_nums], dim=1))
 
     def forward(self, code_indices: Tensor) -> Tensor:
         rows = torch.where(code_indices < 0, self.absent, code_indices)

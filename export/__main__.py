@@ -1,0 +1,108 @@
+"""`python -m export`: from released checkpoints to bundles."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from export.config import VARIANTS
+from tokenflow_sdk.errors import OutputError, TokenFlowError
+
+_DESCRIPTION = """\
+Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json that tokenflow_sdk runs without torch.
+
+    python -m export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
+    python -m export standin --variant clipb_256 --out checkpoints/clipb_256.pt
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False)
+    try:
+        arguments.run(arguments)
+    except TokenFlowError as error:
+        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written", style="yellow")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m export", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    tokenizer = commands.add_parser("tokenizer", help="a tokenizer checkpoint to a bundle")
+    tokenizer.add_argument("--checkpoint", required=True, help=".pt or .safetensors file, or hf://org/repo/file")
+    tokenizer.add_argument(
+        "--variant", choices=list(VARIANTS), help="settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised"
+    )
+    tokenizer.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
+    tokenizer.add_argument("--force", action="store_true", help="replace --out if it exists")
+    tokenizer.set_defaults(run=_run_tokenizer)
+    standin = commands.add_parser(
+        "standin", help="a full-size checkpoint of stand-in weights, to try everything without a download"
+    )
+    standin.add_argument("--variant", choices=list(VARIANTS), default="clipb_256", help="default: %(default)s")
+    standin.add_argument("--out", required=True, type=Path, help="the .pt file; must not exist yet")
+    standin.set_defaults(run=_run_standin)
+    return parser
+
+
+def _run_tokenizer(arguments: argparse.Namespace) -> None:
+    from export.checkpoints import load_model, read_state_dict, recognise, resolve
+    from export.progress import Steps
+    from export.tokenizer import export_tokenizer
+    from tokenflow_sdk.bundle import file_sha256
+
+    began = perf_counter()
+    with Steps() as steps:
+        steps.start("reading the checkpoint")
+        path = resolve(arguments.checkpoint)
+        state = read_state_dict(path)
+        config = recognise({key: tuple(value.shape) for key, value in state.items()}, arguments.variant, path.name)
+        model = load_model(state, config, path.name)
+        del state
+        source = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
+        report = export_tokenizer(model, arguments.out, source, steps, arguments.force)
+    agreement = " ".join(f"{side}:{share:.2%}" for side, share in zip(report.patch_nums, report.agreement, strict=True))
+    print(f"{config.variant} -> {arguments.out} in {perf_counter() - began:.0f} s, checked on {report.pictures} pictures:")
+    print(f"  teacher-forced code agreement by scale  {agreement}")
+    print(f"  flips {len(report.flips)}, equal codes {report.equal_codes:.2%}, decode PSNR {report.decode_psnr:.1f} dB")
+    print(f"  largest error: features {report.features_error:.1e}, semantic features {report.semantic_error:.1e}")
+
+
+def _run_standin(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from export.progress import Steps
+    from export.standin import standin_arrays
+
+    out: Path = arguments.out
+    if out.exists():
+        raise OutputError(f"{out} exists already.", "Delete it first, or choose another --out.")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Steps() as steps:
+            steps.start(f"drawing {arguments.variant}")
+            state = {key: torch.from_numpy(array) for key, array in standin_arrays(VARIANTS[arguments.variant])}
+            steps.start(f"writing {out}")
+            torch.save({"model": state}, partial)
+            partial.rename(out)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{out} cannot be written: {error}", "Choose another --out, or free some space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

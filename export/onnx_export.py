@@ -1,0 +1,88 @@
+"""Tracing one graph to ONNX: standard operators only, dynamic batch, no traces of the machine it was made on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tokenflow_sdk.bundle import file_sha256
+from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec
+
+__all__ = ["OPSET", "GraphSpec", "export_graph", "file_entry"]
+
+OPSET = 20
+_INLINE_BYTES = 64 * 2**20
+"""Graphs with fewer bytes of weights than this are one file; larger ones keep their weights beside them."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph to trace: its name in the bundle, the module, an example of its one input (batch 2), and names."""
+
+    name: str
+    module: nn.Module
+    example: Tensor
+    input: str
+    outputs: tuple[str, ...]
+
+
+def export_graph(spec: GraphSpec, directory: Path) -> GraphEntry:
+    """Trace `spec` into `directory` and describe what was written."""
+    model = _trace(spec)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name = "tokenflow-sdk"
+    domains = set(model.opset_imports) | {node.domain for node in model.graph.all_nodes()}
+    assert domains == {""}, f"{spec.name} uses operators outside ONNX: {domains}"
+    assert not model.functions, f"{spec.name} holds local functions"
+    path = directory / f"{spec.name}.onnx"
+    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = f"{path.name}.data" if weight_bytes >= _INLINE_BYTES else None
+    ir.save(model, path, external_data=external)
+    onnx.checker.check_model(path, full_check=True)
+    files = [path] + ([directory / external] if external else [])
+    return GraphEntry(
+        tuple(file_entry(file) for file in files),
+        tuple(map(_tensor_spec, model.graph.inputs)),
+        tuple(map(_tensor_spec, model.graph.outputs)),
+    )
+
+
+def _trace(spec: GraphSpec) -> ir.Model:
+    # The exporter logs that torchvision is absent, as it should be, and warns of its own internals.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            spec.module.eval(),
+            (spec.example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.input],
+            output_names=list(spec.outputs),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name and value.dtype and value.shape
+    dims = tuple(dim if isinstance(dim, int) else "batch" for dim in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, dims)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and SHA-256 of a file just written."""
+    return FileEntry(path.name, path.stat().st_size, file_sha256(path))

@@ -1,0 +1,139 @@
+"""What a bundle says about itself, as frozen, validated dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from tokenflow_sdk.errors import CorruptBundleError
+
+__all__ = ["FileEntry", "GraphEntry", "TensorSpec", "TokenizerConfig"]
+
+_REBUILD = "Export the bundle again with `python -m export`, or fetch it again."
+DType = Literal["uint8", "int32", "int64", "float16", "float32"]
+
+
+def _checked(cls: type, data: object, where: str) -> dict[str, Any]:
+    """`data` as keyword arguments of dataclass `cls`: exactly its fields, no more and no fewer."""
+    if not isinstance(data, Mapping):
+        raise CorruptBundleError(f"bundle.json: {where} is not an object.", _REBUILD)
+    names = {field.name for field in fields(cls)}
+    wrong = [f"unknown {key!r}" for key in data if key not in names] + [f"no {key!r}" for key in names - set(data)]
+    if wrong:
+        raise CorruptBundleError(f"bundle.json: {where} has {', '.join(wrong)}.", _REBUILD)
+    return dict(data)
+
+
+def _require(condition: bool, where: str, what: str) -> None:
+    if not condition:
+        raise CorruptBundleError(f"bundle.json: {where} {what}.", _REBUILD)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph. A string in `shape` names a dimension that varies, as `batch` does."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> TensorSpec:
+        values = _checked(cls, data, where)
+        _require(isinstance(values["name"], str), where, "has no name")
+        _require(values["dtype"] in get_args(DType), where, f"has the unknown dtype {values['dtype']!r}")
+        shape = values["shape"]
+        _require(isinstance(shape, list) and all(type(d) in (int, str) for d in shape), where, "has no usable shape")
+        return cls(values["name"], values["dtype"], tuple(shape))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle, by plain name (never a path), with its size in bytes and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> FileEntry:
+        values = _checked(cls, data, where)
+        name, size, digest = values["name"], values["size"], values["sha256"]
+        plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+        _require(plain, where, f"names the file {name!r}, which is not a plain file name")
+        _require(type(size) is int and size >= 0, where, f"gives the size {size!r}")
+        _require(isinstance(digest, str) and len(digest) == 64, where, "gives no SHA-256")
+        return cls(name, size, digest)
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One ONNX graph: its files (the `.onnx` first, then external data) and its inputs and outputs."""
+
+    files: tuple[FileEntry, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> GraphEntry:
+        values = _checked(cls, data, where)
+        for key, value in values.items():
+            _require(isinstance(value, list) and len(value) > 0, where, f"lists no {key}")
+        return cls(
+            tuple(FileEntry.from_json(item, f"{where}.files") for item in values["files"]),
+            tuple(TensorSpec.from_json(item, f"{where}.inputs") for item in values["inputs"]),
+            tuple(TensorSpec.from_json(item, f"{where}.outputs") for item in values["outputs"]),
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of a tokenizer bundle (spec section 1).
+
+    `image_size` is in pixels; `patch_nums` are the sides of the scales in cells, coarse to fine; `semantic_width` is the
+    width of the teacher-like features; `codebook_sha256` is over the float32 little-endian codebooks as released
+    (semantic, then pixel); `preprocess` is how a picture is made square.
+    """
+
+    variant: str
+    image_size: int
+    patch_nums: tuple[int, ...]
+    codebook_size: int
+    semantic_dim: int
+    pixel_dim: int
+    semantic_width: int
+    codebook_sha256: str
+    preprocess: Literal["crop", "squash", "pad"]
+
+    @property
+    def grid(self) -> int:
+        """Side of the finest scale."""
+        return self.patch_nums[-1]
+
+    @property
+    def n_codes(self) -> int:
+        """Codes of a whole picture."""
+        return sum(side * side for side in self.patch_nums)
+
+    @property
+    def code_dim(self) -> int:
+        """Width of the quantized feature."""
+        return self.semantic_dim + self.pixel_dim
+
+    @classmethod
+    def from_json(cls, data: object) -> TokenizerConfig:
+        where = "config"
+        values = _checked(cls, data, where)
+        for key in ("image_size", "codebook_size", "semantic_dim", "pixel_dim", "semantic_width"):
+            _require(type(values[key]) is int and 0 < values[key] < 2**31, where, f"gives {key} as {values[key]!r}")
+        sides = values["patch_nums"]
+        ascending = isinstance(sides, list) and bool(sides) and all(type(s) is int for s in sides) and sides == sorted(sides)
+        _require(ascending and 0 < sides[0] and sides[-1] <= 1024, where, f"gives patch_nums as {sides!r}")
+        _require(values["preprocess"] in ("crop", "squash", "pad"), where, f"asks to {values['preprocess']!r} pictures")
+        for key in ("variant", "codebook_sha256"):
+            _require(isinstance(values[key], str) and bool(values[key]), where, f"has no {key}")
+        return cls(**values | {"patch_nums": tuple(sides)})

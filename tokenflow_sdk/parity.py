@@ -1,0 +1,218 @@
+"""Does an engine compute what PyTorch computed? A bundle carries the answers; this compares.
+
+The search is residual: one flipped code changes every finer scale. So agreement is counted *teacher-forced*: at each scale
+the residual is formed from the reference's codes, and only the latent is the engine's own. A flip is harmless where the
+two best codes are equally near, so each is reported with the distance between them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.errors import CorruptBundleError, ParityError
+from tokenflow_sdk.images import psnr
+from tokenflow_sdk.resize import area_matrix, bicubic_matrix
+from tokenflow_sdk.tokenizer import Tokenizer
+
+__all__ = ["TIE_DISTANCE", "Flip", "ParityReport", "Reference", "check_parity", "scale_cells"]
+
+TIE_DISTANCE = 1e-4
+"""Squared distances closer than this count as equal: either code is right."""
+MIN_DECODE_PSNR = 55.0
+MAX_FEATURE_ERROR = 1e-3
+MAX_SEMANTIC_ERROR = 1e-2
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computed for a few pictures, stored in the bundle as `reference.npz`.
+
+    images, decoded: u8 [N, H, W, 3]; code_indices: int32 [N, L]; latent, features: float32 [N, 40, g, g];
+    semantic: float32 [N, g * g, width]; codebook: float32 [K, 40], both halves of unit length.
+    """
+
+    images: NDArray[np.uint8]
+    code_indices: NDArray[np.int32]
+    latent: Float32
+    features: Float32
+    decoded: NDArray[np.uint8]
+    semantic: Float32
+    codebook: Float32
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> Reference:
+        """Raises:
+        CorruptBundleError: the file is damaged.
+        """
+        bundle.verify(bundle.reference)
+        try:
+            with np.load(io.BytesIO((bundle.path / bundle.reference.name).read_bytes()), allow_pickle=False) as arrays:
+                return cls(**{key: arrays[key] for key in arrays.files})
+        except (ValueError, TypeError, OSError) as error:
+            raise CorruptBundleError(
+                f"{bundle.path / bundle.reference.name} is no reference file: {error}.", "Export the bundle again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A code that differs from the reference's; `margin` is how much nearer (squared distance) the reference's code is."""
+
+    picture: int
+    scale: int
+    position: int
+    expected: int
+    got: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Figures of one comparison. `agreement` is teacher-forced, one fraction a scale; errors are largest absolute ones."""
+
+    pictures: int
+    patch_nums: tuple[int, ...]
+    agreement: tuple[float, ...]
+    flips: tuple[Flip, ...]
+    equal_codes: float
+    features_error: float
+    semantic_error: float
+    decode_psnr: float
+
+    @property
+    def failures(self) -> list[str]:
+        """Which bars are missed, in words; empty when all hold."""
+        worst = max((abs(flip.margin) for flip in self.flips), default=0.0)
+        bars = [
+            (worst < TIE_DISTANCE, f"a code flipped at a margin of {worst:.1e} (ties are closer than {TIE_DISTANCE:.0e})"),
+            (self.features_error <= MAX_FEATURE_ERROR, f"features differ by {self.features_error:.1e}"),
+            (self.semantic_error <= MAX_SEMANTIC_ERROR, f"semantic features differ by {self.semantic_error:.1e}"),
+            (self.decode_psnr >= MIN_DECODE_PSNR, f"decoded pictures agree to {self.decode_psnr:.1f} dB only"),
+        ]
+        return [text for holds, text in bars if not holds]
+
+    def to_json(self) -> dict[str, Any]:
+        """For bundle.json: equality of pictures (infinite PSNR) is written as null."""
+        data = asdict(self)
+        data["decode_psnr"] = None if np.isinf(self.decode_psnr) else round(self.decode_psnr, 2)
+        return data
+
+    def require(self, what: str) -> None:
+        """Raises:
+        ParityError: a bar is missed; `what` names the thing checked.
+        """
+        if self.failures:
+            raise ParityError(
+                f"{what} does not reproduce PyTorch: {'; '.join(self.failures)}.",
+                "Do not use it. Update onnxruntime or export again with other versions, and report it with these figures.",
+            )
+
+
+def scale_cells(
+    latent: Float32, codebook: Float32, config: TokenizerConfig, forced: NDArray[np.int32] | None = None
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """The shared-mapping residual search, slow and plain, for one picture's latent [40, g, g].
+
+    Yields for each scale the cells [s * s, 40] it looks up, both halves of unit length, and the nearest codes [s * s].
+    With `forced` code indices the residual follows those instead of the nearest, so every scale is judged by itself.
+    """
+    start, residual = 0, latent.astype(np.float64)
+    for side in config.patch_nums:
+        down, up = area_matrix(config.grid, side), bicubic_matrix(side, config.grid)
+        cells = (down @ residual @ down.T).reshape(len(latent), -1).T
+        halves = np.split(cells, [config.semantic_dim], axis=1)
+        cells = np.concatenate([h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12) for h in halves], axis=1)
+        nearest = (cells.astype(np.float32) @ codebook.T).argmax(axis=1)
+        yield cells, nearest
+        codes = nearest if forced is None else forced[start : start + side * side]
+        rows = codebook[codes].astype(np.float64).T.reshape(-1, side, side)
+        residual = residual - up @ rows @ up.T
+        start += side * side
+
+
+def _flips(
+    picture: int, reference: Reference, config: TokenizerConfig, got: NDArray[np.int32], judged: Sequence[bool]
+) -> list[Flip]:
+    """Codes in `got` that differ from the reference's, in the scales that are `judged`."""
+    flips, start = [], 0
+    expected = reference.code_indices[picture]
+    scales = scale_cells(reference.latent[picture], reference.codebook, config, expected)
+    for scale, (cells, _) in enumerate(scales):
+        stop = start + len(cells)
+        for at in np.flatnonzero(got[start:stop] != expected[start:stop]) if judged[scale] else ():
+            ours, theirs = int(got[start + at]), int(expected[start + at])
+            # Unit halves: a squared distance is a constant minus twice the inner product.
+            margin = 2 * float(cells[at] @ (reference.codebook[theirs].astype(np.float64) - reference.codebook[ours]))
+            flips.append(Flip(picture, scale, int(at), theirs, ours, margin))
+        start = stop
+    return flips
+
+
+def _judge_codes(
+    picture: int, reference: Reference, config: TokenizerConfig, codes: NDArray[np.int32], latent: Float32
+) -> list[Flip]:
+    """Flips of the engine's latent, teacher-forced, and of its own search up to the first scale in which it leaves the reference."""
+    expected = reference.code_indices[picture]
+    forced = np.concatenate([nearest for _, nearest in scale_cells(latent, reference.codebook, config, expected)])
+    flips = _flips(picture, reference, config, forced.astype(np.int32), [True] * len(config.patch_nums))
+    ends = np.cumsum([side * side for side in config.patch_nums])
+    differing = [bool((a != b).any()) for a, b in zip(np.split(codes, ends[:-1]), np.split(expected, ends[:-1]), strict=True)]
+    if any(differing):
+        first = differing.index(True)
+        own = _flips(picture, reference, config, codes, [scale == first for scale in range(len(ends))])
+        flips += [flip for flip in own if flip not in flips]
+    return flips
+
+
+def check_parity(
+    tokenizer: Tokenizer, reference: Reference | None = None, progress: Callable[[float], None] = lambda fraction: None
+) -> ParityReport:
+    """Compare a tokenizer with what PyTorch computed for its bundle's reference pictures.
+
+    Args:
+        tokenizer: on any backend.
+        reference: None loads the bundle's own.
+        progress: called with the fraction done, from 0 to 1.
+
+    Raises:
+        CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
+    """
+    config = tokenizer.config
+    reference = reference or Reference.load(tokenizer.bundle)
+    flips: list[Flip] = []
+    equal, errors, semantic_errors, psnrs = [], [], [], []
+    for i in range(len(reference.images)):
+        image, expected = reference.images[i : i + 1], reference.code_indices[i]
+        codes = tokenizer.encode_array(image)[0]
+        flips += _judge_codes(i, reference, config, codes, tokenizer.latent(image)[0])
+        equal.append(float((codes == expected).mean()))
+        stored = Codes(expected, config.patch_nums, config.codebook_size, config.variant, config.codebook_sha256)
+        features = tokenizer.features(stored).T.reshape(reference.features[i].shape)
+        errors.append(float(np.abs(features - reference.features[i]).max()))
+        semantic = tokenizer.semantic(stored) - reference.semantic[i]
+        semantic_errors.append(float(np.abs(semantic).max()))
+        psnrs.append(psnr(tokenizer.decode_array(expected[None])[0], reference.decoded[i]))
+        progress((i + 1) / len(reference.images))
+    counts = [sum(flip.scale == scale for flip in flips) for scale in range(len(config.patch_nums))]
+    totals = [len(reference.images) * side * side for side in config.patch_nums]
+    return ParityReport(
+        pictures=len(reference.images),
+        patch_nums=config.patch_nums,
+        agreement=tuple(1 - count / total for count, total in zip(counts, totals, strict=True)),
+        flips=tuple(flips),
+        equal_codes=float(np.mean(equal)),
+        features_error=max(errors),
+        semantic_error=max(semantic_errors),
+        decode_psnr=min(psnrs),
+    )
