@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import CorruptBundleError, ParityError
 from tokenflow_sdk.images import psnr
@@ -197,7 +196,7 @@ def check_parity(
         codes = tokenizer.encode_array(image)[0]
         flips += _judge_codes(i, reference, config, codes, tokenizer.latent(image)[0])
         equal.append(float((codes == expected).mean()))
-        stored = Codes(expected, config.patch_nums, config.codebook_size, config.variant, config.codebook_sha256)
+        stored = tokenizer.codes(expected)
         features = tokenizer.features(stored).T.reshape(reference.features[i].shape)
         errors.append(float(np.abs(features - reference.features[i]).max()))
         semantic = tokenizer.semantic(stored) - reference.semantic[i]

@@ -96,6 +96,12 @@ class Tokenizer:
         """Sizes of this tokenizer."""
         return self.bundle.config
 
+    @property
+    def device(self) -> str:
+        """Where the graphs loaded so far run: `cpu`, `cuda:0`, or `not loaded`."""
+        with self._lock:
+            return ", ".join(sorted({session.device for session in self._sessions.values()})) or "not loaded"
+
     def load(self, *graphs: str) -> Tokenizer:
         """Load graphs now instead of on first use: any of `encode`, `decode`, `semantic`, `features`; none means all."""
         for name in graphs or tuple(self.bundle.graphs):
@@ -132,7 +138,7 @@ class Tokenizer:
         found: list[Codes] = []
         for chunk in _chunks(images, self.batch_limit):
             array = np.stack([self.preprocess(image, preprocess=preprocess, fast=fast, max_pixels=max_pixels) for image in chunk])
-            found.extend(self._codes(row) for row in self.encode_array(array))
+            found.extend(self.codes(row) for row in self.encode_array(array))
         return found
 
     def preprocess(
@@ -149,6 +155,15 @@ class Tokenizer:
         """
         images = check_batch(images, self.config.image_size)
         return self._run("encode", "images", images, "code_indices").astype(np.int32, copy=False)
+
+    def codes(self, code_indices: NDArray[np.int32]) -> Codes:
+        """Wrap one row of code indices [l], l whole scales, as `Codes` of this tokenizer.
+
+        Raises:
+            CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
+        """
+        c = self.config
+        return Codes(code_indices, c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256)
 
     def decode(self, codes: Codes) -> Image.Image:
         """The picture of some codes; with coarse scales only, a coarser picture.
@@ -226,10 +241,6 @@ class Tokenizer:
             for start in range(0, len(array), self.batch_limit)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _codes(self, row: NDArray[np.int32]) -> Codes:
-        c = self.config
-        return Codes(row, c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256)
 
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         c = self.config

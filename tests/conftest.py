@@ -1,0 +1,45 @@
+"""Shared fixtures: small exported bundles, made once a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tokenflow_sdk import Tokenizer
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a small tokenizer by kind (`clip`, `vitamin`, `siglip`); do not write into it."""
+    from tests.mini import export_mini, mini_model
+
+    directory, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = export_mini(mini_model(kind), directory / kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(mini_bundles: Callable[[str], Path]) -> Path:
+    return mini_bundles("clip")
+
+
+@pytest.fixture
+def bundle_copy(mini_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(mini_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(mini_bundle: Path) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(mini_bundle, threads=1) as tokenizer:
+        yield tokenizer

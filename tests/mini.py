@@ -1,0 +1,55 @@
+"""Small tokenizers of all three kinds: the released architectures with a few narrow layers, and random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from export.checkpoints import load_model
+from export.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerConfig, VqganConfig
+from export.models import TokenFlowTokenizer
+from export.progress import Steps
+from export.standin import standin_arrays
+from export.tokenizer import export_tokenizer
+from rich.console import Console
+
+_PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32)
+
+
+def _config(variant: str, image_size: int, semantic: SemanticEncoderConfig, decoder_grid: int, preprocess: str) -> TokenizerConfig:
+    return TokenizerConfig(
+        variant=variant,
+        image_size=image_size,
+        patch_nums=(1, 2, 3, 4),
+        semantic_encoder=semantic,
+        pixel_encoder=_PIXEL,
+        pixel_decoder=VqganConfig(base_channels=64, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32),
+        semantic_decoder=SemanticDecoderConfig(width=48, out_width=20, mlp_width=64, position_grid=decoder_grid, layers=2, heads=4),
+        preprocess="squash" if preprocess == "squash" else "crop",
+        codebook_size=500,
+    )
+
+
+MINI = {
+    # As clipb_256: position tables of another grid, resized at load.
+    "clip": _config("mini_clip", 64, SemanticEncoderConfig("clip", 48, 2, 4, 96, 16, 3, projection_width=24), 3, "crop"),
+    "vitamin": _config(
+        "mini_vitamin", 64, SemanticEncoderConfig("vitamin", 48, 2, 4, 96, 16, 0, stem_widths=(16, 32), stem_depths=(2, 2)), 4, "crop"
+    ),
+    # As siglip_384: the pixel branch reads a larger picture than the semantic one (64 = 4 x 16 against 56 = 4 x 14).
+    "siglip": _config("mini_siglip", 56, SemanticEncoderConfig("siglip", 48, 2, 4, 96, 14, 4, unused_layers=1), 4, "squash"),
+}
+
+
+def mini_state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(array) for key, array in standin_arrays(MINI[kind], seed)}
+
+
+def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
+    return load_model(mini_state(kind, seed), MINI[kind])
+
+
+def export_mini(model: TokenFlowTokenizer, out: Path, force: bool = False) -> Path:
+    with Steps(Console(quiet=True)) as steps:
+        export_tokenizer(model, out, {"checkpoint": "mini"}, steps, force)
+    return out

@@ -1,0 +1,35 @@
+"""The `tokenflow` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted.
+    """
+    from rich.console import Console
+
+    from tokenflow_sdk.cli.parser import make_parser
+    from tokenflow_sdk.errors import TokenFlowError
+
+    arguments = make_parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False)
+    try:
+        return int(arguments.run(arguments))
+    except TokenFlowError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`tokenflow info | head -1`); leave quietly, also at interpreter exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 141

@@ -1,0 +1,192 @@
+"""info, encode, decode, reconstruct, verify."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+from rich.table import Table
+
+from tokenflow_sdk.bundle import MANIFEST, Bundle, find_bundle
+from tokenflow_sdk.cli.engine import bundle_name, each_file, open_tokenizer, output_paths, stderr, stdout
+from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.errors import ArgumentError, ImageReadError, TokenFlowError
+from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.images import psnr
+from tokenflow_sdk.sheet import contact_sheet
+
+__all__ = ["decode", "encode", "info", "reconstruct", "verify"]
+
+_PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Pictures to .tfc files."""
+    images = _pictures(arguments.images)
+    outputs = dict(zip(images, output_paths(images, arguments.output, ".tfc"), strict=True))
+    with open_tokenizer(arguments, "encode") as tokenizer:
+
+        def work(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
+            arrays = {}
+            for path in paths:
+                try:
+                    arrays[path] = tokenizer.preprocess(path, preprocess=arguments.preprocess, fast=arguments.fast)
+                except TokenFlowError as error:
+                    yield error
+            found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()
+            for path, row in zip(arrays, found, strict=True):
+                codes, output = tokenizer.codes(row), outputs[path]
+                try:
+                    codes.save(output)
+                    yield f"{path} -> {output}  {len(codes)} codes, {output.stat().st_size:,} bytes"
+                except TokenFlowError as error:
+                    yield error
+
+        return each_file(images, work, "encoding", arguments.batch_limit)
+
+
+def decode(arguments: argparse.Namespace) -> int:
+    """`.tfc` files to PNG pictures."""
+    outputs = dict(zip(arguments.files, output_paths(arguments.files, arguments.output, ".png"), strict=True))
+    with open_tokenizer(arguments, "decode") as tokenizer:
+
+        def work(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
+            for path in paths:
+                try:
+                    codes = Codes.load(path)
+                    if arguments.scales is not None:
+                        codes = codes.truncate(arguments.scales)
+                    _save_picture(tokenizer.decode(codes), outputs[path])
+                    yield f"{path} -> {outputs[path]}  {codes.n_scales} of {len(codes.patch_nums)} scales"
+                except TokenFlowError as error:
+                    yield error
+
+        return each_file(arguments.files, work, "decoding")
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """One picture through the codes and back, with what each scale adds."""
+    output = arguments.output or Path("side_by_side.png")
+    with open_tokenizer(arguments) as tokenizer:
+        original = tokenizer.preprocess(arguments.image, preprocess=arguments.preprocess, fast=arguments.fast)
+        with Progress(console=stderr, transient=True) as progress:
+            task = progress.add_task("encoding", total=1 + len(tokenizer.config.patch_nums))
+            codes = tokenizer.codes(tokenizer.encode_array(original[None])[0])
+            progress.update(task, advance=1, description="decoding")
+            tiles = [(Image.fromarray(original), f"original, {original.shape[1]} px\n{_file_size(arguments.image)}")]
+            for n in range(1, codes.n_scales + 1):
+                prefix = codes.truncate(n)
+                picture = tokenizer.decode(prefix)
+                quality = psnr(original, np.asarray(picture))
+                side = codes.patch_nums[n - 1]
+                what = "final" if n == codes.n_scales else f"up to {side} x {side}"
+                tiles.append((picture, f"{what}, {len(prefix)} codes\n{len(prefix.to_bytes()):,} bytes, {quality:.2f} dB"))
+                progress.advance(task)
+    columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
+    _save_picture(contact_sheet(tiles, columns), output)
+    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", markup=False, soft_wrap=True)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """A bundle's hashes, and its numbers against the stored reference."""
+    from tokenflow_sdk.parity import check_parity
+
+    with open_tokenizer(arguments) as tokenizer, Progress(console=stderr, transient=True) as progress:
+        task = progress.add_task("comparing with PyTorch", total=1.0)
+        report = check_parity(tokenizer, progress=lambda fraction: progress.update(task, completed=fraction))
+    table = Table("scale", "codes", "agreement", title=f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced")
+    for side, share in zip(report.patch_nums, report.agreement, strict=True):
+        table.add_row(f"{side} x {side}", str(side * side * report.pictures), f"{share:.2%}")
+    stdout.print(table)
+    for flip in report.flips[:20]:
+        stdout.print(f"flip: picture {flip.picture}, scale {flip.scale + 1}, cell {flip.position}, margin {flip.margin:.1e}")
+    stdout.print(f"codes equal {report.equal_codes:.2%}, decoded pictures {report.decode_psnr:.1f} dB")
+    stdout.print(f"largest error: features {report.features_error:.1e}, semantic features {report.semantic_error:.1e}")
+    report.require(str(tokenizer.bundle.path))
+    stdout.print("files and numbers are right", style="green")
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """What a file of codes or a bundle holds."""
+    target = Path(bundle_name(arguments))
+    if target.is_file() and target.name != MANIFEST:
+        _codes_info(target)
+    else:
+        _bundle_info(Bundle.open(target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))))
+    return 0
+
+
+def _codes_info(path: Path) -> None:
+    codes = Codes.load(path)
+    stdout.print(repr(codes), markup=False, soft_wrap=True)
+    table = Table("scale", "codes", "file may end at byte", "first codes")
+    for i in range(codes.n_scales):
+        side, prefix = codes.patch_nums[i], codes.truncate(i + 1)
+        first = " ".join(map(str, codes.scale(i).ravel()[:6]))
+        table.add_row(f"{side} x {side}", str(side * side), f"{len(prefix.to_bytes()):,}", first)
+    stdout.print(table)
+
+
+def _bundle_info(bundle: Bundle) -> None:
+    c = bundle.config
+    bits = (c.codebook_size - 1).bit_length()
+    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
+    stdout.print(f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True)
+    stdout.print(
+        f"codebook of {c.codebook_size} entries, {c.semantic_dim} semantic + {c.pixel_dim} pixel values, "
+        f"{c.codebook_sha256[:16]}; semantic features {c.semantic_width} wide",
+        soft_wrap=True,
+    )
+    table = Table("graph", "size", "inputs", "outputs")
+    for name, graph in bundle.graphs.items():
+        size = sum(file.size for file in graph.files)
+        table.add_row(name, f"{size / 1e6:,.1f} MB", "\n".join(map(str, graph.inputs)), "\n".join(map(str, graph.outputs)))
+    stdout.print(table)
+    if "agreement" in bundle.parity:
+        decoded = bundle.parity["decode_psnr"]
+        stdout.print(
+            f"export check: codes equal {bundle.parity['equal_codes']:.2%}, flips {len(bundle.parity['flips'])}, "
+            f"decode {'identical' if decoded is None else f'{decoded:.1f} dB'} against PyTorch",
+            soft_wrap=True,
+        )
+    for key, value in bundle.provenance.items():
+        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+def _pictures(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with directories replaced by the pictures in them."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURE_SUFFIXES and p.is_file())
+        if not inside:
+            raise ImageReadError(f"{path} holds no pictures.", f"Known endings: {' '.join(sorted(_PICTURE_SUFFIXES))}.")
+        found += inside
+    repeated = next((path for i, path in enumerate(found) if path in found[:i]), None)
+    if repeated is not None:
+        raise ArgumentError(f"{repeated} was given twice.", "Give each picture once.")
+    return found
+
+
+def _save_picture(picture: Image.Image, output: Path) -> None:
+    Image.init()
+    picture_format = Image.EXTENSION.get(output.suffix.lower())
+    if picture_format not in Image.SAVE:
+        raise ArgumentError(f"{output} has no ending of a picture format.", "Use .png, .jpg or .webp.")
+    buffer = io.BytesIO()
+    picture.save(buffer, picture_format)
+    write_atomic(output, buffer.getvalue())
+
+
+def _file_size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes as {path.suffix.lstrip('.').upper() or 'a file'}"

@@ -1,0 +1,103 @@
+"""What the commands share: opening the tokenizer they were told to use, and working through files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tokenflow_sdk.errors import ArgumentError, OutputError, TokenFlowError
+from tokenflow_sdk.tokenizer import Tokenizer
+
+__all__ = ["bundle_name", "each_file", "open_tokenizer", "output_paths", "stderr", "stdout"]
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def bundle_name(arguments: argparse.Namespace) -> str:
+    """The bundle given by position or by --bundle.
+
+    Raises:
+        ArgumentError: none or two were given.
+    """
+    given = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name]
+    if len(given) != 1:
+        raise ArgumentError(
+            "Two bundles were given." if given else "No bundle was given.",
+            "Name one with --bundle, e.g. --bundle bundles/clipb_256.",
+        )
+    return str(given[0])
+
+
+def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
+    """The tokenizer that the engine options ask for, with `graphs` loaded (none: on first use)."""
+    with stderr.status(f"opening {bundle_name(arguments)}"):
+        tokenizer = Tokenizer.from_pretrained(
+            bundle_name(arguments), device=arguments.device, threads=arguments.threads, batch_limit=arguments.batch_limit
+        )
+        return tokenizer.load(*graphs) if graphs else tokenizer
+
+
+def output_paths(inputs: Sequence[Path], output: Path | None, suffix: str) -> list[Path]:
+    """Where the result of each input goes: `output` itself for one input and a file name, else files in that directory.
+
+    Raises:
+        ArgumentError: several results would have one name, or several inputs are to go into one file.
+        OutputError: the directory cannot be made.
+    """
+    if output is not None and output.suffix and not output.is_dir():
+        if len(inputs) > 1:
+            raise ArgumentError(f"{len(inputs)} results cannot go into the one file {output}.", "Give -o a directory.")
+        return [output]
+    directory = output or Path()
+    paths = [directory / f"{path.stem}{suffix}" for path in inputs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ArgumentError(
+                f"{inputs[paths.index(path)]} and {inputs[i]} would both be written to {path}.", "Encode them into two directories."
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be made: {error.strerror}.", "Choose another -o.") from error
+    return paths
+
+
+def each_file(
+    inputs: Sequence[Path], work: Callable[[Sequence[Path]], Iterable[str | TokenFlowError]], verb: str, at_once: int = 1
+) -> int:
+    """Hand the inputs to `work`, `at_once` at a time, with a progress bar; go on after a user's mistake.
+
+    Args:
+        inputs: files to work on.
+        work: gives, for each of some files, the line to print about it, or the error it ran into.
+        verb: what the bar says is being done.
+        at_once: files in one call of `work`.
+
+    Returns:
+        The exit status: 0, or 1 when some of several failed.
+
+    Raises:
+        TokenFlowError: the only input failed.
+    """
+    failed = 0
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=len(inputs) == 1) as progress:
+        task = progress.add_task(verb, total=len(inputs))
+        for start in range(0, len(inputs), at_once):
+            for outcome in work(inputs[start : start + at_once]):
+                progress.advance(task)
+                if isinstance(outcome, str):
+                    stdout.print(outcome, markup=False, soft_wrap=True)
+                elif len(inputs) == 1:
+                    raise outcome
+                else:
+                    failed += 1
+                    stderr.print(f"error: {outcome}", style="red", markup=False, soft_wrap=True)
+    if failed:
+        stderr.print(f"{failed} of {len(inputs)} failed", style="red")
+    return 1 if failed else 0

@@ -1,0 +1,100 @@
+"""The command line's words and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenflow_sdk import __version__
+from tokenflow_sdk.cli import bench, commands
+from tokenflow_sdk.images import PREPROCESS_MODES
+
+__all__ = ["make_parser"]
+
+_DESCRIPTION = """\
+Pictures to codes and back with TokenFlow tokenizers.
+
+  tokenflow encode photo.jpg --bundle bundles/clipb_256          photo.tfc, 1.6 KB
+  tokenflow decode photo.tfc --bundle bundles/clipb_256          photo.png
+  tokenflow reconstruct photo.jpg --bundle bundles/clipb_256     what each scale adds, side by side
+  tokenflow info photo.tfc                                       what a file or a bundle holds
+
+A bundle is a directory made by `python -m export`, or a Hugging Face id (org/name).
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each command's namespace carries its function as `run`."""
+    parser = argparse.ArgumentParser(
+        "tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
+    words = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = _command(words, "info", commands.info, "what a bundle or a .tfc file holds")
+    info.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, or a file of codes")
+    info.add_argument("--bundle", metavar="PATH|NAME", help="the same as giving a bundle first")
+
+    encode = _command(words, "encode", commands.encode, "pictures to .tfc files of codes")
+    encode.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or directories of pictures")
+    _output(encode, ".tfc file for one picture, else a directory (default: the current one)")
+    _engine(encode)
+    _picture(encode)
+
+    decode = _command(words, "decode", commands.decode, ".tfc files to PNG pictures")
+    decode.add_argument("files", nargs="+", type=Path, metavar="FILE.tfc", help="files of codes")
+    _output(decode, "picture file for one file of codes, else a directory (default: the current one)")
+    decode.add_argument("--scales", type=int, metavar="N", help="decode the N coarsest scales only")
+    _engine(decode)
+
+    reconstruct = _command(words, "reconstruct", commands.reconstruct, "original, every scale's preview and the result in one picture")
+    reconstruct.add_argument("image", type=Path, metavar="IMAGE")
+    _output(reconstruct, "the picture to write (default: side_by_side.png)")
+    _engine(reconstruct)
+    _picture(reconstruct)
+
+    verify = _command(words, "verify", commands.verify, "check a bundle's files, and its numbers against PyTorch's")
+    verify.add_argument("target", nargs="?", metavar="BUNDLE")
+    _engine(verify)
+
+    timing = _command(words, "bench", bench.bench, "time every graph of a bundle on this machine")
+    timing.add_argument("target", nargs="?", metavar="BUNDLE")
+    timing.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
+    timing.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls each (default: %(default)s)")
+    timing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    _engine(timing)
+    return parser
+
+
+def _command(
+    words: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = words.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=text)
+
+
+def _engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--bundle", metavar="PATH|NAME", help="the tokenizer: a directory, or a hub id")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument("--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)")
+
+
+def _picture(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--preprocess",
+        choices=PREPROCESS_MODES,
+        help="crop the centre, squash the whole or pad it with white (default: as the tokenizer was released)",
+    )
+    group.add_argument("--fast", action="store_true", help="decode large JPEGs at reduced size; codes may differ slightly")
