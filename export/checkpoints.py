@@ -57,7 +57,7 @@ def _download(url: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{url!r} could not be fetched: {str(error).splitlines()[0]}",
-            "Check the name and the network (private repositories need `hf auth login`), or download the file and give its path.",
+            "Check the name and the network (private repositories need `hf auth login`), or download it and give its path.",
         ) from error
 
 
@@ -76,7 +76,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path.name} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}",
-            "It may be truncated, of an old format, or hold more than tensors: download it again, or convert it to .safetensors.",
+            "It may be truncated, or hold more than tensors: download it again, or convert it to .safetensors.",
         ) from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -201,9 +201,7 @@ def check_keys(shapes: Shapes, config: TokenizerConfig, name: str) -> None:
         )
 
 
-def load_model(
-    state: Mapping[str, Tensor], config: TokenizerConfig, name: str = "checkpoint"
-) -> TokenFlowTokenizer:
+def load_model(state: Mapping[str, Tensor], config: TokenizerConfig, name: str = "checkpoint") -> TokenFlowTokenizer:
     """The eager model with the state dict's float32 weights, strictly; memory-mapped tensors are adopted, not copied.
 
     Raises:
@@ -234,4 +232,3 @@ def _resize_positions(table: Tensor, grid: int) -> Tensor:
     maps = cells.reshape(1, released, released, width).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, scale_factor=(factor, factor), mode="bicubic", align_corners=False)
     return torch.cat([first, maps.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid * grid, width)], dim=-2)
-

@@ -79,7 +79,8 @@ class CodebookSearch(nn.Module):
 class EncodeGraph(nn.Module):
     """images u8 [B, H, W, 3] -> code_indices int32 [B, L], features and latent float32 [B, 40, g, g].
 
-    The latent is what the search reads. It costs nothing where it is not asked for, and lets any engine be checked teacher-forced.
+    The latent is what the search reads: it costs nothing where it is not asked for, and lets any engine be checked
+    teacher-forced.
     """
 
     def __init__(self, model: TokenFlowTokenizer) -> None:

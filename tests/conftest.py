@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from tokenflow_sdk import Tokenizer
 
 DATA = Path(__file__).parent / "data"

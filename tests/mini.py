@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.console import Console
+
 from export.checkpoints import load_model
 from export.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerConfig, VqganConfig
 from export.models import TokenFlowTokenizer
 from export.progress import Steps
 from export.standin import standin_arrays
 from export.tokenizer import export_tokenizer
-from rich.console import Console
 
 _PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32)
 
 
-def _config(variant: str, image_size: int, semantic: SemanticEncoderConfig, decoder_grid: int, preprocess: str) -> TokenizerConfig:
+def _config(
+    variant: str, image_size: int, semantic: SemanticEncoderConfig, decoder_grid: int, preprocess: str
+) -> TokenizerConfig:
     return TokenizerConfig(
         variant=variant,
         image_size=image_size,
@@ -24,7 +27,9 @@ def _config(variant: str, image_size: int, semantic: SemanticEncoderConfig, deco
         semantic_encoder=semantic,
         pixel_encoder=_PIXEL,
         pixel_decoder=VqganConfig(base_channels=64, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32),
-        semantic_decoder=SemanticDecoderConfig(width=48, out_width=20, mlp_width=64, position_grid=decoder_grid, layers=2, heads=4),
+        semantic_decoder=SemanticDecoderConfig(
+            width=48, out_width=20, mlp_width=64, position_grid=decoder_grid, layers=2, heads=4
+        ),
         preprocess="squash" if preprocess == "squash" else "crop",
         codebook_size=500,
     )
@@ -34,7 +39,11 @@ MINI = {
     # As clipb_256: position tables of another grid, resized at load.
     "clip": _config("mini_clip", 64, SemanticEncoderConfig("clip", 48, 2, 4, 96, 16, 3, projection_width=24), 3, "crop"),
     "vitamin": _config(
-        "mini_vitamin", 64, SemanticEncoderConfig("vitamin", 48, 2, 4, 96, 16, 0, stem_widths=(16, 32), stem_depths=(2, 2)), 4, "crop"
+        "mini_vitamin",
+        64,
+        SemanticEncoderConfig("vitamin", 48, 2, 4, 96, 16, 0, stem_widths=(16, 32), stem_depths=(2, 2)),
+        4,
+        "crop",
     ),
     # As siglip_384: the pixel branch reads a larger picture than the semantic one (64 = 4 x 16 against 56 = 4 x 14).
     "siglip": _config("mini_siglip", 56, SemanticEncoderConfig("siglip", 48, 2, 4, 96, 14, 4, unused_layers=1), 4, "squash"),

@@ -132,7 +132,7 @@ class TokenizerConfig:
             _require(type(values[key]) is int and 0 < values[key] < 2**31, where, f"gives {key} as {values[key]!r}")
         sides = values["patch_nums"]
         ascending = isinstance(sides, list) and bool(sides) and all(type(s) is int for s in sides) and sides == sorted(sides)
-        _require(ascending and 0 < sides[0] and sides[-1] <= 1024, where, f"gives patch_nums as {sides!r}")
+        _require(ascending and sides[0] > 0 and sides[-1] <= 1024, where, f"gives patch_nums as {sides!r}")
         _require(values["preprocess"] in ("crop", "squash", "pad"), where, f"asks to {values['preprocess']!r} pictures")
         for key in ("variant", "codebook_sha256"):
             _require(isinstance(values[key], str) and bool(values[key]), where, f"has no {key}")

@@ -9,6 +9,7 @@
     │   └── ImageShapeError      too long and thin, or an array of the wrong size
     ├── ArrayError               an array has the wrong dtype or rank, or holds NaN
     ├── CodesError               code indices cannot be used
+    │   ├── CodesReadError       no such file, or it cannot be read
     │   ├── CorruptCodesError    not a .tfc file, a bad checksum, cut inside a scale
     │   ├── CodesRangeError      an index outside the codebook, or a length that is no whole scale
     │   └── CodebookMismatchError  codes made with another codebook than the bundle's
@@ -39,6 +40,7 @@ __all__ = [
     "CodebookMismatchError",
     "CodesError",
     "CodesRangeError",
+    "CodesReadError",
     "CorruptBundleError",
     "CorruptCodesError",
     "CorruptImageError",
@@ -102,6 +104,12 @@ class ArrayError(TokenFlowError, ValueError):
 
 class CodesError(TokenFlowError):
     """Code indices cannot be used."""
+
+
+class CodesReadError(CodesError, OSError):
+    """A file of codes does not exist, is a directory, or cannot be read."""
+
+    __str__ = TokenFlowError.__str__
 
 
 class CorruptCodesError(CodesError):

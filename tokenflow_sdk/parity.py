@@ -161,7 +161,7 @@ def _flips(
 def _judge_codes(
     picture: int, reference: Reference, config: TokenizerConfig, codes: NDArray[np.int32], latent: Float32
 ) -> list[Flip]:
-    """Flips of the engine's latent, teacher-forced, and of its own search up to the first scale in which it leaves the reference."""
+    """Flips of the latent, teacher-forced, and of the engine's own search in the first scale that leaves the reference."""
     expected = reference.code_indices[picture]
     forced = np.concatenate([nearest for _, nearest in scale_cells(latent, reference.codebook, config, expected)])
     flips = _flips(picture, reference, config, forced.astype(np.int32), [True] * len(config.patch_nums))

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.backends.base import Session, SessionOptions
+from tokenflow_sdk.backends.base import Array, Session, SessionOptions
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GraphEntry, TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
-from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batch, preprocess
+from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
+from tokenflow_sdk.images import preprocess as load_and_fit
 
 __all__ = ["OpenSession", "Tokenizer"]
 
@@ -137,7 +138,9 @@ class Tokenizer:
         """The codes of several pictures, in order; the same codes as one by one. Options and errors as in `encode`."""
         found: list[Codes] = []
         for chunk in _chunks(images, self.batch_limit):
-            array = np.stack([self.preprocess(image, preprocess=preprocess, fast=fast, max_pixels=max_pixels) for image in chunk])
+            array = np.stack(
+                [self.preprocess(image, preprocess=preprocess, fast=fast, max_pixels=max_pixels) for image in chunk]
+            )
             found.extend(self.codes(row) for row in self.encode_array(array))
         return found
 
@@ -145,7 +148,8 @@ class Tokenizer:
         self, image: ImageSource, *, preprocess: Preprocess | None = None, fast: bool = False, max_pixels: int = MAX_PIXELS
     ) -> NDArray[np.uint8]:
         """What `encode` feeds the engine: u8 [H, W, 3], H = W = `config.image_size`. Options and errors as in `encode`."""
-        return _preprocess(image, self.config.image_size, preprocess or self.config.preprocess, fast, max_pixels)
+        mode = preprocess or self.config.preprocess
+        return load_and_fit(image, self.config.image_size, mode, fast=fast, max_pixels=max_pixels)
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         """u8 [B, H, W, 3] already of the tokenizer's size -> code indices int32 [B, L].
@@ -190,11 +194,11 @@ class Tokenizer:
 
     def features(self, codes: Codes) -> NDArray[np.float32]:
         """The quantized feature float32 [g * g, 40], row-major: what a language model's projector reads (paper section 3.3)."""
-        return self._run("features", "code_indices", self._indices([codes]), "features")[0].astype(np.float32, copy=False)
+        return self._one("features", codes)
 
     def semantic(self, codes: Codes) -> NDArray[np.float32]:
         """Teacher-like features float32 [g * g, 512 or 1152], row-major, for search and classification."""
-        return self._run("semantic", "code_indices", self._indices([codes]), "features")[0].astype(np.float32, copy=False)
+        return self._one("semantic", codes)
 
     def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None) -> Image.Image:
         """`decode(encode(image))`: the picture as the codes keep it. Options and errors as in `encode`."""
@@ -216,9 +220,7 @@ class Tokenizer:
     def __enter__(self) -> Tokenizer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -234,13 +236,17 @@ class Tokenizer:
                 self._sessions[name] = self._open_session(self.bundle.path / entry.files[0].name, entry, self._options)
             return self._sessions[name]
 
-    def _run(self, graph: str, feed: str, array: NDArray[T], output: str) -> NDArray[T]:  # type: ignore[type-var]
+    def _run(self, graph: str, feed: str, array: Array, output: str) -> Array:
         session = self._session(graph)
         parts = [
             session.run({feed: array[start : start + self.batch_limit]}, [output])[output]
             for start in range(0, len(array), self.batch_limit)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _one(self, graph: str, codes: Codes) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = self._run(graph, "code_indices", self._indices([codes]), "features")[0]
+        return features
 
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         c = self.config
@@ -281,9 +287,6 @@ class Tokenizer:
                     f"Scale {i + 1} is absent (-1) in part.", "Leave a scale out as a whole, or give all of its codes."
                 )
         return full
-
-
-_preprocess = preprocess
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from export.checkpoints import check_keys, load_model, read_state_dict, recognise, released_shapes, resolve
 from export.config import VARIANTS
-from safetensors.torch import save_file
-from tokenflow_sdk.errors import ArgumentError, CheckpointError
-
 from tests.conftest import DATA
 from tests.mini import MINI, mini_state
+from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 
 def released_keys(variant: str) -> dict[str, tuple[int, ...]]:
@@ -69,7 +69,9 @@ def test_wrong_keys_are_named() -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: s])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: s]
+)
 def test_state_dicts_are_found_where_training_scripts_put_them(wrap, tmp_path: Path) -> None:
     state = {"a": torch.arange(3.0)}
     torch.save(wrap(state), tmp_path / "c.pt")
@@ -121,7 +123,9 @@ def test_a_file_without_a_state_dict_says_so(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize(("name", "why"), [("nowhere.pt", "does not exist"), (".", "is a directory"), ("hf://org/repo", "no file on the hub")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("nowhere.pt", "does not exist"), (".", "is a directory"), ("hf://org/repo", "no file on the hub")]
+)
 def test_unusable_checkpoint_names(name: str, why: str) -> None:
     with pytest.raises(CheckpointError, match=why):
         resolve(name)
@@ -150,8 +154,8 @@ def test_resized_positions_sample_at_the_given_factor() -> None:
     expected = np.zeros((4, 4, released.shape[1]))
     for y in range(4):
         for x in range(4):
-            for (j, wy) in _taps(y, 3 / 4.1):
-                for (i, wx) in _taps(x, 3 / 4.1):
+            for j, wy in _taps(y, 3 / 4.1):
+                for i, wx in _taps(x, 3 / 4.1):
                     expected[y, x] += wy * wx * source[np.clip(j, 0, 2), np.clip(i, 0, 2)]
     assert np.abs(table[1:].reshape(4, 4, -1) - expected).max() < 1e-5
 

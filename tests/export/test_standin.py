@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+
 from export.config import VARIANTS
 from export.standin import standin_arrays, standin_weight
 

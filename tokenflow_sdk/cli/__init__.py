@@ -31,5 +31,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output went away (`tokenflow info | head -1`); leave quietly, also at interpreter exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 141

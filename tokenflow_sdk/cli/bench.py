@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 
@@ -22,13 +23,21 @@ from tokenflow_sdk.tokenizer import Tokenizer
 __all__ = ["bench"]
 
 
+@dataclass(frozen=True)
+class _Row:
+    graph: str
+    batch: int
+    median_s: float
+    worst_s: float
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Median and worst time of encode, decode, semantic and features, by batch size."""
     batches = _batches(arguments.batch)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
     arguments.batch_limit = max(arguments.batch_limit, *batches)
-    rows = []
+    rows: list[_Row] = []
     with open_tokenizer(arguments) as tokenizer, Progress(console=stderr, transient=True) as progress:
         began = perf_counter()
         tokenizer.load()
@@ -44,17 +53,22 @@ def bench(arguments: argparse.Namespace) -> int:
                     # The first call warms caches and memory up.
                     seconds += [perf_counter() - began] if i else []
                     progress.advance(task)
-                rows.append({"graph": name, "batch": batch, "median_s": median(seconds), "worst_s": max(seconds)})
+                rows.append(_Row(name, batch, median(seconds), max(seconds)))
         device = tokenizer.device
     table = Table("graph", "batch", "median ms", "worst ms", "pictures/s", title=f"{tokenizer.config.variant} on {device}")
     for row in rows:
-        rate = row["batch"] / row["median_s"]
-        table.add_row(row["graph"], str(row["batch"]), f"{row['median_s'] * 1e3:.1f}", f"{row['worst_s'] * 1e3:.1f}", f"{rate:.2f}")
+        figures = (f"{row.median_s * 1e3:.1f}", f"{row.worst_s * 1e3:.1f}", f"{row.batch / row.median_s:.2f}")
+        table.add_row(row.graph, str(row.batch), *figures)
     stdout.print(table)
     stdout.print(f"all graphs loaded in {loading:.2f} s; {arguments.repeat} timed calls each after one to warm up")
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
-        result = {"bundle": str(tokenizer.bundle.path), "device": device, "load_s": loading, "rows": rows} | machine
+        result = {
+            "bundle": str(tokenizer.bundle.path),
+            "device": device,
+            "load_s": loading,
+            "rows": [asdict(row) for row in rows],
+        } | machine
         write_atomic(arguments.json, json.dumps(result, indent=2).encode())
     return 0
 

@@ -100,7 +100,9 @@ def verify(arguments: argparse.Namespace) -> int:
     with open_tokenizer(arguments) as tokenizer, Progress(console=stderr, transient=True) as progress:
         task = progress.add_task("comparing with PyTorch", total=1.0)
         report = check_parity(tokenizer, progress=lambda fraction: progress.update(task, completed=fraction))
-    table = Table("scale", "codes", "agreement", title=f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced")
+    table = Table(
+        "scale", "codes", "agreement", title=f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced"
+    )
     for side, share in zip(report.patch_nums, report.agreement, strict=True):
         table.add_row(f"{side} x {side}", str(side * side * report.pictures), f"{share:.2%}")
     stdout.print(table)
@@ -139,7 +141,9 @@ def _bundle_info(bundle: Bundle) -> None:
     bits = (c.codebook_size - 1).bit_length()
     stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
     stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
-    stdout.print(f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True)
+    stdout.print(
+        f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True
+    )
     stdout.print(
         f"codebook of {c.codebook_size} entries, {c.semantic_dim} semantic + {c.pixel_dim} pixel values, "
         f"{c.codebook_sha256[:16]}; semantic features {c.semantic_width} wide",

@@ -58,7 +58,8 @@ def output_paths(inputs: Sequence[Path], output: Path | None, suffix: str) -> li
     for i, path in enumerate(paths):
         if path in paths[:i]:
             raise ArgumentError(
-                f"{inputs[paths.index(path)]} and {inputs[i]} would both be written to {path}.", "Encode them into two directories."
+                f"{inputs[paths.index(path)]} and {inputs[i]} would both be written to {path}.",
+                "Encode them into two directories.",
             )
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument("--scales", type=int, metavar="N", help="decode the N coarsest scales only")
     _engine(decode)
 
-    reconstruct = _command(words, "reconstruct", commands.reconstruct, "original, every scale's preview and the result in one picture")
+    reconstruct = _command(
+        words, "reconstruct", commands.reconstruct, "original, every scale's preview and the result in one picture"
+    )
     reconstruct.add_argument("image", type=Path, metavar="IMAGE")
     _output(reconstruct, "the picture to write (default: side_by_side.png)")
     _engine(reconstruct)
@@ -87,7 +89,9 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bundle", metavar="PATH|NAME", help="the tokenizer: a directory, or a hub id")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group.add_argument("--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)")
+    group.add_argument(
+        "--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)"
+    )
 
 
 def _picture(parser: argparse.ArgumentParser) -> None:

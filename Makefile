@@ -1,0 +1,49 @@
+# Two commands do all their own set-up in .venv: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint bench clean
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $$($(PYTHON) --version) is too old; use Python 3.10 or newer: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: Python's venv module does not work; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+
+# Installed sets are remembered by stamps, so that a second run starts at once.
+$(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing the runtime and the exporter into $(VENV) (PyTorch included: some minutes)"
+	@$(PIP) --editable '.[cpu,export]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.export
+	@$(PIP) --editable '.[cpu,hub,export,dev]'
+	@touch $@
+
+install: $(VENV)/.dev ## everything for working on the project, into .venv
+
+demo: $(VENV)/.export ## export a full-size tokenizer, then tokenize and reconstruct a photo
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev ## the everyday tests, minutes
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev ## the runtime against eager PyTorch on this machine; writes benchmarks/results/
+	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
+
+clean: ## remove .venv, caches and what the demo made
+	rm -rf $(VENV) bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis
