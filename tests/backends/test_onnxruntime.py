@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tokenflow_sdk.backends import onnxruntime as backend
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession, available_cores
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
+
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def open_graph(bundle: Path, name: str, **options: object) -> OnnxRuntimeSession:
+    entry = Bundle.open(bundle).graph(name)
+    return OnnxRuntimeSession(bundle / entry.files[0].name, entry, SessionOptions(**options))  # type: ignore[arg-type]
+
+
+def test_runs_a_graph(mini_bundle: Path) -> None:
+    with open_graph(mini_bundle, "features", device="cpu", threads=1) as session:
+        assert session.device == "cpu"
+        found = session.run({"code_indices": np.zeros((3, 30), np.int32)})
+        assert found["features"].shape == (3, 16, 40)
+    session.close()
+
+
+def test_binding_gives_what_running_gives(mini_bundle: Path) -> None:
+    """The path taken on a GPU, here with the CPU as the bound device."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    with open_graph(mini_bundle, "encode", device="cpu", threads=1) as session:
+        plain = session.run({"images": images})
+        bound = session._infer_bound({"images": images}, ("latent", "code_indices"))
+        assert np.array_equal(bound[0], plain["latent"])
+        assert np.array_equal(bound[1], plain["code_indices"])
+
+
+def test_missing_onnxruntime_says_how_to_install_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'tokenflow-sdk\[cpu\]'"):
+        open_graph(mini_bundle, "features")
+
+
+@pytest.mark.parametrize("providers", [("NoSuchExecutionProvider",), ()])
+def test_unknown_providers_are_named(mini_bundle: Path, providers: tuple[str, ...]) -> None:
+    with pytest.raises(ArgumentError, match="It has: .*CPUExecutionProvider"):
+        open_graph(mini_bundle, "features", providers=providers)
+
+
+def test_providers_override_the_device(mini_bundle: Path) -> None:
+    with open_graph(mini_bundle, "features", providers=("CPUExecutionProvider",)) as session:
+        assert session.device == "cpu"
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has a CUDA provider")
+def test_cuda_without_a_cuda_build_says_what_to_install(mini_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"no CUDA provider.*tokenflow-sdk\[gpu\]"):
+        open_graph(mini_bundle, "features", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="onnxruntime has no CUDA provider here")
+def test_cuda_agrees_with_the_cpu(mini_bundle: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    with open_graph(mini_bundle, "encode", device="cpu") as cpu, open_graph(mini_bundle, "encode", device="cuda") as cuda:
+        expected, found = cpu.run({"images": images}), cuda.run({"images": images})
+    assert np.abs(expected["latent"] - found["latent"]).max() < 1e-2
+
+
+def test_a_file_that_is_no_graph_is_named(bundle_copy: Path) -> None:
+    entry = Bundle.open(bundle_copy).graph("features")
+    (bundle_copy / "features.onnx").write_bytes(b"nonsense")
+    with pytest.raises(BackendError, match=r"cannot load features\.onnx"):
+        OnnxRuntimeSession(bundle_copy / "features.onnx", entry, SessionOptions())
+
+
+def test_an_engines_failure_is_a_backend_error(mini_bundle: Path) -> None:
+    with open_graph(mini_bundle, "features") as session, pytest.raises(BackendError, match="onnxruntime failed"):
+        session._infer({"code_indices": np.zeros((1, 7), np.int32)}, ("features",))
+
+
+def test_the_cores_of_this_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
+        assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available_cores() == 1
+
+
+def test_an_application_with_an_arena_of_its_own_keeps_it(mini_bundle: Path) -> None:
+    script = (
+        "import onnxruntime as ort, sys\n"
+        "info = ort.OrtMemoryInfo('Cpu', ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)\n"
+        "ort.create_and_register_allocator(info, None)\n"
+        "from tokenflow_sdk import Tokenizer\n"
+        "print(Tokenizer.from_pretrained(sys.argv[1]).load('features').device)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, mini_bundle], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("cpu\n", 0), done.stderr
+
+
+def test_importing_the_backend_does_not_import_the_engine() -> None:
+    script = f"import sys, {backend.__name__}; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+
+from tokenflow_sdk import errors
+
+
+def test_all_names_every_error() -> None:
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert set(errors.__all__) == defined
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    """Depth in the drawing is distance from TokenFlowError, and each line hangs under its base."""
+    stack: list[type] = []
+    drawn = set()
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"    ([│ ├└─]*)(\w+Error)\b", line)
+        if not found:
+            continue
+        depth, error = len(found[1]) // 4, getattr(errors, found[2])
+        stack[depth:] = [error]
+        drawn.add(found[2])
+        assert len(stack) == depth + 1
+        if depth:
+            assert stack[depth - 1] in error.__bases__
+    assert drawn == set(errors.__all__)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_says_what_and_what_to_do(name: str) -> None:
+    error = getattr(errors, name)("It broke.", "Mend it.")
+    assert str(error) == "It broke. Mend it."
+    assert (error.message, error.hint) == ("It broke.", "Mend it.")
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - across process pools
+    assert str(again) == str(error)
+    with pytest.raises(TypeError):
+        getattr(errors, name)("It broke.")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tokenflow_sdk import files
+from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.files import write_atomic
+
+
+def test_writes_with_the_mode_that_open_would_give(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", b"one")
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomic(tmp_path / "a", b"old")
+
+    class FailingFile:
+        def __init__(self, handle: int, mode: str) -> None:
+            os.close(handle)
+
+        def __enter__(self) -> FailingFile:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def write(self, data: bytes) -> None:
+            raise failure
+
+    monkeypatch.setattr(files.os, "fdopen", FailingFile)
+    expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left" if expected is OutputError else None):
+        write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        write_atomic(tmp_path / "a", b"one")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.mini import export_mini, mini_model
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.errors import CorruptBundleError, ParityError
+from tokenflow_sdk.parity import TIE_DISTANCE, Reference, check_parity, scale_cells
+
+
+@pytest.fixture(scope="module")
+def reference(mini_bundle: Path) -> Reference:
+    return Reference.load(Bundle.open(mini_bundle))
+
+
+@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip"])
+def test_an_exported_bundle_reproduces_pytorch(kind: str, mini_bundles: Callable[[str], Path]) -> None:
+    seen: list[float] = []
+    with Tokenizer.from_pretrained(mini_bundles(kind)) as tokenizer:
+        report = check_parity(tokenizer, progress=seen.append)
+    assert report.failures == []
+    assert report.equal_codes > 0.9
+    assert len(report.agreement) == 4
+    assert seen[-1] == 1.0
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_the_slow_search_is_the_encode_graphs(tokenizer: Tokenizer, reference: Reference) -> None:
+    for i, image in enumerate(reference.images):
+        latent = tokenizer.latent(image[None])[0]
+        slow = np.concatenate([nearest for _, nearest in scale_cells(latent, reference.codebook, tokenizer.config)])
+        assert np.array_equal(slow, tokenizer.encode_array(image[None])[0])
+        assert np.array_equal(slow, reference.code_indices[i])
+
+
+def test_another_encoder_is_found_out(mini_bundle: Path, reference: Reference, tmp_path: Path) -> None:
+    """A bundle whose latents are off by one part in fifty flips codes, and the report says where and how far."""
+    model = mini_model("clip")
+    model.quant_conv.weight.data *= 1 + 0.02 * np.sin(np.arange(8)).reshape(8, 1, 1, 1).astype(np.float32)
+    with Tokenizer.from_pretrained(export_mini(model, tmp_path / "other")) as tokenizer:
+        report = check_parity(tokenizer, reference)
+    assert min(report.agreement) < 1
+    assert max(flip.margin for flip in report.flips) > TIE_DISTANCE
+    assert all(flip.expected != flip.got for flip in report.flips)
+    with pytest.raises(ParityError, match="This engine does not reproduce PyTorch: a code flipped at a margin of"):
+        report.require("This engine")
+
+
+def test_every_bar_is_checked(tokenizer: Tokenizer, reference: Reference) -> None:
+    off = [
+        (replace(reference, features=reference.features + 0.01), "features differ by 1.0e-02"),
+        (replace(reference, semantic=reference.semantic + 0.1), "semantic features differ by 1.0e-01"),
+        (replace(reference, decoded=255 - reference.decoded), "decoded pictures agree to"),
+    ]
+    for changed, words in off:
+        assert [text for text in check_parity(tokenizer, changed).failures if words in text]
+    assert check_parity(tokenizer, reference).failures == []
+
+
+def test_a_flip_between_equally_near_codes_is_no_failure(tokenizer: Tokenizer, reference: Reference) -> None:
+    """The same code stored twice in the codebook: either is right."""
+    codes = reference.code_indices.copy()
+    codebook = np.concatenate([reference.codebook, reference.codebook[codes[0, -1]][None]])
+    codes[0, -1] = len(codebook) - 1
+    report = check_parity(tokenizer, replace(reference, codebook=codebook, code_indices=codes, images=reference.images[:1]))
+    flips = [flip for flip in report.flips if flip.position == 15 and flip.scale == 3]
+    assert flips
+    assert all(abs(flip.margin) < TIE_DISTANCE for flip in flips)
+
+
+def test_a_damaged_reference_is_named(mini_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(mini_bundle, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    (tmp_path / "b" / "reference.npz").write_bytes(b"x" * bundle.reference.size)
+    with pytest.raises(CorruptBundleError, match="reference.npz is damaged"):
+        Reference.load(bundle)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.fakes import FakeSession, fake_bundle
+from tokenflow_sdk import Codes, Tokenizer
+from tokenflow_sdk.backends.base import Session, SessionOptions
+from tokenflow_sdk.config import GraphEntry
+from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, ImageShapeError
+
+PHOTO = ROOT / "examples" / "chelsea.jpg"
+
+
+@pytest.fixture
+def made() -> list[FakeSession]:
+    return []
+
+
+@pytest.fixture
+def fake(made: list[FakeSession]) -> Tokenizer:
+    def open_session(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        made.append(FakeSession(path, entry, options))
+        return made[-1]
+
+    return Tokenizer(fake_bundle(), batch_limit=2, open_session=open_session)
+
+
+def crops(count: int, size: int) -> np.ndarray:
+    photo = Image.open(PHOTO).convert("RGB")
+    boxes = [(7 * i, 5 * i, 7 * i + 150, 5 * i + 150) for i in range(count)]
+    return np.stack([np.asarray(photo.crop(box).resize((size, size))) for box in boxes])
+
+
+def test_graphs_load_on_first_use_and_once(fake: Tokenizer, made: list[FakeSession]) -> None:
+    assert made == []
+    assert fake.device == "not loaded"
+    codes = fake.encode(np.full((8, 8, 3), 7, np.uint8))
+    fake.encode(np.zeros((8, 8, 3), np.uint8))
+    assert len(made) == 1
+    fake.load()
+    assert len(made) == 3
+    assert codes.indices.tolist() == [7] * 5
+    assert fake.device == "cpu"
+
+
+def test_large_batches_are_split(fake: Tokenizer, made: list[FakeSession]) -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    assert fake.encode_array(images)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert made[0].calls == [(2, ("code_indices",)), (2, ("code_indices",)), (1, ("code_indices",))]
+    assert [codes.indices[0] for codes in fake.encode_batch(list(images))] == [0, 1, 2, 3, 4]
+    assert fake.encode_batch([]) == []
+    assert fake.decode_batch([]) == []
+    assert fake.decode_array(np.full((3, 5), 9, np.int32)).shape == (3, 8, 8, 3)
+
+
+def test_encode_batch_takes_any_iterable_and_reads_it_batch_by_batch(fake: Tokenizer, made: list[FakeSession]) -> None:
+    seen = []
+
+    def pictures():
+        for i in range(3):
+            seen.append((i, len(made[0].calls) if made else 0))
+            yield np.full((8, 8), i, np.uint8)
+
+    assert len(fake.encode_batch(pictures())) == 3
+    assert seen == [(0, 0), (1, 0), (2, 1)]
+
+
+def test_partial_codes_are_padded_with_absent_scales(fake: Tokenizer) -> None:
+    whole = fake.codes(np.array([9, 1, 2, 3, 4]))
+    assert fake.features(whole.truncate(1))[:, 0].tolist() == [9, -1, -1, -1]
+    assert np.asarray(fake.decode(whole.truncate(1))).max() == 9
+    assert fake.decode_array(np.array([[9]])).max() == 9
+    assert [picture.size for picture in fake.decode_batch([whole, whole.truncate(1)])] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "words"),
+    [
+        (np.zeros((1, 5)), ArrayError, "float64"),
+        (np.zeros(5, int), ArrayError, r"codes\[None\]"),
+        (np.zeros((0, 5), int), ArrayError, "B >= 1"),
+        (np.zeros((1, 4), int), CodesRangeError, "Valid lengths are 1, 5"),
+        (np.full((1, 5), 256), CodesRangeError, r"Code 256 at \[0, 0\].*0 \.\. 255"),
+        (np.array([[0, 1, -2, 3, 4]]), CodesRangeError, r"Code -2 at \[0, 2\]"),
+        (np.array([[0, 1, -1, 3, 4]]), CodesRangeError, "Scale 2 is absent .* in part"),
+        (np.full((1, 5), 2**33), CodesRangeError, "Code 8589934592"),
+    ],
+)
+def test_code_arrays_that_cannot_be_decoded(fake: Tokenizer, indices: np.ndarray, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fake.decode_array(indices)
+
+
+def test_codes_of_another_tokenizer_are_refused(fake: Tokenizer) -> None:
+    other = Codes(np.zeros(5, int), (1, 2), 256, "other", "cd" * 32)
+    for use in (fake.decode, fake.features, fake.semantic):
+        with pytest.raises(CodebookMismatchError, match=r"made by other .*not by fake"):
+            use(other)
+    with pytest.raises(ArgumentError, match="Expected Codes, got str"):
+        fake.decode("p.tfc")  # type: ignore[arg-type]
+
+
+def test_closed_tokenizers_say_so(fake: Tokenizer, made: list[FakeSession]) -> None:
+    with fake:
+        fake.load("encode")
+    fake.close()
+    assert made[0].closed == 1
+    with pytest.raises(ArgumentError, match="closed"):
+        fake.encode(np.zeros((8, 8), np.uint8))
+
+
+def test_options_that_cannot_work(mini_bundle: Path) -> None:
+    with pytest.raises(ArgumentError, match="batch_limit=0"):
+        Tokenizer.from_pretrained(mini_bundle, batch_limit=0)
+    with pytest.raises(ArgumentError, match="device"):
+        Tokenizer.from_pretrained(mini_bundle, device="gpu")
+
+
+def test_a_photo_goes_through(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    codes = tokenizer.encode(PHOTO)
+    assert (len(codes), codes.variant, codes.complete) == (30, "mini_clip", True)
+    assert tokenizer.encode(PHOTO.read_bytes()) == codes
+    picture = tokenizer.decode(codes)
+    assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    assert tokenizer.reconstruct(PHOTO).tobytes() == picture.tobytes()
+    assert tokenizer.features(codes).shape == (16, 40)
+    assert tokenizer.semantic(codes).shape == (16, 20)
+    assert {array.dtype for array in (tokenizer.features(codes), tokenizer.semantic(codes))} == {np.dtype(np.float32)}
+    codes.save(tmp_path / "p.tfc")
+    assert tokenizer.decode(Codes.load(tmp_path / "p.tfc")).tobytes() == picture.tobytes()
+    assert tokenizer.encode(PHOTO, preprocess="squash") != codes
+
+
+@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip"])
+def test_batches_and_single_pictures_give_the_same_codes(kind: str, mini_bundles: Callable[[str], Path]) -> None:
+    with (
+        Tokenizer.from_pretrained(mini_bundles(kind), threads=2, batch_limit=3) as batched,
+        Tokenizer.from_pretrained(mini_bundles(kind), threads=2) as single,
+    ):
+        images = crops(7, single.config.image_size)
+        codes = single.encode_array(images)
+        assert np.array_equal(batched.encode_array(images), codes)
+        assert np.array_equal(single.encode_array(images), codes)
+        assert np.array_equal(np.concatenate([single.encode_array(image[None]) for image in images]), codes)
+        assert np.abs(batched.decode_array(codes).astype(int) - single.decode_array(codes)).max() <= 1
+        assert len(np.unique(codes)) > 10
+
+
+def test_threads_may_share_a_tokenizer(mini_bundle: Path) -> None:
+    images = crops(8, 64)
+    with Tokenizer.from_pretrained(mini_bundle, threads=1) as tokenizer:
+        found: dict[int, np.ndarray] = {}
+
+        def work(i: int) -> None:
+            found[i] = tokenizer.decode_array(tokenizer.encode_array(images[i : i + 1]))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = tokenizer.decode_array(tokenizer.encode_array(images))
+    assert np.array_equal(np.concatenate([found[i] for i in range(8)]), expected)
+
+
+def test_arrays_of_the_wrong_size_point_to_encode_batch(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ImageShapeError, match="32x32; this tokenizer takes 64x64.*encode_batch"):
+        tokenizer.encode_array(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_repr_is_for_people(tokenizer: Tokenizer) -> None:
+    assert repr(tokenizer) == "Tokenizer(mini_clip: 64 px, 4 scales, 30 codes of 500)"
