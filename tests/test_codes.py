@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import io
 import os
+import pickle
 import stat
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -75,6 +77,43 @@ def test_codes_are_immutable_and_independent_of_their_source() -> None:
     assert codes.indices[0] == 0
 
 
+def test_nobody_can_make_codes_writable() -> None:
+    source = np.arange(21, dtype=np.int32)
+    view = source.view()
+    view.flags.writeable = False
+    codes = make(indices=view)
+    source[0] = 77
+    again = pickle.loads(pickle.dumps(codes))  # noqa: S301 - across process pools
+    for same in (codes, again, copy.copy(codes), copy.deepcopy(codes), codes.truncate(3)):
+        assert same == codes
+        assert same.indices.tolist() == list(range(21))
+        for array in (same.indices, same.scale(1), np.asarray(same)):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                array.flags.writeable = True
+
+
+def test_truncate_shares_the_array() -> None:
+    codes = make()
+    assert np.shares_memory(codes.truncate(2).indices, codes.indices)
+
+
+def test_arrays_over_bytes_are_shared_only_as_contiguous_int32() -> None:
+    narrow, wide = (np.frombuffer(np.arange(21).astype(dtype).tobytes(), dtype) for dtype in (np.int32, np.int64))
+    assert np.shares_memory(make(indices=narrow).indices, narrow)
+    for array in (narrow[::-1], wide):
+        codes = make(indices=array)
+        assert codes.indices.tolist() == array.tolist()
+        assert codes.indices.flags.c_contiguous
+        assert not codes.indices.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i4", "u8"])
+def test_every_integer_dtype_is_taken(dtype: str) -> None:
+    codes = make(indices=np.arange(21).astype(dtype))
+    assert codes.indices.dtype == np.int32
+    assert codes == make(indices=list(range(21))) == make(indices=codes)
+
+
 def test_equality_and_hash() -> None:
     assert make() == make()
     assert hash(make()) == hash(make())
@@ -96,12 +135,19 @@ def test_numpy_sees_the_indices() -> None:
     changed = np.array(codes)
     changed[0] = 9
     assert codes.indices[0] == 0
+    assert np.shares_memory(np.asarray(codes), codes.indices)
     with pytest.raises(ValueError, match="copy"):
         codes.__array__(np.int64, copy=False)
 
 
 def test_repr_is_for_people() -> None:
-    assert repr(make(2)) == f"Codes(mini: 5 codes in 2 of 3 scales up to 2 x 2, {len(make(2).to_bytes())} bytes, codebook {ID})"
+    assert repr(make(2)) == f"Codes(mini: 5 codes in 2 of 3 scales up to 2 x 2, 9 bits a code, 48 bytes, codebook {ID})"
+    assert repr(make()) == f"Codes(mini: 21 codes in 3 scales up to 4 x 4, 9 bits a code, 70 bytes, codebook {ID})"
+
+
+def test_scale_ends_are_the_sizes_of_the_files_cut_there() -> None:
+    assert make().scale_ends == [len(make().truncate(n).to_bytes()) for n in (1, 2, 3)]
+    assert make(2).scale_ends == make().scale_ends[:2]
 
 
 @pytest.mark.parametrize(
@@ -113,12 +159,14 @@ def test_repr_is_for_people() -> None:
         (np.r_[np.zeros(20, int), 500], CodesRangeError, r"Code 500 at position 20.*0 \.\. 499"),
         (np.r_[-1, np.zeros(20, int)], CodesRangeError, "Code -1 at position 0"),
         (np.full(21, 2**40), CodesRangeError, "Code 1099511627776"),
-        (np.zeros(20, int), CodesRangeError, "20 codes.*1, 5, 21"),
-        (np.zeros(0, int), CodesRangeError, "0 codes"),
-        (np.zeros(22, int), CodesRangeError, "22 codes"),
+        (np.zeros(20, int), CodesRangeError, r"20 codes .*Give 5 \(2 of 3 scales\) or 21 \(3 of 3 scales\)"),
+        (np.zeros(0, int), CodesRangeError, r"0 codes .*Give 1 \(1 of 3 scales\)\."),
+        (np.zeros(22, int), CodesRangeError, r"22 codes .*Give 21 \(3 of 3 scales\)\."),
+        ([[0], [1, 2]], ArrayError, "cannot become an array"),
+        (None, ArrayError, "not object"),
     ],
 )
-def test_bad_indices_are_named(indices: np.ndarray, error: type[Exception], words: str) -> None:
+def test_bad_indices_are_named(indices: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make(indices=indices)
 
@@ -131,7 +179,9 @@ def test_bad_indices_are_named(indices: np.ndarray, error: type[Exception], word
         {"patch_nums": (0,)},
         {"variant": ""},
         {"variant": "a/b"},
+        {"variant": "\ud800"},
         {"codebook_id": "xyz"},
+        {"codebook_id": ID[:15]},
     ],
 )
 def test_sizes_and_names_that_no_file_could_hold_are_refused(changes: dict[str, object]) -> None:
@@ -139,11 +189,30 @@ def test_sizes_and_names_that_no_file_could_hold_are_refused(changes: dict[str, 
         make(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"codebook_size": 500.0}, {"patch_nums": (1.0, 2, 4)}, {"patch_nums": 1}, {"variant": 7}, {"codebook_id": None}]
+)
+def test_names_and_sizes_of_the_wrong_type_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match="wrong type"):
+        make(**changes)
+
+
+def test_sizes_may_be_numpy_integers() -> None:
+    codes = make(codebook_size=np.int64(500), patch_nums=np.array(PATCH_NUMS))
+    assert codes == make()
+    assert hash(codes) == hash(make())
+    assert type(codes.codebook_size) is type(codes.patch_nums[0]) is int
+
+
 def test_codes_of_another_tokenizer_are_refused() -> None:
     make().require("mini", ID + "0" * 48, 500, PATCH_NUMS)
     make().require("renamed", ID, 500, PATCH_NUMS)
-    for wrong in (("mini", "f" * 64, 500, PATCH_NUMS), ("mini", ID, 512, PATCH_NUMS), ("mini", ID, 500, (1, 2, 3))):
-        with pytest.raises(CodebookMismatchError, match=f"made by mini.*{ID}.*bundle that encoded them"):
+    for wrong, words in (
+        (("other", "f" * 64, 500, PATCH_NUMS), "not by other .codebook f{16} of 500, scales 1 2 4"),
+        (("mini", ID, 512, PATCH_NUMS), f"not by mini .codebook {ID} of 512, scales 1 2 4"),
+        (("mini", ID, 500, (1, 2, 3)), f"not by mini .codebook {ID} of 500, scales 1 2 3"),
+    ):
+        with pytest.raises(CodebookMismatchError, match=f"made by mini .codebook {ID} of 500, scales 1 2 4.*{words}.*bundle"):
             make().require(*wrong)
 
 
@@ -158,7 +227,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     codes.save(path)
     assert stat.S_IMODE(path.stat().st_mode) & 0o400
     assert Codes.load(path) == Codes.load(str(path)) == Codes.load(path.read_bytes()) == codes
-    assert Codes.load(io.BytesIO(path.read_bytes())) == codes
+    for kind in (bytearray, memoryview, io.BytesIO):
+        assert Codes.load(kind(path.read_bytes())) == codes
     make(2).save(path)
     assert Codes.load(path) == make(2)
     assert os.listdir(tmp_path) == ["p.tfc"]
@@ -174,9 +244,42 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.tfc", tmp_path):
         with pytest.raises(CodesReadError, match=f"{path.name}.*cannot be read"):
             Codes.load(path)
-    (tmp_path / "x.tfc").write_bytes(b"\x89PNG")
-    with pytest.raises(CorruptCodesError, match="not a file of TokenFlow codes"):
-        Codes.load(tmp_path / "x.tfc")
+    with pytest.raises(CodesReadError, match="null"):
+        Codes.load("a\0.tfc")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.tfc"
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(CorruptCodesError, match=r"x\.tfc is not a file of TokenFlow codes"):
+        Codes.load(path)
+    with path.open("rb") as file, pytest.raises(CorruptCodesError, match=r"x\.tfc is not"):
+        Codes.load(file)
+    with pytest.raises(CorruptCodesError, match="<4 bytes> is not"):
+        Codes.load(path.read_bytes())
+
+
+def test_file_objects_may_give_less_than_asked_for() -> None:
+    class Pipe(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(7, size or 7))
+
+    assert Codes.load(Pipe(make().to_bytes())) == make()
+
+
+def test_unusable_file_objects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tfc"
+    path.write_text("TFC")
+    with path.open() as text, pytest.raises(CodesReadError, match=r"x\.tfc cannot be read.*binary mode"):
+        Codes.load(text)  # type: ignore[arg-type]
+    with path.open("rb") as closed:
+        pass
+    with pytest.raises(CodesReadError, match="closed file"):
+        Codes.load(closed)
+    with path.open("ab") as append, pytest.raises(CodesReadError, match=r"cannot be read: (?!None)"):
+        Codes.load(append)
+    with pytest.raises(ArgumentError, match="cannot be loaded from ndarray"):
+        Codes.load(np.zeros(21))  # type: ignore[arg-type]
 
 
 def test_nothing_is_left_where_nothing_can_be_written(tmp_path: Path) -> None:

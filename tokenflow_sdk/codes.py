@@ -180,7 +180,7 @@ class Codes:
         scales = f"{self.n_scales} scales" if self.complete else f"{self.n_scales} of {len(self.patch_nums)} scales"
         finest = self.patch_nums[self.n_scales - 1]
         return (
-            f"Codes({self.variant}: {len(self)} codes of {self.header.bits} bits in {scales} up to {finest} x {finest}, "
+            f"Codes({self.variant}: {len(self)} codes in {scales} up to {finest} x {finest}, {self.header.bits} bits a code, "
             f"{self.scale_ends[-1]:,} bytes, codebook {self.codebook_id})"
         )
 
@@ -225,7 +225,7 @@ def _checked_indices(indices: ArrayLike, header: tfc.Header) -> NDArray[np.integ
     lengths = _lengths(header.patch_nums)
     if len(array) not in lengths:
         below, above = [n for n in lengths if n < len(array)][-1:], [n for n in lengths if n > len(array)][:1]
-        near = " or ".join(f"{n} codes ({lengths.index(n) + 1} of {len(lengths)} scales)" for n in below + above)
+        near = " or ".join(f"{n} ({lengths.index(n) + 1} of {len(lengths)} scales)" for n in below + above)
         raise CodesRangeError(f"{len(array)} codes are no whole number of {header.variant}'s scales.", f"Give {near}.")
     return array
 
@@ -236,7 +236,7 @@ def _immutable(array: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if isinstance(owner, bytes) and array.dtype == np.int32 and array.flags.c_contiguous and array.flags.aligned:
-        return array
+        return array.astype(np.int32, copy=False)
     return np.frombuffer(array.astype(np.int32).tobytes(), np.int32)
 
 

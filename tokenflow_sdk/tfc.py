@@ -27,8 +27,8 @@ MAX_BYTES = 8 * 2**20
 
 _FIXED = struct.Struct("<3sBIB8sBB")
 _CRC = struct.Struct("<I")
-# Control characters could steer the terminal that a name is shown on; lone surrogates have no UTF-8.
-_NAME = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+# A file's name for itself is shown on terminals and may be put into paths; lone surrogates have no UTF-8.
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
