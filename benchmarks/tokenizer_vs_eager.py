@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,7 +141,9 @@ def peak_memory(arguments: argparse.Namespace, side: str, graph: str) -> dict[st
 
 
 def peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Of this process since it was executed; getrusage would carry the parent's peak over."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def memory_figures(arguments: argparse.Namespace, graph: str) -> dict[str, int]:

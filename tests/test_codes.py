@@ -141,8 +141,8 @@ def test_numpy_sees_the_indices() -> None:
 
 
 def test_repr_is_for_people() -> None:
-    assert repr(make(2)) == f"Codes(mini: 5 codes in 2 of 3 scales up to 2 x 2, 9 bits a code, 48 bytes, codebook {ID})"
-    assert repr(make()) == f"Codes(mini: 21 codes in 3 scales up to 4 x 4, 9 bits a code, 70 bytes, codebook {ID})"
+    assert repr(make(2)) == f"Codes(mini: 5 codes of 9 bits in 2 of 3 scales up to 2 x 2, 48 bytes, codebook {ID})"
+    assert repr(make()) == f"Codes(mini: 21 codes of 9 bits in 3 scales up to 4 x 4, 70 bytes, codebook {ID})"
 
 
 def test_scale_ends_are_the_sizes_of_the_files_cut_there() -> None:
@@ -286,7 +286,7 @@ def test_nothing_is_left_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"missing.p\.tfc cannot be written: No such file"):
         make().save(tmp_path / "missing" / "p.tfc")
     (tmp_path / "directory.tfc").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="not a file that can be replaced"):
         make().save(tmp_path / "directory.tfc")
     assert os.listdir(tmp_path) == ["directory.tfc"]
     assert os.listdir(tmp_path / "directory.tfc") == []

@@ -25,19 +25,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 ) -> None:
     write_atomic(tmp_path / "a", b"old")
 
-    class FailingFile:
-        def __init__(self, handle: int, mode: str) -> None:
-            os.close(handle)
+    def fail(handle: int) -> None:
+        raise failure
 
-        def __enter__(self) -> FailingFile:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        def write(self, data: bytes) -> None:
-            raise failure
-
-    monkeypatch.setattr(files.os, "fdopen", FailingFile)
+    monkeypatch.setattr(files.os, "fsync", fail)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="No space left" if expected is OutputError else None):
         write_atomic(tmp_path / "a", b"new")
@@ -50,3 +41,12 @@ def test_a_read_only_directory_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied"):
         write_atomic(tmp_path / "a", b"one")
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """As root, a rename would replace the device itself."""
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OutputError, match="is not a file that can be replaced"):
+            write_atomic(target, b"one")
+    assert os.listdir(tmp_path) == ["pipe"]

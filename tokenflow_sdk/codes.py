@@ -180,7 +180,7 @@ class Codes:
         scales = f"{self.n_scales} scales" if self.complete else f"{self.n_scales} of {len(self.patch_nums)} scales"
         finest = self.patch_nums[self.n_scales - 1]
         return (
-            f"Codes({self.variant}: {len(self)} codes in {scales} up to {finest} x {finest}, {self.header.bits} bits a code, "
+            f"Codes({self.variant}: {len(self)} codes of {self.header.bits} bits in {scales} up to {finest} x {finest}, "
             f"{self.scale_ends[-1]:,} bytes, codebook {self.codebook_id})"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from tokenflow_sdk.errors import CorruptBundleError
+from tokenflow_sdk.tfc import Header
 
 __all__ = ["FileEntry", "GraphEntry", "TensorSpec", "TokenizerConfig"]
 
@@ -132,8 +133,10 @@ class TokenizerConfig:
             _require(type(values[key]) is int and 0 < values[key] < 2**31, where, f"gives {key} as {values[key]!r}")
         sides = values["patch_nums"]
         ascending = isinstance(sides, list) and bool(sides) and all(type(s) is int for s in sides) and sides == sorted(sides)
-        _require(ascending and sides[0] > 0 and sides[-1] <= 1024, where, f"gives patch_nums as {sides!r}")
+        _require(ascending, where, f"gives patch_nums as {sides!r}")
         _require(values["preprocess"] in ("crop", "squash", "pad"), where, f"asks to {values['preprocess']!r} pictures")
         for key in ("variant", "codebook_sha256"):
-            _require(isinstance(values[key], str) and bool(values[key]), where, f"has no {key}")
+            _require(isinstance(values[key], str), where, f"has no {key}")
+        header = Header(values["variant"], values["codebook_sha256"][:16], values["codebook_size"], tuple(sides))
+        _require(header.problem() is None, where, f"claims {header.problem()}")
         return cls(**values | {"patch_nums": tuple(sides)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from tokenflow_sdk.errors import OutputError
@@ -18,26 +18,20 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         OutputError: the directory is missing or read-only, the disk is full, or `path` is a directory.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}-", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is not a file that can be replaced.", "Choose another output.")
+        with temporary.open("xb") as file:
             file.write(data)
-        temporary.chmod(_default_mode())
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-        temporary = None
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror}.", "Choose another output, or check its directory and the free space."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _default_mode() -> int:
-    """What open() would have given a new file; mkstemp gives its owner alone access."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+        temporary.unlink(missing_ok=True)

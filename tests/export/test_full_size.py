@@ -1,0 +1,124 @@
+"""Released sizes, stand-in weights: every variant the whole way, and `clipb_256` against the released code's outputs."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.checkpoints import load_model, read_state_dict
+from export.config import VARIANTS
+from export.standin import standin_arrays
+from tests.conftest import DATA, ROOT
+from tests.mini import export_mini
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.images import psnr
+from tokenflow_sdk.parity import TIE_DISTANCE, Reference, check_parity, scale_cells
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def released() -> dict[str, np.ndarray]:
+    """Outputs of the released code on the stand-in weights of `clipb_256`, for one picture."""
+    with np.load(DATA / "clipb_256_expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tokenflow_clipb_32k_enhanced.pt"
+    command = [sys.executable, "-m", "export", "standin", "--variant", "clipb_256", "--out", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def readme_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The README's export command, and the peak memory of its process in bytes."""
+    directory = tmp_path_factory.mktemp("work")
+    (directory / checkpoint.name).symlink_to(checkpoint)
+    words = re.search(r"^python -m (export tokenizer .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert words
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", *words[1].split()], cwd=directory, env=environment, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return directory / "bundles" / "released", peak
+
+
+@pytest.fixture(scope="module")
+def full_size(readme_export: tuple[Path, int]) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(readme_export[0]) as tokenizer:
+        yield tokenizer
+
+
+def test_the_eager_model_is_the_released_code(checkpoint: Path, released: dict[str, np.ndarray]) -> None:
+    model = load_model(read_state_dict(checkpoint), VARIANTS["clipb_256"])
+    with torch.inference_mode():
+        codes, features = model.encode(torch.from_numpy(released["image"])[None])
+        assert np.array_equal(codes[0].numpy(), released["code_indices"])
+        assert np.abs(features[0].numpy() - released["features"]).max() < 1e-3
+        assert psnr(model.decode(codes)[0].numpy(), released["reconstruction"]) >= 55
+        assert np.abs(model.semantic(codes)[0].numpy() - released["semantic"].astype(np.float32)).max() < 1e-2
+
+
+def test_the_bundle_is_the_released_code(full_size: Tokenizer, released: dict[str, np.ndarray]) -> None:
+    picture = Image.fromarray(released["image"])
+    codes = full_size.encode(picture)
+    differing = np.flatnonzero(codes.indices != released["code_indices"])
+    if len(differing):
+        # Only a tie may differ, in the first scale that does.
+        reference = Reference.load(full_size.bundle)
+        latent = full_size.latent(released["image"][None])[0]
+        start = 0
+        for cells, _ in scale_cells(latent, reference.codebook, full_size.config, released["code_indices"]):
+            at = differing[(differing >= start) & (differing < start + len(cells))] - start
+            if len(at):
+                theirs, ours = released["code_indices"][start + at], codes.indices[start + at]
+                margins = 2 * np.einsum("ij,ij->i", cells[at], reference.codebook[theirs] - reference.codebook[ours])
+                assert np.abs(margins).max() < TIE_DISTANCE
+                break
+            start += len(cells)
+    expected = full_size.codes(released["code_indices"])
+    features = full_size.features(expected).T.reshape(40, 16, 16)
+    assert np.abs(features - released["features"]).max() < 1e-3
+    assert psnr(np.asarray(full_size.decode(expected)), released["reconstruction"]) >= 55
+    assert np.abs(full_size.semantic(expected) - released["semantic"].astype(np.float32)).max() < 1e-2
+
+
+def test_batches_and_single_pictures_give_the_same_codes(full_size: Tokenizer, released: dict[str, np.ndarray]) -> None:
+    images = np.stack([released["image"], released["image"][::-1], released["image"][:, ::-1]])
+    with Tokenizer(full_size.bundle, batch_limit=3) as batched:
+        codes = batched.encode_array(images)
+        assert np.array_equal(codes, full_size.encode_array(images))
+        assert np.array_equal(codes, batched.encode_array(images))
+
+
+def test_exporting_takes_less_than_four_times_the_checkpoints_memory(readme_export: tuple[Path, int], checkpoint: Path) -> None:
+    assert readme_export[1] < 4 * checkpoint.stat().st_size
+
+
+@pytest.mark.parametrize("variant", ["clipb_224", "vitamin_256", "siglip_384"])
+def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path) -> None:
+    """The export checks itself; the runtime then repeats the check from the files alone, on a photo's crop as well."""
+    config = VARIANTS[variant]
+    state = {key: torch.from_numpy(array) for key, array in standin_arrays(config)}
+    model = load_model(state, config)
+    bundle = export_mini(model, tmp_path / variant)
+    with Tokenizer.from_pretrained(bundle) as tokenizer, torch.inference_mode():
+        report = check_parity(tokenizer)
+        assert report.failures == []
+        photo = tokenizer.preprocess(ROOT / "examples" / "chelsea.jpg")
+        codes, _ = model.encode(torch.from_numpy(photo)[None])
+        found = tokenizer.encode_array(photo[None])[0]
+        assert (found == codes[0].numpy()).mean() > 0.99
+        assert psnr(tokenizer.decode_array(codes.int().numpy())[0], model.decode(codes)[0].numpy()) >= 55

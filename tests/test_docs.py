@@ -1,0 +1,103 @@
+"""Every command and snippet that README and examples show is run; everything they link to exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/**/*.md")})
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def project(mini_bundle: Path, tmp_path: Path) -> Path:
+    """A directory that looks like the repository after `make demo`, with a small bundle in the large one's place."""
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+def run(command: list[object], directory: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(list(map(str, command)), cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_api_snippet_runs(project: Path) -> None:
+    (snippet,) = blocks("python")
+    assert len(snippet.splitlines()) <= 20
+    assert "30 codes" in run([sys.executable, "-c", snippet], project)
+    assert (project / "photo.tfc").exists()
+
+
+def test_every_command_runs(project: Path) -> None:
+    commands = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    makes = [words for words in commands if words[0] == "make"]
+    assert makes == [["make", "demo"], ["make", "test"]]
+    others = [words for words in commands if words[0] != "make"]
+    assert {words[1] for words in others} == {"encode", "decode", "reconstruct", "info", "verify", "bench"}
+    for words in others:
+        assert words[0] == "tokenflow"
+        run(words, project)
+    assert (project / "side_by_side.png").exists()
+    assert (project / "photo.png").exists()
+
+
+def test_the_console_lines_are_tested_elsewhere() -> None:
+    """The export command at full size (export/test_full_size.py), the install line with a built wheel (test_package.py)."""
+    starts = [" ".join(block.split()[:3]) for block in blocks("console")]
+    assert starts == ["python -m export", "pip install 'tokenflow-sdk[cpu]'"]
+
+
+def test_the_quickstart_runs(project: Path) -> None:
+    out = run([sys.executable, ROOT / "examples" / "quickstart.py", "bundles/clipb_256", "examples/chelsea.jpg"], project)
+    assert "(2, 30) (2, 64, 64, 3)" in out
+
+
+def test_the_demo_runs_on_a_bundle_that_is_there(project: Path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "examples" / "demo.py",
+        "--bundle",
+        project / "bundles" / "clipb_256",
+        "--out",
+        project / "out",
+    ]
+    out = run(command, project)
+    assert "30 codes" in out
+    assert sorted(path.name for path in (project / "out").iterdir()) == ["photo.tfc", "reconstruction.png", "side_by_side.png"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+    for target in re.findall(r"`((?:tokenflow_sdk|export|tests|benchmarks|examples|docs)/[\w/.-]+)`", document.read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_makefile_has_what_the_readme_names() -> None:
+    done = run(["make", "-s", "-C", ROOT, "help"], ROOT)
+    assert {line.split()[0] for line in done.splitlines()} == {
+        "install",
+        "demo",
+        "test",
+        "test-slow",
+        "lint",
+        "bench",
+        "clean",
+        "help",
+    }

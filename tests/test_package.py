@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tokenflow_sdk
+from tests.conftest import ROOT
+
+HEAVY = ("torch", "onnx", "onnxruntime", "rich", "export", "huggingface_hub", "argparse")
+
+
+def test_importing_the_sdk_imports_nothing_heavy() -> None:
+    script = f"import sys, tokenflow_sdk; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_using_the_sdk_never_imports_torch(mini_bundle: Path) -> None:
+    script = (
+        "import sys; from tokenflow_sdk import Tokenizer\n"
+        "tok = Tokenizer.from_pretrained(sys.argv[1]); tok.decode(tok.encode(sys.argv[2]))\n"
+        "import tokenflow_sdk.cli.parser, tokenflow_sdk.parity\n"
+        "print(sorted({'torch', 'onnx', 'export'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, mini_bundle, ROOT / "examples" / "chelsea.jpg"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_names_what_is_public() -> None:
+    assert sorted(tokenflow_sdk.__all__) == sorted(["Codes", "TokenFlowError", "Tokenizer", "__version__"])
+    assert all(hasattr(tokenflow_sdk, name) for name in tokenflow_sdk.__all__)
+
+
+@pytest.mark.slow
+def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, tmp_path: Path) -> None:
+    """What a device gets: the wheel and one engine, no repository and no torch."""
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "tokenflow_sdk/tokenizer.py" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_sdk"}
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "-c",
+        ROOT / "constraints.txt",
+        f"{wheel}[cpu]",
+    ]
+    subprocess.run(install, check=True)
+    photo = ROOT / "examples" / "chelsea.jpg"
+    command = [tmp_path / "venv" / "bin" / "tokenflow", "reconstruct", photo, "--bundle", mini_bundle, "-o", "out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "30 codes" in done.stdout
+    assert (tmp_path / "out.png").exists()
