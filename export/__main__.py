@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
 
 from export.config import VARIANTS
-from tokenflow_sdk.errors import OutputError, TokenFlowError
+from tokenflow_sdk.errors import MissingPackageError, OutputError, TokenFlowError
+
+_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "huggingface_hub")
 
 _DESCRIPTION = """\
 Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json that tokenflow_sdk runs without torch.
@@ -25,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console(stderr=True, highlight=False)
     try:
-        arguments.run(arguments)
+        with _naming_missing_packages():
+            arguments.run(arguments)
     except TokenFlowError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2
@@ -33,6 +38,19 @@ def main(argv: list[str] | None = None) -> int:
         console.print("interrupted; nothing was written", style="yellow")
         return 130
     return 0
+
+
+@contextmanager
+def _naming_missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRA:
+            raise
+        raise MissingPackageError(
+            f"{package} is not installed.", "Run `pip install -e '.[export]'` in the repository, as `make install` does."
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

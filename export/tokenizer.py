@@ -159,6 +159,8 @@ def _staging(out: Path, force: bool, needed: int) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block succeeds and disappears when it does not."""
     if out.exists() and not force:
         raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} is not a bundle, so it is not replaced.", "Choose another --out, or delete it yourself.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -177,6 +179,8 @@ def _staging(out: Path, force: bool, needed: int) -> Iterator[Path]:
         staging.chmod(0o755)
         _replace(staging, out)
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OutputError(f"{out} was made by another process meanwhile.", "Use that one, or give --force.") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise OutputError(
                 f"Writing {out} failed: {error.strerror}.", "Free some space, or choose an --out on another disk."

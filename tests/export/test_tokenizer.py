@@ -88,10 +88,27 @@ def test_an_existing_bundle_is_kept_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="b exists already.*--force"):
         export_mini(mini_model("clip"), tmp_path / "b")
     assert (tmp_path / "b" / "precious").exists()
+    with pytest.raises(OutputError, match="b is not a bundle, so it is not replaced"):
+        export_mini(mini_model("clip"), tmp_path / "b", force=True)
+    assert (tmp_path / "b" / "precious").exists()
+    (tmp_path / "b" / MANIFEST).write_text("an old one")
     export_mini(mini_model("clip"), tmp_path / "b", force=True)
     assert os.listdir(tmp_path) == ["b"]
     assert not (tmp_path / "b" / "precious").exists()
     Bundle.open(tmp_path / "b").verify()
+
+
+def test_of_two_exports_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(bundle: Bundle, report: object) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / MANIFEST).write_text("the other's")
+
+    monkeypatch.setattr(exporter, "_write_manifest", meanwhile)
+    monkeypatch.setattr(exporter, "_replace", lambda staging, out: staging.rename(out))
+    with pytest.raises(OutputError, match="b was made by another process meanwhile"):
+        export_mini(mini_model("clip"), tmp_path / "b")
+    assert (tmp_path / "b" / MANIFEST).read_text() == "the other's"
+    assert os.listdir(tmp_path) == ["b"]
 
 
 def test_too_little_room_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +155,15 @@ def test_mistakes_on_the_command_line_get_a_sentence(tmp_path: Path, capsys: pyt
     assert main(["standin", "--out", str(tmp_path / "text.pt")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["text.pt"]
+
+
+def test_without_torch_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "export.checkpoints")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["tokenizer", "--checkpoint", "c.pt", "--out", "b"]) == 2
+    assert "error: torch is not installed. Run `pip install -e '.[export]'`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["tokenizer"], ["standin"]])
