@@ -177,7 +177,7 @@ def _staging(out: Path, force: bool, needed: int) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
-        _replace(staging, out)
+        _move_in(staging, out, force)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise OutputError(f"{out} was made by another process meanwhile.", "Use that one, or give --force.") from error
@@ -190,8 +190,8 @@ def _staging(out: Path, force: bool, needed: int) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace(staging: Path, out: Path) -> None:
-    if not out.exists():
+def _move_in(staging: Path, out: Path, force: bool) -> None:
+    if not (force and out.exists()):
         staging.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
