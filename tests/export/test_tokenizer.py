@@ -104,7 +104,6 @@ def test_of_two_exports_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "b" / MANIFEST).write_text("the other's")
 
     monkeypatch.setattr(exporter, "_write_manifest", meanwhile)
-    monkeypatch.setattr(exporter, "_replace", lambda staging, out: staging.rename(out))
     with pytest.raises(OutputError, match="b was made by another process meanwhile"):
         export_mini(mini_model("clip"), tmp_path / "b")
     assert (tmp_path / "b" / MANIFEST).read_text() == "the other's"
