@@ -100,9 +100,10 @@ def random_codes(config) -> np.ndarray:
 
 def one_picture(arguments: argparse.Namespace) -> np.ndarray:
     from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
     from tokenflow_sdk.images import preprocess
 
-    config = Bundle.open(arguments.bundle).config
+    config = Bundle.open(arguments.bundle, TokenizerConfig).config
     return preprocess(ROOT / "examples" / "chelsea.jpg", config.image_size, config.preprocess)[None]
 
 

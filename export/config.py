@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["VARIANTS", "SemanticDecoderConfig", "SemanticEncoderConfig", "TokenizerConfig", "VqganConfig"]
+__all__ = ["VARIANTS", "SemanticDecoderConfig", "SemanticEncoderConfig", "TokenizerConfig", "TransformerConfig", "VqganConfig"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,23 @@ class TokenizerConfig:
     def normalized_input(self) -> bool:
         """Whether the semantic encoder reads normalised [0, 1] pixels (ViTamin, SigLIP) instead of x itself (CLIP)."""
         return self.semantic_encoder.kind != "clip"
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a language model's transformer; `output` norms are TokenFlow's text-to-image model, `pre` Llama and Qwen2."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float
+    rope_theta: float
+    norm_placement: Literal["output", "pre"]
+    qk_norm: bool
+    qkv_bias: bool
 
 
 _CLIP = SemanticEncoderConfig(

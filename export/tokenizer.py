@@ -6,22 +6,13 @@ the self-check, so that nothing a killed export leaves behind can be opened.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import os
-import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 
 from export.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
@@ -30,10 +21,10 @@ from export.models.tokenizer import to_unit_range
 from export.onnx_export import GraphSpec, export_graph, file_entry
 from export.pictures import reference_pictures
 from export.progress import Steps
-from tokenflow_sdk import Tokenizer, __version__
-from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle
+from export.staging import staging_directory, versions
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.errors import OutputError
 from tokenflow_sdk.parity import ParityReport, Reference, check_parity
 
 __all__ = ["export_tokenizer"]
@@ -57,7 +48,7 @@ def export_tokenizer(
         OutputError: `out` exists or cannot be written.
         ParityError: the exported graphs do not reproduce PyTorch; nothing is left behind.
     """
-    with _staging(out, force, needed=sum(p.numel() * 4 for p in model.parameters())) as staging:
+    with staging_directory(out, force, needed=sum(p.numel() * 4 for p in model.parameters())) as staging:
         reference = _reference(model, steps)
         graphs = {}
         for spec in _graph_specs(model):
@@ -67,19 +58,18 @@ def export_tokenizer(
         np.savez(staging / REFERENCE_FILE, **vars(reference))
         bundle = Bundle(
             path=staging,
-            kind="tokenizer",
             config=_runtime_config(model),
             graphs=graphs,
-            reference=file_entry(staging / REFERENCE_FILE),
+            assets={"reference": file_entry(staging / REFERENCE_FILE)},
             parity={},
-            provenance=source | _versions(),
+            provenance=source | versions(),
         )
         steps.start("checking the graphs against PyTorch", total=1.0)
         with Tokenizer(bundle) as tokenizer:
             report = check_parity(tokenizer, reference, steps.fraction)
         report.require(f"The export of {model.config.variant}")
         steps.start("finishing")
-        _write_manifest(bundle, report)
+        replace(bundle, parity=report.to_json()).write_manifest()
     return report
 
 
@@ -126,75 +116,3 @@ def _reference(model: TokenFlowTokenizer, steps: Steps) -> Reference:
         steps.fraction((i + 1) / len(pictures))
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return Reference(images=pictures, codebook=torch.cat(model.quantize.codebooks(), dim=1).numpy(), **stacked)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "exporter": f"tokenflow-sdk {__version__}",
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _write_manifest(bundle: Bundle, report: ParityReport) -> None:
-    data = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": bundle.kind,
-        "config": asdict(bundle.config),
-        "graphs": {name: asdict(entry) for name, entry in bundle.graphs.items()},
-        "reference": asdict(bundle.reference),
-        "parity": report.to_json(),
-        "provenance": dict(bundle.provenance),
-    }
-    with (bundle.path / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _staging(out: Path, force: bool, needed: int) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block succeeds and disappears when it does not."""
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is not a bundle, so it is not replaced.", "Choose another --out, or delete it yourself.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed * 1.1:
-            raise OutputError(
-                f"{out.parent} has {free / 1e9:.1f} GB free; this bundle needs about {needed * 1.1 / 1e9:.1f} GB.",
-                "Free some space, or choose an --out on another disk.",
-            )
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{out.parent} cannot be written: {error.strerror}.", "Choose another --out.") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _move_in(staging, out, force)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise OutputError(f"{out} was made by another process meanwhile.", "Use that one, or give --force.") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
-            raise OutputError(
-                f"Writing {out} failed: {error.strerror}.", "Free some space, or choose an --out on another disk."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_in(staging: Path, out: Path, force: bool) -> None:
-    if not (force and out.exists()):
-        staging.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / out.name)
-    staging.rename(out)
-    shutil.rmtree(old)

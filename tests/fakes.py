@@ -58,5 +58,5 @@ class FakeSession(Session):
         self.closed += 1
 
 
-def fake_bundle() -> Bundle:
-    return Bundle(Path("nowhere"), "tokenizer", CONFIG, GRAPHS, _FILES[0], {}, {})
+def fake_bundle() -> Bundle[TokenizerConfig]:
+    return Bundle(Path("nowhere"), CONFIG, GRAPHS, {}, {}, {})

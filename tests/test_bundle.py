@@ -12,8 +12,10 @@ import pytest
 
 from tests.mini import MINI
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, find_bundle
+from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, find_bundle
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import (
+    BundleKindError,
     BundleNotFoundError,
     BundleVersionError,
     CorruptBundleError,
@@ -30,7 +32,7 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def test_an_exported_bundle_opens_and_verifies(mini_bundle: Path) -> None:
-    bundle = Bundle.open(mini_bundle)
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
     bundle.verify()
     config = MINI["clip"]
     assert (bundle.config.variant, bundle.config.patch_nums) == (config.variant, config.patch_nums)
@@ -53,10 +55,10 @@ def test_a_missing_or_truncated_file_is_noticed(bundle_copy: Path) -> None:
     content = (bundle_copy / "decode.onnx").read_bytes()
     (bundle_copy / "decode.onnx").write_bytes(content[:-1])
     with pytest.raises(CorruptBundleError, match=r"decode\.onnx is damaged: [\d,]+ bytes instead of [\d,]+"):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
     (bundle_copy / "decode.onnx").unlink()
     with pytest.raises(CorruptBundleError, match=r"decode\.onnx is missing from the bundle"):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
 
 
 def test_a_missing_graph_is_named(bundle_copy: Path) -> None:
@@ -65,10 +67,17 @@ def test_a_missing_graph_is_named(bundle_copy: Path) -> None:
         tokenizer.load("semantic")
 
 
+def test_a_bundle_of_another_kind_is_named(bundle_copy: Path) -> None:
+    edit(bundle_copy, lambda data: data.update(kind="generator"))
+    assert bundle_kind(bundle_copy) == "generator"
+    with pytest.raises(BundleKindError, match="'generator' bundle, not a tokenizer"):
+        Bundle.open(bundle_copy, TokenizerConfig)
+
+
 def test_a_newer_schema_asks_for_an_upgrade(bundle_copy: Path) -> None:
     edit(bundle_copy, lambda data: data.update(schema_version=SCHEMA_VERSION + 1, anything="new"))
     with pytest.raises(BundleVersionError, match="schema 2; this SDK reads up to 1.*pip install --upgrade"):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,6 @@ def test_a_newer_schema_asks_for_an_upgrade(bundle_copy: Path) -> None:
         (lambda d: d.pop("config"), "has no 'config'"),
         (lambda d: d.pop("schema_version"), "no schema_version"),
         (lambda d: d.update(schema_version="1"), "no schema_version"),
-        (lambda d: d.update(kind="generator"), "'generator' bundle, not a tokenizer"),
         (lambda d: d.update(graphs=[]), "graphs is not an object"),
         (lambda d: d.update(parity=None), "parity is not an object"),
         (lambda d: d["config"].update(surprise=1), "unknown 'surprise'"),
@@ -101,21 +109,21 @@ def test_a_newer_schema_asks_for_an_upgrade(bundle_copy: Path) -> None:
 def test_a_damaged_manifest_is_named(change: Callable[[dict[str, Any]], object], words: str, bundle_copy: Path) -> None:
     edit(bundle_copy, change)
     with pytest.raises(CorruptBundleError, match=words):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_that_is_no_json_object_is_named(content: bytes, bundle_copy: Path) -> None:
     (bundle_copy / MANIFEST).write_bytes(content)
     with pytest.raises(CorruptBundleError, match="bundle.json"):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
 
 
 def test_an_enormous_manifest_is_not_read(bundle_copy: Path) -> None:
     with (bundle_copy / MANIFEST).open("wb") as file:
         file.truncate(2**34)
     with pytest.raises(CorruptBundleError, match="larger than any manifest"):
-        Bundle.open(bundle_copy)
+        Bundle.open(bundle_copy, TokenizerConfig)
 
 
 def test_a_graph_with_other_inputs_than_declared_is_refused(bundle_copy: Path) -> None:
@@ -162,7 +170,7 @@ def test_a_hub_id_is_fetched_once_as_a_bundle(mini_bundle: Path, tmp_path: Path,
     monkeypatch.setattr(hub, "snapshot_download", download)
     with Tokenizer.from_pretrained("org/name") as tokenizer:
         tokenizer.load()
-    assert asked == [("org/name", [MANIFEST, "*.onnx", "*.data", "*.npz"])]
+    assert asked == [("org/name", ["*.onnx", "*.data", "*.npz", "*.npy", "*.json"])]
 
 
 def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +211,6 @@ def test_every_manifest_error_is_one_of_ours(bundle_copy: Path) -> None:
                 parent[path[-1]] = value
             (bundle_copy / MANIFEST).write_text(json.dumps(data))
             try:
-                Bundle.open(bundle_copy)
+                Bundle.open(bundle_copy, TokenizerConfig)
             except TokenFlowError:
                 continue

@@ -13,13 +13,14 @@ import torch
 from tests.mini import export_mini, mini_model
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import CorruptBundleError, ParityError
 from tokenflow_sdk.parity import TIE_DISTANCE, Reference, check_parity, scale_cells
 
 
 @pytest.fixture(scope="module")
 def reference(mini_bundle: Path) -> Reference:
-    return Reference.load(Bundle.open(mini_bundle))
+    return Reference.load(Bundle.open(mini_bundle, TokenizerConfig))
 
 
 @pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip"])
@@ -82,7 +83,7 @@ def test_a_flip_between_equally_near_codes_is_no_failure(tokenizer: Tokenizer, r
 
 def test_a_damaged_reference_is_named(mini_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(mini_bundle, tmp_path / "b")
-    bundle = Bundle.open(tmp_path / "b")
-    (tmp_path / "b" / "reference.npz").write_bytes(b"x" * bundle.reference.size)
+    bundle = Bundle.open(tmp_path / "b", TokenizerConfig)
+    (tmp_path / "b" / "reference.npz").write_bytes(b"x" * bundle.asset("reference").size)
     with pytest.raises(CorruptBundleError, match="reference.npz is damaged"):
         Reference.load(bundle)

@@ -12,25 +12,40 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tokenflow_sdk.config import FileEntry, GraphEntry, TokenizerConfig
+from tokenflow_sdk.config import FileEntry, GraphEntry
 from tokenflow_sdk.errors import (
+    BundleKindError,
     BundleNotFoundError,
     BundleVersionError,
     CorruptBundleError,
     MissingPackageError,
 )
+from tokenflow_sdk.files import write_atomic
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "file_sha256", "find_bundle"]
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "bundle_kind", "file_sha256", "find_bundle"]
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _AGAIN = "Export the bundle again with `python -m export`, or fetch it again."
+
+
+class _Config(Protocol):
+    """A frozen dataclass that knows what kind of bundle it describes."""
+
+    kind: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def from_json(cls, data: object) -> Any: ...
+
+
+C = TypeVar("C", bound=_Config)
 
 
 def file_sha256(path: Path) -> str:
@@ -43,47 +58,50 @@ def file_sha256(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Generic[C]):
     """A parsed `bundle.json` and where it lies.
 
-    `parity` holds the figures of the export's self-check, `provenance` where the weights came from; both are for people.
+    `graphs` are the ONNX graphs by name, `assets` the other files by what they are for. `parity` holds the figures of the
+    export's self-check, `provenance` where the weights came from; both are for people.
     """
 
     path: Path
-    kind: str
-    config: TokenizerConfig
+    config: C
     graphs: Mapping[str, GraphEntry]
-    reference: FileEntry
+    assets: Mapping[str, FileEntry]
     parity: Mapping[str, Any]
     provenance: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], config: type[C]) -> Bundle[C]:
         """Read and check `bundle.json`; that every file is there and has its size. Hashes are checked by `verify`.
+
+        Args:
+            path: the bundle's directory.
+            config: the kind of bundle wanted, e.g. `TokenizerConfig`.
 
         Raises:
             BundleNotFoundError: no such directory, or no bundle.json in it.
             BundleVersionError: written for a newer SDK.
             CorruptBundleError: bundle.json is damaged, or a file is missing or has another size.
+            BundleKindError: it is a bundle of another kind.
         """
         path = Path(path)
         data = _read_manifest(path)
-        for key in ("kind", "config", "graphs", "reference", "parity", "provenance"):
+        for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):
             if key not in data:
                 raise CorruptBundleError(f"{path / MANIFEST} has no {key!r}.", _AGAIN)
-        if data["kind"] != "tokenizer":
-            raise CorruptBundleError(
-                f"{path} holds a {data['kind']!r} bundle, not a tokenizer.", "Give the path of a tokenizer bundle."
-            )
-        for key in ("graphs", "parity", "provenance"):
-            if not isinstance(data[key], dict):
+            if key != "kind" and not isinstance(data[key], dict):
                 raise CorruptBundleError(f"{path / MANIFEST}: {key} is not an object.", _AGAIN)
+        if data["kind"] != config.kind:
+            raise BundleKindError(
+                f"{path} holds a {data['kind']!r} bundle, not a {config.kind}.", f"Give the path of a {config.kind} bundle."
+            )
         bundle = cls(
             path=path,
-            kind=data["kind"],
-            config=TokenizerConfig.from_json(data["config"]),
+            config=config.from_json(data["config"]),
             graphs={name: GraphEntry.from_json(entry, f"graphs.{name}") for name, entry in data["graphs"].items()},
-            reference=FileEntry.from_json(data["reference"], "reference"),
+            assets={name: FileEntry.from_json(entry, f"assets.{name}") for name, entry in data["assets"].items()},
             parity=data["parity"],
             provenance=data["provenance"],
         )
@@ -91,9 +109,22 @@ class Bundle:
             bundle._check_size(entry)
         return bundle
 
+    def write_manifest(self) -> None:
+        """Write `bundle.json`, which makes the directory a bundle; the exporter's last step."""
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.config.kind,
+            "config": asdict(self.config),
+            "graphs": {name: asdict(entry) for name, entry in self.graphs.items()},
+            "assets": {name: asdict(entry) for name, entry in self.assets.items()},
+            "parity": dict(self.parity),
+            "provenance": dict(self.provenance),
+        }
+        write_atomic(self.path / MANIFEST, json.dumps(data, indent=2).encode())
+
     def files(self) -> list[FileEntry]:
         """Every file of the bundle but bundle.json."""
-        return [file for graph in self.graphs.values() for file in graph.files] + [self.reference]
+        return [file for graph in self.graphs.values() for file in graph.files] + list(self.assets.values())
 
     def graph(self, name: str) -> GraphEntry:
         """Raises:
@@ -103,6 +134,14 @@ class Bundle:
             have = ", ".join(self.graphs) or "none"
             raise CorruptBundleError(f"{self.path} has no {name!r} graph (it has: {have}).", _AGAIN)
         return self.graphs[name]
+
+    def asset(self, name: str) -> FileEntry:
+        """Raises:
+        CorruptBundleError: the bundle has no such file.
+        """
+        if name not in self.assets:
+            raise CorruptBundleError(f"{self.path} has no {name!r} file.", _AGAIN)
+        return self.assets[name]
 
     def verify(self, *entries: FileEntry) -> None:
         """Compare files with their SHA-256; without arguments, all of them.
@@ -158,6 +197,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
+def bundle_kind(path: Path) -> str:
+    """What kind of bundle lies there: `tokenizer`, `generator`. Errors as in `Bundle.open`."""
+    kind = _read_manifest(path).get("kind")
+    if not isinstance(kind, str):
+        raise CorruptBundleError(f"{path / MANIFEST} has no 'kind'.", _AGAIN)
+    return kind
+
+
 def find_bundle(name: str | os.PathLike[str]) -> Path:
     """The directory of a bundle given by path or by Hugging Face hub id (`org/name`, fetched once and cached).
 
@@ -181,7 +228,7 @@ def _from_hub(repo_id: str) -> Path:
             "Run `pip install 'tokenflow-sdk[hub]'`, or give the path of a bundle.",
         ) from None
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[MANIFEST, "*.onnx", "*.data", "*.npz"]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BundleNotFoundError(
             f"{repo_id!r} is no directory here, and the hub did not deliver it: {str(error).splitlines()[0]}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.tfc import Header
@@ -99,6 +99,8 @@ class TokenizerConfig:
     width of the teacher-like features; `codebook_sha256` is over the float32 little-endian codebooks as released
     (semantic, then pixel); `preprocess` is how a picture is made square.
     """
+
+    kind: ClassVar[str] = "tokenizer"
 
     variant: str
     image_size: int

@@ -15,6 +15,7 @@
     │   └── CodebookMismatchError  codes made with another codebook than the bundle's
     ├── BundleError              a bundle cannot be used
     │   ├── BundleNotFoundError  no bundle at that path or id
+    │   ├── BundleKindError      a bundle of another kind, e.g. a generator where a tokenizer is needed
     │   ├── CorruptBundleError   a file is missing or its hash or I/O differs from bundle.json
     │   └── BundleVersionError   written for a newer SDK than this one
     ├── CheckpointError          a released checkpoint cannot be loaded (export only)
@@ -34,6 +35,7 @@ __all__ = [
     "ArrayError",
     "BackendError",
     "BundleError",
+    "BundleKindError",
     "BundleNotFoundError",
     "BundleVersionError",
     "CheckpointError",
@@ -130,6 +132,10 @@ class BundleError(TokenFlowError):
 
 class BundleNotFoundError(BundleError):
     """There is no bundle at that path, name or hub id."""
+
+
+class BundleKindError(BundleError):
+    """The bundle is of another kind than was asked for."""
 
 
 class CorruptBundleError(BundleError):

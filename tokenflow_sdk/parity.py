@@ -50,18 +50,17 @@ class Reference:
     codebook: Float32
 
     @classmethod
-    def load(cls, bundle: Bundle) -> Reference:
+    def load(cls, bundle: Bundle[TokenizerConfig]) -> Reference:
         """Raises:
         CorruptBundleError: the file is damaged.
         """
-        bundle.verify(bundle.reference)
+        path = bundle.path / bundle.asset("reference").name
+        bundle.verify(bundle.asset("reference"))
         try:
-            with np.load(io.BytesIO((bundle.path / bundle.reference.name).read_bytes()), allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                 return cls(**{key: arrays[key] for key in arrays.files})
         except (ValueError, TypeError, OSError) as error:
-            raise CorruptBundleError(
-                f"{bundle.path / bundle.reference.name} is no reference file: {error}.", "Export the bundle again."
-            ) from error
+            raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: Bundle[TokenizerConfig],
         options: SessionOptions | None = None,
         batch_limit: int = 1,
         open_session: OpenSession = _open_onnxruntime,
@@ -88,7 +88,7 @@ class Tokenizer:
             ArgumentError: an option that cannot work.
         """
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
-        bundle = Bundle.open(find_bundle(name))
+        bundle = Bundle.open(find_bundle(name), TokenizerConfig)
         bundle.verify()
         return cls(bundle, options, batch_limit)
 

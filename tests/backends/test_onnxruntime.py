@@ -13,13 +13,14 @@ from tokenflow_sdk.backends import onnxruntime as backend
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession, available_cores
 from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def open_graph(bundle: Path, name: str, **options: object) -> OnnxRuntimeSession:
-    entry = Bundle.open(bundle).graph(name)
+    entry = Bundle.open(bundle, TokenizerConfig).graph(name)
     return OnnxRuntimeSession(bundle / entry.files[0].name, entry, SessionOptions(**options))  # type: ignore[arg-type]
 
 
@@ -74,7 +75,7 @@ def test_cuda_agrees_with_the_cpu(mini_bundle: Path) -> None:
 
 
 def test_a_file_that_is_no_graph_is_named(bundle_copy: Path) -> None:
-    entry = Bundle.open(bundle_copy).graph("features")
+    entry = Bundle.open(bundle_copy, TokenizerConfig).graph("features")
     (bundle_copy / "features.onnx").write_bytes(b"nonsense")
     with pytest.raises(BackendError, match=r"cannot load features\.onnx"):
         OnnxRuntimeSession(bundle_copy / "features.onnx", entry, SessionOptions())

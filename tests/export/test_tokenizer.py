@@ -19,6 +19,7 @@ from export.__main__ import main
 from tests.mini import MINI, export_mini, mini_model
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import MANIFEST, Bundle
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import OutputError, ParityError
 
 
@@ -52,7 +53,7 @@ def test_absent_scales_add_nothing(kind: str, mini_bundles) -> None:
 def test_large_graphs_keep_their_weights_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.onnx_export._INLINE_BYTES", 100_000)
     out = export_mini(mini_model("clip"), tmp_path / "b")
-    bundle = Bundle.open(out)
+    bundle = Bundle.open(out, TokenizerConfig)
     assert [file.name for file in bundle.graph("decode").files] == ["decode.onnx", "decode.onnx.data"]
     content = bytearray((out / "decode.onnx.data").read_bytes())
     content[1000] ^= 1
@@ -61,7 +62,7 @@ def test_large_graphs_keep_their_weights_beside_them(tmp_path: Path, monkeypatch
         bundle.verify()
     (out / "decode.onnx.data").unlink()
     with pytest.raises(Exception, match=r"decode\.onnx\.data is missing from the bundle"):
-        Bundle.open(out)
+        Bundle.open(out, TokenizerConfig)
 
 
 def test_the_manifest_tells_what_was_checked(mini_bundle: Path) -> None:
@@ -95,15 +96,15 @@ def test_an_existing_bundle_is_kept_unless_forced(tmp_path: Path) -> None:
     export_mini(mini_model("clip"), tmp_path / "b", force=True)
     assert os.listdir(tmp_path) == ["b"]
     assert not (tmp_path / "b" / "precious").exists()
-    Bundle.open(tmp_path / "b").verify()
+    Bundle.open(tmp_path / "b", TokenizerConfig).verify()
 
 
 def test_of_two_exports_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def meanwhile(bundle: Bundle, report: object) -> None:
+    def meanwhile(bundle: Bundle) -> None:
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / MANIFEST).write_text("the other's")
 
-    monkeypatch.setattr(exporter, "_write_manifest", meanwhile)
+    monkeypatch.setattr(Bundle, "write_manifest", meanwhile)
     with pytest.raises(OutputError, match="b was made by another process meanwhile"):
         export_mini(mini_model("clip"), tmp_path / "b")
     assert (tmp_path / "b" / MANIFEST).read_text() == "the other's"
@@ -112,7 +113,7 @@ def test_of_two_exports_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pyte
 
 def test_too_little_room_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("export.tokenizer.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("export.staging.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="0.0 GB free; this bundle needs about"):
         export_mini(mini_model("clip"), tmp_path / "b")
 
@@ -185,5 +186,5 @@ def test_a_small_checkpoint_goes_all_the_way_on_the_command_line(
     out = capsys.readouterr().out
     assert "checked on 4 pictures" in out
     assert "teacher-forced code agreement" in out
-    bundle = Bundle.open(tmp_path / "deep" / "b")
+    bundle = Bundle.open(tmp_path / "deep" / "b", TokenizerConfig)
     assert bundle.provenance["checkpoint"] == "c.pt"

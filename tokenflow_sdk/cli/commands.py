@@ -15,6 +15,7 @@ from rich.table import Table
 from tokenflow_sdk.bundle import MANIFEST, Bundle, find_bundle
 from tokenflow_sdk.cli.engine import bundle_name, each_file, open_tokenizer, output_paths, stderr, stdout
 from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, ImageReadError, TokenFlowError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.images import psnr
@@ -121,7 +122,8 @@ def info(arguments: argparse.Namespace) -> int:
     if target.is_file() and target.name != MANIFEST:
         _codes_info(target)
     else:
-        _bundle_info(Bundle.open(target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))))
+        path = target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))
+        _bundle_info(Bundle.open(path, TokenizerConfig))
     return 0
 
 
@@ -136,7 +138,7 @@ def _codes_info(path: Path) -> None:
     stdout.print(table)
 
 
-def _bundle_info(bundle: Bundle) -> None:
+def _bundle_info(bundle: Bundle[TokenizerConfig]) -> None:
     c = bundle.config
     bits = (c.codebook_size - 1).bit_length()
     stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
