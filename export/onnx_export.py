@@ -79,7 +79,7 @@ def _trace(spec: GraphSpec) -> ir.Model:
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.name and value.dtype and value.shape
-    dims = tuple(dim if isinstance(dim, int) else "batch" for dim in value.shape)
+    dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
     return TensorSpec(value.name, value.dtype.numpy().name, dims)
 
 

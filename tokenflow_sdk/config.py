@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.tfc import Header
 
-__all__ = ["FileEntry", "GraphEntry", "TensorSpec", "TokenizerConfig"]
+__all__ = ["FileEntry", "GeneratorConfig", "GraphEntry", "TensorSpec", "TokenizerConfig"]
 
 _REBUILD = "Export the bundle again with `python -m export`, or fetch it again."
 DType = Literal["uint8", "int32", "int64", "float16", "float32"]
@@ -142,3 +142,68 @@ class TokenizerConfig:
         header = Header(values["variant"], values["codebook_sha256"][:16], values["codebook_size"], tuple(sides))
         _require(header.problem() is None, where, f"claims {header.problem()}")
         return cls(**values | {"patch_nums": tuple(sides)})
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of a text-to-image bundle (spec section 4).
+
+    The transformer: `width`, `layers`, `kv_heads`, `head_dim`. Text: `text_size` rows of the text embedding table, which is the
+    vocabulary without the image codes that begin at `image_token_start`; `bos_id`; `image_start_ids`, usually one; prompts
+    of at most `max_prompt` ids, BOS included; `negative_prompt`. Pictures: as in `TokenizerConfig`, for the tokenizer
+    `tokenizer_variant` with codebook `codebook_sha256`, expected at the path `tokenizer`, relative to the bundle.
+    """
+
+    kind: ClassVar[str] = "generator"
+
+    width: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    text_size: int
+    image_token_start: int
+    bos_id: int
+    image_start_ids: tuple[int, ...]
+    max_prompt: int
+    negative_prompt: str
+    patch_nums: tuple[int, ...]
+    codebook_size: int
+    codebook_sha256: str
+    tokenizer_variant: str
+    tokenizer: str
+
+    @property
+    def n_codes(self) -> int:
+        """Codes of a whole picture."""
+        return sum(side * side for side in self.patch_nums)
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first image token's input: the longest prompt and the image start ids but the last."""
+        return self.max_prompt + len(self.image_start_ids) - 1
+
+    def place(self, scale: int) -> int:
+        """The number of image tokens before a scale."""
+        return sum(side * side for side in self.patch_nums[:scale])
+
+    @classmethod
+    def from_json(cls, data: object) -> GeneratorConfig:
+        where = "config"
+        values = _checked(cls, data, where)
+        sizes = ("width", "layers", "kv_heads", "head_dim", "text_size", "max_prompt", "codebook_size")
+        for key in (*sizes, "image_token_start", "bos_id"):
+            _require(
+                type(values[key]) is int and int(key in sizes) <= values[key] < 2**31, where, f"gives {key} as {values[key]!r}"
+            )
+        for key in ("patch_nums", "image_start_ids"):
+            numbers = values[key]
+            whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
+            _require(whole, where, f"gives {key} as {numbers!r}")
+        for key in ("negative_prompt", "codebook_sha256", "tokenizer_variant", "tokenizer"):
+            _require(isinstance(values[key], str), where, f"has no {key}")
+        lists = {key: tuple(values[key]) for key in ("patch_nums", "image_start_ids")}
+        header = Header(
+            values["tokenizer_variant"], values["codebook_sha256"][:16], values["codebook_size"], lists["patch_nums"]
+        )
+        _require(header.problem() is None, where, f"claims {header.problem()}")
+        return cls(**values | lists)

@@ -20,6 +20,8 @@
     │   └── BundleVersionError   written for a newer SDK than this one
     ├── CheckpointError          a released checkpoint cannot be loaded (export only)
     ├── ParityError              an exported or stored graph does not reproduce its reference
+    ├── PromptError              a prompt is empty or too long
+    ├── PagesExhausted           the pool of key/value pages is too small for what was asked
     ├── BackendError             the engine refused to load or run a graph
     ├── MissingPackageError      an optional package is not installed
     └── OutputError              a result cannot be written (read-only, disk full, exists)
@@ -52,7 +54,9 @@ __all__ = [
     "ImageTooLargeError",
     "MissingPackageError",
     "OutputError",
+    "PagesExhausted",
     "ParityError",
+    "PromptError",
     "TokenFlowError",
 ]
 
@@ -152,6 +156,30 @@ class CheckpointError(TokenFlowError):
 
 class ParityError(TokenFlowError):
     """A graph does not reproduce the reference it is checked against."""
+
+
+class PromptError(TokenFlowError, ValueError):
+    """A prompt is empty, or longer than the model takes."""
+
+
+class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in the field
+    """The pool of key/value pages is too small.
+
+    Args:
+        needed: pages that were asked for.
+        free: pages that were free.
+        total: pages in the pool.
+    """
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(
+            f"{needed} key/value pages are needed, {free} of {total} are free.",
+            f"Wait for requests to finish, ask for fewer images, or open the model with pages={total - free + needed} or more.",
+        )
+        self.needed, self.free, self.total = needed, free, total
+
+    def __reduce__(self) -> tuple[type[PagesExhausted], tuple[int, int, int]]:
+        return type(self), (self.needed, self.free, self.total)
 
 
 class BackendError(TokenFlowError, RuntimeError):

@@ -1,0 +1,187 @@
+"""Drawing pictures scale by scale over the paged cache (spec section 4): the arithmetic of the loop, without requests or threads.
+
+A picture has two rows in the cache, one that follows the prompt and one that follows the negative prompt. At each scale both rows take one
+step over their pages; refinement passes take the same step again with other inputs, and only the first pass's keys and
+values are stored, because only those are seen by later scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.backends.base import Session
+from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.kv_cache import PageTable
+from tokenflow_sdk.resize import bicubic_matrix
+from tokenflow_sdk.sampling import TIES, SamplingParams, guidance, uniform
+from tokenflow_sdk.transformer import PagedTransformer
+
+__all__ = ["Picture", "Prefix", "ScaleLoop"]
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt that has been run: its pages, and the last hidden state float32 [H], which predicts the first scale."""
+
+    table: PageTable
+    hidden: Float32
+
+
+@dataclass
+class Picture:
+    """One picture being drawn. `codes` grows by a scale a step; `f_hat` [40, s, s] is what the next scale's inputs are made from."""
+
+    params: SamplingParams
+    number: int
+    conditional: Prefix
+    unconditional: Prefix
+    f_hat: Float32
+    codes: list[Int32] = field(default_factory=list)
+
+    @property
+    def scale(self) -> int:
+        """The scale to draw next."""
+        return len(self.codes)
+
+    def release(self) -> None:
+        """Give the pages back."""
+        self.conditional.table.release()
+        self.unconditional.table.release()
+
+
+class ScaleLoop:
+    """The loop over one model.
+
+    Args:
+        config: sizes.
+        sessions: `embed_text`, `embed_image` and `sample`.
+        transformer: the paged transformer.
+        codebook: float32 [K, 40], both halves of unit length.
+    """
+
+    def __init__(
+        self, config: GeneratorConfig, sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32
+    ) -> None:
+        self.config = config
+        self.transformer = transformer
+        self._sessions = sessions
+        self._codebook = codebook
+        sides = config.patch_nums
+        self._up = [bicubic_matrix(a, b).astype(np.float32) for a, b in zip(sides, sides[1:], strict=False)]
+
+    def prefill(self, prompt_ids: Sequence[int]) -> Prefix:
+        """Run BOS, the prompt and the image start ids once.
+
+        Raises:
+            PagesExhausted: the pool has too few free pages.
+        """
+        c = self.config
+        ids = [c.bos_id, *prompt_ids][: c.max_prompt]
+        count, total = len(ids), len(ids) + len(c.image_start_ids)
+        rows = [i if i < c.image_token_start else i - c.codebook_size for i in (*ids, *c.image_start_ids)]
+        starts = np.zeros((1, total), np.float32)
+        starts[0, -1] = 1
+        feeds = {"token_ids": np.asarray([rows], np.int32), "starts": starts}
+        embeddings: Float32 = self._sessions["embed_text"].run(feeds)["embeddings"]  # type: ignore[assignment]
+        positions = np.arange(c.max_prompt - count, c.max_prompt - count + total, dtype=np.int32)[None]
+        visible = np.arange(1, total + 1, dtype=np.int32)[None]
+        table = PageTable(self.transformer.pool)
+        output = self.transformer.step(embeddings, positions, visible, [table], [0], width=1)
+        self.transformer.store(output, [table])
+        return Prefix(table, output.hidden[0, -1].copy())
+
+    def picture(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> Picture:
+        """A picture to draw, sharing the pages of both prefixes."""
+        forks = [Prefix(prefix.table.fork(), prefix.hidden) for prefix in (conditional, unconditional)]
+        return Picture(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
+
+    def draw_scale(self, pictures: Sequence[Picture]) -> None:
+        """Draw the next scale of pictures that are all at the same one.
+
+        Raises:
+            PagesExhausted: the pool has too few free pages; the pictures must then be given up.
+        """
+        scale = pictures[0].scale
+        assert all(picture.scale == scale for picture in pictures)
+        if scale == 0:
+            first = np.stack([p.conditional.hidden for p in pictures]), np.stack([p.unconditional.hidden for p in pictures])
+            codes = self._sample(pictures, first[0][:, None], first[1][:, None], 0)
+        else:
+            codes = self._draw_later_scale(pictures, scale)
+        for picture, row in zip(pictures, codes, strict=True):
+            drawn = picture.f_hat + self._rows(row, scale)
+            if scale + 1 < len(self.config.patch_nums):
+                up = self._up[scale]
+                picture.f_hat = up @ drawn @ up.T
+            picture.codes.append(row)
+
+    def _draw_later_scale(self, pictures: Sequence[Picture], scale: int) -> Int32:
+        inputs = np.stack([picture.f_hat for picture in pictures])
+        tables = [p.conditional.table for p in pictures] + [p.unconditional.table for p in pictures]
+        context = [table.length for table in tables]
+        hidden = self._step(inputs, scale, tables, context, store=scale + 1 < len(self.config.patch_nums))
+        codes = self._sample(pictures, *hidden, 0)
+        for refinement in range(1, max(len(picture.params.passes) for picture in pictures)):
+            active = [i for i, picture in enumerate(pictures) if refinement < len(picture.params.passes)]
+            refined = np.stack([inputs[i] + self._rows(codes[i], scale) for i in active])
+            both = active + [i + len(pictures) for i in active]
+            hidden = self._step(refined, scale, [tables[i] for i in both], [context[i] for i in both], store=False)
+            codes[active] = self._sample([pictures[i] for i in active], *hidden, refinement)
+        return codes
+
+    def _rows(self, codes: Int32, scale: int) -> Float32:
+        """Codebook rows of one scale as a map [40, s, s]."""
+        side = self.config.patch_nums[scale]
+        rows: Float32 = self._codebook[codes]
+        return rows.T.reshape(-1, side, side)
+
+    def _step(
+        self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int], store: bool
+    ) -> tuple[Float32, Float32]:
+        """Maps [R, 40, s, s] through both rows of each picture -> hidden states [R, s * s, H] of either."""
+        c, count = self.config, maps.shape[2] * maps.shape[3]
+        places = np.arange(c.place(scale), c.place(scale) + count, dtype=np.int32)
+        features = np.ascontiguousarray(maps.reshape(len(maps), -1, count).transpose(0, 2, 1))
+        feeds = {"features": features, "level": np.asarray([scale + 1], np.int32), "places": places}
+        embeddings = self._sessions["embed_image"].run(feeds)["embeddings"]
+        rows = 2 * len(maps)
+        output = self.transformer.step(
+            np.concatenate([embeddings, embeddings]).astype(np.float32, copy=False),
+            np.broadcast_to(places + np.int32(c.prefix_length), (rows, count)).copy(),
+            np.full((rows, count), count, np.int32),
+            tables,
+            context,
+            # As wide as the longest prompt needs, whatever these prompts are: a batch must not change a row's sums.
+            width=-(-(c.prefix_length + c.place(scale)) // self.transformer.pool.page_size),
+        )
+        if store:
+            self.transformer.store(output, tables)
+        return output.hidden[: len(maps)], output.hidden[len(maps) :]
+
+    def _sample(self, pictures: Sequence[Picture], conditional: Float32, unconditional: Float32, refinement: int) -> Int32:
+        scale, count = pictures[0].scale, conditional.shape[1]
+        params = [picture.params for picture in pictures]
+        passes = [p.passes[refinement] for p in params]
+        noise = [uniform(p.params.seed, p.number, scale, refinement, count) for p in pictures]
+        feeds = {
+            "conditional": conditional,
+            "unconditional": unconditional,
+            "guidance": np.asarray([guidance(p.cfg_scale, scale, len(self.config.patch_nums)) for p in params], np.float32),
+            "top_k": np.asarray([min(step.top_k, self.config.codebook_size) for step in passes], np.int32),
+            "top_p": np.asarray([step.top_p for step in passes], np.float32),
+            "noise": np.stack(noise),
+        }
+        if conditional.shape[:2] == (1, 1):
+            # One row alone would take another matrix kernel than the same row in a batch, which rounds differently.
+            feeds = {name: np.concatenate([array, array]) for name, array in feeds.items()}
+        window = min(int(feeds["top_k"].max()) + TIES, self.config.codebook_size)
+        feeds["ranks"] = np.arange(window, dtype=np.int32)
+        found = self._sessions["sample"].run(feeds, ["code_indices"])["code_indices"]
+        return found[: len(pictures)].astype(np.int32)
