@@ -18,11 +18,10 @@ from torch.nn import functional as F
 
 from export.config import VARIANTS, TokenizerConfig
 from export.models import TokenFlowTokenizer
+from export.strict import Shapes, key_problems
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_model", "read_state_dict", "recognise", "released_shapes", "resolve"]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _POSITION_TABLES = {"encoder_vqkd.positional_embedding": "semantic_encoder", "decoder_vqkd.pos_embed": "semantic_decoder"}
 
@@ -184,19 +183,10 @@ def check_keys(shapes: Shapes, config: TokenizerConfig, name: str) -> None:
     Raises:
         CheckpointError: naming the first missing, unexpected and mis-shaped keys, and how many there are of each.
     """
-    expected = released_shapes(config)
-    missing = [key for key in expected if key not in shapes]
-    extra = [key for key in shapes if key not in expected]
-    misshaped = [
-        f"{key} {list(shapes[key])} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in shapes and shapes[key] != shape
-    ]
-    found = {"missing": missing, "unexpected": extra, "mis-shaped": misshaped}
-    problems = [f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in found.items() if keys]
+    problems = key_problems(shapes, released_shapes(config))
     if problems:
         raise CheckpointError(
-            f"{name} does not match {config.variant}: {'; '.join(problems)}.",
+            f"{name} does not match {config.variant}: {problems}.",
             "Check that it is the released file of this variant and was downloaded completely.",
         )
 

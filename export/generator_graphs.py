@@ -18,8 +18,8 @@ __all__ = ["EmbedImageGraph", "EmbedTextGraph", "SampleGraph", "TransformerGraph
 class EmbedTextGraph(nn.Module):
     """token_ids int32 [B, Q], starts float32 [B, Q] -> embeddings [B, Q, H].
 
-    Ids count rows of `table`, which leaves the image tokens out. `starts` is 1 at the image start token, which takes the first image
-    position as well.
+    Ids count rows of `table`, which leaves the image tokens out. `starts` is 1 at the image start token, which takes the
+    first image position as well.
     """
 
     def __init__(self, table: Tensor, level: Tensor, first_position: Tensor) -> None:
@@ -47,9 +47,10 @@ class EmbedImageGraph(nn.Module):
 class TransformerGraph(nn.Module):
     """One step over paged keys and values.
 
-    embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each query sees,
-    in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables int32 [B, P];
-    k_pages, v_pages [layers * N, page, kv_heads, D] -> hidden [B, Q, H] after the final norm; new_k, new_v [layers, B, Q, kv_heads, D].
+    Inputs: embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each
+    query sees, in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables
+    int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden [B, Q, H] after the final norm; new_k
+    and new_v [layers, B, Q, kv_heads, D].
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -89,9 +90,9 @@ class TransformerGraph(nn.Module):
 class SampleGraph(nn.Module):
     """Guided top-k, top-p sampling of image codes by inverse CDF (spec section 4); `tokenflow_sdk.sampling.draw` is its twin.
 
-    conditional, unconditional [R, Q, H]; guidance, top_p float32 [R]; top_k int32 [R]; noise float32 [R, Q]; ranks int32 [W], the
-    numbers 0 .. W - 1, W at least every top_k -> code_indices int32 [R, Q], logits [R, Q, K]. Only the W likeliest are sorted. The
-    head has no bias, so guidance is applied to its input: one product instead of two.
+    Inputs: conditional and unconditional [R, Q, H]; guidance and top_p float32 [R]; top_k int32 [R]; noise float32 [R, Q];
+    ranks int32 [W], the numbers 0 .. W - 1, W at least every top_k. Outputs: code_indices int32 [R, Q]; logits [R, Q, K].
+    Only the W likeliest are sorted. The head has no bias, so guidance is applied to its input: one product, not two.
     """
 
     def __init__(self, head: Tensor) -> None:

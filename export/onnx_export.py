@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -24,12 +26,14 @@ _INLINE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph to trace: its name in the bundle, the module, an example of its one input (batch 2), and names."""
+    """A graph to trace: its name in the bundle, the module, inputs in order, and names of outputs.
+
+    An input is an example (sizes that vary must be 2 or more) and what varies: dimension number to `torch.export.Dim`.
+    """
 
     name: str
     module: nn.Module
-    example: Tensor
-    input: str
+    inputs: Mapping[str, tuple[Tensor, Mapping[int, Any]]]
     outputs: tuple[str, ...]
 
 
@@ -65,12 +69,12 @@ def _trace(spec: GraphSpec) -> ir.Model:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             spec.module.eval(),
-            (spec.example,),
+            tuple(example for example, _ in spec.inputs.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[spec.input],
+            input_names=list(spec.inputs),
             output_names=list(spec.outputs),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+            dynamic_shapes=tuple(dict(varying) for _, varying in spec.inputs.values()),
             verbose=False,
         )
     assert program is not None

@@ -77,10 +77,12 @@ def _graph_specs(model: TokenFlowTokenizer) -> Iterator[GraphSpec]:
     config = model.config
     images = torch.zeros(2, config.image_size, config.image_size, 3, dtype=torch.uint8)
     codes = torch.zeros(2, config.n_codes, dtype=torch.int32)
-    yield GraphSpec("encode", EncodeGraph(model), images, "images", ("code_indices", "features", "latent"))
-    yield GraphSpec("decode", DecodeGraph(model), codes, "code_indices", ("images",))
-    yield GraphSpec("semantic", SemanticGraph(model), codes, "code_indices", ("features",))
-    yield GraphSpec("features", FeaturesGraph(model), codes, "code_indices", ("features",))
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    outputs = ("code_indices", "features", "latent")
+    yield GraphSpec("encode", EncodeGraph(model), {"images": (images, batch)}, outputs)
+    yield GraphSpec("decode", DecodeGraph(model), {"code_indices": (codes, batch)}, ("images",))
+    yield GraphSpec("semantic", SemanticGraph(model), {"code_indices": (codes, batch)}, ("features",))
+    yield GraphSpec("features", FeaturesGraph(model), {"code_indices": (codes, batch)}, ("features",))
 
 
 def _runtime_config(model: TokenFlowTokenizer) -> TokenizerConfig:

@@ -1,14 +1,15 @@
-"""Drawing pictures scale by scale over the paged cache (spec section 4): the arithmetic of the loop, without requests or threads.
+"""Drawing pictures scale by scale over the paged cache (spec section 4): the loop's arithmetic, without requests or threads.
 
-A picture has two rows in the cache, one that follows the prompt and one that follows the negative prompt. At each scale both rows take one
-step over their pages; refinement passes take the same step again with other inputs, and only the first pass's keys and
-values are stored, because only those are seen by later scales.
+A picture has two rows in the cache, one that follows the prompt and one that follows the negative prompt. At each scale
+both rows take one step over their pages; refinement passes take the same step again with other inputs, and only the first
+pass's keys and values are stored, because only those are seen by later scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class Prefix:
 
 @dataclass
 class Picture:
-    """One picture being drawn. `codes` grows by a scale a step; `f_hat` [40, s, s] is what the next scale's inputs are made from."""
+    """One picture being drawn. `codes` grows by a scale a step; the next scale's inputs are made from `f_hat` [40, s, s]."""
 
     params: SamplingParams
     number: int
@@ -74,7 +75,7 @@ class ScaleLoop:
         self._sessions = sessions
         self._codebook = codebook
         sides = config.patch_nums
-        self._up = [bicubic_matrix(a, b).astype(np.float32) for a, b in zip(sides, sides[1:], strict=False)]
+        self._up = [bicubic_matrix(a, b).astype(np.float32) for a, b in pairwise(sides)]
 
     def prefill(self, prompt_ids: Sequence[int]) -> Prefix:
         """Run BOS, the prompt and the image start ids once.
@@ -139,8 +140,8 @@ class ScaleLoop:
     def _rows(self, codes: Int32, scale: int) -> Float32:
         """Codebook rows of one scale as a map [40, s, s]."""
         side = self.config.patch_nums[scale]
-        rows: Float32 = self._codebook[codes]
-        return rows.T.reshape(-1, side, side)
+        rows: Float32 = self._codebook[codes].T.reshape(-1, side, side)
+        return rows
 
     def _step(
         self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int], store: bool

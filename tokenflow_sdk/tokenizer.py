@@ -22,13 +22,14 @@ from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
 from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
 from tokenflow_sdk.images import preprocess as load_and_fit
 
-__all__ = ["OpenSession", "Tokenizer"]
+__all__ = ["OpenSession", "Tokenizer", "open_onnxruntime"]
 
 T = TypeVar("T")
 OpenSession = Callable[[Path, GraphEntry, SessionOptions], Session]
 
 
-def _open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+def open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+    """The default `OpenSession`: a graph in onnxruntime, imported now and not before."""
     from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(path, entry, options)
@@ -50,7 +51,7 @@ class Tokenizer:
         bundle: Bundle[TokenizerConfig],
         options: SessionOptions | None = None,
         batch_limit: int = 1,
-        open_session: OpenSession = _open_onnxruntime,
+        open_session: OpenSession = open_onnxruntime,
     ) -> None:
         if batch_limit < 1:
             raise ArgumentError(f"batch_limit={batch_limit} leaves no room for a picture.", "Give at least 1.")

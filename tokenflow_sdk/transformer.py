@@ -1,8 +1,7 @@
 """A transformer over paged keys and values: the graph, the pages it reads, and the steps between them.
 
-Used for prefill, for a scale of image tokens, and for single tokens alike. Everything that a batch could change about a row's arithmetic
-is kept out: a row's block table has a width that its caller fixes, so the same sequence gives the same numbers whatever it is
-batched with.
+Used for prefill, for a scale of image tokens, and for single tokens alike. Nothing that a batch could change enters a row's
+arithmetic: the width of its block table is fixed by its caller, so a sequence gives the same numbers in any batch.
 """
 
 from __future__ import annotations
