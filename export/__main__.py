@@ -14,12 +14,13 @@ from rich.console import Console
 from export.config import VARIANTS
 from tokenflow_sdk.errors import MissingPackageError, OutputError, TokenFlowError
 
-_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "huggingface_hub")
+_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub")
 
 _DESCRIPTION = """\
 Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json that tokenflow_sdk runs without torch.
 
     python -m export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
+    python -m export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
     python -m export standin --variant clipb_256 --out checkpoints/clipb_256.pt
 """
 
@@ -66,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
     tokenizer.add_argument("--force", action="store_true", help="replace --out if it exists")
     tokenizer.set_defaults(run=_run_tokenizer)
+    generator = commands.add_parser("generator", help="a text-to-image directory to a bundle")
+    generator.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
+    generator.add_argument("--tokenizer", required=True, type=Path, help="the bundle of the tokenizer that decodes its codes")
+    generator.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
+    generator.add_argument("--force", action="store_true", help="replace --out if it exists")
+    generator.set_defaults(run=_run_generator)
     standin = commands.add_parser(
         "standin", help="a full-size checkpoint of stand-in weights, to try everything without a download"
     )
@@ -96,6 +103,21 @@ def _run_tokenizer(arguments: argparse.Namespace) -> None:
     print(f"  teacher-forced code agreement by scale  {agreement}")
     print(f"  flips {len(report.flips)}, equal codes {report.equal_codes:.2%}, decode PSNR {report.decode_psnr:.1f} dB")
     print(f"  largest error: features {report.features_error:.1e}, semantic features {report.semantic_error:.1e}")
+
+
+def _run_generator(arguments: argparse.Namespace) -> None:
+    from export.generator import export_generator
+    from export.hf_directory import HfDirectory
+    from export.progress import Steps
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+
+    began = perf_counter()
+    tokenizer = Bundle.open(arguments.tokenizer, TokenizerConfig)
+    with Steps() as steps:
+        error = export_generator(HfDirectory(arguments.checkpoint), tokenizer, arguments.out, steps, arguments.force)
+    print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, with {arguments.tokenizer}")
+    print(f"  largest difference of hidden states from PyTorch {error:.1e}")
 
 
 def _run_standin(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from export.hf_directory import HfDirectory
 from export.onnx_export import file_entry
 from export.progress import Steps
 from export.standin import standin_weight
+from tests.conftest import DATA
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
 
@@ -62,7 +63,8 @@ def write_checkpoint(
     """config.json, tokenizer.json (`text_tokens` words w0, w1, ...) and safetensors, in as many shards as asked."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(dict(config)))
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(1, text_tokens)}, unk_token="<unk>"))
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, text_tokens)}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([f"<vq_token_{i}>" for i in range(codes)])
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<img>", "</img>", "<extra>", "[PAD]")])
@@ -116,3 +118,9 @@ def export_quietly(checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Pa
     with Steps(Console(quiet=True)) as steps:
         export_generator(HfDirectory(checkpoint), tokenizer, out, steps, force=False)
     return out
+
+
+def released_tiny_shapes() -> dict[str, tuple[int, ...]]:
+    """The released key list of a tiny text-to-image model."""
+    keys = json.loads((DATA / "keys" / "t2i_tiny.json").read_text())
+    return {key: tuple(shape) for key, shape in keys.items()}

@@ -10,7 +10,7 @@ import pytest
 import tokenflow_sdk
 from tests.conftest import ROOT
 
-HEAVY = ("torch", "onnx", "onnxruntime", "rich", "export", "huggingface_hub", "argparse")
+HEAVY = ("torch", "onnx", "onnxruntime", "rich", "export", "huggingface_hub", "tokenizers", "argparse")
 
 
 def test_importing_the_sdk_imports_nothing_heavy() -> None:
@@ -32,7 +32,14 @@ def test_using_the_sdk_never_imports_torch(mini_bundle: Path) -> None:
 
 
 def test_all_names_what_is_public() -> None:
-    assert sorted(tokenflow_sdk.__all__) == sorted(["Codes", "TokenFlowError", "Tokenizer", "__version__"])
+    assert sorted(tokenflow_sdk.__all__) == [
+        "Codes",
+        "Generator",
+        "SamplingParams",
+        "TokenFlowError",
+        "Tokenizer",
+        "__version__",
+    ]
     assert all(hasattr(tokenflow_sdk, name) for name in tokenflow_sdk.__all__)
 
 

@@ -22,15 +22,12 @@ from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError, CorruptBundleError
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scale_loop import ScaleLoop
-from tokenflow_sdk.scheduler import Request, Scheduler
+from tokenflow_sdk.scheduler import PAGE_SIZE, Request, Scheduler, default_pages
 from tokenflow_sdk.text import Prompt, PromptEncoder
 from tokenflow_sdk.tokenizer import OpenSession, Tokenizer, open_onnxruntime
 from tokenflow_sdk.transformer import PagedTransformer
 
 __all__ = ["GeneratedScale", "Generation", "Generator"]
-
-DEFAULT_IMAGES = 8
-"""Pictures that a pool holds at once unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Generator:
         tokenizer: Tokenizer,
         options: SessionOptions,
         pages: int | None = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
         config = bundle.config
@@ -90,9 +87,7 @@ class Generator:
         self._sessions: dict[str, Session] = {
             name: open_session(bundle.path / entry.files[0].name, entry, options) for name, entry in bundle.graphs.items()
         }
-        prefix_pages = -(-(config.prefix_length + 1) // page_size)
-        picture_pages = Scheduler.pages_of_picture(config, page_size)
-        pages = pages or DEFAULT_IMAGES * (picture_pages + prefix_pages) + prefix_pages
+        pages = pages or default_pages(config, page_size)
         transformer = PagedTransformer(
             self._sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
         )
@@ -111,7 +106,7 @@ class Generator:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         pages: int | None = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
     ) -> Generator:
         """Open a generator bundle, verify its files, and load its graphs.
 

@@ -14,10 +14,25 @@ from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scale_loop import Picture, Prefix, ScaleLoop
 
-__all__ = ["Request", "Scheduler"]
+__all__ = ["PAGE_SIZE", "Request", "Scheduler", "default_pages", "pages_of_picture"]
 
+PAGE_SIZE = 16
+"""Tokens in a page unless told otherwise."""
+DEFAULT_IMAGES = 8
 PATIENCE = 32
 """Steps of others that a request lets pass at most."""
+
+
+def pages_of_picture(config: GeneratorConfig, page_size: int) -> int:
+    """Most pages that one picture's two rows take beyond their prefixes, with a copied page each."""
+    stored = config.place(len(config.patch_nums) - 1) - 1
+    return 2 * (-(-stored // page_size) + 2)
+
+
+def default_pages(config: GeneratorConfig, page_size: int) -> int:
+    """A pool for eight pictures of eight prompts of any length, and one negative prompt."""
+    prefix = -(-(config.prefix_length + 1) // page_size)
+    return DEFAULT_IMAGES * (pages_of_picture(config, page_size) + prefix) + prefix
 
 
 @dataclass(eq=False)
@@ -51,16 +66,10 @@ class Scheduler:
         self._live: list[Request] = []
         self._negative: dict[tuple[int, ...], Prefix] = {}
 
-    @staticmethod
-    def pages_of_picture(config: GeneratorConfig, page_size: int) -> int:
-        """Most pages that one picture's two rows take beyond their prefixes, with a copied page each."""
-        stored = config.place(len(config.patch_nums) - 1) - 1
-        return 2 * (-(-stored // page_size) + 2)
-
     def _needs(self, request: Request) -> int:
         """Pages promised to a request: its prompt's and its pictures'; the negative prompt's are counted apart."""
         config, size = self.loop.config, self.loop.transformer.pool.page_size
-        return self._prefix_pages(request.prompt) + request.n * self.pages_of_picture(config, size)
+        return self._prefix_pages(request.prompt) + request.n * pages_of_picture(config, size)
 
     def submit(self, request: Request) -> None:
         """Take a request.

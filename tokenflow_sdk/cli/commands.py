@@ -1,4 +1,4 @@
-"""info, encode, decode, reconstruct, verify."""
+"""encode, decode, reconstruct, verify."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
 
-from tokenflow_sdk.bundle import MANIFEST, Bundle, find_bundle
-from tokenflow_sdk.cli.engine import bundle_name, each_file, open_tokenizer, output_paths, stderr, stdout
+from tokenflow_sdk.cli.engine import each_file, open_tokenizer, output_paths, stderr, stdout
 from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, ImageReadError, TokenFlowError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.images import psnr
 from tokenflow_sdk.sheet import contact_sheet
 
-__all__ = ["decode", "encode", "info", "reconstruct", "verify"]
+__all__ = ["decode", "encode", "reconstruct", "verify"]
 
 _PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
@@ -114,57 +112,6 @@ def verify(arguments: argparse.Namespace) -> int:
     report.require(str(tokenizer.bundle.path))
     stdout.print("files and numbers are right", style="green")
     return 0
-
-
-def info(arguments: argparse.Namespace) -> int:
-    """What a file of codes or a bundle holds."""
-    target = Path(bundle_name(arguments))
-    if target.is_file() and target.name != MANIFEST:
-        _codes_info(target)
-    else:
-        path = target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))
-        _bundle_info(Bundle.open(path, TokenizerConfig))
-    return 0
-
-
-def _codes_info(path: Path) -> None:
-    codes = Codes.load(path)
-    stdout.print(repr(codes), markup=False, soft_wrap=True)
-    table = Table("scale", "codes", "file may end at byte", "first codes")
-    for i in range(codes.n_scales):
-        side, prefix = codes.patch_nums[i], codes.truncate(i + 1)
-        first = " ".join(map(str, codes.scale(i).ravel()[:6]))
-        table.add_row(f"{side} x {side}", str(side * side), f"{len(prefix.to_bytes()):,}", first)
-    stdout.print(table)
-
-
-def _bundle_info(bundle: Bundle[TokenizerConfig]) -> None:
-    c = bundle.config
-    bits = (c.codebook_size - 1).bit_length()
-    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
-    stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
-    stdout.print(
-        f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True
-    )
-    stdout.print(
-        f"codebook of {c.codebook_size} entries, {c.semantic_dim} semantic + {c.pixel_dim} pixel values, "
-        f"{c.codebook_sha256[:16]}; semantic features {c.semantic_width} wide",
-        soft_wrap=True,
-    )
-    table = Table("graph", "size", "inputs", "outputs")
-    for name, graph in bundle.graphs.items():
-        size = sum(file.size for file in graph.files)
-        table.add_row(name, f"{size / 1e6:,.1f} MB", "\n".join(map(str, graph.inputs)), "\n".join(map(str, graph.outputs)))
-    stdout.print(table)
-    if "agreement" in bundle.parity:
-        decoded = bundle.parity["decode_psnr"]
-        stdout.print(
-            f"export check: codes equal {bundle.parity['equal_codes']:.2%}, flips {len(bundle.parity['flips'])}, "
-            f"decode {'identical' if decoded is None else f'{decoded:.1f} dB'} against PyTorch",
-            soft_wrap=True,
-        )
-    for key, value in bundle.provenance.items():
-        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
 
 
 def _pictures(paths: Sequence[Path]) -> list[Path]:

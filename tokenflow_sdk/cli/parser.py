@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.cli import bench, commands
+from tokenflow_sdk.cli import bench, commands, generate, info
 from tokenflow_sdk.images import PREPROCESS_MODES
 
 __all__ = ["make_parser"]
@@ -32,9 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     words = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = _command(words, "info", commands.info, "what a bundle or a .tfc file holds")
-    info.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, or a file of codes")
-    info.add_argument("--bundle", metavar="PATH|NAME", help="the same as giving a bundle first")
+    about = _command(words, "info", info.info, "what a bundle or a .tfc file holds")
+    about.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, or a file of codes")
+    about.add_argument("--bundle", metavar="PATH|NAME", help="the same as giving a bundle first")
 
     encode = _command(words, "encode", commands.encode, "pictures to .tfc files of codes")
     encode.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or directories of pictures")
@@ -55,6 +55,23 @@ def make_parser() -> argparse.ArgumentParser:
     _output(reconstruct, "the picture to write (default: side_by_side.png)")
     _engine(reconstruct)
     _picture(reconstruct)
+
+    drawing = _command(words, "generate", generate.generate, "pictures from text")
+    drawing.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    drawing.add_argument("--replay", type=Path, metavar="FILE.png", help="draw again what this picture's metadata says")
+    drawing.add_argument("-n", type=int, default=1, metavar="N", help="pictures (default: %(default)s)")
+    _output(drawing, "directory for 1.png, 2.png ... (default: the current one)")
+    drawing.add_argument("--preset", default="paper", help="fast (1 pass), balanced (2) or paper (3; default)")
+    drawing.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same picture (default: %(default)s)"
+    )
+    drawing.add_argument(
+        "--cfg-scale", type=float, default=7.5, metavar="X", help="strength of guidance (default: %(default)s)"
+    )
+    drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to lead away from (default: the model's own)")
+    drawing.add_argument("--progressive", action="store_true", help="also write scales.png, the picture after every scale")
+    drawing.add_argument("--tokenizer", metavar="PATH|NAME", help="the tokenizer's bundle (default: where it was at export)")
+    _engine(drawing, what="the generator")
 
     verify = _command(words, "verify", commands.verify, "check a bundle's files, and its numbers against PyTorch's")
     verify.add_argument("target", nargs="?", metavar="BUNDLE")
@@ -84,9 +101,9 @@ def _output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=text)
 
 
-def _engine(parser: argparse.ArgumentParser) -> None:
+def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer") -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--bundle", metavar="PATH|NAME", help="the tokenizer: a directory, or a hub id")
+    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory, or a hub id")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.mini_generator import export_quietly, generator_shapes, write_checkpoint
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.cli.generate import RECIPE, read_recipe
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.generator import Generator
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shapes = generator_shapes(SIZES, 44, 500, (1, 2, 3, 4))
+    return write_checkpoint(tmp_path_factory.mktemp("hf") / "t2i", SIZES, shapes, 40, 500)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), tmp_path_factory.mktemp("bundle") / "t2i")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_pictures_scales_and_replay(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--bundle", bundle, "-o", "out", "--seed", 7, "-n", 2, "--progressive")
+    assert run("generate", "w5 w6", *words) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["1.png", "2.png", "scales.png"]
+    assert "seed 7" in capsys.readouterr().out
+    recipe = read_recipe(Path("out/2.png"))
+    assert (recipe["prompt"], recipe["seed"], recipe["n"], recipe["image"]) == ("w5 w6", 7, 2, 1)
+    with Generator.from_pretrained(bundle) as generator:
+        expected = generator.generate("w5 w6", seed=7, n=2).images
+    assert np.array_equal(np.asarray(Image.open("out/2.png")), np.asarray(expected[1]))
+    assert run("generate", "--replay", "out/2.png", "--bundle", bundle, "-o", "again") == 0
+    for name in ("1.png", "2.png"):
+        assert (Path("out") / name).read_bytes() == (Path("again") / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--bundle", "{bundle}"], "No prompt was given"),
+        (["", "--bundle", "{bundle}"], "The prompt is empty"),
+        (["w5"], "No bundle was given"),
+        (["w5", "--bundle", "{bundle}", "--preset", "best"], "no preset 'best'"),
+        (["w5", "--bundle", "{bundle}", "-n", "0"], "n=0"),
+        (["w5", "--bundle", "{bundle}", "-n", "500"], "key/value pages are needed"),
+        (["w5", "--bundle", "{bundle}", "--cfg-scale", "-1"], "cfg_scale=-1.0"),
+        (["w5", "--bundle", "{bundle}", "--tokenizer", "nowhere"], "is not at nowhere"),
+        (["--replay", "plain.png", "--bundle", "{bundle}"], "does not say how it was made"),
+        (["--replay", "text.png", "--bundle", "{bundle}"], "cannot be read"),
+        (["--replay", "other.png", "--bundle", "{bundle}"], "drawn by another model (0000000000000000)"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_status_2(
+    words: list[str], sentence: str, bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import PngImagePlugin
+
+    Image.new("RGB", (4, 4)).save("plain.png")
+    Path("text.png").write_text("hello")
+    recipe = {"prompt": "w5", "negative_prompt": None, "n": 1, "seed": 0, "cfg_scale": 1.0, "passes": [[1, 0]], "image": 0}
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_itxt(RECIPE, json.dumps(recipe | {"model": "0" * 16}))
+    Image.new("RGB", (4, 4)).save("other.png", pnginfo=chunk)
+    before = sorted(path.name for path in here.iterdir())
+    assert run("generate", *(word.format(bundle=bundle) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", bundle) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "TokenFlow generator",
+        "transformer of 1 layers",
+        "drawn for mini_clip",
+        "a picture takes",
+        "default pool",
+    ):
+        assert part in out
+
+
+def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", bundle) == 2
+    assert "holds a 'generator' bundle, not a tokenizer" in capsys.readouterr().err

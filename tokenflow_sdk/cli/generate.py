@@ -1,0 +1,148 @@
+"""`tokenflow generate`: text to pictures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
+from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
+from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.generator import GeneratedScale, Generator
+from tokenflow_sdk.sampling import Pass, SamplingParams
+from tokenflow_sdk.sheet import contact_sheet
+
+__all__ = ["generate"]
+
+RECIPE = "tokenflow"
+"""The PNG text chunk that holds what made a picture, as JSON."""
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Draw pictures from a prompt, or again from the recipe in a PNG."""
+    output: Path = arguments.output or Path()
+    if arguments.replay is not None:
+        recipe = read_recipe(arguments.replay)
+        arguments.prompt, arguments.n = recipe["prompt"], recipe["n"]
+        params, negative = _params_of(recipe), recipe["negative_prompt"]
+    else:
+        recipe, negative = None, arguments.negative_prompt
+        if arguments.prompt is None:
+            raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
+        params = SamplingParams.preset(arguments.preset, arguments.cfg_scale, arguments.seed)
+    with stderr.status(f"opening {bundle_name(arguments)}"):
+        generator = Generator.from_pretrained(
+            bundle_name(arguments), tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
+        )
+    with generator:
+        _require_same_model(recipe, generator.bundle)
+        began = perf_counter()
+        steps = _draw(generator, arguments.prompt, arguments.n, negative, params)
+        seconds = perf_counter() - began
+        made = _recipe(generator, arguments.prompt, arguments.n, negative, params)
+        _save(steps, output, made, arguments.progressive)
+    rate = f"{seconds / arguments.n:.2f} s a picture"
+    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}", markup=False)
+    return 0
+
+
+def _draw(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> list[GeneratedScale]:
+    columns = (TextColumn("drawing, scale"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=len(generator.config.patch_nums))
+        steps = []
+        for step in generator.stream(prompt, n=n, negative_prompt=negative, params=params):
+            steps.append(step)
+            progress.advance(task)
+    return steps
+
+
+def _save(steps: list[GeneratedScale], output: Path, recipe: Mapping[str, Any], progressive: bool) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another -o.") from error
+    for i, image in enumerate(steps[-1].preview()):
+        path = output / f"{i + 1}.png"
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_itxt(RECIPE, json.dumps({**recipe, "image": i}))
+        _write_png(path, image, chunk)
+        stdout.print(str(path), markup=False, soft_wrap=True)
+    if progressive:
+        sides = steps[-1].codes[0].patch_nums
+        tiles = [
+            (image, f"up to {side} x {side}")
+            for i in range(len(steps[0].codes))
+            for side, image in zip(sides, (step.preview()[i] for step in steps), strict=True)
+        ]
+        _write_png(output / "scales.png", contact_sheet(tiles, len(sides)))
+        stdout.print(str(output / "scales.png"), markup=False, soft_wrap=True)
+
+
+def _write_png(path: Path, image: Image.Image, chunk: PngImagePlugin.PngInfo | None = None) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunk)
+    write_atomic(path, buffer.getvalue())
+
+
+def _recipe(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "n": n,
+        "seed": params.seed,
+        "cfg_scale": params.cfg_scale,
+        "passes": [[step.top_k, step.top_p] for step in params.passes],
+        "model": _model_id(generator.bundle),
+    }
+
+
+def _model_id(bundle: Bundle[GeneratorConfig]) -> str:
+    """The transformer's first 16 hex digits of SHA-256: its weights where they lie beside the graph, else the graph."""
+    return bundle.graph("transformer").files[-1].sha256[:16]
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What `tokenflow generate` wrote into a PNG.
+
+    Raises:
+        ImageReadError: the file cannot be read, or holds no recipe.
+    """
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(RECIPE)
+        recipe = json.loads(text) if text else None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
+    keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
+    if not isinstance(recipe, dict) or set(recipe) != keys:
+        raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")
+    return recipe
+
+
+def _params_of(recipe: Mapping[str, Any]) -> SamplingParams:
+    try:
+        passes = tuple(Pass(top_k, top_p) for top_k, top_p in recipe["passes"])
+        return SamplingParams(passes, recipe["cfg_scale"], recipe["seed"])
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"The recipe in the PNG is damaged: {error}.", "Give a PNG made by `tokenflow generate`."
+        ) from error
+
+
+def _require_same_model(recipe: Mapping[str, Any] | None, bundle: Bundle[GeneratorConfig]) -> None:
+    if recipe is not None and recipe["model"] != _model_id(bundle):
+        raise CodebookMismatchError(
+            f"The picture was drawn by another model ({recipe['model']}) than {bundle.path} ({_model_id(bundle)}).",
+            "Give --bundle the generator that drew it.",
+        )

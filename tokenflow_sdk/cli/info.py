@@ -1,0 +1,99 @@
+"""`tokenflow info`: what a file of codes or a bundle holds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, find_bundle
+from tokenflow_sdk.cli.engine import bundle_name, stdout
+from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
+from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages, pages_of_picture
+
+__all__ = ["info"]
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """What a file of codes or a bundle holds."""
+    target = Path(bundle_name(arguments))
+    if target.is_file() and target.name != MANIFEST:
+        _codes_info(target)
+        return 0
+    path = target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))
+    if bundle_kind(path) == GeneratorConfig.kind:
+        _generator_info(Bundle.open(path, GeneratorConfig))
+    else:
+        _tokenizer_info(Bundle.open(path, TokenizerConfig))
+    return 0
+
+
+def _codes_info(path: Path) -> None:
+    codes = Codes.load(path)
+    stdout.print(repr(codes), markup=False, soft_wrap=True)
+    table = Table("scale", "codes", "file may end at byte", "first codes")
+    for i in range(codes.n_scales):
+        side, prefix = codes.patch_nums[i], codes.truncate(i + 1)
+        first = " ".join(map(str, codes.scale(i).ravel()[:6]))
+        table.add_row(f"{side} x {side}", str(side * side), f"{len(prefix.to_bytes()):,}", first)
+    stdout.print(table)
+
+
+def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
+    c = bundle.config
+    bits = (c.codebook_size - 1).bit_length()
+    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
+    stdout.print(
+        f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True
+    )
+    stdout.print(
+        f"codebook of {c.codebook_size} entries, {c.semantic_dim} semantic + {c.pixel_dim} pixel values, "
+        f"{c.codebook_sha256[:16]}; semantic features {c.semantic_width} wide",
+        soft_wrap=True,
+    )
+    _print_graphs(bundle.graphs)
+    if "agreement" in bundle.parity:
+        decoded = bundle.parity["decode_psnr"]
+        stdout.print(
+            f"export check: codes equal {bundle.parity['equal_codes']:.2%}, flips {len(bundle.parity['flips'])}, "
+            f"decode {'identical' if decoded is None else f'{decoded:.1f} dB'} against PyTorch",
+            soft_wrap=True,
+        )
+    _print_provenance(bundle.provenance)
+
+
+def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
+    c = bundle.config
+    stdout.print(f"{bundle.path}: TokenFlow generator", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
+    stdout.print(f"prompts of up to {c.max_prompt} tokens; pictures of {c.n_codes} codes in {len(c.patch_nums)} scales")
+    stdout.print(
+        f"drawn for {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
+    )
+    _print_graphs(bundle.graphs)
+    page = 2 * 4 * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
+    picture, pages = pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE)
+    stdout.print(
+        f"key/value cache: pages of {PAGE_SIZE} tokens, {page / 1e6:,.2f} MB each; a picture takes {picture} pages "
+        f"({picture * page / 1e6:,.1f} MB); the default pool has {pages} ({pages * page / 1e6:,.1f} MB)",
+        soft_wrap=True,
+    )
+    _print_provenance(bundle.provenance)
+
+
+def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
+    table = Table("graph", "size", "inputs", "outputs")
+    for name, graph in graphs.items():
+        size = sum(file.size for file in graph.files)
+        table.add_row(name, f"{size / 1e6:,.1f} MB", "\n".join(map(str, graph.inputs)), "\n".join(map(str, graph.outputs)))
+    stdout.print(table)
+
+
+def _print_provenance(provenance: Mapping[str, Any]) -> None:
+    for key, value in provenance.items():
+        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
