@@ -23,7 +23,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.export
-	@$(PIP) --editable '.[cpu,hub,export,dev]'
+	@$(PIP) --editable '.[cpu,hub,generate,export,dev]'
 	@touch $@
 
 install: $(VENV)/.dev ## everything for working on the project, into .venv
@@ -44,6 +44,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## the runtime against eager PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
+	@$(BIN)/python benchmarks/generator_vs_eager.py
 
 clean: ## remove .venv, caches and what the demo made
 	rm -rf $(VENV) bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis

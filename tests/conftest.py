@@ -34,6 +34,19 @@ def mini_bundle(mini_bundles: Callable[[str], Path]) -> Path:
     return mini_bundles("clip")
 
 
+@pytest.fixture(scope="session")
+def mini_generator(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a small generator that draws the small CLIP tokenizer's codes; do not write into it."""
+    from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, write_checkpoint
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+
+    directory = tmp_path_factory.mktemp("generator")
+    shapes = generator_shapes(SMALLEST, 44, 500, (1, 2, 3, 4))
+    checkpoint = write_checkpoint(directory / "hf", SMALLEST, shapes, 40, 500)
+    return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), directory / "t2i")
+
+
 @pytest.fixture
 def bundle_copy(mini_bundle: Path, tmp_path: Path) -> Path:
     """A copy to damage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -16,7 +17,11 @@ from tokenflow_sdk.sampling import SamplingParams, draw, guidance, uniform
 
 
 class UncachedGenerator:
-    """Eager PyTorch; slow on purpose. `token_forwards` counts what it runs, pads included."""
+    """Eager PyTorch; slow on purpose.
+
+    `token_forwards` counts what it runs, pads included; `draw_seconds` is what the plain NumPy sampling took, for benchmarks to
+    leave out.
+    """
 
     def __init__(self, checkpoint: HfDirectory, config: GeneratorConfig, codebook: np.ndarray) -> None:
         self.config, self.codebook = config, torch.from_numpy(codebook)
@@ -27,6 +32,7 @@ class UncachedGenerator:
         self.transformer.load_state_dict(state, assign=True)
         self.transformer.eval().requires_grad_(False)
         self.token_forwards = 0
+        self.draw_seconds = 0.0
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], negative: Sequence[int], params: SamplingParams, number: int = 0) -> np.ndarray:
@@ -43,7 +49,9 @@ class UncachedGenerator:
                     blocks = [*blocks[: scale - 1], inputs]
                 logits = self._guided(prompt, negative, blocks, side * side, guidance(params.cfg_scale, scale, len(sides)))
                 noise = uniform(params.seed, number, scale, refinement, side * side)
+                began = perf_counter()
                 row = draw(logits.numpy(), step.top_k, step.top_p, noise)
+                self.draw_seconds += perf_counter() - began
                 if refinement == 0:
                     first_inputs = inputs
             if scale:

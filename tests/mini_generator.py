@@ -30,6 +30,14 @@ RELEASED_TINY = {
     "rope_theta": 10000.0,
     "bos_token_id": 1,
 }
+SMALLEST = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+}
 PATCH_NUMS_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
 
 

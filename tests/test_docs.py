@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def project(mini_bundle: Path, tmp_path: Path) -> Path:
-    """A directory that looks like the repository after `make demo`, with a small bundle in the large one's place."""
+def project(mini_bundle: Path, mini_generator: Path, tmp_path: Path) -> Path:
+    """A directory that looks like the repository after `make demo`, with small bundles in the large ones' places."""
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
+    (tmp_path / "bundles" / "t2i").symlink_to(mini_generator)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
@@ -37,29 +39,32 @@ def run(command: list[object], directory: Path) -> str:
 
 
 def test_the_api_snippet_runs(project: Path) -> None:
-    (snippet,) = blocks("python")
-    assert len(snippet.splitlines()) <= 20
-    assert "30 codes" in run([sys.executable, "-c", snippet], project)
+    tokenizing, generating = blocks("python")
+    assert len(tokenizing.splitlines()) <= 20
+    assert "30 codes" in run([sys.executable, "-c", tokenizing], project)
     assert (project / "photo.tfc").exists()
+    run([sys.executable, "-c", generating], project)
+    assert (project / "apple.png").exists()
 
 
 def test_every_command_runs(project: Path) -> None:
-    commands = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     makes = [words for words in commands if words[0] == "make"]
     assert makes == [["make", "demo"], ["make", "test"]]
     others = [words for words in commands if words[0] != "make"]
-    assert {words[1] for words in others} == {"encode", "decode", "reconstruct", "info", "verify", "bench"}
+    assert {words[1] for words in others} == {"encode", "decode", "reconstruct", "generate", "info", "verify", "bench"}
     for words in others:
         assert words[0] == "tokenflow"
         run(words, project)
     assert (project / "side_by_side.png").exists()
     assert (project / "photo.png").exists()
+    assert (project / "drawn" / "scales.png").exists()
 
 
 def test_the_console_lines_are_tested_elsewhere() -> None:
     """The export command at full size (export/test_full_size.py), the install line with a built wheel (test_package.py)."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
-    assert starts == ["python -m export", "pip install 'tokenflow-sdk[cpu]'"]
+    assert starts == ["python -m export", "pip install 'tokenflow-sdk[cpu,generate]'"]
 
 
 def test_the_quickstart_runs(project: Path) -> None:

@@ -44,7 +44,7 @@ def test_all_names_what_is_public() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, tmp_path: Path) -> None:
+def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, mini_generator: Path, tmp_path: Path) -> None:
     """What a device gets: the wheel and one engine, no repository and no torch."""
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -62,7 +62,7 @@ def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, tmp_path:
         "--disable-pip-version-check",
         "-c",
         ROOT / "constraints.txt",
-        f"{wheel}[cpu]",
+        f"{wheel}[cpu,generate]",
     ]
     subprocess.run(install, check=True)
     photo = ROOT / "examples" / "chelsea.jpg"
@@ -70,3 +70,6 @@ def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, tmp_path:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "30 codes" in done.stdout
     assert (tmp_path / "out.png").exists()
+    command = [tmp_path / "venv" / "bin" / "tokenflow", "generate", "w5 w6", "--bundle", mini_generator, "-o", "drawn"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "drawn" / "1.png").exists()

@@ -7,32 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.mini_generator import export_quietly, generator_shapes, write_checkpoint
-from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.cli.generate import RECIPE, read_recipe
-from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.generator import Generator
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-}
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shapes = generator_shapes(SIZES, 44, 500, (1, 2, 3, 4))
-    return write_checkpoint(tmp_path_factory.mktemp("hf") / "t2i", SIZES, shapes, 40, 500)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), tmp_path_factory.mktemp("bundle") / "t2i")
+@pytest.fixture
+def bundle(mini_generator: Path) -> Path:
+    return mini_generator
 
 
 @pytest.fixture(autouse=True)

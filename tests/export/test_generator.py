@@ -12,32 +12,24 @@ import torch
 from export import generator as exporter
 from export.__main__ import main
 from export.hf_directory import HfDirectory
-from tests.mini_generator import export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import CheckpointError, ParityError
 from tokenflow_sdk.sampling import draw
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-}
 SIDES = (1, 2)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", SIZES, generator_shapes(SIZES, 44, 500, SIDES), 40, 500, shards=2)
+    return write_checkpoint(tmp_path / "hf", SMALLEST, generator_shapes(SMALLEST, 44, 500, SIDES), 40, 500, shards=2)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle[GeneratorConfig]:
     directory = tmp_path_factory.mktemp("generator")
-    checkpoint = write_checkpoint(directory / "hf", SIZES, generator_shapes(SIZES, 44, 500, SIDES), 40, 500)
+    checkpoint = write_checkpoint(directory / "hf", SMALLEST, generator_shapes(SMALLEST, 44, 500, SIDES), 40, 500)
     out = export_quietly(checkpoint, tokenizer_bundle(directory / "tok", SIDES, 500), directory / "bundle")
     return Bundle.open(out, GeneratorConfig)
 
@@ -103,10 +95,10 @@ def test_shards_and_bins_are_the_same_checkpoint(checkpoint: Path, tmp_path: Pat
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json cannot be read.*save_pretrained"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
         (
-            lambda d: (d / "config.json").write_text(json.dumps(SIZES | {"num_hidden_layers": 2})),
+            lambda d: (d / "config.json").write_text(json.dumps(SMALLEST | {"num_hidden_layers": 2})),
             r"missing \(first: model.layers.1",
         ),
-        (lambda d: (d / "config.json").write_text(json.dumps(SIZES | {"intermediate_size": 40})), "mis-shaped"),
+        (lambda d: (d / "config.json").write_text(json.dumps(SMALLEST | {"intermediate_size": 40})), "mis-shaped"),
     ],
 )
 def test_damaged_directories_are_named(damage, words: str, checkpoint: Path, tmp_path: Path) -> None:
