@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,15 +138,9 @@ def _runtime_config(
         codebook_size=picture.codebook_size,
         codebook_sha256=picture.codebook_sha256,
         tokenizer_variant=picture.variant,
-        tokenizer=Path(_relative(tokenizer.path, out)).as_posix(),
+        tokenizer=Path(os.path.relpath(tokenizer.path.resolve(), out.resolve())).as_posix(),
     )
     return config, text
-
-
-def _relative(tokenizer: Path, out: Path) -> str:
-    import os.path
-
-    return os.path.relpath(tokenizer.resolve(), out.resolve())
 
 
 def _prompt_tokenizer(directory: HfDirectory, codebook_size: int) -> tuple[dict[str, Any], int, tuple[int, ...]]:
@@ -201,70 +197,91 @@ def _transformer(directory: HfDirectory, config: TransformerConfig) -> Transform
     return transformer.eval().requires_grad_(False)
 
 
+_VARYING = ("batch", "queries", "table", "slots", "page", "window")
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape)
+
+
+def _counts(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.int32)
+
+
 def _graph_specs(directory: HfDirectory, transformer: Transformer, config: GeneratorConfig) -> list[GraphSpec]:
-    model, dim = transformer.config, torch.export.Dim
-    batch, queries, table, slots, page, window = (dim(n) for n in ("batch", "queries", "table", "slots", "page", "window"))
+    dims = {name: torch.export.Dim(name) for name in _VARYING}
+    start, stop = config.image_token_start, config.image_token_start + config.codebook_size
+    head = directory.tensor("lm_head.weight")[start:stop].clone()
+    return [
+        *_embedding_specs(directory, config, dims),
+        _transformer_spec(transformer, dims),
+        _sample_spec(head, dims),
+    ]
+
+
+def _embedding_specs(directory: HfDirectory, config: GeneratorConfig, dims: Mapping[str, Any]) -> list[GraphSpec]:
     start, stop = config.image_token_start, config.image_token_start + config.codebook_size
     levels, positions = directory.tensor("model.lvl_embed.weight"), directory.tensor("model.pos_1LC")
-    embedding, head = directory.tensor("model.embed_tokens.weight"), directory.tensor("lm_head.weight")[start:stop].clone()
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape)
-
-    def counts(*shape: int) -> Tensor:
-        return torch.ones(*shape, dtype=torch.int32)
-
-    pool = zeros(model.layers * 5, 16, model.kv_heads, model.head_dim)
+    table = directory.tensor("model.embed_tokens.weight")
     projector = _projector(directory)
-    rows = {0: batch, 1: queries}
-    pages = {0: slots, 1: page}
+    rows = {0: dims["batch"], 1: dims["queries"]}
     return [
         GraphSpec(
             "embed_text",
-            EmbedTextGraph(torch.cat([embedding[:start], embedding[stop:]]), levels[0], positions[0]),
-            {"token_ids": (counts(2, 3), rows), "starts": (zeros(2, 3), rows)},
+            EmbedTextGraph(torch.cat([table[:start], table[stop:]]), levels[0], positions[0]),
+            {"token_ids": (_counts(2, 3), rows), "starts": (_zeros(2, 3), rows)},
             ("embeddings",),
         ),
         GraphSpec(
             "embed_image",
             EmbedImageGraph(projector, levels, positions),
             {
-                "features": (zeros(2, 3, projector[0].in_features), rows),
-                "level": (counts(1), {}),
-                "places": (counts(3), {0: queries}),
+                "features": (_zeros(2, 3, projector[0].in_features), rows),
+                "level": (_counts(1), {}),
+                "places": (_counts(3), {0: dims["queries"]}),
             },
             ("embeddings",),
         ),
-        GraphSpec(
-            "transformer",
-            TransformerGraph(transformer),
-            {
-                "embeddings": (zeros(2, 3, model.width), rows),
-                "positions": (counts(2, 3), rows),
-                "visible": (counts(2, 3), rows),
-                "context": (counts(2), {0: batch}),
-                "block_tables": (counts(2, 4), {0: batch, 1: table}),
-                "k_pages": (pool, pages),
-                # Its own tensor: tracing would take one object given twice for one input.
-                "v_pages": (pool.clone(), pages),
-            },
-            ("hidden", "new_k", "new_v"),
-        ),
-        GraphSpec(
-            "sample",
-            SampleGraph(head),
-            {
-                "conditional": (zeros(2, 3, model.width), rows),
-                "unconditional": (zeros(2, 3, model.width), rows),
-                "guidance": (zeros(2), {0: batch}),
-                "top_k": (counts(2), {0: batch}),
-                "top_p": (zeros(2), {0: batch}),
-                "noise": (zeros(2, 3), rows),
-                "ranks": (counts(9), {0: window}),
-            },
-            ("code_indices", "logits"),
-        ),
     ]
+
+
+def _transformer_spec(transformer: Transformer, dims: Mapping[str, Any]) -> GraphSpec:
+    model = transformer.config
+    rows, pages = {0: dims["batch"], 1: dims["queries"]}, {0: dims["slots"], 1: dims["page"]}
+    pool = (model.layers * 5, 16, model.kv_heads, model.head_dim)
+    return GraphSpec(
+        "transformer",
+        TransformerGraph(transformer),
+        {
+            "embeddings": (_zeros(2, 3, model.width), rows),
+            "positions": (_counts(2, 3), rows),
+            "visible": (_counts(2, 3), rows),
+            "context": (_counts(2), {0: dims["batch"]}),
+            "block_tables": (_counts(2, 4), {0: dims["batch"], 1: dims["table"]}),
+            # Two tensors: tracing would take one object given twice for one input.
+            "k_pages": (_zeros(*pool), pages),
+            "v_pages": (_zeros(*pool), pages),
+        },
+        ("hidden", "new_k", "new_v"),
+    )
+
+
+def _sample_spec(head: Tensor, dims: Mapping[str, Any]) -> GraphSpec:
+    rows, batch = {0: dims["batch"], 1: dims["queries"]}, {0: dims["batch"]}
+    return GraphSpec(
+        "sample",
+        SampleGraph(head),
+        {
+            "conditional": (_zeros(2, 3, head.shape[1]), rows),
+            "unconditional": (_zeros(2, 3, head.shape[1]), rows),
+            "guidance": (_zeros(2), batch),
+            "top_k": (_counts(2), batch),
+            "top_p": (_zeros(2), batch),
+            "noise": (_zeros(2, 3), rows),
+            "ranks": (_counts(9), {0: dims["window"]}),
+        },
+        ("code_indices", "logits"),
+    )
 
 
 def _projector(directory: HfDirectory) -> nn.Sequential:

@@ -38,7 +38,10 @@ def bench(arguments: argparse.Namespace) -> int:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
     arguments.batch_limit = max(arguments.batch_limit, *batches)
     rows: list[_Row] = []
-    with open_tokenizer(arguments) as tokenizer, Progress(console=stderr, transient=True) as progress:
+    with (
+        open_tokenizer(arguments) as tokenizer,
+        Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
+    ):
         began = perf_counter()
         tokenizer.load()
         loading = perf_counter() - began

@@ -73,7 +73,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path("side_by_side.png")
     with open_tokenizer(arguments) as tokenizer:
         original = tokenizer.preprocess(arguments.image, preprocess=arguments.preprocess, fast=arguments.fast)
-        with Progress(console=stderr, transient=True) as progress:
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
             task = progress.add_task("encoding", total=1 + len(tokenizer.config.patch_nums))
             codes = tokenizer.codes(tokenizer.encode_array(original[None])[0])
             progress.update(task, advance=1, description="decoding")
@@ -96,7 +96,10 @@ def verify(arguments: argparse.Namespace) -> int:
     """A bundle's hashes, and its numbers against the stored reference."""
     from tokenflow_sdk.parity import check_parity
 
-    with open_tokenizer(arguments) as tokenizer, Progress(console=stderr, transient=True) as progress:
+    with (
+        open_tokenizer(arguments) as tokenizer,
+        Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
+    ):
         task = progress.add_task("comparing with PyTorch", total=1.0)
         report = check_parity(tokenizer, progress=lambda fraction: progress.update(task, completed=fraction))
     table = Table(

@@ -87,7 +87,7 @@ def each_file(
     """
     failed = 0
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=len(inputs) == 1) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(verb, total=len(inputs))
         for start in range(0, len(inputs), at_once):
             for outcome in work(inputs[start : start + at_once]):

@@ -58,7 +58,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def _draw(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> list[GeneratedScale]:
     columns = (TextColumn("drawing, scale"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("", total=len(generator.config.patch_nums))
         steps = []
         for step in generator.stream(prompt, n=n, negative_prompt=negative, params=params):
