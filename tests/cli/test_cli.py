@@ -131,7 +131,7 @@ def test_info_of_bundles_and_codes(mini_bundle: Path, capsys: pytest.CaptureFixt
     assert run("info", mini_bundle / "bundle.json") == 0
     out = capsys.readouterr().out
     assert out.count("TokenFlow tokenizer mini_clip") == 3
-    for part in ("4 scales (1 2 3 4): 30 codes of 9 bits", "codes equal", "checkpoint: mini", "decode"):
+    for part in ("4 scales (1 2 3 4): 30 codes of 9 bits", "codes equal", "checkpoint: mini", "images uint8[batch, 64, 64, 3]"):
         assert part in out
     run("encode", PHOTO, "--bundle", mini_bundle, "-o", "p.tfc")
     capsys.readouterr()

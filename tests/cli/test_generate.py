@@ -85,6 +85,7 @@ def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -
         "transformer of 1 layers",
         "drawn for mini_clip",
         "a picture takes",
+        "hidden float32[batch, queries, 32]",
         "default pool",
     ):
         assert part in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["bundle_name", "each_file", "open_tokenizer", "output_paths", "stderr", "stdout"]
 
-stdout = Console(highlight=False)
+# Piped output has no width: wide enough that tables do not wrap.
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 stderr = Console(stderr=True, highlight=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, find_bundle
 from tokenflow_sdk.cli.engine import bundle_name, stdout
@@ -79,8 +80,8 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
     page = 2 * 4 * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
     picture, pages = pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE)
     stdout.print(
-        f"key/value cache: pages of {PAGE_SIZE} tokens, {page / 1e6:,.2f} MB each; a picture takes {picture} pages "
-        f"({picture * page / 1e6:,.1f} MB); the default pool has {pages} ({pages * page / 1e6:,.1f} MB)",
+        f"key/value cache: pages of {PAGE_SIZE} tokens, {_size(page)} each; a picture takes {picture} pages "
+        f"({_size(picture * page)}); the default pool has {pages} ({_size(pages * page)})",
         soft_wrap=True,
     )
     _print_provenance(bundle.provenance)
@@ -89,9 +90,14 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
     table = Table("graph", "size", "inputs", "outputs")
     for name, graph in graphs.items():
-        size = sum(file.size for file in graph.files)
-        table.add_row(name, f"{size / 1e6:,.1f} MB", "\n".join(map(str, graph.inputs)), "\n".join(map(str, graph.outputs)))
+        # As Text: in a plain string rich would take [batch, 3] for markup.
+        tensors = (Text("\n".join(map(str, specs))) for specs in (graph.inputs, graph.outputs))
+        table.add_row(name, _size(sum(file.size for file in graph.files)), *tensors)
     stdout.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} KB"
 
 
 def _print_provenance(provenance: Mapping[str, Any]) -> None:
