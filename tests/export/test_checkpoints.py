@@ -131,6 +131,24 @@ def test_unusable_checkpoint_names(name: str, why: str) -> None:
         resolve(name)
 
 
+def test_hub_files_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo: str, file: str) -> str:
+        asked.append((repo, file))
+        if file == "gone.pt":
+            raise OSError("no network\nand more")
+        return str(tmp_path / "c.pt")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve("hf://org/repo/deep/c.pt") == tmp_path / "c.pt"
+    assert asked == [("org/repo", "deep/c.pt")]
+    with pytest.raises(CheckpointError, match="'hf://org/repo/gone.pt' could not be fetched: no network Check"):
+        resolve("hf://org/repo/gone.pt")
+
+
 def test_loading_is_strict_adopts_memory_and_reads_half_precision() -> None:
     state = mini_state("clip")
     model = load_model(state, MINI["clip"])
