@@ -84,7 +84,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 quality = psnr(original, np.asarray(picture))
                 side = codes.patch_nums[n - 1]
                 what = "final" if n == codes.n_scales else f"up to {side} x {side}"
-                tiles.append((picture, f"{what}, {len(prefix)} codes\n{len(prefix.to_bytes()):,} bytes, {quality:.2f} dB"))
+                tiles.append((picture, f"{what}, {len(prefix)} codes\n{codes.scale_ends[n - 1]:,} bytes, {quality:.2f} dB"))
                 progress.advance(task)
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     _save_picture(contact_sheet(tiles, columns), output)

@@ -38,9 +38,9 @@ def _codes_info(path: Path) -> None:
     stdout.print(repr(codes), markup=False, soft_wrap=True)
     table = Table("scale", "codes", "file may end at byte", "first codes")
     for i in range(codes.n_scales):
-        side, prefix = codes.patch_nums[i], codes.truncate(i + 1)
+        side = codes.patch_nums[i]
         first = " ".join(map(str, codes.scale(i).ravel()[:6]))
-        table.add_row(f"{side} x {side}", str(side * side), f"{len(prefix.to_bytes()):,}", first)
+        table.add_row(f"{side} x {side}", str(side * side), f"{codes.scale_ends[i]:,}", first)
     stdout.print(table)
 
 
