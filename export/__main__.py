@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     generator.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
     generator.add_argument("--tokenizer", required=True, type=Path, help="the bundle of the tokenizer that decodes its codes")
     generator.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
+    generator.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
+    )
+    generator.add_argument(
+        "--weights", choices=("int8", "int4"), help="the transformer's in fewer bits; int8 is the fast one on CPUs"
+    )
     generator.add_argument("--force", action="store_true", help="replace --out if it exists")
     generator.set_defaults(run=_run_generator)
     standin = commands.add_parser(
@@ -108,16 +114,20 @@ def _run_tokenizer(arguments: argparse.Namespace) -> None:
 def _run_generator(arguments: argparse.Namespace) -> None:
     from export.generator import export_generator
     from export.hf_directory import HfDirectory
+    from export.precision import Precision
     from export.progress import Steps
     from tokenflow_sdk.bundle import Bundle
     from tokenflow_sdk.config import TokenizerConfig
 
     began = perf_counter()
     tokenizer = Bundle.open(arguments.tokenizer, TokenizerConfig)
+    precision = Precision(arguments.dtype, arguments.weights)
     with Steps() as steps:
-        error = export_generator(HfDirectory(arguments.checkpoint), tokenizer, arguments.out, steps, arguments.force)
-    print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, with {arguments.tokenizer}")
-    print(f"  largest difference of hidden states from PyTorch {error:.1e}")
+        directory = HfDirectory(arguments.checkpoint)
+        found = export_generator(directory, tokenizer, arguments.out, steps, arguments.force, precision)
+    print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
+    print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
+    print(f"  likeliest code the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")
 
 
 def _run_standin(arguments: argparse.Namespace) -> None:

@@ -18,17 +18,17 @@ __all__ = ["EmbedImageGraph", "EmbedTextGraph", "SampleGraph", "TransformerGraph
 class EmbedTextGraph(nn.Module):
     """token_ids int32 [B, Q], starts float32 [B, Q] -> embeddings [B, Q, H].
 
-    Ids count rows of `table`, which leaves the image tokens out. `starts` is 1 at the image start token, which takes the
-    first image position as well.
+    Ids count rows of `table`, which has the text's level embedding added and leaves the image tokens out. `starts` is 1 at
+    the image start token, which takes the first image position as well.
     """
 
-    def __init__(self, table: Tensor, level: Tensor, first_position: Tensor) -> None:
+    def __init__(self, table: Tensor, first_position: Tensor) -> None:
         super().__init__()
-        self.register_buffer("table", table + level)
+        self.register_buffer("table", table)
         self.register_buffer("first_position", first_position)
 
     def forward(self, token_ids: Tensor, starts: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.table) + starts[..., None] * self.first_position
+        return F.embedding(token_ids, self.table).float() + starts[..., None] * self.first_position
 
 
 class EmbedImageGraph(nn.Module):
@@ -50,7 +50,7 @@ class TransformerGraph(nn.Module):
     Inputs: embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each
     query sees, in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables
     int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden [B, Q, H] after the final norm; new_k
-    and new_v [layers, B, Q, kv_heads, D].
+    and new_v [layers, B, Q, kv_heads, D]. The type of the pages is that of the arithmetic; embeddings and hidden are float32.
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -75,7 +75,7 @@ class TransformerGraph(nn.Module):
         mask = torch.cat([seen.expand(batch, length, slots), own], dim=-1)
         cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
         pages = k_pages.shape[0] // config.layers
-        x, new_k, new_v = embeddings, [], []
+        x, new_k, new_v = embeddings.to(k_pages.dtype), [], []
         for index, layer in enumerate(self.transformer.layers):
             rows = block_tables + index * pages
             past = [
@@ -84,7 +84,7 @@ class TransformerGraph(nn.Module):
             x, k, v = layer(x, cos, sin, past[0], past[1], mask)
             new_k.append(k)
             new_v.append(v)
-        return self.transformer.norm(x), torch.stack(new_k), torch.stack(new_v)
+        return self.transformer.norm(x).float(), torch.stack(new_k), torch.stack(new_v)
 
 
 class SampleGraph(nn.Module):
@@ -110,7 +110,8 @@ class SampleGraph(nn.Module):
         ranks: Tensor,
     ) -> tuple[Tensor, Tensor]:
         t = guidance[:, None, None]
-        logits = F.linear((1 + t) * conditional - t * unconditional, self.head)
+        guided = (1 + t) * conditional - t * unconditional
+        logits = F.linear(guided.to(self.head.dtype), self.head).float()
         values, order = logits.topk(ranks.shape[0], dim=-1)
         kth = values.gather(-1, (top_k.long() - 1)[:, None, None].expand(-1, values.shape[1], 1))
         kept = torch.where(values < kth, -1e30, values)

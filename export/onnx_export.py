@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.precision import ReadWeight, attach_weights, quantize_weights
 from tokenflow_sdk.bundle import file_sha256
 from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec
 
@@ -29,17 +30,23 @@ class GraphSpec:
     """A graph to trace: its name in the bundle, the module, inputs in order, and names of outputs.
 
     An input is an example (sizes that vary must be 2 or more) and what varies: dimension number to `torch.export.Dim`.
+    With `read`, the module and the examples are fake tensors without values, and `read` gives a weight by its name when it
+    is needed; `weights` then says in how many bits matrices are written.
     """
 
     name: str
     module: nn.Module
     inputs: Mapping[str, tuple[Tensor, Mapping[int, Any]]]
     outputs: tuple[str, ...]
+    read: ReadWeight | None = None
+    weights: Literal["int8", "int4"] | None = None
 
 
-def export_graph(spec: GraphSpec, directory: Path) -> GraphEntry:
-    """Trace `spec` into `directory` and describe what was written."""
+def export_graph(spec: GraphSpec, directory: Path, progress: Callable[[float], None] | None = None) -> GraphEntry:
+    """Trace `spec` into `directory` and describe what was written; `progress` is told the share of the weights written."""
     model = _trace(spec)
+    if spec.weights is not None:
+        quantize_weights(model, spec.weights)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -52,7 +59,8 @@ def export_graph(spec: GraphSpec, directory: Path) -> GraphEntry:
     path = directory / f"{spec.name}.onnx"
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = f"{path.name}.data" if weight_bytes >= _INLINE_BYTES else None
-    ir.save(model, path, external_data=external)
+    report = progress or (lambda _: None)
+    ir.save(model, path, external_data=external, callback=lambda _, state: report((state.index + 1) / state.total))
     onnx.checker.check_model(path, full_check=True)
     files = [path] + ([directory / external] if external else [])
     return GraphEntry(
@@ -76,8 +84,12 @@ def _trace(spec: GraphSpec) -> ir.Model:
             output_names=list(spec.outputs),
             dynamic_shapes=tuple(dict(varying) for _, varying in spec.inputs.values()),
             verbose=False,
+            optimize=spec.read is None,
         )
-    assert program is not None
+        assert program is not None
+        if spec.read is not None:
+            attach_weights(program.model, spec.read)
+            program.optimize()
     return program.model
 
 

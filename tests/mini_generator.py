@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from export.generator import export_generator
 from export.hf_directory import HfDirectory
 from export.onnx_export import file_entry
+from export.precision import FULL_PRECISION, Precision
 from export.progress import Steps
 from export.standin import standin_weight
 from tests.conftest import DATA
@@ -122,9 +123,11 @@ def generator_shapes(
     return shapes
 
 
-def export_quietly(checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Path) -> Path:
+def export_quietly(
+    checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Path, precision: Precision = FULL_PRECISION
+) -> Path:
     with Steps(Console(quiet=True)) as steps:
-        export_generator(HfDirectory(checkpoint), tokenizer, out, steps, force=False)
+        export_generator(HfDirectory(checkpoint), tokenizer, out, steps, force=False, precision=precision)
     return out
 
 

@@ -141,6 +141,11 @@ class Generator:
         return self.bundle.config
 
     @property
+    def device(self) -> str:
+        """Where the transformer runs, e.g. `cpu` or `cuda:0`."""
+        return self._sessions["transformer"].device
+
+    @property
     def token_forwards(self) -> int:
         """Tokens run through the transformer so far."""
         return self._scheduler.loop.transformer.token_forwards

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.base import Session
+from tokenflow_sdk.backends.base import Array, Session
 from tokenflow_sdk.kv_cache import PagePool, PageTable
 
 __all__ = ["PagedTransformer", "StepOutput"]
@@ -22,11 +22,11 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """hidden float32 [B, Q, H]; the step's own keys and values [layers, B, Q, kv_heads, head_dim]."""
+    """hidden float32 [B, Q, H]; the step's own keys and values [layers, B, Q, kv_heads, head_dim], in the pages' type."""
 
     hidden: Float32
-    new_k: Float32
-    new_v: Float32
+    new_k: Array
+    new_v: Array
 
 
 class PagedTransformer:
@@ -47,7 +47,8 @@ class PagedTransformer:
         """Tokens run through the transformer so far, all rows counted."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
-        self._k, self._v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        dtype = next(spec.dtype for spec in session.inputs if spec.name == "k_pages")
+        self._k, self._v = np.zeros(shape, dtype), np.zeros(shape, dtype)
 
     @property
     def page_bytes(self) -> int:

@@ -16,15 +16,16 @@ __all__ = ["RmsNorm", "Transformer", "apply_rope", "rope_angles"]
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight, over the last axis."""
+    """x / rms(x) * weight, over the last axis; in float32 whatever the type of x."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + head_dim / 2) of x [B, Q, heads, head_dim] by angles [B, Q, head_dim / 2]."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -76,9 +77,9 @@ class Attention(nn.Module):
         # Queries that share a key/value head are rows of one product: [B, kv_heads, groups * Q, D].
         q = q.reshape(batch, length, self.config.kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, self.config.kv_heads, groups * length, dim) * dim**-0.5
-        scores = (q @ k.permute(0, 2, 3, 1)).reshape(batch, self.config.kv_heads, groups, length, -1)
+        scores = (q @ k.permute(0, 2, 3, 1)).reshape(batch, self.config.kv_heads, groups, length, -1).float()
         # Finite, so that a padding query that sees nothing gives numbers, not NaN.
-        weights = torch.where(mask[:, None, None], scores, -1e30).softmax(dim=-1)
+        weights = torch.where(mask[:, None, None], scores, -1e30).softmax(dim=-1).to(q.dtype)
         out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ v.transpose(1, 2)
         out = out.reshape(batch, self.config.kv_heads, groups, length, dim).permute(0, 3, 1, 2, 4)
         return self.o_proj(out.reshape(batch, length, heads * dim))

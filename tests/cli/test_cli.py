@@ -155,7 +155,7 @@ def test_verify(mini_bundle: Path, bundle_copy: Path, capsys: pytest.CaptureFixt
 def test_bench(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", mini_bundle, "--batch", "1,2", "--repeat", 2, "--json", "figures.json") == 0
     figures = json.loads(Path("figures.json").read_text())
-    assert [(row["graph"], row["batch"]) for row in figures["rows"]] == [
+    assert [(row["name"], row["batch"]) for row in figures["rows"]] == [
         (graph, batch) for batch in (1, 2) for graph in ("encode", "decode", "semantic", "features")
     ]
     assert all(0 < row["median_s"] <= row["worst_s"] for row in figures["rows"])

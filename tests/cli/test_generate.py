@@ -94,3 +94,12 @@ def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", bundle) == 2
     assert "holds a 'generator' bundle, not a tokenizer" in capsys.readouterr().err
+
+
+def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", bundle, "--batch", "1,2", "--repeat", 1, "--json", "figures.json") == 0
+    figures = json.loads(Path("figures.json").read_text())
+    names = [(row["name"], row["batch"]) for row in figures["rows"]]
+    assert names == [(preset, batch) for batch in (1, 2) for preset in ("fast", "balanced", "paper")]
+    assert all(0 < row["median_s"] <= row["worst_s"] for row in figures["rows"])
+    assert "codes a picture" in capsys.readouterr().out

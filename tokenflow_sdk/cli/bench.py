@@ -1,12 +1,14 @@
-"""`tokenflow bench`: time every graph of a bundle on this machine."""
+"""`tokenflow bench`: time a bundle on this machine, every graph of a tokenizer or every preset of a generator."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -15,65 +17,105 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.cli.engine import open_tokenizer, stderr, stdout
+from tokenflow_sdk.bundle import bundle_kind, find_bundle
+from tokenflow_sdk.cli.engine import bundle_name, open_generator, open_tokenizer, stderr, stdout
+from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.generator import Generator
+from tokenflow_sdk.sampling import PRESETS
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["bench"]
 
+_PROMPT = 16
+"""Ids in the prompt that a generator is timed with, BOS included."""
+
 
 @dataclass(frozen=True)
 class _Row:
-    graph: str
+    name: str
     batch: int
     median_s: float
     worst_s: float
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is timed: what `calls` are called, a title, where it runs, and calls by name, of a batch size."""
+
+    unit: str
+    title: str
+    device: str
+    calls: Mapping[str, Callable[[int], object]]
+
+
 def bench(arguments: argparse.Namespace) -> int:
-    """Median and worst time of encode, decode, semantic and features, by batch size."""
+    """Median and worst time by batch size: of every graph of a tokenizer, of every preset of a generator."""
     batches = _batches(arguments.batch)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
     arguments.batch_limit = max(arguments.batch_limit, *batches)
-    rows: list[_Row] = []
-    with (
-        open_tokenizer(arguments) as tokenizer,
-        Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
-    ):
+    path = find_bundle(bundle_name(arguments))
+    opener = _open_generator if bundle_kind(path) == GeneratorConfig.kind else _open_tokenizer
+    with ExitStack() as stack:
         began = perf_counter()
-        tokenizer.load()
+        subject = opener(arguments, stack)
         loading = perf_counter() - began
-        calls = _calls(tokenizer)
-        task = progress.add_task("timing", total=len(batches) * len(calls) * (arguments.repeat + 1))
+        rows = _time(subject.calls, batches, arguments.repeat)
+    table = Table(subject.unit, "batch", "median ms", "worst ms", "pictures/s", title=subject.title)
+    for row in rows:
+        figures = (f"{row.median_s * 1e3:.1f}", f"{row.worst_s * 1e3:.1f}", f"{row.batch / row.median_s:.2f}")
+        table.add_row(row.name, str(row.batch), *figures)
+    stdout.print(table)
+    stdout.print(f"opened in {loading:.2f} s; {arguments.repeat} timed calls each after one to warm up")
+    if arguments.json:
+        machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
+        result = {
+            "bundle": str(path),
+            "device": subject.device,
+            "load_s": loading,
+            "rows": [asdict(row) for row in rows],
+        } | machine
+        write_atomic(arguments.json, json.dumps(result, indent=2).encode())
+    return 0
+
+
+def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], repeat: int) -> list[_Row]:
+    rows: list[_Row] = []
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task("timing", total=len(batches) * len(calls) * (repeat + 1))
         for batch in batches:
             for name, call in calls.items():
                 seconds = []
-                for i in range(arguments.repeat + 1):
+                for i in range(repeat + 1):
                     began = perf_counter()
                     call(batch)
                     # The first call warms caches and memory up.
                     seconds += [perf_counter() - began] if i else []
                     progress.advance(task)
                 rows.append(_Row(name, batch, median(seconds), max(seconds)))
-        device = tokenizer.device
-    table = Table("graph", "batch", "median ms", "worst ms", "pictures/s", title=f"{tokenizer.config.variant} on {device}")
-    for row in rows:
-        figures = (f"{row.median_s * 1e3:.1f}", f"{row.worst_s * 1e3:.1f}", f"{row.batch / row.median_s:.2f}")
-        table.add_row(row.graph, str(row.batch), *figures)
-    stdout.print(table)
-    stdout.print(f"all graphs loaded in {loading:.2f} s; {arguments.repeat} timed calls each after one to warm up")
-    if arguments.json:
-        machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
-        result = {
-            "bundle": str(tokenizer.bundle.path),
-            "device": device,
-            "load_s": loading,
-            "rows": [asdict(row) for row in rows],
-        } | machine
-        write_atomic(arguments.json, json.dumps(result, indent=2).encode())
-    return 0
+    return rows
+
+
+def _open_tokenizer(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
+    tokenizer = stack.enter_context(open_tokenizer(arguments)).load()
+    return _Subject("graph", f"{tokenizer.config.variant} on {tokenizer.device}", tokenizer.device, _calls(tokenizer))
+
+
+def _open_generator(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
+    generator = stack.enter_context(open_generator(arguments))
+    c = generator.config
+    prompt = [i % c.image_token_start for i in range(1, _PROMPT)]
+    calls = {name: partial(_draw, generator, prompt, name) for name in PRESETS}
+    title = (
+        f"{c.n_codes} codes a picture by {c.layers} layers, width {c.width}, a prompt of {_PROMPT} ids, on {generator.device}"
+    )
+    return _Subject("preset", title, generator.device, calls)
+
+
+def _draw(generator: Generator, prompt: Sequence[int], preset: str, n: int) -> None:
+    generator.generate(prompt, n=n, preset=preset, seed=0)
 
 
 def _calls(tokenizer: Tokenizer) -> dict[str, Callable[[int], object]]:

@@ -1,4 +1,4 @@
-"""What the commands share: opening the tokenizer they were told to use, and working through files."""
+"""What the commands share: opening the bundle they were told to use, and working through files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenflow_sdk.errors import ArgumentError, OutputError, TokenFlowError
+from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
 
-__all__ = ["bundle_name", "each_file", "open_tokenizer", "output_paths", "stderr", "stdout"]
+__all__ = ["bundle_name", "each_file", "open_generator", "open_tokenizer", "output_paths", "stderr", "stdout"]
 
 # Piped output has no width: wide enough that tables do not wrap.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -42,6 +43,14 @@ def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
             bundle_name(arguments), device=arguments.device, threads=arguments.threads, batch_limit=arguments.batch_limit
         )
         return tokenizer.load(*graphs) if graphs else tokenizer
+
+
+def open_generator(arguments: argparse.Namespace) -> Generator:
+    """The generator that the engine options ask for."""
+    with stderr.status(f"opening {bundle_name(arguments)}"):
+        return Generator.from_pretrained(
+            bundle_name(arguments), tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
+        )
 
 
 def output_paths(inputs: Sequence[Path], output: Path | None, suffix: str) -> list[Path]:

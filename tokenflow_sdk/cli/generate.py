@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
+from tokenflow_sdk.cli.engine import open_generator, stderr, stdout
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
 from tokenflow_sdk.files import write_atomic
@@ -40,11 +40,7 @@ def generate(arguments: argparse.Namespace) -> int:
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         params = SamplingParams.preset(arguments.preset, arguments.cfg_scale, arguments.seed)
-    with stderr.status(f"opening {bundle_name(arguments)}"):
-        generator = Generator.from_pretrained(
-            bundle_name(arguments), tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
-        )
-    with generator:
+    with open_generator(arguments) as generator:
         _require_same_model(recipe, generator.bundle)
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)

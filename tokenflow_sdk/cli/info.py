@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -77,13 +78,20 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
         f"drawn for {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
     )
     _print_graphs(bundle.graphs)
-    page = 2 * 4 * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
+    value = next(np.dtype(spec.dtype).itemsize for spec in bundle.graph("transformer").inputs if spec.name == "k_pages")
+    page = 2 * value * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
     picture, pages = pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE)
     stdout.print(
         f"key/value cache: pages of {PAGE_SIZE} tokens, {_size(page)} each; a picture takes {picture} pages "
         f"({_size(picture * page)}); the default pool has {pages} ({_size(pages * page)})",
         soft_wrap=True,
     )
+    if "same_code" in bundle.parity:
+        stdout.print(
+            f"export check against float32 PyTorch: likeliest code the same at {bundle.parity['same_code']:.1%} of positions, "
+            f"probabilities overlap by {bundle.parity['overlap']:.1%}",
+            soft_wrap=True,
+        )
     _print_provenance(bundle.provenance)
 
 

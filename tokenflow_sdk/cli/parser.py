@@ -70,18 +70,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to lead away from (default: the model's own)")
     drawing.add_argument("--progressive", action="store_true", help="also write scales.png, the picture after every scale")
-    drawing.add_argument("--tokenizer", metavar="PATH|NAME", help="the tokenizer's bundle (default: where it was at export)")
+    _tokenizer(drawing)
     _engine(drawing, what="the generator")
 
     verify = _command(words, "verify", commands.verify, "check a bundle's files, and its numbers against PyTorch's")
     verify.add_argument("target", nargs="?", metavar="BUNDLE")
     _engine(verify)
 
-    timing = _command(words, "bench", bench.bench, "time every graph of a bundle on this machine")
+    timing = _command(
+        words, "bench", bench.bench, "time a bundle on this machine: a tokenizer's graphs, or a generator's presets"
+    )
     timing.add_argument("target", nargs="?", metavar="BUNDLE")
     timing.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
     timing.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls each (default: %(default)s)")
     timing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    _tokenizer(timing)
     _engine(timing)
     return parser
 
@@ -99,6 +102,12 @@ def _command(
 
 def _output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=text)
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", metavar="PATH|NAME", help="a generator's tokenizer bundle (default: where it was at export)"
+    )
 
 
 def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer") -> None:

@@ -1,0 +1,73 @@
+"""The prompt tokenizer of a released directory, as a tokenizer.json without image tokens."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenflow_sdk.errors import CheckpointError, MissingPackageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["prompt_tokenizer"]
+
+_JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+
+
+def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any], int, tuple[int, ...]]:
+    """tokenizer.json without the image tokens, the id of the first image token, and the ids of `<img>`.
+
+    Prompts are text: without image and control tokens in it, no prompt can spell one.
+
+    Raises:
+        CheckpointError: no tokenizer files, damaged ones, or ones without image tokens.
+        MissingPackageError: there is only a tokenizer.model, and what converts it is not installed.
+    """
+    tokenizer = _load(directory)
+    first, last = tokenizer.token_to_id("<vq_token_0>"), tokenizer.token_to_id(f"<vq_token_{codebook_size - 1}>")
+    start = tokenizer.encode("<img>", add_special_tokens=False).ids
+    if first is None or last != first + codebook_size - 1 or not start:
+        raise CheckpointError(
+            f"The tokenizer in {directory} has no {codebook_size} consecutive <vq_token_...>s and an <img>.",
+            "Give a text-to-image directory, and the tokenizer bundle it was trained with.",
+        )
+    text = json.loads(tokenizer.to_str())
+    text["added_tokens"] = [token for token in text["added_tokens"] if token["id"] < first]
+    return text, first, tuple(start)
+
+
+def _load(directory: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if not (directory / _JSON).exists() and (directory / _SENTENCEPIECE).is_file():
+        with tempfile.TemporaryDirectory() as converted:
+            _convert(directory, Path(converted))
+            return Tokenizer.from_file(str(Path(converted) / _JSON))
+    try:
+        return Tokenizer.from_file(str(directory / _JSON))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{directory / _JSON} cannot be read: {error}.", "Download it again, or tokenizer.model with its configs."
+        ) from error
+
+
+def _convert(directory: Path, out: Path) -> None:
+    """Write tokenizer.json for a directory that has a SentencePiece model only."""
+    try:
+        import sentencepiece  # noqa: F401  (transformers reads the model with it)
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{directory} has a {_SENTENCEPIECE} and no {_JSON}; converting it needs transformers and sentencepiece.",
+            "Run `pip install transformers sentencepiece`.",
+        ) from error
+    try:
+        AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False).save_pretrained(out)
+    except Exception as error:  # whatever transformers or sentencepiece meets in damaged files
+        raise CheckpointError(
+            f"{directory / _SENTENCEPIECE} cannot be converted: {str(error).splitlines()[0]}.",
+            "Download the directory's tokenizer files again.",
+        ) from error
