@@ -35,12 +35,23 @@ class SemanticEncoderConfig:
 
 @dataclass(frozen=True)
 class VqganConfig:
-    """One VQGAN half: `blocks` residual blocks a level; channels of level i are `base_channels * multipliers[i]`."""
+    """One VQGAN half: `blocks` residual blocks a level; channels of level i are `base_channels * multipliers[i]`.
+
+    `patch` pixels on a side are channels of the finest level (1 in the released variants). With `linear_skip`, one linear map
+    between a cell's pixels and its latent runs beside the convolutions and is added to what they give.
+    """
 
     base_channels: int
     blocks: int
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     latent_channels: int = 256
+    patch: int = 1
+    linear_skip: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of a latent cell."""
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,10 @@ class SemanticDecoderConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A whole tokenizer. Lengths are pixels (`image_size`, `pixel_input_size`) or cells (`grid`, `patch_nums`)."""
+    """A whole tokenizer. Lengths are pixels (`image_size`, `pixel_input_size`) or cells (`grid`, `patch_nums`).
+
+    `pixel_weight` is the weight of the pixel branch's distance in the shared search, the semantic one's being 1.
+    """
 
     variant: str
     image_size: int
@@ -70,6 +84,7 @@ class TokenizerConfig:
     codebook_size: int = 32768
     semantic_dim: int = 32
     pixel_dim: int = 8
+    pixel_weight: float = 1.0
 
     @property
     def grid(self) -> int:
@@ -79,7 +94,7 @@ class TokenizerConfig:
     @property
     def pixel_input_size(self) -> int:
         """Side of the picture that the pixel branch sees: `siglip_384` reads 432 = 27 x 16."""
-        return self.grid * 2 ** (len(self.pixel_encoder.multipliers) - 1)
+        return self.grid * self.pixel_encoder.stride
 
     @property
     def code_dim(self) -> int:

@@ -3,8 +3,8 @@
 Each module wraps parts of the eager model and computes the same function in the form that engines run well:
 
 - a resize of fixed size is one matrix product (`tokenflow_sdk.resize`);
-- both halves of a cell have unit length, so the nearest code is the largest inner product with the normalised codebook:
-  one GEMM and one ArgMax a scale, lowest index first;
+- both halves of a cell have unit length, so the nearest code is the largest inner product with the normalised codebook
+  (its pixel half times `pixel_weight`): one GEMM and one ArgMax a scale, lowest index first;
 - all scales of a picture are resized and added by one product with the matrices side by side.
 """
 
@@ -52,9 +52,9 @@ class CodebookSearch(nn.Module):
         config = model.config
         self.patch_nums = config.patch_nums
         self.halves = [config.semantic_dim, config.pixel_dim]
-        codebook = torch.cat(model.quantize.codebooks(), dim=1)
-        self.register_buffer("codebook", codebook.contiguous())
-        self.register_buffer("codebook_t", codebook.T.contiguous())
+        semantic, pixel = model.quantize.codebooks()
+        self.register_buffer("codebook", torch.cat([semantic, pixel], dim=1))
+        self.register_buffer("codebook_t", torch.cat([semantic, config.pixel_weight * pixel], dim=1).T.contiguous())
         for side in config.patch_nums:
             if side != config.grid:
                 self.register_buffer(f"down_{side}", _of_map(area_matrix(config.grid, side)))

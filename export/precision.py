@@ -124,10 +124,12 @@ def quantize_columns(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
 def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
     """weight [in, out] -> int4 [in, out] and scales float32 [in / 32, out]; a block's largest value is exactly -8 scales."""
     blocks = weight.reshape(-1, INT4_BLOCK, weight.shape[1])
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+    high, low = blocks.max(axis=1, keepdims=True), blocks.min(axis=1, keepdims=True)
+    largest = np.where(high > -low, high, low)
     scale = np.where(np.abs(largest) < 1e-12, np.float32(1e-12), largest / np.float32(-8))
-    q = np.clip(np.rint(blocks / scale), -8, 7).astype(np.int8)
-    return q.reshape(weight.shape).astype(ml_dtypes.int4), scale[:, 0]
+    q = blocks / scale
+    np.clip(np.rint(q, out=q), -8, 7, out=q)
+    return q.reshape(weight.shape).astype(np.int8).astype(ml_dtypes.int4), scale[:, 0]
 
 
 def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:

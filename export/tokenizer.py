@@ -97,6 +97,7 @@ def _runtime_config(model: TokenFlowTokenizer) -> TokenizerConfig:
         codebook_size=config.codebook_size,
         semantic_dim=config.semantic_dim,
         pixel_dim=config.pixel_dim,
+        pixel_weight=config.pixel_weight,
         semantic_width=config.semantic_decoder.out_width,
         codebook_sha256=digest.hexdigest(),
         preprocess=config.preprocess,

@@ -18,6 +18,7 @@ CONFIG = TokenizerConfig(
     codebook_size=256,
     semantic_dim=32,
     pixel_dim=8,
+    pixel_weight=1.0,
     semantic_width=4,
     codebook_sha256="ab" * 32,
     preprocess="crop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from export.standin import standin_arrays
 from export.tokenizer import export_tokenizer
 
 _PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32)
+
+_TINY_PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 2), latent_channels=32, patch=4, linear_skip=True)
 
 
 def _config(
@@ -47,6 +50,14 @@ MINI = {
     ),
     # As siglip_384: the pixel branch reads a larger picture than the semantic one (64 = 4 x 16 against 56 = 4 x 14).
     "siglip": _config("mini_siglip", 56, SemanticEncoderConfig("siglip", 48, 2, 4, 96, 14, 4, unused_layers=1), 4, "squash"),
+    # As the bundled one: a patch stem, a linear skip, and a search that weighs the pixel branch more.
+    "tiny": replace(
+        _config("mini_tiny", 64, SemanticEncoderConfig("clip", 48, 2, 4, 96, 16, 4, projection_width=24), 4, "crop"),
+        pixel_encoder=_TINY_PIXEL,
+        pixel_decoder=_TINY_PIXEL,
+        semantic_dim=16,
+        pixel_weight=3.0,
+    ),
 }
 
 

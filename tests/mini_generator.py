@@ -55,7 +55,7 @@ def tokenizer_bundle(directory: Path, patch_nums: tuple[int, ...], codebook_size
     directory.mkdir(parents=True)
     names = ("images", "code_indices", "latent", "features", "decoded", "semantic")
     np.savez(directory / "reference.npz", codebook=codebook(codebook_size), **{name: np.zeros(1) for name in names})
-    config = TokenizerConfig("mini", 64, patch_nums, codebook_size, 32, 8, 4, "ab" * 32, "crop")
+    config = TokenizerConfig("mini", 64, patch_nums, codebook_size, 32, 8, 1.0, 4, "ab" * 32, "crop")
     bundle = Bundle(directory, config, {}, {"reference": file_entry(directory / "reference.npz")}, {}, {})
     bundle.write_manifest()
     return bundle

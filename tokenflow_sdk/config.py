@@ -97,7 +97,8 @@ class TokenizerConfig:
 
     `image_size` is in pixels; `patch_nums` are the sides of the scales in cells, coarse to fine; `semantic_width` is the
     width of the teacher-like features; `codebook_sha256` is over the float32 little-endian codebooks as released
-    (semantic, then pixel); `preprocess` is how a picture is made square.
+    (semantic, then pixel); `pixel_weight` is the weight of the pixel half's distance in the search; `preprocess` is how a
+    picture is made square.
     """
 
     kind: ClassVar[str] = "tokenizer"
@@ -108,6 +109,7 @@ class TokenizerConfig:
     codebook_size: int
     semantic_dim: int
     pixel_dim: int
+    pixel_weight: float
     semantic_width: int
     codebook_sha256: str
     preprocess: Literal["crop", "squash", "pad"]
@@ -133,6 +135,8 @@ class TokenizerConfig:
         values = _checked(cls, data, where)
         for key in ("image_size", "codebook_size", "semantic_dim", "pixel_dim", "semantic_width"):
             _require(type(values[key]) is int and 0 < values[key] < 2**31, where, f"gives {key} as {values[key]!r}")
+        weight = values["pixel_weight"]
+        _require(type(weight) in (int, float) and 0 < weight < 1e6, where, f"gives pixel_weight as {weight!r}")
         sides = values["patch_nums"]
         ascending = isinstance(sides, list) and bool(sides) and all(type(s) is int for s in sides) and sides == sorted(sides)
         _require(ascending, where, f"gives patch_nums as {sides!r}")

@@ -122,7 +122,8 @@ def scale_cells(
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
     """The shared-mapping residual search, slow and plain, for one picture's latent [40, g, g].
 
-    Yields for each scale the cells [s * s, 40] it looks up, both halves of unit length, and the nearest codes [s * s].
+    Yields for each scale the cells [s * s, 40] it looks up, the semantic half of unit length and the pixel half of length
+    `pixel_weight`, and the nearest codes [s * s].
     With `forced` code indices the residual follows those instead of the nearest, so every scale is judged by itself.
     """
     start, residual = 0, latent.astype(np.float64)
@@ -130,7 +131,8 @@ def scale_cells(
         down, up = area_matrix(config.grid, side), bicubic_matrix(side, config.grid)
         cells = (down @ residual @ down.T).reshape(len(latent), -1).T
         halves = np.split(cells, [config.semantic_dim], axis=1)
-        cells = np.concatenate([h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12) for h in halves], axis=1)
+        unit = [half / np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-12) for half in halves]
+        cells = np.concatenate([unit[0], config.pixel_weight * unit[1]], axis=1)
         nearest = (cells.astype(np.float32) @ codebook.T).argmax(axis=1)
         yield cells, nearest
         codes = nearest if forced is None else forced[start : start + side * side]
@@ -150,7 +152,7 @@ def _flips(
         stop = start + len(cells)
         for at in np.flatnonzero(got[start:stop] != expected[start:stop]) if judged[scale] else ():
             ours, theirs = int(got[start + at]), int(expected[start + at])
-            # Unit halves: a squared distance is a constant minus twice the inner product.
+            # Halves of fixed length: a squared distance is a constant minus twice the inner product.
             margin = 2 * float(cells[at] @ (reference.codebook[theirs].astype(np.float64) - reference.codebook[ours]))
             flips.append(Flip(picture, scale, int(at), theirs, ours, margin))
         start = stop

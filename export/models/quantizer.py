@@ -22,6 +22,7 @@ class SharedQuantizer(nn.Module):
         super().__init__()
         self.patch_nums = config.patch_nums
         self.semantic_dim = config.semantic_dim
+        self.weights = (1.0, config.pixel_weight)
         self.embedding_vqkd = nn.Embedding(config.codebook_size, config.semantic_dim)
         self.embedding_vqgan = nn.Embedding(config.codebook_size, config.pixel_dim)
 
@@ -30,12 +31,12 @@ class SharedQuantizer(nn.Module):
         return F.normalize(self.embedding_vqkd.weight, dim=-1), F.normalize(self.embedding_vqgan.weight, dim=-1)
 
     def distances(self, cells: Tensor) -> Tensor:
-        """Squared distances [M, K] of unnormalised cells [M, 40] to every code, both halves added."""
+        """Squared distances [M, K] of unnormalised cells [M, 40] to every code, both halves added by their weights."""
         total = torch.zeros(())
         halves = cells.split([self.semantic_dim, cells.shape[1] - self.semantic_dim], dim=1)
-        for half, codebook in zip(halves, self.codebooks(), strict=True):
+        for half, codebook, weight in zip(halves, self.codebooks(), self.weights, strict=True):
             z = F.normalize(half, dim=-1)
-            total = total + z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+            total = total + weight * (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T)
         return total
 
     def lookup(self, indices: Tensor) -> Tensor:

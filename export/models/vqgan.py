@@ -93,12 +93,13 @@ def _middle(channels: int) -> nn.Sequential:
 
 
 class VqganEncoder(nn.Module):
-    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / 16, W / 16] (for five levels)."""
+    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / 16, W / 16] (for a stride of 16)."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         widths = [config.base_channels * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.base_channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         channels, last = config.base_channels, len(widths) - 1
         for i, width in enumerate(widths):
@@ -110,18 +111,20 @@ class VqganEncoder(nn.Module):
         self.mid = _middle(channels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+        self.skip = nn.Conv2d(3, config.latent_channels, config.stride, config.stride) if config.linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         for level in self.conv_blocks:
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        out = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return out if self.skip is None else out + self.skip(x)
 
 
 class VqganDecoder(nn.Module):
-    """[B, latent_channels, g, g] -> picture [B, 3, 16 g, 16 g], about [-1, 1] (for five levels)."""
+    """[B, latent_channels, g, g] -> picture [B, 3, 16 g, 16 g], about [-1, 1] (for a stride of 16)."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -137,7 +140,9 @@ class VqganDecoder(nn.Module):
             self.conv_blocks.append(level)
             channels = width
         self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.patch, self.stride = config.patch, config.stride
+        self.conv_out = nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)
+        self.skip = nn.Conv2d(config.latent_channels, 3 * config.stride**2, 1) if config.linear_skip else None
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -145,4 +150,6 @@ class VqganDecoder(nn.Module):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+        return out if self.skip is None else out + F.pixel_shuffle(self.skip(z), self.stride)
