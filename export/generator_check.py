@@ -26,7 +26,7 @@ __all__ = ["MAX_HIDDEN_ERROR", "Agreement", "compare"]
 
 MAX_HIDDEN_ERROR = 1e-3
 """Largest difference accepted from a float32 graph; hidden states are of order one."""
-MIN_COSINE = 0.9
+MIN_COSINE = 0.5
 """Least mean cosine accepted from other precisions: below it the graph is wrong, not coarse."""
 _PROMPT, _BLOCK = 48, 64
 

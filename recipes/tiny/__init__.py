@@ -1,0 +1,1 @@
+"""The bundled model: its data, its training, its figures."""

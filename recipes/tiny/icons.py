@@ -1,0 +1,113 @@
+"""Drawn pictures on white, 256 px, with labels: emoji of five artists, and clip art."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from recipes.tiny.sources import Source
+
+__all__ = ["SIZE", "Icon", "icons_in", "read_labels"]
+
+SIZE = 256
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+_MARGIN = 12
+_LARGEST = 400_000
+"""Bytes of a piece of clip art; beyond are posters."""
+_LEFT_OUT = re.compile(r"\bflag\b|skin-tone|\bregional-indicator|^[0-9#*]$|^keycap|hair$|-letter|input-|square-button")
+_CLIPART = {
+    "animals",
+    "buildings",
+    "education",
+    "electronics",
+    "food",
+    "household",
+    "office",
+    "people",
+    "plants",
+    "tools",
+    "transportation",
+}
+
+
+@dataclass(frozen=True)
+class Icon:
+    """A picture RGB [256, 256] on white; `label` in lower case, or None where the package's names say little."""
+
+    image: Image.Image
+    path: str
+    label: str | None
+
+
+def read_labels(directory: Path) -> dict[str, str]:
+    """emojibase-data: labels by code points as in file names, `1f34e` -> `red apple`; without skin tones."""
+    entries: list[dict[str, Any]] = json.loads((directory / "package" / "en" / "data.json").read_text(encoding="utf-8"))
+    return {_plain(entry["hexcode"]): _words(entry["label"]) for entry in entries}
+
+
+def icons_in(source: Source, directory: Path, labels: dict[str, str]) -> Iterator[Icon]:
+    """The pictures of an unpacked package, without flags, letters and skin tones."""
+    if source.style == "clipart":
+        yield from _clipart(directory)
+    elif source.style == "3d":
+        for path in sorted((directory / "package" / "assets").glob("*.webp")):
+            label = labels.get(_plain(path.stem))
+            if label and not _LEFT_OUT.search(label.replace(" ", "-")):
+                yield Icon(_on_white(Image.open(path)), path.name, label)
+    else:
+        yield from _iconify(directory, set(labels.values()))
+
+
+def _iconify(directory: Path, known: set[str]) -> Iterator[Icon]:
+    import resvg_py
+
+    data = json.loads((directory / "package" / "icons.json").read_text(encoding="utf-8"))
+    for name, icon in sorted(data["icons"].items()):
+        label = _words(name)
+        if icon.get("hidden") or _LEFT_OUT.search(name) or label not in known:
+            continue
+        width, height = icon.get("width", data.get("width", 16)), icon.get("height", data.get("height", 16))
+        svg = f'<svg {_NAMESPACES} viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
+        yield Icon(_on_white(Image.open(io.BytesIO(png))), name, label)
+
+
+def _clipart(directory: Path) -> Iterator[Icon]:
+    root = directory / "usr" / "share" / "openclipart" / "png"
+    for path in sorted(root.rglob("*.png")):
+        name = path.relative_to(root)
+        if path.is_symlink() or name.parts[0] not in _CLIPART or "flag" in path.stem or path.stat().st_size > _LARGEST:
+            continue
+        try:
+            image = Image.open(path)
+            if min(image.size) >= 64 and max(image.size) <= 4096:
+                yield Icon(_on_white(image), name.as_posix(), None)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Fitted into the square with a margin."""
+    image = image.convert("RGBA")
+    inner = SIZE - 2 * _MARGIN
+    scale = inner / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (SIZE, SIZE), "white")
+    canvas.alpha_composite(image, ((SIZE - width) // 2, (SIZE - height) // 2))
+    return canvas.convert("RGB")
+
+
+def _plain(codes: str) -> str:
+    return "-".join(part for part in codes.lower().split("-") if part != "fe0f")
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()

@@ -1,0 +1,100 @@
+"""Photographs out of unpacked packages, with their licences."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from recipes.tiny.licences import Licence, is_permissive, read_dep5
+from recipes.tiny.rcc import read_rcc
+from recipes.tiny.sources import Source
+
+__all__ = ["Photo", "fingerprint", "photos_in"]
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_SHORTEST, _LONGEST = 200, 1280
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture RGB with at most 1280 px on its long side, where it was in its package, and who made it."""
+
+    image: Image.Image
+    path: str
+    licence: str
+    author: str
+
+
+def photos_in(source: Source, directory: Path) -> Iterator[Photo]:
+    """Permissive colour photographs of an unpacked package."""
+    entries = _licences(source, directory)
+    for path, content in _files(directory):
+        if Path(path).suffix.lower() not in _SUFFIXES:
+            continue
+        found = Licence((), source.licence, source.author) if source.licence else _of(path, entries)
+        if found is None or not is_permissive(found.name):
+            continue
+        image = _as_photo(content)
+        if image is not None:
+            yield Photo(image, path, found.name, found.author)
+
+
+def _licences(source: Source, directory: Path) -> list[Licence]:
+    path = directory / "usr" / "share" / "doc" / source.name / "copyright"
+    return list(read_dep5(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def _of(path: str, entries: list[Licence]) -> Licence | None:
+    """The last entry that names the file or its directory; Debian sources' names, which packages convert and move.
+
+    Suffixes are not compared, nor directories above `src`; an entry of a bare star is the program's own licence.
+    """
+    name = PurePosixPath(path).with_suffix("").as_posix().removeprefix("gcompris/")
+    for entry in reversed(entries):
+        for glob in entry.globs:
+            wanted = PurePosixPath(glob).with_suffix("").as_posix()
+            inside = wanted.startswith("src/") and fnmatch(name, wanted)
+            if inside or ("*" not in wanted and not wanted.startswith("src/") and name.endswith("/" + wanted.split("/")[-1])):
+                return entry
+    return None
+
+
+def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            if path.suffix == ".rcc":
+                yield from read_rcc(path.read_bytes())
+            else:
+                yield path.relative_to(directory).as_posix(), path.read_bytes()
+
+
+def _as_photo(content: bytes) -> Image.Image | None:
+    """The picture, unless it is small or drawn: in a drawing a few colours fill large areas."""
+    try:
+        opened = Image.open(io.BytesIO(content))
+        if min(opened.size) < _SHORTEST or opened.mode in ("P", "1"):
+            return None
+        image = opened.convert("RGBA")
+    except (OSError, ValueError):
+        return None
+    if np.asarray(image.getchannel("A")).min() < 250:
+        return None
+    image = image.convert("RGB")
+    image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+    small = np.asarray(image.resize((128, 128), Image.Resampling.BOX)).astype(int)
+    colours = np.unique((small // 8).reshape(-1, 3), axis=0, return_counts=True)[1]
+    drawn = np.sort(colours)[-4:].sum() > 0.5 * 128 * 128 or len(colours) < 20
+    return None if drawn else image
+
+
+def fingerprint(image: Image.Image) -> int:
+    """64 bits that change little when a picture is resized or recoloured slightly: signs of neighbours' differences."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
+    bits = (grey[:, 1:] > grey[:, :-1]).ravel()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
