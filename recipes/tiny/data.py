@@ -1,0 +1,89 @@
+"""Pictures for training and evaluation, as `recipes.tiny.gather` left them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["Pictures", "to_tensor"]
+
+SIDE = 256
+PHOTO_SHARE = 0.45
+"""Of a training batch; a photograph gives many different crops."""
+
+Pixels = NDArray[np.uint8]
+
+
+def to_tensor(pictures: list[Pixels], device: torch.device) -> Tensor:
+    """u8 [256, 256, 3] each -> float32 [B, 3, 256, 256] in [-1, 1], channels last."""
+    batch = torch.from_numpy(np.stack(pictures)).to(device)
+    return (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+class Pictures:
+    """Draws batches; the same `seed` and step always give the same batch, so a resumed training goes on as if never stopped.
+
+    Args:
+        directory: what `recipes.tiny.gather` wrote.
+
+    Raises:
+        FileNotFoundError: nothing was gathered there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        lines = (directory / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.icons: Pixels = np.load(directory / "icons.npy", mmap_mode="r")
+        self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
+        self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
+        self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
+        photos = {"train": [], "heldout": []}  # type: dict[str, list[Image.Image]]
+        for entry in entries:
+            if entry["kind"] == "photo":
+                photos[entry["split"]].append(Image.open(directory / entry["file"]).convert("RGB"))
+        self.photos = photos["train"]
+        self.test_photos = [_centre(photo) for photo in photos["heldout"]]
+
+    def batch(self, size: int, seed: int, step: int) -> list[Pixels]:
+        """`size` pictures of the training split, cropped, mirrored and tinted at random."""
+        rng = np.random.default_rng([seed, step])
+        return [self._photo(rng) if rng.random() < PHOTO_SHARE else self._icon(rng) for _ in range(size)]
+
+    def _photo(self, rng: np.random.Generator) -> Pixels:
+        photo = self.photos[rng.integers(len(self.photos))]
+        shortest = min(photo.size)
+        side = int(np.exp(rng.uniform(np.log(min(140, shortest)), np.log(shortest))))
+        left, top = (int(rng.integers(extent - side + 1)) for extent in photo.size)
+        crop = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2.0)
+        return _tinted(_mirrored(np.asarray(crop), rng), rng, 0.15)
+
+    def _icon(self, rng: np.random.Generator) -> Pixels:
+        picture = np.asarray(self.icons[self.train_icons[rng.integers(len(self.train_icons))]])
+        if rng.random() < 0.5:
+            side = int(rng.uniform(150, SIDE))
+            left, top = (int(rng.integers(SIDE - side + 1)) for _ in range(2))
+            box = (left, top, left + side, top + side)
+            picture = np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box))
+        return _mirrored(picture, rng)
+
+
+def _centre(photo: Image.Image) -> Pixels:
+    side = min(photo.size)
+    left, top = ((extent - side) // 2 for extent in photo.size)
+    return np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (left, top, left + side, top + side)))
+
+
+def _mirrored(picture: Pixels, rng: np.random.Generator) -> Pixels:
+    return picture[:, ::-1] if rng.random() < 0.5 else picture
+
+
+def _tinted(picture: Pixels, rng: np.random.Generator, strength: float) -> Pixels:
+    gain, shift = rng.uniform(1 - strength, 1 + strength, 3), rng.uniform(-16, 16)
+    return np.clip(picture * gain + shift, 0, 255).astype(np.uint8)

@@ -1,0 +1,83 @@
+"""The shared quantizer in training: straight-through residual search, seeding and restarting of codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.config import TokenizerConfig
+from export.graphs import CodebookSearch
+from export.models import TokenFlowTokenizer
+
+__all__ = ["Quantized", "TrainingQuantizer"]
+
+COMMITMENT = 0.25
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """features [B, N, C] with the latent's gradient; `loss` of codebook and commitment; indices [B, L]; the cells [M, C]."""
+
+    features: Tensor
+    loss: Tensor
+    indices: Tensor
+    cells: Tensor
+
+
+class TrainingQuantizer:
+    """Runs the search on a model's live codebooks (`TokenFlowTokenizer.quantize`)."""
+
+    def __init__(self, config: TokenizerConfig, device: torch.device) -> None:
+        self.config = config
+        with torch.device("meta"):
+            shell = TokenFlowTokenizer(config)
+        shell.quantize.to_empty(device="cpu")
+        resizes = CodebookSearch(shell).to(device)
+        self.resizes = {
+            side: tuple(getattr(resizes, f"{way}_{side}", None) for way in ("down", "up")) for side in config.patch_nums
+        }
+        self.halves = [config.semantic_dim, config.pixel_dim]
+
+    def _unit(self, cells: Tensor) -> Tensor:
+        semantic, pixel = cells.split(self.halves, dim=-1)
+        return torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
+
+    def __call__(self, model: TokenFlowTokenizer, latent: Tensor, scales: int | None = None) -> Quantized:
+        """latent [B, N, C] through the `scales` coarsest scales (None: all)."""
+        codebook = torch.cat(model.quantize.codebooks(), dim=1)
+        weight = torch.cat([codebook.new_ones(self.halves[0]), codebook.new_full((self.halves[1],), self.config.pixel_weight)])
+        searched = (codebook * weight).detach().T
+        residual, out = latent.detach(), torch.zeros_like(latent)
+        loss, found, seen = latent.new_zeros(()), [], []
+        sides = self.config.patch_nums[:scales]
+        for side in sides:
+            down, up = self.resizes[side]
+            cells = residual if down is None else down @ residual
+            indices = (self._unit(cells) @ searched).argmax(dim=-1)
+            rows = F.embedding(indices, codebook)
+            out = out + (rows if up is None else up @ rows)
+            residual = latent.detach() - out.detach()
+            loss = loss + F.mse_loss(out, latent.detach()) + COMMITMENT * F.mse_loss(latent, out.detach())
+            found.append(indices)
+            seen.append(cells.flatten(0, 1))
+        return Quantized(latent + (out - latent).detach(), loss / len(sides), torch.cat(found, dim=1), torch.cat(seen))
+
+    def ideal_cells(self, latent: Tensor) -> Tensor:
+        """The cells [M, C] that a search with a perfect codebook would look up: what to seed a codebook with."""
+        residual, seen = latent.detach(), []
+        for side in self.config.patch_nums:
+            down, up = self.resizes[side]
+            cells = residual if down is None else down @ residual
+            rows = self._unit(cells)
+            residual = residual - (rows if up is None else up @ rows)
+            seen.append(cells.flatten(0, 1))
+        return torch.cat(seen)
+
+    def set_codes(self, model: TokenFlowTokenizer, codes: Tensor, cells: Tensor) -> None:
+        """Put residual cells [M, C] into the codebooks' rows `codes` [M]."""
+        semantic, pixel = self._unit(cells).split(self.halves, dim=-1)
+        model.quantize.embedding_vqkd.weight.data[codes] = semantic
+        model.quantize.embedding_vqgan.weight.data[codes] = pixel

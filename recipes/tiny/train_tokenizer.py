@@ -1,0 +1,241 @@
+"""Train the bundled tokenizer.
+
+    python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
+
+Resumes from the checkpoint in --out. Figures on held-out pictures go to curve.jsonl there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.models import TokenFlowTokenizer
+from recipes.tiny.config import TINY
+from recipes.tiny.data import Pictures, Pixels, to_tensor
+from recipes.tiny.initial import initialise
+from recipes.tiny.quantizer import TrainingQuantizer
+from recipes.tiny.teacher import Teacher
+from tokenflow_sdk.images import psnr
+
+__all__ = ["TokenizerTraining", "main"]
+
+WARM_UP = 150
+"""Steps without quantization; then the codebooks are seeded."""
+RESTART_EVERY = 100
+SAVE_EVERY = 100
+EVALUATE_EVERY = 500
+FEWER_SCALES = 0.1
+"""Share of steps that stop at a coarser scale, so that previews are pictures too."""
+
+
+class TokenizerTraining:
+    """The model, its optimizer and everything else that a checkpoint keeps."""
+
+    def __init__(self, pictures: Pictures, steps: int, batch: int, rate: float, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.pictures, self.steps, self.batch, self.rate, self.seed, self.device = pictures, steps, batch, rate, seed, device
+        first = to_tensor(pictures.batch(256, seed, 2**31), torch.device("cpu"))
+        model = TokenFlowTokenizer(TINY)
+        initialise(model, first)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.teacher = Teacher().to(device)
+        with torch.no_grad():
+            self.teacher.calibrate(first[:64].to(device))
+        self.quantizer = TrainingQuantizer(TINY, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self.used = torch.zeros(TINY.codebook_size, device=device)
+        self.step = 0
+
+    def run_step(self) -> dict[str, float]:
+        """One optimizer step; the losses."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self._schedule()
+        x = to_tensor(self.pictures.batch(self.batch, self.seed, self.step), self.device)
+        if self.step == WARM_UP:
+            self._seed_codes()
+        rng = np.random.default_rng([self.seed, self.step, 1])
+        scales = int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
+        with torch.autocast(self.device.type, torch.bfloat16):
+            latent = self._latent(x)
+            losses = self._losses(x, latent.float(), scales)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self._update_average()
+        self.step += 1
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _schedule(self) -> float:
+        """Linear warm-up of 100 steps, then a cosine down to 3 %."""
+        return min(1.0, (self.step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+
+    def _latent(self, x: Tensor) -> Tensor:
+        semantic = self.model.semantic_branch(x)
+        pixel = self.model.pixel_branch(x).flatten(2).transpose(1, 2)
+        return torch.cat([semantic, pixel], dim=-1)
+
+    def _losses(self, x: Tensor, latent: Tensor, scales: int | None) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        features = latent
+        if self.step >= WARM_UP:
+            with torch.autocast(self.device.type, enabled=False):
+                quantized = self.quantizer(self.model, latent, scales)
+            features, losses["codes"] = quantized.features, quantized.loss
+            self._count(quantized.indices, quantized.cells)
+        else:
+            losses["codes"] = 0.01 * latent.square().mean()
+        maps = features.transpose(1, 2).unflatten(2, (TINY.grid, TINY.grid))
+        semantic, pixel = maps.split([TINY.semantic_dim, TINY.pixel_dim], dim=1)
+        y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
+        losses["pixels"] = 5 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * _gradient_loss(y, x)
+        told = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()
+        with torch.no_grad():
+            meant = self.teacher(x)
+        losses["semantic"] = 0.25 * F.mse_loss(told, meant)
+        return losses
+
+    def _count(self, indices: Tensor, cells: Tensor) -> None:
+        """Count uses of codes; put cells of this step in place of those that are hardly used."""
+        self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
+        if self.step % RESTART_EVERY == 0 and self.step > WARM_UP:
+            dead = torch.nonzero(self.used < 0.05 * self.used.mean())[:, 0]
+            if len(dead) and self.step < 0.8 * self.steps:
+                pick = torch.randperm(len(cells), device=cells.device)[: len(dead)]
+                self.quantizer.set_codes(self.model, dead[: len(pick)], cells[pick])
+            self.used.zero_()
+
+    @torch.no_grad()
+    def _seed_codes(self) -> None:
+        cells = []
+        for i in range(4):
+            x = to_tensor(self.pictures.batch(16, self.seed, 2**31 + 1 + i), self.device)
+            cells.append(self.quantizer.ideal_cells(self._latent(x)))
+        every = torch.cat(cells)
+        pick = torch.randperm(len(every), device=self.device)[: TINY.codebook_size]
+        self.quantizer.set_codes(self.model, torch.arange(TINY.codebook_size, device=self.device), every[pick])
+        self.average.quantize.load_state_dict(self.model.quantize.state_dict())
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(0.998, (1 + self.step) / (10 + self.step))
+        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """PSNR on held-out photographs and drawings, the thumbnail's beside it, and the share of codes in use."""
+        model = self.average.eval()
+        icons = [np.asarray(self.pictures.icons[row]) for row in self.pictures.test_icons[:48]]
+        figures: dict[str, float] = {}
+        used: set[int] = set()
+        for name, group in (("photos", self.pictures.test_photos), ("icons", icons)):
+            found = []
+            for picture in group:
+                codes, _ = model.quantize.encode(model.latent(to_tensor([picture], self.device)))
+                used |= set(codes.flatten().tolist())
+                found.append(psnr(model.decode(codes)[0].cpu().numpy(), picture))
+            figures[name] = float(np.mean(found))
+            figures[f"{name}_thumbnail"] = float(np.mean([thumbnail_psnr(picture) for picture in group]))
+        return figures | {"codes_used": len(used) / TINY.codebook_size}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "teacher": {"mean": self.teacher.mean, "std": self.teacher.std},
+            "used": self.used,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.teacher.mean, self.teacher.std = (state["teacher"][name].to(self.device) for name in ("mean", "std"))
+        self.used = state["used"].to(self.device)
+
+
+def thumbnail_psnr(picture: Pixels) -> float:
+    """Of the baseline: the picture reduced to 16 x 16 by area and enlarged again by cubic interpolation."""
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    small = F.interpolate(x, size=(16, 16), mode="area")
+    large = F.interpolate(small, size=x.shape[-2:], mode="bicubic").round().clamp(0, 255)
+    return psnr(large[0].permute(1, 2, 0).byte().numpy(), picture)
+
+
+def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
+    """Mean difference of neighbours' differences: edges where they belong."""
+    difference = y - x
+    return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("data/tiny/tokenizer"))
+    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, curve = arguments.out / "checkpoint.pt", arguments.out / "curve.jsonl"
+    training = TokenizerTraining(
+        Pictures(arguments.data), arguments.steps, arguments.batch, arguments.rate, arguments.seed, device
+    )
+    if checkpoint.exists():
+        training.load(torch.load(checkpoint, map_location=device, weights_only=True))
+    run(training, checkpoint, curve, lambda: training.evaluate())
+    return 0
+
+
+def run(training: Any, checkpoint: Path, curve: Path, evaluate: Callable[[], dict[str, float]]) -> None:
+    """Step until done, saving and evaluating on the way."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    began = perf_counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=training.steps, completed=training.step)
+        while training.step < training.steps:
+            losses = training.run_step()
+            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            progress.update(task, completed=training.step, description=shown)
+            last = training.step == training.steps
+            if training.step % SAVE_EVERY == 0 or last:
+                save_checkpoint(checkpoint, training.state())
+            if training.step % EVALUATE_EVERY == 0 or last:
+                figures = {"step": training.step, "seconds": perf_counter() - began} | evaluate() | losses
+                with curve.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures) + "\n")
+                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
