@@ -50,6 +50,8 @@ def export_generator(
     steps: Steps,
     force: bool,
     precision: Precision = FULL_PRECISION,
+    negative_prompt: str = NEGATIVE_PROMPT,
+    compact: bool = False,
 ) -> Agreement:
     """Write a generator bundle.
 
@@ -60,6 +62,8 @@ def export_generator(
         steps: shows progress.
         force: replace `out`.
         precision: of the transformer, the text embeddings and the head.
+        negative_prompt: what guidance leads away from when a request names nothing.
+        compact: store what float16 holds exactly in float16.
 
     Returns:
         How the bundle compares with PyTorch in float32.
@@ -71,14 +75,14 @@ def export_generator(
     """
     steps.start("reading the checkpoint")
     model_config = transformer_config(directory)
-    config, text = _runtime_config(directory, model_config, tokenizer, out)
+    config, text = _runtime_config(directory, model_config, tokenizer, out, negative_prompt)
     directory.require(_expected_shapes(model_config, config, directory))
     needed = precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
     with staging_directory(out, force, needed) as staging, torch.inference_mode():
         graphs = {}
         for spec in _graph_specs(directory, model_config, config, precision):
             steps.start(f"writing {spec.name}", total=1)
-            graphs[spec.name] = export_graph(spec, staging, steps.fraction)
+            graphs[spec.name] = export_graph(spec, staging, steps.fraction, compact)
         np.save(staging / "codebook.npy", Reference.load(tokenizer).codebook)
         (staging / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
         assets = {name: file_entry(staging / file) for name, file in _ASSETS.items()}
@@ -124,7 +128,7 @@ def transformer_config(directory: HfDirectory) -> TransformerConfig:
 
 
 def _runtime_config(
-    directory: HfDirectory, model: TransformerConfig, tokenizer: Bundle[TokenizerConfig], out: Path
+    directory: HfDirectory, model: TransformerConfig, tokenizer: Bundle[TokenizerConfig], out: Path, negative_prompt: str
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
     picture = tokenizer.config
     text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, picture.codebook_size)
@@ -139,7 +143,7 @@ def _runtime_config(
         bos_id=int(directory.config.get("bos_token_id", 1)),
         image_start_ids=image_start_ids,
         max_prompt=MAX_PROMPT,
-        negative_prompt=NEGATIVE_PROMPT,
+        negative_prompt=negative_prompt,
         patch_nums=picture.patch_nums,
         codebook_size=picture.codebook_size,
         codebook_sha256=picture.codebook_sha256,

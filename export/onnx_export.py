@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.compact import store_in_half
 from export.precision import ReadWeight, attach_weights, quantize_weights
 from tokenflow_sdk.bundle import file_sha256
 from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec
@@ -42,11 +43,22 @@ class GraphSpec:
     weights: Literal["int8", "int4"] | None = None
 
 
-def export_graph(spec: GraphSpec, directory: Path, progress: Callable[[float], None] | None = None) -> GraphEntry:
-    """Trace `spec` into `directory` and describe what was written; `progress` is told the share of the weights written."""
+def export_graph(
+    spec: GraphSpec, directory: Path, progress: Callable[[float], None] | None = None, compact: bool = False
+) -> GraphEntry:
+    """Trace `spec` into `directory` and describe what was written.
+
+    Args:
+        spec: the graph.
+        directory: where it goes.
+        progress: told the share of the weights written.
+        compact: store what float16 holds exactly in float16 (`export.compact`).
+    """
     model = _trace(spec)
     if spec.weights is not None:
         quantize_weights(model, spec.weights)
+    if compact:
+        store_in_half(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None

@@ -33,7 +33,7 @@ REFERENCE_FILE = "reference.npz"
 
 
 def export_tokenizer(
-    model: TokenFlowTokenizer, out: Path, source: dict[str, Any], steps: Steps, force: bool = False
+    model: TokenFlowTokenizer, out: Path, source: dict[str, Any], steps: Steps, force: bool = False, compact: bool = False
 ) -> ParityReport:
     """Write the bundle of `model` to the directory `out`.
 
@@ -43,6 +43,7 @@ def export_tokenizer(
         source: where the weights came from, stored as provenance.
         steps: shows progress.
         force: replace `out`.
+        compact: store what float16 holds exactly in float16, and the reference compressed.
 
     Raises:
         OutputError: `out` exists or cannot be written.
@@ -53,9 +54,9 @@ def export_tokenizer(
         graphs = {}
         for spec in _graph_specs(model):
             steps.start(f"tracing {spec.name}")
-            graphs[spec.name] = export_graph(spec, staging)
+            graphs[spec.name] = export_graph(spec, staging, compact=compact)
         steps.start("writing the reference vectors")
-        np.savez(staging / REFERENCE_FILE, **vars(reference))
+        (np.savez_compressed if compact else np.savez)(staging / REFERENCE_FILE, **vars(reference))
         bundle = Bundle(
             path=staging,
             config=_runtime_config(model),

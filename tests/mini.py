@@ -69,7 +69,7 @@ def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
     return load_model(mini_state(kind, seed), MINI[kind])
 
 
-def export_mini(model: TokenFlowTokenizer, out: Path, force: bool = False) -> Path:
+def export_mini(model: TokenFlowTokenizer, out: Path, force: bool = False, compact: bool = False) -> Path:
     with Steps(Console(quiet=True)) as steps:
-        export_tokenizer(model, out, {"checkpoint": "mini"}, steps, force)
+        export_tokenizer(model, out, {"checkpoint": "mini"}, steps, force, compact)
     return out

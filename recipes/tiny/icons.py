@@ -14,7 +14,7 @@ from PIL import Image
 
 from recipes.tiny.sources import Source
 
-__all__ = ["SIZE", "Icon", "icons_in", "read_labels"]
+__all__ = ["SIZE", "Icon", "icons_in", "plain_words", "read_labels"]
 
 SIZE = 256
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -49,7 +49,7 @@ class Icon:
 def read_labels(directory: Path) -> dict[str, str]:
     """emojibase-data: labels by code points as in file names, `1f34e` -> `red apple`; without skin tones."""
     entries: list[dict[str, Any]] = json.loads((directory / "package" / "en" / "data.json").read_text(encoding="utf-8"))
-    return {_plain(entry["hexcode"]): _words(entry["label"]) for entry in entries}
+    return {_plain(entry["hexcode"]): plain_words(entry["label"]) for entry in entries}
 
 
 def icons_in(source: Source, directory: Path, labels: dict[str, str]) -> Iterator[Icon]:
@@ -70,7 +70,7 @@ def _iconify(directory: Path, known: set[str]) -> Iterator[Icon]:
 
     data = json.loads((directory / "package" / "icons.json").read_text(encoding="utf-8"))
     for name, icon in sorted(data["icons"].items()):
-        label = _words(name)
+        label = plain_words(name)
         if icon.get("hidden") or _LEFT_OUT.search(name) or label not in known:
             continue
         width, height = icon.get("width", data.get("width", 16)), icon.get("height", data.get("height", 16))
@@ -109,5 +109,6 @@ def _plain(codes: str) -> str:
     return "-".join(part for part in codes.lower().split("-") if part != "fe0f")
 
 
-def _words(text: str) -> str:
+def plain_words(text: str) -> str:
+    """Lower case, letters and digits only: what labels are compared by."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()

@@ -1,0 +1,127 @@
+"""The generator in training: the exporter's transformer with its embeddings and head, over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.config import TransformerConfig
+from export.models.llama import Transformer
+from recipes.tiny.config import TINY
+from recipes.tiny.prompts import PAD
+from tokenflow_sdk.resize import bicubic_matrix
+
+__all__ = ["SIZES", "GeneratorModel"]
+
+SIZES = TransformerConfig(
+    width=256,
+    layers=6,
+    heads=4,
+    kv_heads=4,
+    head_dim=64,
+    mlp_width=704,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    norm_placement="output",
+    qk_norm=True,
+    qkv_bias=False,
+)
+MAX_PROMPT = 128
+
+
+class GeneratorModel(nn.Module):
+    """Embeddings, transformer and head (spec section 4).
+
+    Args:
+        text_size: text tokens, `<img>` included (the last).
+        codebook: float32 [K, C], both halves of unit length.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, text_size: int, codebook: Tensor) -> None:
+        super().__init__()
+        width = SIZES.width
+        self.register_buffer("codebook", codebook)
+        self.text = nn.Embedding(text_size, width)
+        self.projector = nn.Sequential(nn.Linear(codebook.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        self.levels = nn.Embedding(len(TINY.patch_nums) + 1, width)
+        self.places = nn.Embedding(TINY.n_codes, width)
+        self.transformer = Transformer(SIZES)
+        self.head = nn.Linear(width, len(codebook), bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        # Outputs of sublayers are normalised before they are added: their norms' weights say how much each adds.
+        for layer in self.transformer.layers:
+            nn.init.constant_(layer.input_layernorm.weight, 0.3)
+            nn.init.constant_(layer.post_attention_layernorm.weight, 0.3)
+        sides = TINY.patch_nums
+        self.up = [torch.from_numpy(bicubic_matrix(a, b)).float() for a, b in pairwise(sides)]
+
+    def forward(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None) -> Tensor:
+        """Logits [B, L, K] of the `scales` coarsest scales' codes.
+
+        Args:
+            prompts: ids of each row, BOS first.
+            codes: [B, L] or longer, the right ones.
+            scales: how many scales the sequence has.
+            redrawn: codes [B, s * s] of the last scale as a first pass might have drawn them: its inputs are then those of a
+                refinement pass. None: those of the first pass.
+        """
+        text, seen = self._text(prompts, codes.device)
+        images = self._images(codes, scales, redrawn)
+        x = torch.cat([text, *images], dim=1)
+        positions, mask = self._geometry(text.shape[1], [image.shape[1] for image in images], seen)
+        hidden = self.transformer(x, positions, mask)
+        logits: Tensor = self.head(hidden[:, text.shape[1] - 1 :])
+        return logits
+
+    def _text(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, H] of padded prompts and `<img>`, and which of them are no pads [B, T]."""
+        longest = max(map(len, prompts))
+        start = self.text.num_embeddings - 1
+        ids = torch.tensor([[PAD] * (longest - len(row)) + [*row, start] for row in prompts], device=device)
+        seen = torch.tensor([[False] * (longest - len(row)) + [True] * (len(row) + 1) for row in prompts], device=device)
+        x = self.text(ids) + self.levels.weight[0]
+        return torch.cat([x[:, :-1], x[:, -1:] + self.places.weight[0]], dim=1), seen
+
+    def _images(self, codes: Tensor, scales: int, redrawn: Tensor | None) -> list[Tensor]:
+        """Embeddings of scales 2 .. `scales`."""
+        sides, images = TINY.patch_nums, []
+        maps, place = codes.new_zeros((len(codes), self.codebook.shape[1], 1, 1)).float(), 0
+        for index, side in enumerate(sides[:scales]):
+            stop = place + side * side
+            if index:
+                last = index == scales - 1 and redrawn is not None
+                features = maps + self._rows(redrawn, side) if last and redrawn is not None else maps
+                x = self.projector(features.flatten(2).transpose(1, 2))
+                images.append(x + self.levels.weight[index + 1] + self.places.weight[place:stop])
+            if index + 1 < scales:
+                up = self.up[index].to(codes.device)
+                maps = up @ (maps + self._rows(codes[:, place:stop], side)) @ up.T
+            place = stop
+        return images
+
+    def _rows(self, codes: Tensor, side: int) -> Tensor:
+        return F.embedding(codes, self.codebook).transpose(1, 2).unflatten(2, (side, side))
+
+    def _geometry(self, text: int, counts: Sequence[int], seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [1, Q] and mask [B, Q, Q]: text causal, scales bidirectional, pads unseen."""
+        total = text + sum(counts)
+        positions = torch.arange(MAX_PROMPT - text + 1, MAX_PROMPT - text + 1 + total, device=seen.device)
+        mask = torch.ones(total, total, dtype=torch.bool, device=seen.device).tril()
+        start = text
+        for count in counts:
+            mask[start : start + count, start : start + count] = True
+            start += count
+        keys = torch.cat([seen, seen.new_ones(len(seen), total - text)], dim=1)
+        # A pad sees itself, so that no row is empty.
+        own = torch.eye(total, dtype=torch.bool, device=seen.device)
+        return positions[None], (mask & keys[:, None]) | own

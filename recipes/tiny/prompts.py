@@ -1,0 +1,41 @@
+"""The generator's prompt tokenizer: byte-level BPE learnt from the captions, so any text has tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from recipes.tiny.captions import STYLES, caption, held_out_caption
+
+__all__ = ["BOS", "NEGATIVE_PROMPT", "train_prompt_tokenizer"]
+
+VOCABULARY = 1024
+PAD, BOS = 0, 1
+NEGATIVE_PROMPT = "anything"
+"""Stands for no prompt: in training it takes the place of one caption in ten."""
+
+
+def train_prompt_tokenizer(labels: Sequence[str], codes: int) -> Tokenizer:
+    """Text tokens, then `codes` image tokens, then `<img>`, as in a released directory."""
+
+    def texts() -> Iterator[str]:
+        rng = np.random.default_rng(0)
+        yield NEGATIVE_PROMPT
+        for label in labels:
+            for style in STYLES:
+                yield caption(label, style, rng)
+                yield held_out_caption(label, style, rng)
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["[PAD]", "<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.add_tokens([f"<vq_token_{i}>" for i in range(codes)])
+    tokenizer.add_special_tokens([AddedToken("<img>", special=True)])
+    return tokenizer

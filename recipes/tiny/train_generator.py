@@ -1,0 +1,193 @@
+"""Train the bundled generator on the codes that the bundled tokenizer gives to captioned pictures.
+
+    python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
+
+Resumes from the checkpoint in --out. Losses on held-out captions' wordings go to curve.jsonl there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.models import TokenFlowTokenizer
+from recipes.tiny.captions import caption, held_out_caption
+from recipes.tiny.concepts import concepts
+from recipes.tiny.config import TINY
+from recipes.tiny.data import Pictures, to_tensor
+from recipes.tiny.generator_model import GeneratorModel
+from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT, train_prompt_tokenizer
+from recipes.tiny.sources import NAMES, fetch
+from recipes.tiny.train_tokenizer import run
+
+__all__ = ["GeneratorTraining", "load_tokenizer", "main"]
+
+WITHOUT_PROMPT = 0.1
+WHOLE = 0.35
+"""Share of steps over all scales; the others stop earlier, which is cheaper, and what a picture shows is settled there."""
+REDRAWN = 0.4
+"""Share of steps whose last scale gets the inputs of a refinement pass."""
+
+
+def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
+    """The averaged tokenizer of a training directory."""
+    model = TokenFlowTokenizer(TINY)
+    model.load_state_dict(torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+class GeneratorTraining:
+    """The model, its optimizer and everything else that a checkpoint keeps."""
+
+    def __init__(
+        self, pictures: Pictures, tokenizer: TokenFlowTokenizer, names: Path, steps: int, batch: int, rate: float, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.device = next(tokenizer.parameters()).device
+        self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
+        train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
+        self.labels = concepts(train, names)
+        wanted = set(self.labels)
+        self.entries = [entry for entry in train if entry["label"] in wanted]
+        self.codes = self._encode(pictures, tokenizer)
+        self.prompts = train_prompt_tokenizer(self.labels, TINY.codebook_size)
+        first = self.prompts.token_to_id("<vq_token_0>")
+        codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
+        self.model = GeneratorModel(first + 1, codebook).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+
+    @torch.no_grad()
+    def _encode(self, pictures: Pictures, tokenizer: TokenFlowTokenizer) -> Tensor:
+        """Codes [N, 2, L] of each picture and its mirror image."""
+        rows = []
+        for entry in self.entries:
+            picture = np.asarray(pictures.icons[entry["row"]])
+            x = to_tensor([picture, picture[:, ::-1]], self.device)
+            rows.append(tokenizer.quantize.encode(tokenizer.latent(x))[0])
+        return torch.stack(rows)
+
+    def ids(self, text: str) -> list[int]:
+        return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
+
+    def run_step(self) -> dict[str, float]:
+        """One optimizer step; the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self._schedule()
+        rng = np.random.default_rng([self.seed, self.step])
+        picks = rng.integers(len(self.entries), size=self.batch)
+        texts = [
+            NEGATIVE_PROMPT
+            if rng.random() < WITHOUT_PROMPT
+            else caption(self.entries[i]["label"], self.entries[i]["style"], rng)
+            for i in picks
+        ]
+        codes = self.codes[torch.from_numpy(picks), torch.from_numpy(rng.integers(2, size=self.batch))]
+        scales = len(TINY.patch_nums) if rng.random() < WHOLE else int(rng.integers(3, len(TINY.patch_nums)))
+        redrawn = self._redrawn(codes, scales, rng) if rng.random() < REDRAWN else None
+        loss = self._loss(self.model, [self.ids(text) for text in texts], codes, scales, redrawn)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(0.998, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        self.step += 1
+        return {"loss": float(loss.detach())}
+
+    def _schedule(self) -> float:
+        return min(1.0, (self.step + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+
+    def _redrawn(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
+        """The last scale's codes, some of them wrong."""
+        side, start = TINY.patch_nums[scales - 1], sum(s * s for s in TINY.patch_nums[: scales - 1])
+        right = codes[:, start : start + side * side]
+        wrong = torch.from_numpy(rng.integers(TINY.codebook_size, size=tuple(right.shape))).to(right)
+        spoilt = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.2, 0.9)).to(right.device)
+        return torch.where(spoilt, wrong, right)
+
+    def _loss(
+        self, model: GeneratorModel, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None
+    ) -> Tensor:
+        """Cross entropy, scales weighted by their sides: what a picture shows is settled in the coarse ones."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = model(prompts, codes, scales, redrawn).float()
+        sides = TINY.patch_nums[:scales]
+        counts = [side * side for side in sides]
+        target = codes[:, : sum(counts)]
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        weight = torch.cat([torch.full((count,), side / count) for side, count in zip(sides, counts, strict=True)])
+        return (losses * weight.to(losses)).sum(dim=1).mean() / sum(sides)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss of every scale over 64 training pictures asked for in wordings that were never trained on."""
+        rng, model = np.random.default_rng(0), self.average
+        figures = {}
+        picks = rng.permutation(len(self.entries))[:64]
+        for scales in (5, len(TINY.patch_nums)):
+            found = []
+            for i in picks:
+                entry = self.entries[i]
+                ids = self.ids(held_out_caption(entry["label"], entry["style"], rng))
+                found.append(float(self._loss(model, [ids], self.codes[i, :1], scales, None)))
+            figures[f"loss_{scales}_scales"] = float(np.mean(found))
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
+    parser.add_argument("--out", type=Path, default=Path("data/tiny/generator"))
+    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="largest learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, curve = arguments.out / "checkpoint.pt", arguments.out / "curve.jsonl"
+    training = GeneratorTraining(
+        Pictures(arguments.data),
+        load_tokenizer(arguments.tokenizer, device),
+        fetch(NAMES, arguments.cache),
+        arguments.steps,
+        arguments.batch,
+        arguments.rate,
+        arguments.seed,
+    )
+    if checkpoint.exists():
+        training.load(torch.load(checkpoint, map_location=device, weights_only=True))
+    run(training, checkpoint, curve, training.evaluate)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
