@@ -26,9 +26,12 @@ from tokenflow_sdk.errors import (
 )
 from tokenflow_sdk.files import write_atomic
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "bundle_kind", "file_sha256", "find_bundle"]
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "TINY", "Bundle", "bundle_kind", "bundles_in", "file_sha256", "find_bundle"]
 
 MANIFEST = "bundle.json"
+KINDS = ("tokenizer", "generator")
+TINY = "tiny"
+"""Name of the trained model that comes with the SDK."""
 SCHEMA_VERSION = 1
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -205,17 +208,43 @@ def bundle_kind(path: Path) -> str:
     return kind
 
 
-def find_bundle(name: str | os.PathLike[str]) -> Path:
-    """The directory of a bundle given by path or by Hugging Face hub id (`org/name`, fetched once and cached).
+def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
+    """The directory of a bundle, or the bundle of one kind in a directory that holds several.
+
+    Args:
+        name: a path; `tiny`, the trained model that comes with the SDK; or a Hugging Face hub id (`org/name`, fetched once and
+            cached).
+        kind: `tokenizer` or `generator`: where `name` has no bundle itself but one in a subdirectory of this name, that one.
 
     Raises:
         BundleNotFoundError: neither a directory here nor a repository on the hub.
         MissingPackageError: a hub id without huggingface_hub installed.
     """
+    path = _locate(name)
+    inside = path / (kind or "")
+    return inside if not (path / MANIFEST).exists() and (inside / MANIFEST).is_file() else path
+
+
+def bundles_in(name: str | os.PathLike[str]) -> list[Path]:
+    """Every bundle that `find_bundle` finds under a name; if there is none, what it would give."""
+    found = [find_bundle(name, kind) for kind in KINDS]
+    return [path for path in dict.fromkeys(found) if (path / MANIFEST).exists()] or found[:1]
+
+
+def _locate(name: str | os.PathLike[str]) -> Path:
+    if name == TINY:
+        return _embedded()
     path = Path(name).expanduser()
     if path.exists() or not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         return path
     return _from_hub(name)
+
+
+def _embedded() -> Path:
+    """Inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "engines" / TINY
+    return inside if inside.is_dir() else package.parent / "engines" / TINY
 
 
 def _from_hub(repo_id: str) -> Path:

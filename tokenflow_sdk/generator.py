@@ -111,7 +111,7 @@ class Generator:
         """Open a generator bundle, verify its files, and load its graphs.
 
         Args:
-            name: a bundle's directory, or a Hugging Face hub id.
+            name: `tiny` (comes with the SDK), a bundle's directory, or a Hugging Face hub id.
             tokenizer: the tokenizer that decodes its codes; None looks where the bundle was exported with it.
             device, providers, threads: as in `Tokenizer.from_pretrained`.
             pages: pages in the pool; None holds eight pictures.
@@ -122,7 +122,7 @@ class Generator:
             CodebookMismatchError: the tokenizer has another codebook.
         """
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
-        bundle = Bundle.open(find_bundle(name), GeneratorConfig)
+        bundle = Bundle.open(find_bundle(name, GeneratorConfig.kind), GeneratorConfig)
         bundle.verify()
         if not isinstance(tokenizer, Tokenizer):
             path = tokenizer or bundle.path / bundle.config.tokenizer

@@ -89,7 +89,7 @@ class Tokenizer:
             ArgumentError: an option that cannot work.
         """
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
-        bundle = Bundle.open(find_bundle(name), TokenizerConfig)
+        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
         return cls(bundle, options, batch_limit)
 

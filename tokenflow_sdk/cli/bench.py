@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -17,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.bundle import bundle_kind, find_bundle
+from tokenflow_sdk.bundle import bundle_kind, bundles_in
 from tokenflow_sdk.cli.engine import bundle_name, open_generator, open_tokenizer, stderr, stdout
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError
@@ -56,7 +57,15 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
     arguments.batch_limit = max(arguments.batch_limit, *batches)
-    path = find_bundle(bundle_name(arguments))
+    results = [_bench_one(path, arguments, batches) for path in bundles_in(bundle_name(arguments))]
+    if arguments.json:
+        machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
+        write_atomic(arguments.json, json.dumps(machine | {"bundles": results}, indent=2).encode())
+    return 0
+
+
+def _bench_one(path: Path, arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str, object]:
+    """Time one bundle and print its table; the figures for --json."""
     opener = _open_generator if bundle_kind(path) == GeneratorConfig.kind else _open_tokenizer
     with ExitStack() as stack:
         began = perf_counter()
@@ -69,16 +78,7 @@ def bench(arguments: argparse.Namespace) -> int:
         table.add_row(row.name, str(row.batch), *figures)
     stdout.print(table)
     stdout.print(f"opened in {loading:.2f} s; {arguments.repeat} timed calls each after one to warm up")
-    if arguments.json:
-        machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
-        result = {
-            "bundle": str(path),
-            "device": subject.device,
-            "load_s": loading,
-            "rows": [asdict(row) for row in rows],
-        } | machine
-        write_atomic(arguments.json, json.dumps(result, indent=2).encode())
-    return 0
+    return {"bundle": str(path), "device": subject.device, "load_s": loading, "rows": [asdict(row) for row in rows]}
 
 
 def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], repeat: int) -> list[_Row]:

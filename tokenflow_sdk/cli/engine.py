@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tokenflow_sdk.bundle import TINY
 from tokenflow_sdk.errors import ArgumentError, OutputError, TokenFlowError
 from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -22,18 +23,15 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def bundle_name(arguments: argparse.Namespace) -> str:
-    """The bundle given by position or by --bundle.
+    """The bundle given by position or by --bundle; `tiny` where none is.
 
     Raises:
-        ArgumentError: none or two were given.
+        ArgumentError: two were given.
     """
     given = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name]
-    if len(given) != 1:
-        raise ArgumentError(
-            "Two bundles were given." if given else "No bundle was given.",
-            "Name one with --bundle, e.g. --bundle bundles/clipb_256.",
-        )
-    return str(given[0])
+    if len(given) > 1:
+        raise ArgumentError("Two bundles were given.", "Name one.")
+    return str(given[0]) if given else TINY
 
 
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:

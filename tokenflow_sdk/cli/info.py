@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, find_bundle
+from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.cli.engine import bundle_name, stdout
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
@@ -26,11 +26,11 @@ def info(arguments: argparse.Namespace) -> int:
     if target.is_file() and target.name != MANIFEST:
         _codes_info(target)
         return 0
-    path = target.parent if target.name == MANIFEST else find_bundle(bundle_name(arguments))
-    if bundle_kind(path) == GeneratorConfig.kind:
-        _generator_info(Bundle.open(path, GeneratorConfig))
-    else:
-        _tokenizer_info(Bundle.open(path, TokenizerConfig))
+    for path in [target.parent] if target.name == MANIFEST else bundles_in(bundle_name(arguments)):
+        if bundle_kind(path) == GeneratorConfig.kind:
+            _generator_info(Bundle.open(path, GeneratorConfig))
+        else:
+            _tokenizer_info(Bundle.open(path, TokenizerConfig))
     return 0
 
 

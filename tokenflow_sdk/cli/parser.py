@@ -15,12 +15,15 @@ __all__ = ["make_parser"]
 _DESCRIPTION = """\
 Pictures to codes and back with TokenFlow tokenizers.
 
-  tokenflow encode photo.jpg --bundle bundles/clipb_256          photo.tfc, 1.6 KB
-  tokenflow decode photo.tfc --bundle bundles/clipb_256          photo.png
-  tokenflow reconstruct photo.jpg --bundle bundles/clipb_256     what each scale adds, side by side
+  tokenflow encode photo.jpg                                     photo.tfc, about 1 KB
+  tokenflow decode photo.tfc                                     photo.png
+  tokenflow reconstruct photo.jpg                                what each scale adds, side by side
+  tokenflow generate "a red apple"                               1.png
+  tokenflow encode photo.jpg --bundle bundles/clipb_256          with another model than the small bundled one
   tokenflow info photo.tfc                                       what a file or a bundle holds
 
-A bundle is a directory made by `python -m export`, or a Hugging Face id (org/name).
+A bundle is a directory made by `python -m export`, a Hugging Face id (org/name), or `tiny`, which comes with the SDK
+and is used where none is named.
 """
 
 
@@ -112,7 +115,7 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer") -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory, or a hub id")
+    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory, a hub id, or tiny (default)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(
