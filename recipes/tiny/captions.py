@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-__all__ = ["HELD_OUT", "STYLES", "TEMPLATES", "caption", "held_out_caption", "with_article"]
+__all__ = ["ADJECTIVES", "HELD_OUT", "STYLES", "TEMPLATES", "caption", "held_out_caption", "with_article"]
 
 STYLES: dict[str, tuple[str, ...]] = {
     "noto": ("noto style", "soft flat style", "smooth style"),
@@ -14,6 +14,7 @@ STYLES: dict[str, tuple[str, ...]] = {
     "flat": ("flat style", "flat design", "minimal style"),
     "twemoji": ("twemoji style", "bold cartoon style", "simple cartoon style"),
     "emojione": ("emojione style", "outlined style", "round sticker style"),
+    "clipart": ("clip art style", "old vector drawing style", "sketched style"),
 }
 """What each artist's pictures are called."""
 
@@ -22,38 +23,57 @@ TEMPLATES = (
     "{label}",
     "{a_label}",
     "{a_label} icon",
+    "{label} icon",
     "{label} emoji",
     "a picture of {a_label}",
+    "picture of {a_label}",
     "an icon of {a_label}",
     "a drawing of {a_label}",
+    "an illustration of {a_label}",
     "an image of {a_label} on white",
+    "{a_label} in front of a white background",
     "{label} on a white background",
+    "a small picture showing {a_label}",
     "the {label}",
-    "one {label}",
 )
 HELD_OUT = (
     "show me {a_label}",
     "I would like to see {a_label}",
     "please draw {a_label}",
     "could you paint {a_label}",
+    "can you make {a_label}",
     "this is {a_label}",
 )
-_ADJECTIVES = re.compile(
-    "red|green|blue|yellow|orange|purple|brown|black|white|pink|grey|old|young|small|large|big|hot|cold|new|full|broken|open|"
-    "closed|crying|smiling|grinning|sleeping|angry|happy|sad|rolled|burning|shooting"
+ADJECTIVES = re.compile(
+    "red|green|blue|yellow|orange|purple|brown|black|white|pink|gr[ea]y|golden|old|young|small|large|big|little|tiny|tall|hot|cold|new|"
+    "full|empty|broken|open|closed|crying|smiling|grinning|sleeping|angry|happy|sad|tired|rolled|burning|shooting|flying|falling"
 )
+
+_CONSONANT = re.compile(r"uni|use|uk|eu|one\b|once\b")
+"""Begins with a vowel that is spoken as a consonant."""
+_VOWEL = re.compile(r"[aeiou]|hour|honest|heir|[fhlmnrsx]\b")
+_TAIL = re.compile(r" (with|without|in|of|on|and|for|holding|lifting|showing|over) .*")
+_WITHOUT_ARTICLE = re.compile(
+    r"(.* )?(\w*[^suio\W]s|men|women|people|children|feet|rice|bread|flatbread|corn|popcorn|fire"
+    r"|money|snow|fog|smoke|grass|ice|milk|hair|salt|luggage|tennis)"
+)
+"""Several things, or a substance: by the last word before any tail."""
 
 
 def with_article(label: str) -> str:
-    """`apple` -> `an apple`."""
-    return f"{'an' if re.match('[aeiou]', label) else 'a'} {label}"
+    """`apple` -> `an apple`, `unicorn` -> `a unicorn`, `grapes` -> `grapes`."""
+    if _WITHOUT_ARTICLE.fullmatch(_TAIL.sub("", label)):
+        return label
+    spoken_vowel = _VOWEL.match(label) and not _CONSONANT.match(label)
+    return f"{'an' if spoken_vowel else 'a'} {label}"
 
 
 def caption(label: str, style: str, rng: np.random.Generator) -> str:
     """One of the training wordings; half of them name the style."""
-    words = label.split()
-    if len(words) == 2 and _ADJECTIVES.fullmatch(words[0]) and rng.random() < 0.2:
-        text = f"{with_article(words[1])} that is {words[0]}"
+    adjective, _, noun = label.partition(" ")
+    if noun and ADJECTIVES.fullmatch(adjective) and rng.random() < 0.2:
+        plural = with_article(noun) == noun
+        text = f"{with_article(noun)} that {'are' if plural and noun.endswith('s') else 'is'} {adjective}"
     else:
         text = _filled(str(rng.choice(TEMPLATES)), label)
     if rng.random() < 0.5:

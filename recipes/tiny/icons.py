@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from recipes.tiny.captions import ADJECTIVES
 from recipes.tiny.sources import Source
 
-__all__ = ["SIZE", "Icon", "icons_in", "plain_words", "read_labels"]
+__all__ = ["SIZE", "Icon", "icons_in", "plain_words", "read_labels", "read_tags", "title"]
 
 SIZE = 256
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -52,10 +53,34 @@ def read_labels(directory: Path) -> dict[str, str]:
     return {_plain(entry["hexcode"]): plain_words(entry["label"]) for entry in entries}
 
 
+def read_tags(directory: Path) -> dict[str, list[str]]:
+    """emojibase-data: other words for each label."""
+    entries: list[dict[str, Any]] = json.loads((directory / "package" / "en" / "data.json").read_text(encoding="utf-8"))
+    return {plain_words(entry["label"]): entry.get("tags", []) for entry in entries}
+
+
+def title(stem: str, labels: Collection[str]) -> str | None:
+    """What a clip-art file's name says before its author's, if that is a label, maybe with adjectives.
+
+    `light_bulb_karl_bartel_01` -> `light bulb`, `red_car_02` -> `red car`; None elsewhere, and for `bw` (in black).
+    """
+    words = re.sub(r"[\d_.+-]+", " ", stem.lower()).split()
+    if "bw" in words:
+        return None
+    start = 0
+    while start < len(words) and ADJECTIVES.fullmatch(words[start]) and " ".join(words[: start + 2]) not in labels:
+        start += 1
+    for end in range(min(len(words), start + 3), start, -1):
+        noun = " ".join(words[start:end])
+        if noun in labels or noun.removesuffix("s") in labels:
+            return " ".join(words[:end])
+    return None
+
+
 def icons_in(source: Source, directory: Path, labels: dict[str, str]) -> Iterator[Icon]:
     """The pictures of an unpacked package, without flags, letters and skin tones."""
     if source.style == "clipart":
-        yield from _clipart(directory)
+        yield from _clipart(directory, set(labels.values()))
     elif source.style == "3d":
         for path in sorted((directory / "package" / "assets").glob("*.webp")):
             label = labels.get(_plain(path.stem))
@@ -79,7 +104,7 @@ def _iconify(directory: Path, known: set[str]) -> Iterator[Icon]:
         yield Icon(_on_white(Image.open(io.BytesIO(png))), name, label)
 
 
-def _clipart(directory: Path) -> Iterator[Icon]:
+def _clipart(directory: Path, labels: set[str]) -> Iterator[Icon]:
     root = directory / "usr" / "share" / "openclipart" / "png"
     for path in sorted(root.rglob("*.png")):
         name = path.relative_to(root)
@@ -88,7 +113,7 @@ def _clipart(directory: Path) -> Iterator[Icon]:
         try:
             image = Image.open(path)
             if min(image.size) >= 64 and max(image.size) <= 4096:
-                yield Icon(_on_white(image), name.as_posix(), None)
+                yield Icon(_on_white(image), name.as_posix(), title(path.stem, labels))
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
-__all__ = ["Licence", "is_permissive", "read_dep5"]
+__all__ = ["Licence", "is_permissive", "licence_of", "read_dep5", "spdx"]
 
-_PERMISSIVE = re.compile(r"public-domain|CC0(-1\.0)?|CC-BY-\d\.\d|BSD-[23]-Clause|MIT|Expat|Apache-2\.0|ISC", re.IGNORECASE)
+_SPDX = {
+    "public-domain": "LicenseRef-public-domain",
+    "public domain": "LicenseRef-public-domain",
+    "cc0": "CC0-1.0",
+    "cc0-1.0": "CC0-1.0",
+    "pddl-1.0": "PDDL-1.0",
+    "bsd-2-clause": "BSD-2-Clause",
+    "bsd-3-clause": "BSD-3-Clause",
+    "mit": "MIT",
+    "expat": "MIT",
+    "apache-2.0": "Apache-2.0",
+    "isc": "ISC",
+}
 
 
 @dataclass(frozen=True)
@@ -20,13 +33,38 @@ class Licence:
     name: str
     author: str
 
-    def covers(self, path: str) -> bool:
-        return any(fnmatch(path, glob) for glob in self.globs)
+    def covers(self, name: str) -> bool:
+        """Whether this is about a file; `name` without suffix."""
+        return any(glob != "*" and fnmatchcase(name, PurePosixPath(glob).with_suffix("").as_posix()) for glob in self.globs)
+
+
+def spdx(name: str) -> str | None:
+    """`Expat` -> `MIT`, `CC0 and cc-by-3.0` -> `CC0-1.0 AND CC-BY-3.0`; None where any part asks for more."""
+    parts = []
+    for part in re.split(r"\s+and\s+", name.strip(), flags=re.IGNORECASE):
+        known = part.upper() if re.fullmatch(r"cc-by-\d\.\d", part, re.IGNORECASE) else _SPDX.get(part.lower())
+        if known is None:
+            return None
+        parts.append(known)
+    return " AND ".join(parts)
 
 
 def is_permissive(name: str) -> bool:
     """Whether a licence asks for no more than naming the author."""
-    return _PERMISSIVE.fullmatch(name) is not None
+    return spdx(name) is not None
+
+
+def licence_of(path: str, entries: Sequence[Licence]) -> Licence | None:
+    """The last of `entries` that covers a file, if that is permissive and none after the first permissive one disagrees.
+
+    Suffixes are not compared, for packages convert pictures. An entry of a bare star is the program's own licence.
+    Disagreement comes of stars that cover more than was meant: `desert1*` is not to override `*-harro*` for `desert10-harro`.
+    """
+    name = PurePosixPath(path).with_suffix("").as_posix()
+    found = [entry for entry in entries if entry.covers(name)]
+    while found and not is_permissive(found[0].name):
+        found.pop(0)
+    return found[-1] if found and all(is_permissive(entry.name) for entry in found) else None
 
 
 def read_dep5(text: str) -> Iterator[Licence]:

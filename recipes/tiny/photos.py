@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from recipes.tiny.licences import Licence, is_permissive, read_dep5
+from recipes.tiny.licences import Licence, licence_of, read_dep5, spdx
 from recipes.tiny.rcc import read_rcc
 from recipes.tiny.sources import Source
 
@@ -35,14 +34,17 @@ def photos_in(source: Source, directory: Path) -> Iterator[Photo]:
     """Permissive colour photographs of an unpacked package."""
     entries = _licences(source, directory)
     for path, content in _files(directory):
-        if Path(path).suffix.lower() not in _SUFFIXES:
+        name = Path(path)
+        if not path.startswith(source.root) or name.suffix.lower() not in _SUFFIXES:
             continue
-        found = Licence((), source.licence, source.author) if source.licence else _of(path, entries)
-        if found is None or not is_permissive(found.name):
+        if name.stem in source.without or (source.only and name.stem not in source.only):
             continue
-        image = _as_photo(content)
-        if image is not None:
-            yield Photo(image, path, found.name, found.author)
+        shared = Licence((), source.licence, source.author) if source.licence else _beside(directory / path)
+        found = shared or licence_of(source.upstream + path.removeprefix(source.root), entries)
+        licence = found and spdx(found.name)
+        image = _as_photo(content) if licence else None
+        if found and licence and image:
+            yield Photo(image, path, licence, found.author)
 
 
 def _licences(source: Source, directory: Path) -> list[Licence]:
@@ -50,19 +52,13 @@ def _licences(source: Source, directory: Path) -> list[Licence]:
     return list(read_dep5(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
-def _of(path: str, entries: list[Licence]) -> Licence | None:
-    """The last entry that names the file or its directory; Debian sources' names, which packages convert and move.
-
-    Suffixes are not compared, nor directories above `src`; an entry of a bare star is the program's own licence.
-    """
-    name = PurePosixPath(path).with_suffix("").as_posix().removeprefix("gcompris/")
-    for entry in reversed(entries):
-        for glob in entry.globs:
-            wanted = PurePosixPath(glob).with_suffix("").as_posix()
-            inside = wanted.startswith("src/") and fnmatch(name, wanted)
-            if inside or ("*" not in wanted and not wanted.startswith("src/") and name.endswith("/" + wanted.split("/")[-1])):
-                return entry
-    return None
+def _beside(path: Path) -> Licence | None:
+    """What the desktop entry of a jigsaw puzzle says about its picture."""
+    entry = path.with_suffix(".desktop")
+    if not entry.exists():
+        return None
+    fields = dict(line.split("=", 1) for line in entry.read_text(encoding="utf-8").splitlines() if "=" in line)
+    return Licence((), fields.get("X-KDE-PluginInfo-License", ""), fields.get("X-KDE-PluginInfo-Author", ""))
 
 
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:

