@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow lint bench tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -17,6 +17,11 @@ $(VENV)/bin/python:
 		echo "error: Python's venv module does not work; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 
 # Installed sets are remembered by stamps, so that a second run starts at once.
+$(VENV)/.cpu: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing the runtime into $(VENV)"
+	@$(PIP) --editable '.[cpu,generate]'
+	@touch $@
+
 $(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing the runtime and the exporter into $(VENV) (PyTorch included: some minutes)"
 	@$(PIP) --editable '.[cpu,export]'
@@ -26,9 +31,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.export
 	@$(PIP) --editable '.[cpu,hub,generate,export,dev]'
 	@touch $@
 
+$(VENV)/.train: pyproject.toml constraints.txt $(VENV)/.export
+	@$(PIP) --editable '.[cpu,generate,export,train]'
+	@touch $@
+
 install: $(VENV)/.dev ## everything for working on the project, into .venv
 
-demo: $(VENV)/.export ## export a full-size tokenizer, then tokenize and reconstruct a photo
+demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, with the bundled model
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the everyday tests, minutes
@@ -45,6 +54,15 @@ lint: $(VENV)/.dev ## ruff and mypy
 bench: $(VENV)/.dev ## the runtime against eager PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
 	@$(BIN)/python benchmarks/generator_vs_eager.py
+
+tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
+	@$(BIN)/python -m recipes.tiny.gather --out data/tiny
+
+tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and write engines/tiny
+	@$(BIN)/python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
+	@$(BIN)/python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
+	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out engines/tiny
+	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out engines/tiny
 
 clean: ## remove .venv, caches and what the demo made
 	rm -rf $(VENV) bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,73 +1,80 @@
-"""The main job on a fresh machine: checkpoint -> bundle -> codes -> picture. Run by `make demo`.
+"""The main job on a fresh machine, with the model that comes with the SDK and without PyTorch. Run by `make demo`.
 
-No trained weights are in the repository, so this draws full-size stand-in weights for the released 256 px tokenizer
-(377 M parameters). Every step, shape and timing is the real one; the decoded picture is what random weights make of it.
-Give a released checkpoint to see a real reconstruction:
+A photo to codes and back, then four pictures from text, scale by scale. Any other bundle works as well:
 
-    python examples/demo.py --checkpoint tokenflow_clipb_32k_enhanced.pt
+    python examples/demo.py --bundle bundles/released
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from time import perf_counter
 
-ROOT = Path(__file__).resolve().parent.parent
+from PIL import Image
 
+from tokenflow_sdk import Codes, Generator, Tokenizer
+from tokenflow_sdk.sheet import contact_sheet
 
-def run(*arguments: object) -> None:
-    command = [sys.executable, "-m", *map(str, arguments)]
-    print("\n$ python -m", *arguments, flush=True)
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if status:
-        sys.exit(status)
+HERE = Path(__file__).resolve().parent
+PROMPTS = ("a red apple", "a cat face in 3d style", "a rocket", "a tulip in flat style")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a released tokenizer checkpoint (default: stand-in weights)")
-    parser.add_argument("--bundle", type=Path, help="where the bundle goes (default: bundles/clipb_256, or bundles/released)")
-    parser.add_argument("--photo", type=Path, default=ROOT / "examples" / "chelsea.jpg", help="the picture to tokenize")
-    parser.add_argument("--out", type=Path, default=ROOT / "demo_out", help="where results go (default: demo_out)")
+    parser.add_argument("--bundle", default="tiny", help="a bundle with a tokenizer, and a generator or not (default: tiny)")
+    parser.add_argument("--photo", type=Path, default=HERE / "chelsea.jpg", help="the picture to tokenize")
+    parser.add_argument("--prompt", action="append", help=f"what to draw, repeatable (default: {', '.join(PROMPTS)})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where results go (default: demo_out)")
     arguments = parser.parse_args()
-    bundle = arguments.bundle or ROOT / "bundles" / ("released" if arguments.checkpoint else "clipb_256")
-    if not (bundle / "bundle.json").exists():
-        checkpoint = arguments.checkpoint or ROOT / "checkpoints" / "clipb_256.pt"
-        if not arguments.checkpoint and not Path(checkpoint).exists():
-            run("export", "standin", "--variant", "clipb_256", "--out", checkpoint)
-        run("export", "tokenizer", "--checkpoint", checkpoint, "--out", bundle)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    run("tokenflow_sdk.cli", "reconstruct", arguments.photo, "--bundle", bundle, "-o", arguments.out / "side_by_side.png")
-    tour(bundle, arguments.photo, arguments.out)
-    if not arguments.checkpoint:
-        print("\nThese are stand-in weights: the decoded picture is noise by nature. --checkpoint takes a released file.")
-
-
-def tour(bundle: Path, photo: Path, out: Path) -> None:
-    """The same through the Python API, with the time of each call."""
-    from tokenflow_sdk import Codes, Tokenizer
-
-    print("\nin Python:")
     began = perf_counter()
-    tokenizer = Tokenizer.from_pretrained(bundle).load("encode", "decode")
-    print(f"  open and load          {perf_counter() - began:6.2f} s   {tokenizer}")
-    with tokenizer:
-        for attempt in ("first", "again"):
-            began = perf_counter()
-            codes = tokenizer.encode(photo)
-            encoded = perf_counter()
-            picture = tokenizer.decode(codes)
-            print(f"  encode, decode ({attempt})  {encoded - began:6.2f} s {perf_counter() - encoded:6.2f} s")
-        codes.save(out / "photo.tfc")
-        assert Codes.load(out / "photo.tfc") == codes
-        picture.save(out / "reconstruction.png")
-    print(f"  {codes}")
+    with Tokenizer.from_pretrained(arguments.bundle) as tokenizer:
+        print(f"opened {tokenizer} in {perf_counter() - began:.2f} s")
+        there_and_back(tokenizer, arguments.photo, arguments.out)
+    began = perf_counter()
+    with Generator.from_pretrained(arguments.bundle) as generator:
+        print(f"\nopened the generator in {perf_counter() - began:.2f} s")
+        draw(generator, arguments.prompt or PROMPTS, arguments.seed, arguments.out)
+    print(f"\nPictures are in {arguments.out}/")
+
+
+def there_and_back(tokenizer: Tokenizer, photo: Path, out: Path) -> None:
+    """Encode, save, decode; the picture after every scale goes into side_by_side.png."""
+    tokenizer.load("encode", "decode")
+    began = perf_counter()
+    codes = tokenizer.encode(photo)
+    encoded = perf_counter()
+    picture = tokenizer.decode(codes)
+    print(f"encoded in {(encoded - began) * 1e3:.0f} ms, decoded in {(perf_counter() - encoded) * 1e3:.0f} ms: {codes}")
     for i in range(3):
         print(f"  scale {i + 1}: {codes.scale(i).tolist()}")
-    print(f"  {out / 'photo.tfc'}: {(out / 'photo.tfc').stat().st_size:,} bytes ({photo.name}: {photo.stat().st_size:,} bytes)")
+    codes.save(out / "photo.tfc")
+    assert Codes.load(out / "photo.tfc") == codes
+    print(f"  photo.tfc: {(out / 'photo.tfc').stat().st_size:,} bytes ({photo.name}: {photo.stat().st_size:,} bytes)")
+    picture.save(out / "reconstruction.png")
+    original = Image.fromarray(tokenizer.preprocess(photo))
+    steps = [codes.truncate(n) for n in range(1, codes.n_scales + 1)]
+    tiles = [(original, "original")]
+    tiles += [
+        (tokenizer.decode(part), f"{part.n_scales} scales, {codes.scale_ends[part.n_scales - 1]:,} bytes") for part in steps
+    ]
+    contact_sheet(tiles, 5).save(out / "side_by_side.png")
+
+
+def draw(generator: Generator, prompts: list[str] | tuple[str, ...], seed: int, out: Path) -> None:
+    """Each prompt with the picture after every scale, a row a prompt, into drawn.png."""
+    tiles = []
+    for prompt in prompts:
+        began = perf_counter()
+        steps = list(generator.stream(prompt, seed=seed))
+        seconds = perf_counter() - began
+        print(f"  {prompt}: {len(steps[-1].codes[0])} codes in {seconds:.2f} s")
+        sides = steps[-1].codes[0].patch_nums
+        captions = [prompt, *(f"up to {side} x {side}" for side in sides[1:])]
+        tiles += [(step.preview()[0].resize((128, 128)), caption) for step, caption in zip(steps, captions, strict=True)]
+    contact_sheet(tiles, len(generator.config.patch_nums)).save(out / "drawn.png")
 
 
 if __name__ == "__main__":

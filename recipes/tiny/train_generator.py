@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer as PromptTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,20 +30,34 @@ from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.train_tokenizer import run
 
-__all__ = ["GeneratorTraining", "load_tokenizer", "main"]
+__all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
+
+PROMPTS = "tokenizer.json"
 
 WITHOUT_PROMPT = 0.1
-WHOLE = 0.35
-"""Share of steps over all scales; the others stop earlier, which is cheaper, and what a picture shows is settled there."""
+WHOLE = 0.25
+"""Share of steps over all scales; the others stop earlier, with more pictures at once: identity is settled there."""
+MOST = 5
+"""Times the batch that short sequences take."""
 REDRAWN = 0.4
 """Share of steps whose last scale gets the inputs of a refinement pass."""
 
 
 def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
-    """The averaged tokenizer of a training directory."""
+    """The averaged tokenizer of a training directory, its weights rounded to float16: what is shipped."""
     model = TokenFlowTokenizer(TINY)
-    model.load_state_dict(torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"])
+    state = torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
+    model.load_state_dict({key: value.half().float() for key, value in state.items()})
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[GeneratorModel, PromptTokenizer]:
+    """The averaged generator of a training directory, and its prompt tokenizer."""
+    prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
+    codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
+    model = GeneratorModel(prompts.token_to_id("<vq_token_0>") + 1, codebook)
+    model.load_state_dict(torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"])
+    return model.eval().requires_grad_(False), prompts
 
 
 class GeneratorTraining:
@@ -84,15 +99,17 @@ class GeneratorTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self._schedule()
         rng = np.random.default_rng([self.seed, self.step])
-        picks = rng.integers(len(self.entries), size=self.batch)
+        sides = TINY.patch_nums
+        scales = len(sides) if rng.random() < WHOLE else int(rng.integers(4, len(sides)))
+        size = self.batch * min(MOST, TINY.n_codes // sum(side * side for side in sides[:scales]))
+        picks = rng.integers(len(self.entries), size=size)
         texts = [
             NEGATIVE_PROMPT
             if rng.random() < WITHOUT_PROMPT
             else caption(self.entries[i]["label"], self.entries[i]["style"], rng)
             for i in picks
         ]
-        codes = self.codes[torch.from_numpy(picks), torch.from_numpy(rng.integers(2, size=self.batch))]
-        scales = len(TINY.patch_nums) if rng.random() < WHOLE else int(rng.integers(3, len(TINY.patch_nums)))
+        codes = self.codes[torch.from_numpy(picks), torch.from_numpy(rng.integers(2, size=size))]
         redrawn = self._redrawn(codes, scales, rng) if rng.random() < REDRAWN else None
         loss = self._loss(self.model, [self.ids(text) for text in texts], codes, scales, redrawn)
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,12 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     training = GeneratorTraining(
         Pictures(arguments.data),
         load_tokenizer(arguments.tokenizer, device),
-        fetch(NAMES, arguments.cache),
+        fetch(NAMES, arguments.cache).directory,
         arguments.steps,
         arguments.batch,
         arguments.rate,
         arguments.seed,
     )
+    training.prompts.save(str(arguments.out / PROMPTS))
     if checkpoint.exists():
         training.load(torch.load(checkpoint, map_location=device, weights_only=True))
     run(training, checkpoint, curve, training.evaluate)

@@ -1,0 +1,96 @@
+"""Write the bundles of the trained model.
+
+    python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out engines/tiny
+
+Both go through the exporter of the released models: the generator by way of a directory in the released layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as PromptTokenizer
+
+from export.generator import export_generator
+from export.hf_directory import HfDirectory
+from export.precision import Precision
+from export.progress import Steps
+from export.tokenizer import export_tokenizer
+from recipes.tiny.config import TINY
+from recipes.tiny.generator_model import SIZES, GeneratorModel
+from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
+from recipes.tiny.train_generator import load_generator, load_tokenizer
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
+
+__all__ = ["main", "write_released_layout"]
+
+SOURCE = {"checkpoint": "trained by recipes/tiny"}
+
+
+def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, directory: Path) -> None:
+    """config.json, tokenizer.json and model.safetensors, with the released keys."""
+    config = {
+        "hidden_size": SIZES.width,
+        "num_hidden_layers": SIZES.layers,
+        "num_attention_heads": SIZES.heads,
+        "num_key_value_heads": SIZES.kv_heads,
+        "head_dim": SIZES.head_dim,
+        "intermediate_size": SIZES.mlp_width,
+        "rms_norm_eps": SIZES.norm_eps,
+        "rope_theta": SIZES.rope_theta,
+        "bos_token_id": BOS,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    prompts.save(str(directory / "tokenizer.json"))
+    text, codes = model.text.weight, TINY.codebook_size
+    # Ids are text, then codes, then <img>; codes have no rows of their own to read, and only they are ever predicted.
+    embeddings = torch.cat([text[:-1], text.new_zeros(codes, SIZES.width), text[-1:]])
+    head = torch.zeros_like(embeddings)
+    head[len(text) - 1 : len(text) - 1 + codes] = model.head.weight
+    weights = {f"model.{key}": value for key, value in model.transformer.state_dict().items()}
+    weights |= {f"model.mm_projector.{key}": value for key, value in model.projector.state_dict().items()}
+    weights |= {
+        "model.embed_tokens.weight": embeddings,
+        "lm_head.weight": head,
+        "model.lvl_embed.weight": model.levels.weight,
+        "model.pos_1LC": model.places.weight,
+    }
+    halves = {key: value.detach().half().float().contiguous() for key, value in weights.items()}
+    save_file(halves, directory / "model.safetensors")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
+    parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
+    parser.add_argument("--out", type=Path, default=Path("engines/tiny"))
+    arguments = parser.parse_args(argv)
+    model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
+    out: Path = arguments.out
+    with Steps() as steps, tempfile.TemporaryDirectory() as work:
+        export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compact=True)
+        generator, prompts = load_generator(arguments.generator, model)
+        write_released_layout(generator, prompts, Path(work))
+        agreement = export_generator(
+            HfDirectory(Path(work)),
+            Bundle.open(out / "tokenizer", TokenizerConfig),
+            out / "generator",
+            steps,
+            force=True,
+            precision=Precision("fp32", "int8"),
+            negative_prompt=NEGATIVE_PROMPT,
+            compact=True,
+        )
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB; int8 transformer: likeliest code the same at {agreement.same_code:.1%} of positions")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""What the shipped bundle does, measured through the runtime on pictures and wordings that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+from torch.nn import functional as F
+
+from export.models import TokenFlowTokenizer
+from recipes.tiny.captions import held_out_caption
+from recipes.tiny.data import Pictures, Pixels, to_tensor
+from recipes.tiny.teacher import Teacher
+from recipes.tiny.train_tokenizer import thumbnail_psnr
+from tokenflow_sdk import Generator, SamplingParams, Tokenizer
+from tokenflow_sdk.images import psnr
+
+__all__ = ["generation", "labels_from_codes", "reconstruction", "seconds"]
+
+Floats = NDArray[np.float32]
+Entry = dict[str, Any]
+CPU = torch.device("cpu")
+
+
+def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -> dict[str, Any]:
+    """Mean PSNR in dB of held-out pictures, by number of scales for photographs, thumbnails beside; share of codes used."""
+    groups = {"photos": pictures.test_photos, "icons": [np.asarray(pictures.icons[row]) for row in pictures.test_icons[:icons]]}
+    figures: dict[str, Any] = {}
+    used: set[int] = set()
+    for name, group in groups.items():
+        by_scale = []
+        for picture in track(group, f"reconstructing {name}"):
+            codes = tokenizer.codes(tokenizer.encode_array(picture[None])[0])
+            used |= set(np.asarray(codes).tolist())
+            parts = [codes.truncate(n) for n in range(1, codes.n_scales + 1)] if name == "photos" else [codes]
+            by_scale.append([psnr(np.asarray(tokenizer.decode(part)), picture) for part in parts])
+        figures[name] = float(np.mean([row[-1] for row in by_scale]))
+        figures[f"{name}_count"] = len(group)
+        figures[f"{name}_thumbnail"] = float(np.mean([thumbnail_psnr(picture) for picture in group]))
+        if name == "photos":
+            figures["by_scale"] = np.mean(by_scale, axis=0).tolist()
+    return figures | {"codes_used": len(used) / tokenizer.config.codebook_size}
+
+
+def labels_from_codes(tokenizer: Tokenizer, pictures: Pictures, labels: int = 150) -> dict[str, float]:
+    """Share of held-out labelled drawings whose nearest training drawing has their label.
+
+    Nearest by the cosine of the mean over the picture of: both halves of the quantized feature, and what the semantic decoder
+    makes of the codes. Chance is `1 / labels`.
+    """
+    held_out = [entry for entry in pictures.icon_entries if entry["split"] == "heldout" and entry["label"]]
+    known = {entry["label"] for entry in pictures.icon_entries if entry["split"] == "train"}
+    wanted = sorted({entry["label"] for entry in held_out} & known)[:labels]
+    gallery = [entry for entry in pictures.icon_entries if entry["split"] == "train" and entry["label"] in wanted]
+    queries = [entry for entry in held_out if entry["label"] in wanted]
+    split = tokenizer.config.semantic_dim
+    parts: dict[str, list[list[Floats]]] = {"semantic": [[], []], "pixel": [[], []], "decoded": [[], []]}
+    for side, entries in enumerate((gallery, queries)):
+        for entry in track(entries, "encoding labelled drawings"):
+            codes = tokenizer.codes(tokenizer.encode_array(pictures.icons[entry["row"]][None])[0])
+            feature = tokenizer.features(codes)
+            parts["semantic"][side].append(feature[:, :split].mean(axis=0))
+            parts["pixel"][side].append(feature[:, split:].mean(axis=0))
+            parts["decoded"][side].append(tokenizer.semantic(codes).mean(axis=0))
+    truth = [entry["label"] for entry in queries]
+    names = [entry["label"] for entry in gallery]
+    figures = {}
+    for name, (base, asked) in parts.items():
+        nearest = (_unit(np.stack(asked)) @ _unit(np.stack(base)).T).argmax(axis=1)
+        figures[name] = float(np.mean([names[i] == label for i, label in zip(nearest, truth, strict=True)]))
+    return figures | {"labels": len(wanted), "queries": len(queries)}
+
+
+def generation(
+    generator: Generator, pictures: Pictures, trained: Sequence[Entry], prompts: int = 100, cfg_scale: float = 7.5
+) -> tuple[dict[str, float], list[tuple[Image.Image, str]]]:
+    """Share of pictures whose nearest training picture has the asked label, by the teacher's mean features; and the pictures.
+
+    `distance` is the mean cosine distance to that nearest picture, `training_distance` the same among training pictures of
+    other labels and styles; `seeds_differ` the mean RMS difference (of 255) between pictures of one prompt and four seeds.
+    """
+    teacher = _calibrated(pictures)
+    rng = np.random.default_rng(0)
+    gallery = np.stack(
+        [_embed(teacher, np.asarray(pictures.icons[entry["row"]])) for entry in track(trained, "training pictures")]
+    )
+    labels = sorted({entry["label"] for entry in trained})
+    picks = rng.permutation(len(trained))[:prompts]
+    right, distances, tiles = [], [], []
+    for number, i in enumerate(track(picks, "generating")):
+        entry = trained[i]
+        prompt = held_out_caption(entry["label"], entry["style"], rng)
+        params = SamplingParams.preset("paper", cfg_scale, seed=number)
+        image = generator.generate(prompt, params=params).images[0]
+        similarity = gallery @ _embed(teacher, np.asarray(image))
+        best = int(similarity.argmax())
+        right.append(trained[best]["label"] == entry["label"])
+        distances.append(1 - float(similarity[best]))
+        tiles.append((image, prompt))
+    differences = []
+    for label in labels[:: max(1, len(labels) // 10)][:10]:
+        images = [
+            np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0, cfg_scale=cfg_scale).images
+        ]
+        differences += [float(np.sqrt(((a - b) ** 2).mean())) for k, a in enumerate(images) for b in images[k + 1 :]]
+    others = gallery @ gallery.T
+    others[[[a["label"] == b["label"] for b in trained] for a in trained]] = -1
+    figures = {
+        "right_label": float(np.mean(right)),
+        "distance": float(np.mean(distances)),
+        "training_distance": float(1 - others.max(axis=1).mean()),
+        "seeds_differ": float(np.mean(differences)),
+        "labels": len(labels),
+        "cfg_scale": cfg_scale,
+    }
+    return figures, tiles
+
+
+def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenizer, picture: Pixels) -> dict[str, float]:
+    """Median time of calls in seconds; encode and decode beside eager PyTorch, in turns."""
+    codes = tokenizer.encode_array(picture[None])
+    indices = torch.from_numpy(codes).long()
+    images = torch.from_numpy(np.array(picture))[None]
+    with torch.inference_mode():
+        calls = {
+            "encode": lambda: tokenizer.encode_array(picture[None]),
+            "encode_eager": lambda: model.encode(images),
+            "decode": lambda: tokenizer.decode_array(codes),
+            "decode_eager": lambda: model.decode(indices),
+            "fast": lambda: generator.generate("a red apple", preset="fast", seed=0),
+            "paper": lambda: generator.generate("a red apple", preset="paper", seed=0),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for i in range(8):
+            for name, call in calls.items():
+                began = perf_counter()
+                call()
+                taken[name] += [perf_counter() - began] if i else []
+    return {name: median(values) for name, values in taken.items()}
+
+
+def _unit(rows: Floats) -> Floats:
+    unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-9)
+    return unit
+
+
+def _calibrated(pictures: Pictures) -> Teacher:
+    teacher = Teacher()
+    teacher.calibrate(to_tensor([np.asarray(pictures.icons[row]) for row in pictures.train_icons[:256:4]], CPU))
+    return teacher
+
+
+@torch.inference_mode()
+def _embed(teacher: Teacher, picture: Pixels) -> Floats:
+    """The teacher's features, averaged over 4 x 4 regions, as one unit vector."""
+    cells = teacher(to_tensor([picture], CPU))[0].T.unflatten(1, (16, 16))
+    pooled: Floats = F.adaptive_avg_pool2d(cells, 4).flatten().numpy()
+    return _unit(pooled)

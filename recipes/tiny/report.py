@@ -1,0 +1,134 @@
+"""Measure the shipped bundle and write its model card.
+
+python -m recipes.tiny.report --data data/tiny --out engines/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from recipes.tiny.concepts import concepts
+from recipes.tiny.data import Pictures
+from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
+from recipes.tiny.sources import NAMES, fetch
+from recipes.tiny.train_generator import load_tokenizer
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.sheet import contact_sheet
+
+__all__ = ["main"]
+
+matplotlib.use("Agg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"))
+    parser.add_argument("--training", type=Path, default=Path("data/tiny"), help="where tokenizer/ and generator/ were trained")
+    parser.add_argument("--out", type=Path, default=Path("engines/tiny"))
+    arguments = parser.parse_args(argv)
+    pictures = Pictures(arguments.data)
+    train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
+    chosen = set(concepts(train, fetch(NAMES, arguments.cache).directory))
+    trained = [entry for entry in train if entry["label"] in chosen]
+    out: Path = arguments.out
+    model = load_tokenizer(arguments.training / "tokenizer", torch.device("cpu"))
+    figures: dict[str, Any] = {}
+    with Tokenizer.from_pretrained(out) as tokenizer, Generator.from_pretrained(out) as generator:
+        figures["reconstruction"] = reconstruction(tokenizer, pictures)
+        figures["labels"] = labels_from_codes(tokenizer, pictures)
+        figures["generation"], tiles = generation(generator, pictures, trained)
+        figures["seconds"] = seconds(tokenizer, generator, model, pictures.test_photos[0])
+        _reconstruction_grid(tokenizer, pictures).save(out / "reconstructions.jpg", quality=88)
+    _generated_sheet(tiles[:48]).save(out / "generated.jpg", quality=88)
+    _plot(arguments.training, figures["reconstruction"]["by_scale"], out / "curves.png")
+    figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
+    (out / "README.md").write_text(card(figures, pictures, trained), encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def _reconstruction_grid(tokenizer: Tokenizer, pictures: Pictures) -> Image.Image:
+    """24 held-out pictures, each above its reconstruction: 14 photographs and 10 drawings."""
+    photos = pictures.test_photos[:: max(1, len(pictures.test_photos) // 14)][:14]
+    chosen = photos + [np.asarray(pictures.icons[row]) for row in pictures.test_icons[::35]][: 24 - len(photos)]
+    rows: list[tuple[Image.Image, str]] = []
+    for start in range(0, len(chosen), 8):
+        group = chosen[start : start + 8]
+        rows += [(Image.fromarray(picture).resize((160, 160)), "original") for picture in group]
+        decoded = [tokenizer.decode_array(tokenizer.encode_array(picture[None]))[0] for picture in group]
+        rows += [(Image.fromarray(picture).resize((160, 160)), "decoded") for picture in decoded]
+    return contact_sheet(rows, 8)
+
+
+def _generated_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    def wrapped(prompt: str) -> str:
+        words, lines = prompt.split(), [""]
+        for word in words:
+            if len(lines[-1]) + len(word) > 20:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        return "\n".join(lines[:4])
+
+    return contact_sheet([(image.resize((144, 144)), wrapped(prompt)) for image, prompt in tiles], 8)
+
+
+def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
+    """Training curves, and PSNR by number of scales."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    curve = [json.loads(line) for line in (training / "tokenizer" / "curve.jsonl").read_text().splitlines()]
+    for name in ("photos", "icons"):
+        axes[0].plot([row["step"] for row in curve], [row[name] for row in curve], label=name)
+    axes[0].set(title="tokenizer, held-out PSNR", xlabel="step", ylabel="dB")
+    axes[0].legend()
+    curve = [json.loads(line) for line in (training / "generator" / "curve.jsonl").read_text().splitlines()]
+    for name in (key for key in curve[0] if key.startswith("loss_")):
+        axes[1].plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
+    axes[1].set(title="generator, cross entropy", xlabel="step")
+    axes[1].legend()
+    axes[2].plot(range(1, len(by_scale) + 1), by_scale, marker="o")
+    axes[2].set(title="held-out photos by scales", xlabel="scales decoded", ylabel="dB")
+    figure.savefig(path, dpi=110)
+
+
+def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]]) -> str:
+    """The model card: `card.md` with the figures filled in."""
+    times = figures["seconds"]
+    return (
+        (Path(__file__).parent / "card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            r=figures["reconstruction"],
+            l=figures["labels"],
+            g=figures["generation"],
+            s=times,
+            megabytes=figures["bytes"] / 1e6,
+            chance=1 / figures["labels"]["labels"],
+            encode_ms=times["encode"] * 1e3,
+            encode_ratio=times["encode_eager"] / times["encode"],
+            decode_ms=times["decode"] * 1e3,
+            decode_ratio=times["decode_eager"] / times["decode"],
+            photos=len(pictures.photos) + len(pictures.test_photos),
+            drawings=len(pictures.icon_entries),
+            captioned=len(trained),
+            licences=", ".join(sorted({entry["licence"] for entry in pictures.icon_entries})),
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
