@@ -12,7 +12,7 @@ with Tokenizer.from_pretrained(bundle) as tok:
     codes = tok.encode(photo)  # a path, bytes, file object, PIL image or u8 array
     print(codes)
 
-    codes.save("photo.tfc")  # 1.6 KB for the 256 px tokenizers
+    codes.save("photo.tfc")  # 1 to 2 KB for 256 px
     assert Codes.load("photo.tfc") == codes
 
     tok.decode(codes).save("out.png")  # a PIL image

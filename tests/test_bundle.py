@@ -12,7 +12,7 @@ import pytest
 
 from tests.mini import MINI
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, find_bundle
+from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, bundles_in, find_bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import (
     BundleKindError,
@@ -151,6 +151,27 @@ def test_hub_ids_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingPackageError, match=r"'other/name'.*pip install 'tokenflow-sdk\[hub\]'"):
         find_bundle("other/name")
+
+
+def test_a_directory_may_hold_a_bundle_of_each_kind(mini_bundle: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "tokenizer").symlink_to(mini_bundle)
+    assert find_bundle(both, "tokenizer") == both / "tokenizer"
+    assert find_bundle(both, "generator") == both
+    assert find_bundle(mini_bundle, "tokenizer") == mini_bundle
+    assert bundles_in(both) == [both / "tokenizer"]
+    assert bundles_in(mini_bundle) == [mini_bundle]
+    assert bundles_in(tmp_path / "nowhere") == [tmp_path / "nowhere"]
+    with Tokenizer.from_pretrained(both) as tokenizer:
+        assert tokenizer.bundle.path == both / "tokenizer"
+
+
+def test_tiny_is_the_embedded_model_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [bundle_kind(path) for path in bundles_in("tiny")] == ["tokenizer", "generator"]
+    assert find_bundle("./tiny", "tokenizer") == Path("tiny")
 
 
 def test_a_hub_id_is_fetched_once_as_a_bundle(mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

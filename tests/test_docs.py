@@ -14,7 +14,15 @@ import pytest
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/**/*.md")})
+DOCUMENTS = sorted(
+    {
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("benchmarks/**/*.md"),
+        *ROOT.glob("engines/**/*.md"),
+    }
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -22,11 +30,8 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def project(mini_bundle: Path, mini_generator: Path, tmp_path: Path) -> Path:
-    """A directory that looks like the repository after `make demo`, with small bundles in the large ones' places."""
-    (tmp_path / "bundles").mkdir()
-    (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
-    (tmp_path / "bundles" / "t2i").symlink_to(mini_generator)
+def project(tmp_path: Path) -> Path:
+    """An empty directory with the example photo where the README has it."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
@@ -41,7 +46,7 @@ def run(command: list[object], directory: Path) -> str:
 def test_the_api_snippet_runs(project: Path) -> None:
     tokenizing, generating = blocks("python")
     assert len(tokenizing.splitlines()) <= 20
-    assert "30 codes" in run([sys.executable, "-c", tokenizing], project)
+    assert "817 codes of 12 bits in 9 scales" in run([sys.executable, "-c", tokenizing], project)
     assert (project / "photo.tfc").exists()
     run([sys.executable, "-c", generating], project)
     assert (project / "apple.png").exists()
@@ -64,33 +69,29 @@ def test_every_command_runs(project: Path) -> None:
 def test_the_console_lines_are_tested_elsewhere() -> None:
     """The export command at full size (export/test_full_size.py), the install line with a built wheel (test_package.py)."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
-    assert starts == ["python -m export", "pip install 'tokenflow-sdk[cpu,generate]'"]
+    assert starts == ["pip install 'tokenflow-sdk[cpu,generate]'", "python -m export"]
 
 
 def test_the_quickstart_runs(project: Path) -> None:
-    out = run([sys.executable, ROOT / "examples" / "quickstart.py", "bundles/clipb_256", "examples/chelsea.jpg"], project)
-    assert "(2, 30) (2, 64, 64, 3)" in out
+    out = run([sys.executable, ROOT / "examples" / "quickstart.py", "tiny", "examples/chelsea.jpg"], project)
+    assert "(2, 817) (2, 256, 256, 3)" in out
 
 
-def test_the_demo_runs_on_a_bundle_that_is_there(project: Path) -> None:
-    command = [
-        sys.executable,
-        ROOT / "examples" / "demo.py",
-        "--bundle",
-        project / "bundles" / "clipb_256",
-        "--out",
-        project / "out",
-    ]
-    out = run(command, project)
-    assert "30 codes" in out
-    assert sorted(path.name for path in (project / "out").iterdir()) == ["photo.tfc", "reconstruction.png", "side_by_side.png"]
+def test_the_demo_runs_without_pytorch(project: Path) -> None:
+    hidden = "import sys, runpy; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    out = run([sys.executable, "-c", hidden, ROOT / "examples" / "demo.py", "--prompt", "a red apple", "--out", "out"], project)
+    assert "817 codes" in out
+    found = sorted(path.name for path in (project / "out").iterdir())
+    assert found == ["drawn.png", "photo.tfc", "reconstruction.png", "side_by_side.png"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
-    for target in re.findall(r"`((?:tokenflow_sdk|export|tests|benchmarks|examples|docs)/[\w/.-]+)`", document.read_text()):
+    for target in re.findall(
+        r"`((?:tokenflow_sdk|export|recipes|engines|tests|benchmarks|examples|docs)/[\w/.-]+)`", document.read_text()
+    ):
         assert (ROOT / target).exists(), target
 
 
@@ -103,6 +104,8 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "test-slow",
         "lint",
         "bench",
+        "tiny-data",
+        "tiny",
         "clean",
         "help",
     }

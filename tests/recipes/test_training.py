@@ -1,0 +1,118 @@
+"""The recipe's training on a handful of made-up pictures: a few steps, an interruption, and the way into bundles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.hf_directory import HfDirectory
+from export.models import TokenFlowTokenizer
+from recipes.tiny.config import TINY
+from recipes.tiny.data import Pictures, to_tensor
+from recipes.tiny.export import write_released_layout
+from recipes.tiny.generator_model import GeneratorModel
+from recipes.tiny.initial import LATENT_NORM, initialise
+from recipes.tiny.prompts import BOS, train_prompt_tokenizer
+from recipes.tiny.quantizer import TrainingQuantizer
+from tests.generation_oracle import UncachedGenerator
+from tokenflow_sdk.config import GeneratorConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six drawings of two labels and two photographs, as `recipes.tiny.gather` writes them."""
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    icons = np.repeat(np.repeat(rng.integers(0, 256, (6, 16, 16, 3), np.uint8), 16, axis=1), 16, axis=2)
+    np.save(directory / "icons.npy", icons)
+    entries = []
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).save(directory / "photos" / f"{i}.jpg")
+        entries.append(
+            {"kind": "photo", "split": ["train", "heldout"][i], "file": f"photos/{i}.jpg", "label": None, "style": None}
+        )
+    for row in range(6):
+        entry = {"kind": "icon", "split": "heldout" if row == 5 else "train", "row": row}
+        entries.append(entry | {"label": ["red apple", "fox"][row % 2], "style": ["noto", "3d", "flat"][row // 2]})
+    (directory / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return directory
+
+
+def test_batches_depend_on_seed_and_step_alone(data: Path) -> None:
+    first, again = Pictures(data), Pictures(data)
+    for step in (0, 7):
+        a, b = first.batch(6, 3, step), again.batch(6, 3, step)
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(x.shape == (256, 256, 3) and x.dtype == np.uint8 for x in a)
+    assert not all(np.array_equal(x, y) for x, y in zip(first.batch(6, 3, 0), first.batch(6, 3, 7), strict=True))
+
+
+def test_the_first_weights_are_a_linear_autoencoder(data: Path) -> None:
+    """Before any training, without quantization, decoding is the projection on the principal components."""
+    torch.manual_seed(0)
+    model = TokenFlowTokenizer(TINY)
+    x = to_tensor(Pictures(data).batch(8, 0, 0), CPU)
+    initialise(model, x)
+    with torch.inference_mode():
+        latent = model.pixel_branch(x)
+        y = model.decoder(model.post_quant_conv(latent))
+    assert float(latent.norm(dim=1).mean()) == pytest.approx(LATENT_NORM, rel=0.2)
+    assert float((y - x).square().mean()) < float((x - x.mean((2, 3), keepdim=True)).square().mean())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_training_searches_as_the_released_quantizer_does(data: Path) -> None:
+    torch.manual_seed(0)
+    model = TokenFlowTokenizer(TINY)
+    latent = torch.randn(2, TINY.grid**2, TINY.code_dim, requires_grad=True)
+    found = TrainingQuantizer(TINY, CPU)(model, latent)
+    with torch.no_grad():
+        maps = latent.transpose(1, 2).unflatten(2, (TINY.grid, TINY.grid))
+        indices, features = model.quantize.encode(maps)
+    assert (found.indices == indices).float().mean() > 0.999
+    if torch.equal(found.indices, indices):
+        torch.testing.assert_close(found.features.detach(), features.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+    found.features.sum().backward()
+    torch.testing.assert_close(latent.grad, torch.ones_like(latent))  # straight through
+
+
+def test_the_generator_in_training_is_the_released_model(tmp_path: Path) -> None:
+    """Logits equal those of the plain, padded loop over the released layout that it is written to, fed the same codes."""
+    torch.manual_seed(0)
+    prompts = train_prompt_tokenizer(["red apple", "fox"], TINY.codebook_size)
+    start = prompts.token_to_id("<vq_token_0>")
+    codebook = torch.nn.functional.normalize(torch.randn(TINY.codebook_size, TINY.code_dim), dim=1)
+    model = GeneratorModel(start + 1, codebook).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half().float())
+    write_released_layout(model, prompts, tmp_path)
+    config = GeneratorConfig(
+        width=256, layers=6, kv_heads=4, head_dim=64, text_size=start + 1, image_token_start=start, bos_id=BOS,
+        image_start_ids=(start + TINY.codebook_size,), max_prompt=128, negative_prompt="anything", patch_nums=TINY.patch_nums,
+        codebook_size=TINY.codebook_size, codebook_sha256="ab" * 32, tokenizer_variant="tiny", tokenizer="../tokenizer",
+    )  # fmt: skip
+    oracle = UncachedGenerator(HfDirectory(tmp_path), config, codebook.numpy())
+    ids = [prompts.encode(text, add_special_tokens=False).ids for text in ("a red apple", "fox")]
+    codes = torch.randint(TINY.codebook_size, (2, TINY.n_codes))
+    redrawn = torch.randint(TINY.codebook_size, (2, TINY.patch_nums[3] ** 2))
+    with torch.inference_mode():
+        logits = model([[BOS, *row] for row in ids], codes, 4, redrawn)
+        for row in range(2):
+            f_hat, blocks, place = torch.zeros(TINY.code_dim, 1, 1), [], 0
+            for scale, side in enumerate(TINY.patch_nums[:4]):
+                if scale:
+                    f_hat = oracle._resize(f_hat, side)
+                    drawn = oracle._rows(redrawn[row].numpy(), side) if scale == 3 else 0
+                    blocks.append(oracle._embed(f_hat + drawn, scale))
+                expected = oracle._guided(ids[row], ids[row], blocks, side * side, 0.0)
+                torch.testing.assert_close(logits[row, place : place + side * side], expected, atol=2e-4, rtol=2e-4)
+                f_hat = f_hat + oracle._rows(codes[row, place : place + side * side].numpy(), side)
+                place += side * side

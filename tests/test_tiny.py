@@ -1,0 +1,72 @@
+"""The model that comes with the SDK: its size, its licence trail, and that it gives everywhere what it gave when it was made."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.conftest import DATA, ROOT
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.images import psnr
+from tokenflow_sdk.parity import check_parity
+
+TINY = ROOT / "engines" / "tiny"
+PHOTO = ROOT / "examples" / "chelsea.jpg"
+EXPECTED = np.load(DATA / "tiny_expected.npz")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained("tiny", device="cpu") as tokenizer:
+        yield tokenizer
+
+
+@pytest.fixture(scope="module")
+def generator(tokenizer: Tokenizer) -> Iterator[Generator]:
+    with Generator.from_pretrained("tiny", tokenizer=tokenizer, device="cpu") as generator:
+        yield generator
+
+
+def test_it_is_small_and_says_where_it_comes_from() -> None:
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 25e6
+    assert "public-domain" in (TINY / "ATTRIBUTION.md").read_text() or "CC0-1.0" in (TINY / "ATTRIBUTION.md").read_text()
+    figures = json.loads((TINY / "figures.json").read_text())
+    assert figures["reconstruction"]["photos"] > figures["reconstruction"]["photos_thumbnail"]
+
+
+def test_a_photo_has_the_codes_it_had(tokenizer: Tokenizer) -> None:
+    codes = np.asarray(tokenizer.encode(PHOTO))
+    np.testing.assert_array_equal(codes, EXPECTED["chelsea"])
+
+
+def test_every_scale_makes_the_picture_better(tokenizer: Tokenizer) -> None:
+    original = tokenizer.preprocess(PHOTO)
+    codes = tokenizer.encode(PHOTO)
+    found = [psnr(np.asarray(tokenizer.decode(codes.truncate(n))), original) for n in range(1, codes.n_scales + 1)]
+    assert found == sorted(found)
+    assert found[-1] > 22
+
+
+def test_the_graphs_are_the_trained_model(tokenizer: Tokenizer) -> None:
+    assert check_parity(tokenizer).failures == []
+
+
+def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator) -> None:
+    codes = generator.generate("a red apple", seed=7, preset="fast").codes[0]
+    assert (np.asarray(codes) == EXPECTED["red_apple_fast_7"]).mean() > 0.99
+
+
+def test_seeds_draw_different_pictures(generator: Generator) -> None:
+    drawn = generator.generate("a cat face", n=4, seed=0, preset="fast").codes
+    assert len({tuple(np.asarray(codes).tolist()) for codes in drawn}) == 4
+
+
+def test_unknown_words_still_draw(generator: Generator) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = generator.generate("zyxw quaternion 中 🍎", seed=0, preset="fast")
+    assert result.images[0].size == (256, 256)
