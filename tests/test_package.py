@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,12 +46,12 @@ def test_all_names_what_is_public() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, mini_generator: Path, tmp_path: Path) -> None:
-    """What a device gets: the wheel and one engine, no repository and no torch."""
+def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -> None:
+    """What a device gets: the wheel with its bundled model and one engine, no repository and no torch."""
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "tokenflow_sdk/tokenizer.py" in names
+    assert {"tokenflow_sdk/tokenizer.py", "tokenflow_sdk/engines/tiny/tokenizer/bundle.json"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_sdk"}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -65,11 +67,11 @@ def test_a_wheel_alone_in_an_empty_environment_runs(mini_bundle: Path, mini_gene
         f"{wheel}[cpu,generate]",
     ]
     subprocess.run(install, check=True)
-    photo = ROOT / "examples" / "chelsea.jpg"
-    command = [tmp_path / "venv" / "bin" / "tokenflow", "reconstruct", photo, "--bundle", mini_bundle, "-o", "out.png"]
+    (tmp_path / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "chelsea.jpg", tmp_path / "examples")
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        subprocess.run([python, "-c", snippet], cwd=tmp_path, check=True, capture_output=True)
+    command = [tmp_path / "venv" / "bin" / "tokenflow", "reconstruct", "examples/chelsea.jpg", "-o", "out.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "30 codes" in done.stdout
-    assert (tmp_path / "out.png").exists()
-    command = [tmp_path / "venv" / "bin" / "tokenflow", "generate", "w5 w6", "--bundle", mini_generator, "-o", "drawn"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
-    assert (tmp_path / "drawn" / "1.png").exists()
+    assert "817 codes" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= {"photo.tfc", "apple.png", "out.png"}

@@ -1,4 +1,4 @@
-"""The model that comes with the SDK: its size, its licence trail, and that it gives everywhere what it gave when it was made."""
+"""The model that comes with the SDK: its size, where it comes from, and that it gives what it gave when it was made."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.config import TransformerConfig
-from export.models.llama import Transformer
+from export.models.llama import Attention, Transformer
 from recipes.tiny.config import TINY
 from recipes.tiny.prompts import PAD
 from tokenflow_sdk.resize import bicubic_matrix
@@ -31,6 +32,14 @@ SIZES = TransformerConfig(
     qkv_bias=False,
 )
 MAX_PROMPT = 128
+
+
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`Attention.attend` through PyTorch's fused kernel, which training needs and tracing does not like."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None])
+    result: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
+    return result
 
 
 class GeneratorModel(nn.Module):
@@ -62,6 +71,7 @@ class GeneratorModel(nn.Module):
         for layer in self.transformer.layers:
             nn.init.constant_(layer.input_layernorm.weight, 0.3)
             nn.init.constant_(layer.post_attention_layernorm.weight, 0.3)
+            layer.self_attn.attend = partial(_attend, layer.self_attn)
         sides = TINY.patch_nums
         self.up = [torch.from_numpy(bicubic_matrix(a, b)).float() for a, b in pairwise(sides)]
 
