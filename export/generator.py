@@ -63,7 +63,7 @@ def export_generator(
         force: replace `out`.
         precision: of the transformer, the text embeddings and the head.
         negative_prompt: what guidance leads away from when a request names nothing.
-        compact: store what float16 holds exactly in float16.
+        compact: smaller files for the same numbers (`export.compact`).
 
     Returns:
         How the bundle compares with PyTorch in float32.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from export.models import TokenFlowTokenizer
 from export.models.tokenizer import to_pixels, to_unit_range
+from export.resizes import map_matrix
 from tokenflow_sdk.resize import area_matrix, bicubic_matrix
 
 __all__ = ["DecodeGraph", "EncodeGraph", "FeaturesGraph", "SemanticGraph"]
@@ -28,8 +29,8 @@ def _constant(matrix: NDArray[np.float64]) -> Tensor:
 
 
 def _of_map(side: NDArray[np.float64]) -> Tensor:
-    """The resize of a whole row-major map, from that of one side."""
-    return _constant(np.kron(side, side))
+    """The resize of a whole row-major map, from that of one side; `export.compact` knows how it is made."""
+    return torch.from_numpy(map_matrix(side))
 
 
 class SeparableResize(nn.Module):

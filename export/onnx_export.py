@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from export.compact import store_in_half
+from export.compact import store_in_half, store_resizes
 from export.precision import ReadWeight, attach_weights, quantize_weights
 from tokenflow_sdk.bundle import file_sha256
 from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec
@@ -44,7 +44,11 @@ class GraphSpec:
 
 
 def export_graph(
-    spec: GraphSpec, directory: Path, progress: Callable[[float], None] | None = None, compact: bool = False
+    spec: GraphSpec,
+    directory: Path,
+    progress: Callable[[float], None] | None = None,
+    compact: bool = False,
+    patch_nums: Sequence[int] = (1,),
 ) -> GraphEntry:
     """Trace `spec` into `directory` and describe what was written.
 
@@ -52,12 +56,14 @@ def export_graph(
         spec: the graph.
         directory: where it goes.
         progress: told the share of the weights written.
-        compact: store what float16 holds exactly in float16 (`export.compact`).
+        compact: smaller files for the same numbers (`export.compact`).
+        patch_nums: scales whose resizes `compact` looks for.
     """
     model = _trace(spec)
     if spec.weights is not None:
         quantize_weights(model, spec.weights)
     if compact:
+        store_resizes(model, patch_nums)
         store_in_half(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()

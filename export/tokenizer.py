@@ -43,7 +43,7 @@ def export_tokenizer(
         source: where the weights came from, stored as provenance.
         steps: shows progress.
         force: replace `out`.
-        compact: store what float16 holds exactly in float16, and the reference compressed.
+        compact: smaller files for the same numbers (`export.compact`), and the reference compressed.
 
     Raises:
         OutputError: `out` exists or cannot be written.
@@ -54,7 +54,7 @@ def export_tokenizer(
         graphs = {}
         for spec in _graph_specs(model):
             steps.start(f"tracing {spec.name}")
-            graphs[spec.name] = export_graph(spec, staging, compact=compact)
+            graphs[spec.name] = export_graph(spec, staging, compact=compact, patch_nums=model.config.patch_nums)
         steps.start("writing the reference vectors")
         (np.savez_compressed if compact else np.savez)(staging / REFERENCE_FILE, **vars(reference))
         bundle = Bundle(

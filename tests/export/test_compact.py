@@ -21,6 +21,8 @@ def test_the_same_codes_and_pictures_from_half_the_bytes(tmp_path: Path) -> None
     plain, compact = export_mini(model, tmp_path / "plain"), export_mini(model, tmp_path / "compact", compact=True)
     sizes = [(path / "decode.onnx").stat().st_size for path in (plain, compact)]
     assert sizes[1] < 0.62 * sizes[0]
+    stored = {tensor.name for tensor in onnx.load(compact / "features.onnx").graph.initializer}
+    assert {name.rsplit("_", 1)[0] for name in stored} >= {"sum.up_rows", "sum.up_columns"}
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     with Tokenizer.from_pretrained(plain) as a, Tokenizer.from_pretrained(compact) as b:
         codes = a.encode_array(images)
