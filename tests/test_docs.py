@@ -57,7 +57,8 @@ def test_every_command_runs(project: Path) -> None:
     makes = [words for words in commands if words[0] == "make"]
     assert makes == [["make", "demo"], ["make", "test"]]
     others = [words for words in commands if words[0] != "make"]
-    assert {words[1] for words in others} == {"encode", "decode", "reconstruct", "generate", "info", "verify", "bench"}
+    shown = {"encode", "decode", "reconstruct", "generate", "info", "verify", "bench", "cache"}
+    assert {words[1] for words in others} == shown
     for words in others:
         assert words[0] == "tokenflow"
         run(words, project)
@@ -67,9 +68,9 @@ def test_every_command_runs(project: Path) -> None:
 
 
 def test_the_console_lines_are_tested_elsewhere() -> None:
-    """The export command at full size (export/test_full_size.py), the install line with a built wheel (test_package.py)."""
+    """Export at full size in export/test_full_size.py, the install line in test_package.py, builds in test_engine_build.py."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
-    assert starts == ["pip install 'tokenflow-sdk[cpu,generate]'", "python -m export"]
+    assert starts == ["pip install 'tokenflow-sdk[cpu,generate]'", "python -m export", "tokenflow build bundles/released"]
 
 
 def test_the_quickstart_runs(project: Path) -> None:

@@ -23,6 +23,7 @@
     ├── PromptError              a prompt is empty or too long
     ├── PagesExhausted           the pool of key/value pages is too small for what was asked
     ├── BackendError             the engine refused to load or run a graph
+    │   └── EngineBuildError     TensorRT cannot build an engine from a graph
     ├── MissingPackageError      an optional package is not installed
     └── OutputError              a result cannot be written (read-only, disk full, exists)
 
@@ -48,6 +49,7 @@ __all__ = [
     "CorruptBundleError",
     "CorruptCodesError",
     "CorruptImageError",
+    "EngineBuildError",
     "ImageError",
     "ImageReadError",
     "ImageShapeError",
@@ -184,6 +186,10 @@ class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in th
 
 class BackendError(TokenFlowError, RuntimeError):
     """The inference engine refused to load or run a graph."""
+
+
+class EngineBuildError(BackendError):
+    """TensorRT cannot build an engine from a graph."""
 
 
 class MissingPackageError(TokenFlowError, ImportError):

@@ -18,13 +18,13 @@ __all__ = ["TokenFlowTokenizer", "to_pixels", "to_unit_range"]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """u8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """u8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]. Engines know u8 at their borders only, so it is cast first."""
+    return images.float().permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_pixels(y: Tensor) -> Tensor:
     """Decoder output [B, 3, H, W] -> u8 [B, H, W, 3]: clamp(127.5 y + 128, 0, 255), truncated."""
-    return (127.5 * y + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return (127.5 * y + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class ScalingLayer(nn.Module):

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.cli import bench, commands, generate, info
+from tokenflow_sdk.cli import bench, build, commands, generate, info
+from tokenflow_sdk.engine_build import FLAVOURS
+from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
 
 __all__ = ["make_parser"]
@@ -24,6 +26,17 @@ Pictures to codes and back with TokenFlow tokenizers.
 
 A bundle is a directory made by `python -m export`, a Hugging Face id (org/name), or `tiny`, which comes with the SDK
 and is used where none is named.
+"""
+
+_BUILDING = """\
+TensorRT engines for a bundle, into the engine cache.
+
+  tokenflow build bundles/clipb_256 --recipe rtx4090             ahead of time, no GPU needed
+  tokenflow build bundles/clipb_256 --target sm86,sm89,sm120     for a fleet, with TensorRT-RTX
+  tokenflow build bundles/clipb_256 --backend tensorrt           for the GPU that is here
+
+An engine is used only by the version it was built with, on its architecture, for the very graph it was built from;
+anything else is built again.
 """
 
 
@@ -89,6 +102,25 @@ def make_parser() -> argparse.ArgumentParser:
     timing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     _tokenizer(timing)
     _engine(timing)
+
+    building = _command(words, "build", build.build, "TensorRT engines for a bundle, into the engine cache")
+    building.description = _BUILDING
+    building.formatter_class = argparse.RawDescriptionHelpFormatter
+    building.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
+    building.add_argument("--recipe", metavar="NAME|FILE", help=f"settings for a device: {', '.join(recipe_names())}")
+    building.add_argument("--backend", choices=sorted(FLAVOURS), help="default: tensorrt-rtx")
+    building.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp16")
+    building.add_argument("--batch", metavar="N,N,N", help="least, usual and most pictures in a call (default: 1,1,8)")
+    building.add_argument(
+        "--target", dest="architectures", metavar="SM,SM", help="architectures to build for, e.g. sm86,sm89 (tensorrt-rtx only)"
+    )
+    building.add_argument("--pages", type=int, metavar="N", help="pages of a generator's pool (default: eight pictures)")
+    building.add_argument("--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use")
+    _cache(building)
+
+    stored = _command(words, "cache", build.cache, "list or clear the built engines")
+    stored.add_argument("action", choices=("list", "clear"))
+    _cache(stored)
     return parser
 
 
@@ -105,6 +137,12 @@ def _command(
 
 def _output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=text)
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where engines are (default: $TOKENFLOW_CACHE, else the user's cache)"
+    )
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:

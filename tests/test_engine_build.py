@@ -1,0 +1,180 @@
+"""Builds with the real TensorRT-RTX, which needs no GPU for it, and with a stand-in module where TensorRT must misbehave."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import DATA, ROOT
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
+from tokenflow_sdk.engine_build import Profile, build_engine, import_tensorrt
+from tokenflow_sdk.engine_cache import EngineCache
+from tokenflow_sdk.engine_jobs import engine_jobs, gpu_architecture, profile_of
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.scheduler import PAGE_SIZE
+
+APIS = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "tensorrt_api").glob("*.json"))}
+CLASSES = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "shapes": "IOptimizationProfile",
+}
+RTX_ONLY = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability"}
+"""Looked for before use: full TensorRT cannot build for another GPU."""
+
+
+def names_used() -> set[tuple[str, str]]:
+    """(class or module, attribute) for everything of TensorRT that the SDK names."""
+    used = set()
+    for node in ast.walk(ast.parse((ROOT / "tokenflow_sdk" / "engine_build.py").read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "trt" and not node.attr.startswith("__"):
+                used.add(("", node.attr))
+            elif node.value.id in CLASSES:
+                used.add((CLASSES[node.value.id], node.attr))
+    return used
+
+
+def test_every_tensorrt_name_exists_in_every_version() -> None:
+    used = {(owner, name) for owner, name in names_used() if name not in RTX_ONLY}
+    assert len(used) >= 12
+    assert len(APIS) == 3
+    for version, api in APIS.items():
+        missing = [(owner, name) for owner, name in used if name not in (api[owner] if owner else api)]
+        assert missing == [], version
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip", "tiny"])
+def test_every_tokenizer_graph_builds(trt, kind: str, precision, mini_bundles, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_bundles(kind), TokenizerConfig)
+    plan = EnginePlan(targets=("sm86",), precision=precision, batch=(1, 2, 4))
+    for job in engine_jobs(bundle, plan, trt):
+        engine, built = job.run(trt, EngineCache(tmp_path))
+        assert built
+        assert engine.size > 10_000
+        assert job.run(trt, EngineCache(tmp_path)) == (engine, False)
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
+def test_every_generator_graph_builds(trt, target: str, mini_generator: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    for job in engine_jobs(bundle, EnginePlan(targets=(target,), pages=64), trt):
+        phases: list[tuple[str, float]] = []
+        engine, _ = job.run(trt, EngineCache(tmp_path), lambda name, share, seen=phases: seen.append((name, share)))
+        assert engine.size > 10_000
+        assert phases
+        assert all(0 < share <= 1 for _, share in phases)
+
+
+def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
+    """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    config, sizes = bundle.config, profile_of(bundle, EnginePlan(batch=(1, 2, 4), pages=9)).sizes
+    assert sizes["batch"] == (1, 4, 8)
+    assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
+    assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
+    assert sizes["slots"] == (9 * config.layers,) * 3
+    for name, entry in bundle.graphs.items():
+        for spec in entry.inputs:
+            assert len(Profile(sizes).shapes(spec)) == 3, name
+
+
+def test_a_profile_must_be_whole_and_ordered() -> None:
+    with pytest.raises(ArgumentError, match="batch cannot go from 4 over 2 to 8"):
+        Profile({"batch": (4, 2, 8)})
+    with pytest.raises(ArgumentError, match="says nothing about 'queries'"):
+        Profile({"batch": (1, 2, 4)}).shapes(TensorSpec("x", "float32", ("batch", "queries")))
+
+
+class FakeTrt:
+    """TensorRT's shape, with one thing wrong at a time."""
+
+    __name__, __version__ = "fake", "1.0"
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
+    MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+
+    class ILogger:
+        Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+
+    class IProgressMonitor:
+        pass
+
+    def __init__(self, parses: bool = True, plan: bytes | None = b"plan", says: tuple[tuple[int, str], ...] = ()) -> None:
+        self.parses, self.plan, self.says = parses, plan, says
+
+    def Builder(self, log):  # noqa: N802
+        for severity, text in self.says:
+            log.log(severity, text)
+        config = SimpleNamespace(set_memory_pool_limit=lambda *_: None, add_optimization_profile=lambda _: None)
+        return SimpleNamespace(
+            create_network=lambda flags: flags,
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *_: None),
+            build_serialized_network=lambda network, config: self.plan,
+        )
+
+    def OnnxParser(self, network, log):  # noqa: N802
+        return SimpleNamespace(
+            parse_from_file=lambda path: self.parses,
+            num_errors=1,
+            get_error=lambda i: SimpleNamespace(desc=lambda: "no such operator"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [
+        (FakeTrt(parses=False), "cannot read features.onnx: no such operator"),
+        (FakeTrt(plan=None, says=((1, "out of memory"),)), "cannot build features.onnx: out of memory"),
+        (FakeTrt(plan=None), "it does not say why"),
+        (FakeTrt(says=((2, "Unused Input: mask"),)), "would ignore an input of features.onnx: Unused Input: mask"),
+    ],
+)
+def test_what_tensorrt_refuses_is_an_error_and_never_an_engine(fake: FakeTrt, words: str, mini_bundle: Path) -> None:
+    entry = Bundle.open(mini_bundle, TokenizerConfig).graph("features")
+    profile = Profile({"batch": (1, 1, 1)})
+    with pytest.raises(EngineBuildError, match=words):
+        build_engine(fake, mini_bundle / "features.onnx", entry, profile, workspace=2**20)
+    with pytest.raises(ArgumentError, match="cannot build for 'sm86'.*machine with that GPU"):
+        build_engine(FakeTrt(), mini_bundle / "features.onnx", entry, profile, target="sm86")
+
+
+def test_flavours_and_gpus_that_are_not_there() -> None:
+    with pytest.raises(ArgumentError, match="no backend 'tvm'"):
+        import_tensorrt("tvm")
+    try:
+        assert gpu_architecture().startswith("sm")
+    except (BackendError, MissingPackageError) as error:
+        assert "--target sm89" in error.hint or "pip install" in error.hint
+
+
+def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["build", str(mini_bundle), "--target", "sm89", "--precision", "fp32", "--batch", "1,1,2", "--cache", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("built in") == 4
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("in the cache already") == 4
+    assert main(["cache", "list", "--cache", str(tmp_path)]) == 0
+    assert "4 engines" in capsys.readouterr().out
+    assert main(["cache", "clear", "--cache", str(tmp_path)]) == 0
+    assert main(["cache", "list", "--cache", str(tmp_path)]) == 0
+    assert "0 engines" in capsys.readouterr().out
+    assert main(["build", str(mini_bundle), "--target", "sm90"]) == 2
+    assert "cannot build for 'sm90'. Choose one of: sm120" in capsys.readouterr().err
+    assert main(["build", str(mini_bundle), "--batch", "x"]) == 2
+    assert "no list of sizes" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenflow_sdk.engine_recipe import EnginePlan, recipe_names
+from tokenflow_sdk.errors import ArgumentError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_plan(name: str) -> None:
+    plan = EnginePlan.from_recipe(name)
+    assert plan.backend in ("tensorrt", "tensorrt-rtx")
+    # Only TensorRT-RTX builds for a GPU that is not there.
+    assert bool(plan.targets) == (plan.backend == "tensorrt-rtx")
+
+
+def test_the_recipes_people_look_for_are_there() -> None:
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin"} <= set(recipe_names())
+
+
+def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('about = "mine"\ntargets = ["sm75"]\nbatch = [2, 4, 8]\n')
+    plan = EnginePlan.from_recipe(str(path))
+    assert (plan.targets, plan.batch, plan.precision) == (("sm75",), (2, 4, 8), "fp16")
+    assert plan.changed(precision="fp32", batch=None).precision == "fp32"
+    assert plan.changed(batch=None).batch == (2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch = [1, 2", "cannot be read as TOML"),
+        ("speed = 3", "says 'speed'"),
+        ("batch = [3, 2, 1]", "least, usual and most"),
+        ("batch = 3", "wrong kind|least, usual and most"),
+        ('precision = "fp4"', "no precision 'fp4'"),
+        ("pages = -1", "cannot be negative"),
+    ],
+)
+def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(ArgumentError, match=words):
+        EnginePlan.from_recipe(str(tmp_path / "r.toml"))
+
+
+def test_no_such_recipe() -> None:
+    with pytest.raises(ArgumentError, match="no recipe 'abacus'.*rtx4090"):
+        EnginePlan.from_recipe("abacus")

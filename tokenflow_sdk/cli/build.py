@@ -1,0 +1,101 @@
+"""`tokenflow build` and `tokenflow cache`: TensorRT engines, built where and when you say."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from time import perf_counter
+from types import ModuleType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tokenflow_sdk.bundle import Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
+from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.engine_build import import_tensorrt
+from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
+from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import ArgumentError
+
+__all__ = ["build", "cache"]
+
+
+@dataclass(frozen=True)
+class _Row:
+    engine: CachedEngine
+    seconds: float | None
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Build every engine of a bundle that is not in the cache yet."""
+    plan = _plan(arguments)
+    trt = import_tensorrt(plan.backend)
+    store = EngineCache(arguments.cache)
+    bundles = [
+        Bundle.open(path, GeneratorConfig if bundle_kind(path) == GeneratorConfig.kind else TokenizerConfig)
+        for path in bundles_in(bundle_name(arguments))
+    ]
+    for bundle in bundles:
+        bundle.verify()
+    jobs = [job for bundle in bundles for job in engine_jobs(bundle, plan, trt)]
+    rows = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        whole = progress.add_task("building", total=len(jobs))
+        for job in jobs:
+            rows.append(_run(job, trt, store, progress))
+            progress.advance(whole)
+    table = Table("graph", "target", "precision", "size", "", title=f"{plan.backend} {trt.__version__}")
+    for row in rows:
+        done = "in the cache already" if row.seconds is None else f"built in {row.seconds:.1f} s"
+        key = row.engine.key
+        table.add_row(key.graph, key.target, key.precision, f"{row.engine.size / 1e6:,.1f} MB", done)
+    stdout.print(table)
+    stdout.print(f"{len(rows)} engines in {store.directory}", markup=False, soft_wrap=True)
+    return 0
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """List or clear the engines on this machine."""
+    store = EngineCache(arguments.cache)
+    if arguments.action == "clear":
+        stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", markup=False, soft_wrap=True)
+        return 0
+    entries = store.entries()
+    table = Table("graph", "target", "precision", "engine", "size", "file")
+    for entry in entries:
+        key = entry.key
+        names = (key.graph, key.target, key.precision, f"{key.flavour} {key.version}")
+        table.add_row(*names, f"{entry.size / 1e6:,.1f} MB", entry.path.name)
+    if entries:
+        stdout.print(table)
+    total = sum(entry.size for entry in entries)
+    stdout.print(f"{len(entries)} engines, {total / 1e6:,.1f} MB, in {store.directory}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress) -> _Row:
+    task = progress.add_task(job.key.title, total=1.0)
+    began = perf_counter()
+    engine, built = job.run(trt, store, lambda _, share: progress.update(task, completed=share))
+    progress.remove_task(task)
+    return _Row(engine, perf_counter() - began if built else None)
+
+
+def _plan(arguments: argparse.Namespace) -> EnginePlan:
+    base = EnginePlan.from_recipe(arguments.recipe) if arguments.recipe else EnginePlan()
+    try:
+        batch = None if arguments.batch is None else tuple(int(size) for size in arguments.batch.split(","))
+    except ValueError as error:
+        raise ArgumentError(f"--batch {arguments.batch!r} is no list of sizes.", "Write it as --batch 1,8,32.") from error
+    targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
+    return base.changed(
+        backend=arguments.backend,
+        targets=targets,
+        precision=arguments.precision,
+        batch=batch,
+        pages=arguments.pages,
+        workspace_gb=arguments.workspace_gb,
+    )

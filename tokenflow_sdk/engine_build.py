@@ -1,0 +1,192 @@
+"""TensorRT engines from a bundle's graphs: one code path for `tensorrt` (10.13 and newer) and `tensorrt_rtx`.
+
+Networks are strongly typed: the types in the graph decide, so a half-precision engine is built from a half-precision graph
+(`tokenflow_sdk.half`). TensorRT-RTX builds for GPUs that are not there; full TensorRT builds for the one that is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from tokenflow_sdk.config import GraphEntry, TensorSpec
+from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.half import HalfType, to_half
+
+__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt"]
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Module of each flavour."""
+
+Range = tuple[int, int, int]
+Progress = Callable[[str, float], None]
+"""Told the phase and the share of it that is done."""
+
+
+def import_tensorrt(flavour: str) -> ModuleType:
+    """The flavour's Python module.
+
+    Raises:
+        ArgumentError: no such flavour.
+        MissingPackageError: it is not installed.
+    """
+    if flavour not in FLAVOURS:
+        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
+    try:
+        return importlib.import_module(FLAVOURS[flavour])
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{flavour} is not installed ({error}).", f"Run `pip install 'tokenflow-sdk[{flavour}]'`."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Least, usual and largest size of every dimension that varies, by its name in the bundle.
+
+    Raises:
+        ArgumentError: sizes that are not in order.
+    """
+
+    sizes: Mapping[str, Range]
+
+    def __post_init__(self) -> None:
+        for name, (least, usual, most) in self.sizes.items():
+            if not 0 < least <= usual <= most:
+                raise ArgumentError(f"{name} cannot go from {least} over {usual} to {most}.", "Give sizes in ascending order.")
+
+    def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        """Least, usual and largest shape of an input."""
+        try:
+            return tuple(tuple(dim if isinstance(dim, int) else self.sizes[dim][i] for dim in spec.shape) for i in range(3))
+        except KeyError as error:
+            raise ArgumentError(f"The profile says nothing about {error} of {spec}.", "Give its sizes.") from None
+
+    @property
+    def canonical(self) -> str:
+        """For keys: the same text for the same sizes."""
+        return json.dumps(self.sizes, sort_keys=True)
+
+
+def half_graph(graph: Path, dtype: HalfType, directory: Path, pinned: tuple[str, ...] = ()) -> Path:
+    """A half-precision version of a bundle's graph, written into `directory` (weights beside it)."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    to_half(model, dtype, pinned)
+    path = directory / graph.name
+    ir.save(model, path, external_data=f"{graph.name}.data")
+    return path
+
+
+def build_engine(
+    trt: Any,
+    graph: Path,
+    entry: GraphEntry,
+    profile: Profile,
+    target: str | None = None,
+    workspace: int | None = None,
+    progress: Progress | None = None,
+) -> bytes:
+    """A serialized engine.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
+        graph: the `.onnx` file, its external data beside it.
+        entry: its inputs.
+        profile: sizes of varying dimensions.
+        target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that is there.
+        workspace: bytes of scratch memory the engine may use; None: no limit.
+        progress: told how far the build is.
+
+    Raises:
+        EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
+        ArgumentError: this flavour or version cannot build for the target.
+    """
+    log = _make_log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
+    config = builder.create_builder_config()
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if target is not None:
+        _set_target(trt, config, target)
+    shapes = builder.create_optimization_profile()
+    for spec in entry.inputs:
+        shapes.set_shape(spec.name, *profile.shapes(spec))
+    config.add_optimization_profile(shapes)
+    if progress is not None:
+        config.progress_monitor = _make_monitor(trt, progress)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineBuildError(f"TensorRT cannot build {graph.name}: {'; '.join(log.errors) or 'it does not say why'}.", _AGAIN)
+    ignored = [text for text in log.warnings if "Unused Input" in text]
+    if ignored:
+        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
+    return bytes(plan)
+
+
+_AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
+
+
+def _set_target(trt: Any, config: Any, target: str) -> None:
+    known = getattr(trt, "ComputeCapability", None)
+    capability = getattr(known, target.upper(), None) if hasattr(config, "set_compute_capability") else None
+    if capability is None:
+        names = sorted(name.lower() for name in dir(known) if name.startswith("SM")) if known else []
+        raise ArgumentError(
+            f"{trt.__name__} {trt.__version__} cannot build for {target!r}.",
+            f"Choose one of: {', '.join(names)}." if names else "Build on a machine with that GPU, or with tensorrt-rtx.",
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(capability, 0)
+
+
+def _make_log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps what matters instead of printing it."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(text)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(text)
+
+    return Log()
+
+
+def _make_monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the outermost phase on; inner ones are parts of it."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: list[tuple[str, int]] = []
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases.append((name, steps))
+
+        def phase_finish(self, name: str) -> None:
+            self.phases = [phase for phase in self.phases if phase[0] != name]
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if self.phases and self.phases[0][0] == name:
+                progress(name, (step + 1) / max(1, self.phases[0][1]))
+            return True
+
+    return Monitor()

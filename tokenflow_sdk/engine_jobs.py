@@ -1,0 +1,124 @@
+"""Which engines a bundle needs, and getting them: from the cache, else built once whoever asks first."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
+from tokenflow_sdk.engine_build import Profile, Progress, build_engine, half_graph
+from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import BackendError, MissingPackageError
+from tokenflow_sdk.sampling import MAX_TOP_K, TIES
+from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
+
+__all__ = ["EngineJob", "engine_jobs", "gpu_architecture", "profile_of"]
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """One engine to have: of a graph, for a target."""
+
+    graph: Path
+    entry: GraphEntry
+    key: EngineKey
+    profile: Profile
+    plan: EnginePlan
+
+    def run(self, trt: ModuleType, cache: EngineCache, progress: Progress | None = None) -> tuple[CachedEngine, bool]:
+        """The engine, and whether it was built now. Two processes that want the same one build it once.
+
+        Raises:
+            EngineBuildError, ArgumentError, MissingPackageError: see `build_engine`.
+            OutputError: the cache cannot be written.
+        """
+        with cache.building(self.key):
+            found = cache.get(self.key)
+            if found is not None:
+                return found, False
+            with tempfile.TemporaryDirectory(prefix="tokenflow-") as work:
+                engine = self._build(trt, Path(work), progress)
+            return cache.put(self.key, engine, {"checked": False}), True
+
+    def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
+        plan = self.plan
+        graph = self.graph if plan.precision == "fp32" else half_graph(self.graph, plan.precision, work)
+        workspace = int(plan.workspace_gb * 2**30) or None
+        target = self.key.target if plan.targets else None
+        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress)
+
+
+def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType) -> Iterator[EngineJob]:
+    """The engines of every graph of a bundle for every target.
+
+    Raises:
+        BackendError: the plan names no target and there is no GPU.
+    """
+    profile = profile_of(bundle, plan)
+    for target in plan.targets or (gpu_architecture(),):
+        for name, entry in bundle.graphs.items():
+            own = Profile({dim: profile.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
+            key = EngineKey(
+                graph=name,
+                graph_sha256=graph_digest(entry),
+                flavour=plan.backend,
+                version=str(trt.__version__),
+                target=target,
+                precision=plan.precision,
+                profile=hashlib.sha256(f"{own.canonical} {plan.workspace_gb}".encode()).hexdigest()[:16],
+            )
+            yield EngineJob(bundle.path / entry.files[0].name, entry, key, own, plan)
+
+
+def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
+    """Sizes of everything that varies in a bundle's graphs, for the batches of a plan."""
+    config = bundle.config
+    least, usual, most = plan.batch
+    if isinstance(config, TokenizerConfig):
+        return Profile({"batch": plan.batch})
+    assert isinstance(config, GeneratorConfig)
+    pages = plan.pages or default_pages(config, PAGE_SIZE)
+    longest = config.prefix_length + 1
+    table = -(-(config.prefix_length + config.n_codes) // PAGE_SIZE)
+    slots = config.layers * pages
+    window = min(MAX_TOP_K + TIES, config.codebook_size)
+    return Profile(
+        {
+            # A picture has two rows, with and without its prompt.
+            "batch": (least, 2 * usual, 2 * most),
+            "queries": (1, min(64, longest), max(longest, config.patch_nums[-1] ** 2)),
+            "table": (1, table // 2 or 1, table),
+            "slots": (slots, slots, slots),
+            "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE),
+            "window": (1, min(608, window), window),
+        }
+    )
+
+
+def gpu_architecture(device: int = 0) -> str:
+    """`sm89` of the GPU that is there.
+
+    Raises:
+        MissingPackageError: cuda-python is not installed.
+        BackendError: there is no GPU, or no driver.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise MissingPackageError(
+            "Asking for the GPU needs cuda-python, which is not installed.", "Run `pip install cuda-python`, or name a target."
+        ) from error
+    status, properties = runtime.cudaGetDeviceProperties(device)
+    if int(status) != 0:
+        raise BackendError(
+            f"There is no usable GPU {device} here ({status.name}).",
+            "Name what to build for, e.g. --target sm89 (with tensorrt-rtx), or build on the machine with the GPU.",
+        )
+    return f"sm{properties.major}{properties.minor}"

@@ -1,0 +1,109 @@
+"""What to build for a device: precision, shapes and memory, from a recipe (TOML) and from arguments."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError
+
+__all__ = ["EnginePlan", "Precision", "recipe_names"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How engines are built.
+
+    Args:
+        backend: `tensorrt` or `tensorrt-rtx`.
+        targets: GPU architectures (sm89) to build for; empty: the GPU that is there.
+        precision: of convolutions and products; see `tokenflow_sdk.half` for what stays in float32.
+        batch: least, usual and most pictures in a call.
+        pages: of a generator's key/value pool; 0 holds eight pictures.
+        workspace_gb: scratch memory an engine may use; 0: no limit.
+
+    Raises:
+        ArgumentError: a value that cannot work.
+    """
+
+    backend: str = "tensorrt-rtx"
+    targets: tuple[str, ...] = ()
+    precision: Precision = "fp16"
+    batch: tuple[int, int, int] = (1, 1, 8)
+    pages: int = 0
+    workspace_gb: float = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ArgumentError(
+                f"There is no precision {self.precision!r}.", f"Choose one of: {', '.join(get_args(Precision))}."
+            )
+        ascending = (
+            len(self.batch) == 3 and all(type(size) is int for size in self.batch) and list(self.batch) == sorted(self.batch)
+        )
+        if not ascending or self.batch[0] < 1:
+            raise ArgumentError(
+                f"batch={self.batch!r} is not the least, usual and most pictures in a call.", "Write it as --batch 1,8,32."
+            )
+        if self.pages < 0 or self.workspace_gb < 0:
+            raise ArgumentError(f"pages={self.pages}, workspace_gb={self.workspace_gb} cannot be negative.", "Give 0 or more.")
+
+    @classmethod
+    def from_recipe(cls, name: str) -> EnginePlan:
+        """Read a recipe by its name (`recipe_names`) or path.
+
+        Raises:
+            ArgumentError: there is none, or it says something unknown.
+        """
+        path = next((path for path in (Path(name), _directory() / f"{name}.toml") if path.is_file()), None)
+        if path is None:
+            raise ArgumentError(f"There is no recipe {name!r}.", f"Give a path, or one of: {', '.join(recipe_names())}.")
+        values = _read_toml(path)
+        unknown = sorted(set(values) - {field.name for field in fields(cls)} - {"about"})
+        if unknown:
+            raise ArgumentError(f"{path} says {unknown[0]!r}, which is no setting of a recipe.", "Remove it.")
+        values.pop("about", None)
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise ArgumentError(
+                f"{path} has a value of the wrong kind: {error}.", "Compare it with the recipes beside it."
+            ) from error
+
+    def changed(self, **values: Any) -> EnginePlan:
+        """This plan with what is not None in `values`."""
+        return replace(self, **{key: value for key, value in values.items() if value is not None})
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the SDK."""
+    return sorted(path.stem for path in _directory().glob("*.toml"))
+
+
+def _directory() -> Path:
+    package = Path(__file__).parent
+    inside = package / "engines" / "recipes"
+    return inside if inside.is_dir() else package.parent / "engines" / "recipes"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise MissingPackageError(
+                "Recipes need tomli on Python 3.10.", "Run `pip install 'tokenflow-sdk[build]'`."
+            ) from error
+    try:
+        data: Mapping[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{path} cannot be read as TOML: {error}.", "Compare it with the recipes beside it.") from error
+    return dict(data)
