@@ -19,6 +19,7 @@ from PIL import Image
 
 from recipes.tiny.concepts import concepts
 from recipes.tiny.data import Pictures
+from recipes.tiny.loop import CURVE
 from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.train_generator import load_tokenizer
@@ -91,12 +92,12 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    curve = [json.loads(line) for line in (training / "tokenizer" / "curve.jsonl").read_text().splitlines()]
+    curve = [json.loads(line) for line in (training / "tokenizer" / CURVE).read_text().splitlines()]
     for name in ("photos", "icons"):
         axes[0].plot([row["step"] for row in curve], [row[name] for row in curve], label=name)
     axes[0].set(title="tokenizer, held-out PSNR", xlabel="step", ylabel="dB")
     axes[0].legend()
-    curve = [json.loads(line) for line in (training / "generator" / "curve.jsonl").read_text().splitlines()]
+    curve = [json.loads(line) for line in (training / "generator" / CURVE).read_text().splitlines()]
     for name in (key for key in curve[0] if key.startswith("loss_")):
         axes[1].plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
     axes[1].set(title="generator, cross entropy", xlabel="step")

@@ -7,7 +7,6 @@ Resumes from the checkpoint in --out. Losses on held-out captions' wordings go t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from recipes.tiny.concepts import concepts
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
+from recipes.tiny.loop import CHECKPOINT, device, run, training_parser
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.train_tokenizer import run
 
 __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
 
@@ -46,7 +45,7 @@ REDRAWN = 0.4
 def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
     """The averaged tokenizer of a training directory, its weights rounded to float16: what is shipped."""
     model = TokenFlowTokenizer(TINY)
-    state = torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
+    state = torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"]
     model.load_state_dict({key: value.half().float() for key, value in state.items()})
     return model.to(device).eval().requires_grad_(False)
 
@@ -56,7 +55,7 @@ def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[Gene
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
     codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
     model = GeneratorModel(prompts.token_to_id("<vq_token_0>") + 1, codebook)
-    model.load_state_dict(torch.load(directory / "checkpoint.pt", map_location="cpu", weights_only=True)["average"])
+    model.load_state_dict(torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
     return model.eval().requires_grad_(False), prompts
 
 
@@ -178,32 +177,22 @@ class GeneratorTraining:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
-    parser.add_argument("--out", type=Path, default=Path("data/tiny/generator"))
-    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="largest learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_parser(__doc__, out=Path("data/tiny/generator"), batch=16, rate=1.5e-3)
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, curve = arguments.out / "checkpoint.pt", arguments.out / "curve.jsonl"
     training = GeneratorTraining(
         Pictures(arguments.data),
-        load_tokenizer(arguments.tokenizer, device),
+        load_tokenizer(arguments.tokenizer, device()),
         fetch(NAMES, arguments.cache).directory,
         arguments.steps,
         arguments.batch,
         arguments.rate,
         arguments.seed,
     )
+    arguments.out.mkdir(parents=True, exist_ok=True)
     training.prompts.save(str(arguments.out / PROMPTS))
-    if checkpoint.exists():
-        training.load(torch.load(checkpoint, map_location=device, weights_only=True))
-    run(training, checkpoint, curve, training.evaluate)
+    run(training, arguments.out)
     return 0
 
 

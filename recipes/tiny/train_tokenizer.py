@@ -7,19 +7,13 @@ Resumes from the checkpoint in --out. Figures on held-out pictures go to curve.j
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +21,7 @@ from export.models import TokenFlowTokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
+from recipes.tiny.loop import device, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
 from tokenflow_sdk.images import psnr
@@ -36,8 +31,6 @@ __all__ = ["TokenizerTraining", "main"]
 WARM_UP = 150
 """Steps without quantization; then the codebooks are seeded."""
 RESTART_EVERY = 100
-SAVE_EVERY = 100
-EVALUATE_EVERY = 500
 FEWER_SCALES = 0.1
 """Share of steps that stop at a coarser scale, so that previews are pictures too."""
 
@@ -188,53 +181,12 @@ def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
-    parser.add_argument("--out", type=Path, default=Path("data/tiny/tokenizer"))
-    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), batch=8, rate=8e-4)
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, curve = arguments.out / "checkpoint.pt", arguments.out / "curve.jsonl"
-    training = TokenizerTraining(
-        Pictures(arguments.data), arguments.steps, arguments.batch, arguments.rate, arguments.seed, device
-    )
-    if checkpoint.exists():
-        training.load(torch.load(checkpoint, map_location=device, weights_only=True))
-    run(training, checkpoint, curve, lambda: training.evaluate())
+    pictures = Pictures(arguments.data)
+    run(TokenizerTraining(pictures, arguments.steps, arguments.batch, arguments.rate, arguments.seed, device()), arguments.out)
     return 0
-
-
-def run(training: Any, checkpoint: Path, curve: Path, evaluate: Callable[[], dict[str, float]]) -> None:
-    """Step until done, saving and evaluating on the way."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    began = perf_counter()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=training.steps, completed=training.step)
-        while training.step < training.steps:
-            losses = training.run_step()
-            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            progress.update(task, completed=training.step, description=shown)
-            last = training.step == training.steps
-            if training.step % SAVE_EVERY == 0 or last:
-                save_checkpoint(checkpoint, training.state())
-            if training.step % EVALUATE_EVERY == 0 or last:
-                figures = {"step": training.step, "seconds": perf_counter() - began} | evaluate() | losses
-                with curve.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(figures) + "\n")
-                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.cli import bench, build, commands, generate, info
@@ -13,6 +14,8 @@ from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
 
 __all__ = ["make_parser"]
+
+_Words: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _DESCRIPTION = """\
 Pictures to codes and back with TokenFlow tokenizers.
@@ -48,10 +51,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     words = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    for add in (_add_info, _add_tokenizing, _add_generating, _add_measuring, _add_building):
+        add(words)
+    return parser
+
+
+def _add_info(words: _Words) -> None:
     about = _command(words, "info", info.info, "what a bundle or a .tfc file holds")
     about.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, or a file of codes")
     about.add_argument("--bundle", metavar="PATH|NAME", help="the same as giving a bundle first")
 
+
+def _add_tokenizing(words: _Words) -> None:
     encode = _command(words, "encode", commands.encode, "pictures to .tfc files of codes")
     encode.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or directories of pictures")
     _output(encode, ".tfc file for one picture, else a directory (default: the current one)")
@@ -72,6 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     _engine(reconstruct)
     _picture(reconstruct)
 
+
+def _add_generating(words: _Words) -> None:
     drawing = _command(words, "generate", generate.generate, "pictures from text")
     drawing.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
     drawing.add_argument("--replay", type=Path, metavar="FILE.png", help="draw again what this picture's metadata says")
@@ -89,6 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     _tokenizer(drawing)
     _engine(drawing, what="the generator")
 
+
+def _add_measuring(words: _Words) -> None:
     verify = _command(words, "verify", commands.verify, "check a bundle's files, and its numbers against PyTorch's")
     verify.add_argument("target", nargs="?", metavar="BUNDLE")
     _engine(verify)
@@ -103,6 +118,8 @@ def make_parser() -> argparse.ArgumentParser:
     _tokenizer(timing)
     _engine(timing)
 
+
+def _add_building(words: _Words) -> None:
     building = _command(words, "build", build.build, "TensorRT engines for a bundle, into the engine cache")
     building.description = _BUILDING
     building.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -121,11 +138,10 @@ def make_parser() -> argparse.ArgumentParser:
     stored = _command(words, "cache", build.cache, "list or clear the built engines")
     stored.add_argument("action", choices=("list", "clear"))
     _cache(stored)
-    return parser
 
 
 def _command(
-    words: argparse._SubParsersAction[argparse.ArgumentParser],
+    words: _Words,
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,

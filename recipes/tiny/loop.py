@@ -1,0 +1,78 @@
+"""What both trainings share: their arguments, and stepping with checkpoints, a progress bar and a curve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["CHECKPOINT", "CURVE", "Training", "device", "run", "training_parser"]
+
+CHECKPOINT, CURVE = "checkpoint.pt", "curve.jsonl"
+SAVE_EVERY = 100
+EVALUATE_EVERY = 500
+
+
+class Training(Protocol):
+    """Something that is trained step by step, and its whole state."""
+
+    step: int
+    steps: int
+
+    def run_step(self) -> dict[str, float]: ...
+    def evaluate(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_parser(description: str | None, out: Path, batch: int, rate: float) -> argparse.ArgumentParser:
+    """The arguments of both trainings, with one's defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="checkpoint and curve (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="pictures in a step (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=rate, help="largest learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def run(training: Training, out: Path) -> None:
+    """Go on from the checkpoint in `out`, if any, and step until done, saving and evaluating on the way."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / CHECKPOINT).exists():
+        training.load(torch.load(out / CHECKPOINT, map_location=device(), weights_only=True))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console, began = Console(stderr=True), perf_counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=training.steps, completed=training.step)
+        while training.step < training.steps:
+            losses = training.run_step()
+            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            progress.update(task, completed=training.step, description=shown)
+            last = training.step == training.steps
+            if training.step % SAVE_EVERY == 0 or last:
+                _save(out / CHECKPOINT, training.state())
+            if training.step % EVALUATE_EVERY == 0 or last:
+                figures = {"step": training.step, "seconds": perf_counter() - began} | training.evaluate() | losses
+                with (out / CURVE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures) + "\n")
+                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
