@@ -135,7 +135,7 @@ class _Rewriter:
         wanted = self.half if not pinned and (node.op_type in _COMPUTE or following) else self.full
         for index, value in enumerate(inputs):
             if value is not None and value.dtype in floats and value.dtype != wanted:
-                node.replace_input_with(index, self._cast(value, wanted, node))
+                node.replace_input_with(index, self._cast(value, wanted))
         for value in node.outputs:
             if value.dtype in floats:
                 value.type = self.ir.TensorType(wanted)
@@ -153,7 +153,7 @@ class _Rewriter:
                 result.name, result.shape, result.type = name, value.shape, self.ir.TensorType(wanted)
                 self.graph.outputs[index] = result
 
-    def _cast(self, value: ir.Value, wanted: Any, before: ir.Node) -> ir.Value:
+    def _cast(self, value: ir.Value, wanted: Any) -> ir.Value:
         key = (str(value.name), wanted)
         if key not in self.casts:
             cast = self.ir.node("Cast", [value], {"to": wanted}, name=f"{value.name}_to_{wanted.name.lower()}")

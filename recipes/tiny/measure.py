@@ -134,8 +134,8 @@ def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenize
             "encode_eager": lambda: model.encode(images),
             "decode": lambda: tokenizer.decode_array(codes),
             "decode_eager": lambda: model.decode(indices),
-            "fast": lambda: generator.generate("a red apple", preset="fast", seed=0),
-            "paper": lambda: generator.generate("a red apple", preset="paper", seed=0),
+            "fast": lambda: generator.generate("a red apple", preset="fast", seed=0).images,
+            "paper": lambda: generator.generate("a red apple", preset="paper", seed=0).images,
         }
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for i in range(8):

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
-    (out / "README.md").write_text(card(figures, pictures, trained), encoding="utf-8")
+    (out / "README.md").write_text(card(figures, pictures, trained, arguments.training), encoding="utf-8")
     print(json.dumps(figures, indent=2))
     return 0
 
@@ -92,12 +92,12 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    curve = [json.loads(line) for line in (training / "tokenizer" / CURVE).read_text().splitlines()]
+    curve = _curve(training / "tokenizer")
     for name in ("photos", "icons"):
         axes[0].plot([row["step"] for row in curve], [row[name] for row in curve], label=name)
     axes[0].set(title="tokenizer, held-out PSNR", xlabel="step", ylabel="dB")
     axes[0].legend()
-    curve = [json.loads(line) for line in (training / "generator" / CURVE).read_text().splitlines()]
+    curve = _curve(training / "generator")
     for name in (key for key in curve[0] if key.startswith("loss_")):
         axes[1].plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
     axes[1].set(title="generator, cross entropy", xlabel="step")
@@ -107,7 +107,11 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]]) -> str:
+def _curve(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / CURVE).read_text(encoding="utf-8").splitlines()]
+
+
+def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], training: Path) -> str:
     """The model card: `card.md` with the figures filled in."""
     times = figures["seconds"]
     return (
@@ -127,6 +131,8 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             photos=len(pictures.photos) + len(pictures.test_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
+            tokenizer_steps=_curve(training / "tokenizer")[-1]["step"],
+            generator_steps=_curve(training / "generator")[-1]["step"],
             licences=", ".join(sorted({entry["licence"] for entry in pictures.icon_entries})),
         )
     )
