@@ -41,6 +41,7 @@ class Pictures:
         lines = (directory / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.icons: Pixels = np.load(directory / "icons.npy", mmap_mode="r")
+        self.licences = sorted({str(entry.get("licence")) for entry in entries})
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
         self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]

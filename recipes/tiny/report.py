@@ -133,7 +133,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             captioned=len(trained),
             tokenizer_steps=_curve(training / "tokenizer")[-1]["step"],
             generator_steps=_curve(training / "generator")[-1]["step"],
-            licences=", ".join(sorted({entry["licence"] for entry in pictures.icon_entries})),
+            licences=", ".join(pictures.licences),
         )
     )
 

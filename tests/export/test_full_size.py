@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -59,6 +60,20 @@ def readme_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def full_size(readme_export: tuple[Path, int]) -> Iterator[Tokenizer]:
     with Tokenizer.from_pretrained(readme_export[0]) as tokenizer:
         yield tokenizer
+
+
+def test_every_graph_builds_for_tensorrt_rtx(readme_export: tuple[Path, int], tmp_path: Path) -> None:
+    """In float16, without a GPU, by the command; time and peak memory of the process are printed."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
+    words = ["build", readme_export[0], "--target", "sm86", "--batch", "1,1,2", "--cache", tmp_path]
+    command = [sys.executable, "-m", "tokenflow_sdk.cli", *map(str, words)]
+    began = perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built in") == 4
+    print(done.stdout, f"{perf_counter() - began:.0f} s, peak {max(peak, before) * 1024 / 1e9:.1f} GB (at most)")
 
 
 def test_the_eager_model_is_the_released_code(checkpoint: Path, released: dict[str, np.ndarray]) -> None:
