@@ -83,20 +83,24 @@ def export_generator(
         for spec in _graph_specs(directory, model_config, config, precision):
             steps.start(f"writing {spec.name}", total=1)
             graphs[spec.name] = export_graph(spec, staging, steps.fraction, compact)
-        np.save(staging / "codebook.npy", Reference.load(tokenizer).codebook)
+        codebook = Reference.load(tokenizer).codebook
+        np.save(staging / "codebook.npy", codebook)
         (staging / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
         assets = {name: file_entry(staging / file) for name, file in _ASSETS.items()}
         steps.start("checking the transformer against PyTorch")
         source = {"checkpoint": directory.path.name, "tokenizer": tokenizer.config.variant, "precision": precision.name}
         bundle = Bundle(staging, config, graphs, assets, {}, source | versions())
-        agreement = compare(bundle, directory, model_config, image_head(directory, config))
+        agreement, reference = compare(bundle, directory, model_config, image_head(directory, config), codebook)
         agreement.require(precision)
         steps.start("finishing")
+        np.savez(staging / "reference.npz", allow_pickle=False, **vars(reference))
+        assets["reference"] = file_entry(staging / "reference.npz")
         replace(bundle, parity=asdict(agreement)).write_manifest()
     return agreement
 
 
 _ASSETS = {"codebook": "codebook.npy", "tokenizer": "tokenizer.json"}
+"""Written before the check; what the check computed is added as `reference`."""
 
 
 def transformer_config(directory: HfDirectory) -> TransformerConfig:

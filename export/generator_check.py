@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ParityError
-from tokenflow_sdk.kv_cache import PageTable
+from tokenflow_sdk.generator_parity import GeneratorReference, Steps, embed_steps, likeliest_codes, run_steps
 from tokenflow_sdk.transformer import PagedTransformer
 
 __all__ = ["MAX_HIDDEN_ERROR", "Agreement", "compare"]
@@ -28,7 +29,6 @@ MAX_HIDDEN_ERROR = 1e-3
 """Largest difference accepted from a float32 graph; hidden states are of order one."""
 MIN_COSINE = 0.5
 """Least mean cosine accepted from other precisions: below it the graph is wrong, not coarse."""
-_PROMPT, _BLOCK = 48, 64
 
 Float32 = NDArray[np.float32]
 
@@ -65,57 +65,44 @@ class Agreement:
             )
 
 
-def compare(bundle: Bundle[GeneratorConfig], directory: HfDirectory, model: TransformerConfig, head: Tensor) -> Agreement:
+def compare(
+    bundle: Bundle[GeneratorConfig], directory: HfDirectory, model: TransformerConfig, head: Tensor, codebook: Float32
+) -> tuple[Agreement, GeneratorReference]:
     """A causal prompt and then a bidirectional block over its pages, against eager layers over both at once.
 
     Args:
         bundle: with the graphs written.
         directory, model: the checkpoint.
         head: float32 [K, H].
+        codebook: float32 [K, 40].
+
+    Returns:
+        How they agree, and what the graphs computed.
     """
-    x, positions = _embeddings(bundle)
-    total = x.shape[1]
+    steps = Steps.random(bundle.config)
+    with ExitStack() as stack:
+        embedding = {name: stack.enter_context(_open(bundle, name)) for name in ("embed_text", "embed_image")}
+        prompt, scale = (np.array(x, np.float32) for x in embed_steps(embedding, codebook, steps))
+    config, count, total = bundle.config, prompt.shape[1], prompt.shape[1] + scale.shape[1]
     mask = torch.ones(total, total, dtype=torch.bool).tril()
-    mask[_PROMPT:, _PROMPT:] = True
-    expected = hidden_by_layer(directory, model, torch.from_numpy(x), torch.from_numpy(positions), mask[None])[0]
-    found = torch.from_numpy(_paged_hidden(bundle, x, positions))
+    mask[count:, count:] = True
+    x = torch.from_numpy(np.concatenate([prompt, scale], axis=1))
+    expected = hidden_by_layer(directory, model, x, torch.arange(total, dtype=torch.int32)[None], mask[None])[0]
+    with _open(bundle, "transformer") as session:
+        paged = PagedTransformer(session, config.layers, config.kv_heads, config.head_dim, pages=-(-total // 4), page_size=4)
+        hidden = run_steps(paged, prompt, scale)
+    with _open(bundle, "sample") as session:
+        likeliest = likeliest_codes(session, hidden)
+    found = torch.from_numpy(hidden)
     difference = (found - expected).abs().max()
-    a, b = (F.linear(hidden, head) for hidden in (expected, found))
+    a, b = (F.linear(states, head) for states in (expected, found))
     overlap = torch.minimum(a.softmax(dim=-1), b.softmax(dim=-1)).sum(dim=-1).mean()
     cosine = F.cosine_similarity(found, expected, dim=-1).mean()
     same = (a.argmax(dim=-1) == b.argmax(dim=-1)).float().mean()
-    return Agreement(*(float(value) for value in (difference, cosine, same, overlap)))
+    agreement = Agreement(*(float(value) for value in (difference, cosine, same, overlap)))
+    return agreement, GeneratorReference(steps.token_ids, steps.code_indices, hidden, likeliest)
 
 
-def _embeddings(bundle: Bundle[GeneratorConfig]) -> tuple[Float32, NDArray[np.int32]]:
-    """A prompt's and a block's embeddings [1, Q, H], by the exported graphs, and their positions."""
-    config, rng = bundle.config, np.random.default_rng(0)
-    count = min(_BLOCK, config.n_codes)
-    starts = np.zeros((1, _PROMPT), np.float32)
-    starts[0, -1] = 1
-    ids = rng.integers(0, config.text_size, (1, _PROMPT), np.int32)
-    codebook = np.load(bundle.path / bundle.asset("codebook").name, allow_pickle=False)
-    features = codebook[rng.integers(0, config.codebook_size, (1, count))].astype(np.float32)
-    image = {"features": features, "level": np.ones(1, np.int32), "places": np.arange(count, dtype=np.int32)}
-    feeds = {"embed_text": {"token_ids": ids, "starts": starts}, "embed_image": image}
-    parts = []
-    for name, values in feeds.items():
-        entry = bundle.graph(name)
-        with OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
-            parts.append(session.run(values)["embeddings"])
-    return np.concatenate(parts, axis=1), np.arange(_PROMPT + count, dtype=np.int32)[None]
-
-
-def _paged_hidden(bundle: Bundle[GeneratorConfig], x: Float32, positions: NDArray[np.int32]) -> Float32:
-    config, entry, total = bundle.config, bundle.graph("transformer"), x.shape[1]
-    with OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
-        pages = -(-total // 4)
-        paged = PagedTransformer(session, config.layers, config.kv_heads, config.head_dim, pages=pages, page_size=4)
-        table, found = PageTable(paged.pool), []
-        own = np.arange(1, _PROMPT + 1), np.full(total - _PROMPT, total - _PROMPT)
-        for start, stop, visible in ((0, _PROMPT, own[0]), (_PROMPT, total, own[1])):
-            step = x[:, start:stop], positions[:, start:stop], visible[None].astype(np.int32)
-            output = paged.step(*step, [table], [table.length], width=pages)
-            paged.store(output, [table])
-            found.append(output.hidden[0])
-    return np.concatenate(found)
+def _open(bundle: Bundle[GeneratorConfig], name: str) -> OnnxRuntimeSession:
+    entry = bundle.graph(name)
+    return OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu"))

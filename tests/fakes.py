@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenflow_sdk.backends.base import Array, Session, SessionOptions
+from tokenflow_sdk.backends.base import Array, Session, SessionOptions, Tensor
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec, TokenizerConfig
 
@@ -44,7 +44,7 @@ class FakeSession(Session):
         self.calls: list[tuple[int, tuple[str, ...]]] = []
         self.closed = 0
 
-    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Sequence[Array]:
+    def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         (array,) = feeds.values()
         self.calls.append((len(array), outputs))
         made: dict[str, Array] = {

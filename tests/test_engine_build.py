@@ -27,26 +27,34 @@ CLASSES = {
     "parser": "OnnxParser",
     "config": "IBuilderConfig",
     "shapes": "IOptimizationProfile",
+    "types": "DataType",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
 }
-RTX_ONLY = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability"}
-"""Looked for before use: full TensorRT cannot build for another GPU."""
+RTX_ONLY = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability", "CudaGraphStrategy"}
+"""Looked for before use: full TensorRT cannot build for another GPU, and leaves CUDA graphs to its user."""
 
 
 def names_used() -> set[tuple[str, str]]:
-    """(class or module, attribute) for everything of TensorRT that the SDK names."""
+    """(class or module, attribute) for everything of TensorRT that the SDK names, e.g. in `self._context.get_tensor_shape`."""
     used = set()
-    for node in ast.walk(ast.parse((ROOT / "tokenflow_sdk" / "engine_build.py").read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "trt" and not node.attr.startswith("__"):
+    for file in ("engine_build.py", "backends/tensorrt.py"):
+        for node in ast.walk(ast.parse((ROOT / "tokenflow_sdk" / file).read_text())):
+            if not isinstance(node, ast.Attribute):
+                continue
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if owner.lstrip("_") == "trt" and not node.attr.startswith("__"):
                 used.add(("", node.attr))
-            elif node.value.id in CLASSES:
-                used.add((CLASSES[node.value.id], node.attr))
+            elif owner.lstrip("_") in CLASSES:
+                used.add((CLASSES[owner.lstrip("_")], node.attr))
     return used
 
 
 def test_every_tensorrt_name_exists_in_every_version() -> None:
     used = {(owner, name) for owner, name in names_used() if name not in RTX_ONLY}
-    assert len(used) >= 12
+    assert len(used) >= 30
+    assert ("IExecutionContext", "execute_async_v3") in used
     assert len(APIS) == 3
     for version, api in APIS.items():
         missing = [(owner, name) for owner, name in used if name not in (api[owner] if owner else api)]
@@ -107,6 +115,7 @@ class FakeTrt:
     __name__, __version__ = "fake", "1.0"
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
     MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+    BuilderFlag = SimpleNamespace(TF32=0)
 
     class ILogger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
@@ -120,7 +129,9 @@ class FakeTrt:
     def Builder(self, log):  # noqa: N802
         for severity, text in self.says:
             log.log(severity, text)
-        config = SimpleNamespace(set_memory_pool_limit=lambda *_: None, add_optimization_profile=lambda _: None)
+        config = SimpleNamespace(
+            set_memory_pool_limit=lambda *_: None, add_optimization_profile=lambda _: None, clear_flag=lambda _: None
+        )
         return SimpleNamespace(
             create_network=lambda flags: flags,
             create_builder_config=lambda: config,

@@ -21,7 +21,7 @@ from tokenflow_sdk.errors import (
     ImageTooLargeError,
     TokenFlowError,
 )
-from tokenflow_sdk.images import check_batch, fit, load_image, preprocess, psnr
+from tokenflow_sdk.images import check_batch, fit, load_image, preprocess, psnr, ssim
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -317,3 +317,19 @@ def test_psnr() -> None:
     assert psnr(a, a) == math.inf
     assert psnr(a, a + 255) == 0
     assert psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
+
+
+def test_ssim_is_the_mean_over_windows() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (12, 10, 3), np.uint8)
+    b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    x, y = (picture @ np.array([0.299, 0.587, 0.114]) for picture in (a, b))
+    found = []
+    for i in range(12 - 6):
+        for j in range(10 - 6):
+            p, q = x[i : i + 7, j : j + 7].ravel(), y[i : i + 7, j : j + 7].ravel()
+            (vp, vpq), (_, vq) = np.cov(p, q)
+            top = (2 * p.mean() * q.mean() + 6.5025) * (2 * vpq + 58.5225)
+            found.append(top / ((p.mean() ** 2 + q.mean() ** 2 + 6.5025) * (vp + vq + 58.5225)))
+    assert ssim(a, b) == pytest.approx(np.mean(found))
+    assert ssim(a, a) == pytest.approx(1)

@@ -52,7 +52,7 @@ def test_every_scale_makes_the_picture_better(tokenizer: Tokenizer) -> None:
 
 
 def test_the_graphs_are_the_trained_model(tokenizer: Tokenizer) -> None:
-    assert check_parity(tokenizer).failures == []
+    assert check_parity(tokenizer).failures() == []
 
 
 def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator) -> None:

@@ -18,7 +18,7 @@ from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
 from tokenflow_sdk.half import HalfType, to_half
 
-__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt"]
+__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt", "make_log"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -109,7 +109,7 @@ def build_engine(
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
         ArgumentError: this flavour or version cannot build for the target.
     """
-    log = _make_log(trt)
+    log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -121,6 +121,8 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if target is not None:
         _set_target(trt, config, target)
+    # Without this float32 products are rounded to 10 bits on recent GPUs.
+    config.clear_flag(trt.BuilderFlag.TF32)
     shapes = builder.create_optimization_profile()
     for spec in entry.inputs:
         shapes.set_shape(spec.name, *profile.shapes(spec))
@@ -152,7 +154,9 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
     config.set_compute_capability(capability, 0)
 
 
-def _make_log(trt: Any) -> Any:
+def make_log(trt: Any) -> Any:
+    """A logger of TensorRT's that keeps `errors` and `warnings`, for messages."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps what matters instead of printing it."""
 

@@ -34,6 +34,7 @@ __all__ = [
     "load_image",
     "preprocess",
     "psnr",
+    "ssim",
 ]
 
 MAX_PIXELS = 89_478_485
@@ -288,3 +289,13 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio of two u8 arrays of one shape, in dB; infinite where they are equal."""
     error = float(np.mean(np.square(a.astype(np.float64) - b)))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Mean structural similarity of two u8 pictures [H, W, 3], -1 .. 1 (Wang et al. 2004; luma, windows of 7 x 7)."""
+    luma = np.array([0.299, 0.587, 0.114])
+    windows = [np.lib.stride_tricks.sliding_window_view(picture @ luma, (7, 7)) for picture in (a, b)]
+    (x, y), (xx, yy) = ([w.mean(axis=(2, 3)) for w in windows], [w.var(axis=(2, 3), ddof=1) for w in windows])
+    xy = ((windows[0] * windows[1]).mean(axis=(2, 3)) - x * y) * 49 / 48
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float(np.mean((2 * x * y + c1) * (2 * xy + c2) / ((x * x + y * y + c1) * (xx + yy + c2))))

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.base import Session
+from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.kv_cache import PageTable
 from tokenflow_sdk.resize import bicubic_matrix
@@ -90,13 +90,13 @@ class ScaleLoop:
         starts = np.zeros((1, total), np.float32)
         starts[0, -1] = 1
         feeds = {"token_ids": np.asarray([rows], np.int32), "starts": starts}
-        embeddings: Float32 = self._sessions["embed_text"].run(feeds)["embeddings"]  # type: ignore[assignment]
+        embeddings = self._sessions["embed_text"].run_resident(feeds)["embeddings"]
         positions = np.arange(c.max_prompt - count, c.max_prompt - count + total, dtype=np.int32)[None]
         visible = np.arange(1, total + 1, dtype=np.int32)[None]
         table = PageTable(self.transformer.pool)
         output = self.transformer.step(embeddings, positions, visible, [table], [0], width=1)
         self.transformer.store(output, [table])
-        return Prefix(table, output.hidden[0, -1].copy())
+        return Prefix(table, np.asarray(output.hidden, np.float32)[0, -1].copy())
 
     def picture(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> Picture:
         """A picture to draw, sharing the pages of both prefixes."""
@@ -145,16 +145,16 @@ class ScaleLoop:
 
     def _step(
         self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int], store: bool
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Tensor, Tensor]:
         """Maps [R, 40, s, s] through both rows of each picture -> hidden states [R, s * s, H] of either."""
         c, count = self.config, maps.shape[2] * maps.shape[3]
         places = np.arange(c.place(scale), c.place(scale) + count, dtype=np.int32)
         features = np.ascontiguousarray(maps.reshape(len(maps), -1, count).transpose(0, 2, 1))
-        feeds = {"features": features, "level": np.asarray([scale + 1], np.int32), "places": places}
-        embeddings = self._sessions["embed_image"].run(feeds)["embeddings"]
         rows = 2 * len(maps)
+        both = np.concatenate([features, features])
+        feeds = {"features": both, "level": np.asarray([scale + 1], np.int32), "places": places}
         output = self.transformer.step(
-            np.concatenate([embeddings, embeddings]).astype(np.float32, copy=False),
+            self._sessions["embed_image"].run_resident(feeds)["embeddings"],
             np.broadcast_to(places + np.int32(c.prefix_length), (rows, count)).copy(),
             np.full((rows, count), count, np.int32),
             tables,
@@ -166,12 +166,12 @@ class ScaleLoop:
             self.transformer.store(output, tables)
         return output.hidden[: len(maps)], output.hidden[len(maps) :]
 
-    def _sample(self, pictures: Sequence[Picture], conditional: Float32, unconditional: Float32, refinement: int) -> Int32:
+    def _sample(self, pictures: Sequence[Picture], conditional: Tensor, unconditional: Tensor, refinement: int) -> Int32:
         scale, count = pictures[0].scale, conditional.shape[1]
         params = [picture.params for picture in pictures]
         passes = [p.passes[refinement] for p in params]
         noise = [uniform(p.params.seed, p.number, scale, refinement, count) for p in pictures]
-        feeds = {
+        feeds: dict[str, Tensor] = {
             "conditional": conditional,
             "unconditional": unconditional,
             "guidance": np.asarray([guidance(p.cfg_scale, scale, len(self.config.patch_nums)) for p in params], np.float32),
@@ -182,7 +182,7 @@ class ScaleLoop:
         if conditional.shape[:2] == (1, 1):
             # One row alone would take another matrix kernel than the same row in a batch, which rounds differently.
             feeds = {name: np.concatenate([array, array]) for name, array in feeds.items()}
-        window = min(int(feeds["top_k"].max()) + TIES, self.config.codebook_size)
+        window = min(max(min(step.top_k, self.config.codebook_size) for step in passes) + TIES, self.config.codebook_size)
         feeds["ranks"] = np.arange(window, dtype=np.int32)
         found = self._sessions["sample"].run(feeds, ["code_indices"])["code_indices"]
         return found[: len(pictures)].astype(np.int32)

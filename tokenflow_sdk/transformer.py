@@ -12,21 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.base import Array, Session
+from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.kv_cache import PagePool, PageTable
 
 __all__ = ["PagedTransformer", "StepOutput"]
 
-Float32 = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class StepOutput:
-    """hidden float32 [B, Q, H]; the step's own keys and values [layers, B, Q, kv_heads, head_dim], in the pages' type."""
+    """hidden float32 [B, Q, H]; the step's own keys and values [layers, B, Q, kv_heads, head_dim], in the pages' type.
 
-    hidden: Float32
-    new_k: Array
-    new_v: Array
+    They lie where the engine left them, and are valid until the next step.
+    """
+
+    hidden: Tensor
+    new_k: Tensor
+    new_v: Tensor
 
 
 class PagedTransformer:
@@ -47,17 +48,17 @@ class PagedTransformer:
         """Tokens run through the transformer so far, all rows counted."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
-        dtype = next(spec.dtype for spec in session.inputs if spec.name == "k_pages")
-        self._k, self._v = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))
+        self._k, self._v = session.make_pages(shape, dtype), session.make_pages(shape, dtype)
 
     @property
     def page_bytes(self) -> int:
         """Memory of one page, keys and values of all layers."""
-        return 2 * self._k[:, 0].nbytes
+        return 2 * self._k.page_bytes
 
     def step(
         self,
-        embeddings: Float32,
+        embeddings: Tensor,
         positions: NDArray[np.int32],
         visible: NDArray[np.int32],
         tables: Sequence[PageTable],
@@ -76,19 +77,18 @@ class PagedTransformer:
         """
         batch, length, _ = embeddings.shape
         self.token_forwards += batch * length
-        slots = (-1, *self._k.shape[2:])
-        found = self._session.run(
+        found = self._session.run_resident(
             {
                 "embeddings": embeddings,
                 "positions": positions,
                 "visible": visible,
                 "context": np.asarray(context, np.int32),
                 "block_tables": np.stack([table.row(width) for table in tables]),
-                "k_pages": self._k.reshape(slots),
-                "v_pages": self._v.reshape(slots),
+                "k_pages": self._k.slots,
+                "v_pages": self._v.slots,
             }
         )
-        return StepOutput(*(found[name] for name in ("hidden", "new_k", "new_v")))  # type: ignore[arg-type]
+        return StepOutput(found["hidden"], found["new_k"], found["new_v"])
 
     def store(self, output: StepOutput, tables: Sequence[PageTable]) -> None:
         """Append a step's keys and values to the rows' tables.
@@ -99,7 +99,7 @@ class PagedTransformer:
         for row, table in enumerate(tables):
             append = table.append(output.new_k.shape[2])
             for source, target in append.copies:
-                self._k[:, target] = self._k[:, source]
-                self._v[:, target] = self._v[:, source]
-            self._k[:, append.pages, append.offsets] = output.new_k[:, row]
-            self._v[:, append.pages, append.offsets] = output.new_v[:, row]
+                self._k.copy(source, target)
+                self._v.copy(source, target)
+            self._k.put(output.new_k, row, append.pages, append.offsets)
+            self._v.put(output.new_v, row, append.pages, append.offsets)

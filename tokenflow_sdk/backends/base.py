@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,78 @@ from numpy.typing import NDArray
 from tokenflow_sdk.config import TensorSpec
 from tokenflow_sdk.errors import ArgumentError
 
-__all__ = ["Array", "Session", "SessionOptions"]
+__all__ = ["Array", "DeviceArray", "HostPages", "Pages", "Session", "SessionOptions", "Tensor"]
 
 Array = NDArray[np.generic]
+
+
+class DeviceArray(ABC):
+    """An array in an engine's own memory, C-contiguous. `np.asarray` copies it to the host."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Some of the first axis, not copied."""
+
+    @abstractmethod
+    def numpy(self) -> Array:
+        """A copy on the host."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        found = self.numpy()
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+
+Tensor = Array | DeviceArray
+
+
+class Pages(ABC):
+    """Keys or values of all pages and layers, where the engine reads them: [layers, pages, page_size, kv_heads, head_dim]."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page in all layers."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize // self.shape[1]
+
+    @property
+    @abstractmethod
+    def slots(self) -> Tensor:
+        """What a graph is fed: [layers * pages, page_size, kv_heads, head_dim], not copied."""
+
+    @abstractmethod
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page."""
+
+    @abstractmethod
+    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        """Token i of `new` [layers, B, Q, kv_heads, head_dim], row `row`, to place `offsets[i]` of page `pages[i]`."""
+
+
+class HostPages(Pages):
+    """Pages in NumPy."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
+        super().__init__(shape, dtype)
+        self._array = np.zeros(shape, dtype)
+
+    @property
+    def slots(self) -> Tensor:
+        return self._array.reshape(-1, *self.shape[2:])
+
+    def copy(self, source: int, target: int) -> None:
+        self._array[:, target] = self._array[:, source]
+
+    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        self._array[:, pages, offsets] = np.asarray(new)[:, row]
 
 
 @dataclass(frozen=True)
@@ -52,7 +122,7 @@ class Session(ABC):
         """Where the graph runs, for people: `cpu`, `cuda:0`."""
         return "cpu"
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
 
         Args:
@@ -62,14 +132,28 @@ class Session(ABC):
         Raises:
             BackendError: the engine failed, e.g. for lack of memory.
         """
+        names = self._checked(feeds, outputs)
+        return dict(zip(names, self._infer(feeds, names), strict=True))
+
+    def run_resident(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """As `run`, with the results left in the engine's memory. They are valid until the session runs again."""
+        names = self._checked(feeds, outputs)
+        return dict(zip(names, self._infer_resident(feeds, names), strict=True))
+
+    def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
+        """Pages of zeros where this session's graph reads them."""
+        return HostPages(shape, dtype)
+
+    def _checked(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None) -> tuple[str, ...]:
+        """The names of the outputs wanted."""
         self._check(feeds)
         names = tuple(spec.name for spec in self.outputs) if outputs is None else tuple(outputs)
         unknown = set(names) - {spec.name for spec in self.outputs}
         if unknown:
             raise ValueError(f"no output {sorted(unknown)}")
-        return dict(zip(names, self._infer(feeds, names), strict=True))
+        return names
 
-    def _check(self, feeds: Mapping[str, Array]) -> None:
+    def _check(self, feeds: Mapping[str, Tensor]) -> None:
         if feeds.keys() != {spec.name for spec in self.inputs}:
             raise ValueError(f"inputs are {[spec.name for spec in self.inputs]}, got {list(feeds)}")
         sizes: dict[str, int] = {}
@@ -83,8 +167,12 @@ class Session(ABC):
                 raise ValueError(f"{spec} was given {array.dtype}{list(array.shape)}")
 
     @abstractmethod
-    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Sequence[Array]:
+    def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         """The named outputs, in order; feeds are already checked."""
+
+    def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
+        """As `_infer`, left where they are; engines whose memory is the host's need nothing else."""
+        return self._infer(feeds, outputs)
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_sdk.backends.base import Array, Session, SessionOptions
+from tokenflow_sdk.backends.base import Array, Pages, Session, SessionOptions, Tensor
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
 from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
 
@@ -132,6 +133,7 @@ class OnnxRuntimeSession(Session):
             ) from error
         _trim_heap()
         self._bound_device = self._device_of(options)
+        self._cuda = None if self._bound_device is None else _memory_of(self._bound_device[1])
         self._check_io(path)
 
     def _device_of(self, options: SessionOptions) -> tuple[str, int] | None:
@@ -164,28 +166,46 @@ class OnnxRuntimeSession(Session):
     def device(self) -> str:
         return "cpu" if self._bound_device is None else "{}:{}".format(*self._bound_device)
 
-    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Sequence[Array]:
+    def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         try:
             if self._bound_device is None:
                 return list(self._session.run(list(outputs), dict(feeds)))
-            return self._infer_bound(feeds, outputs)
+            return list(self._run_bound(feeds, outputs, "cpu").copy_outputs_to_cpu())
         except MemoryError:
             raise
         except Exception as error:
-            raise BackendError(
-                f"onnxruntime failed: {_first_line(error)}",
-                "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
-            ) from error
+            raise _failed(error) from error
 
-    def _infer_bound(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Sequence[Array]:
-        """Only the outputs asked for are bound, so nothing else leaves the device."""
+    def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
+        if self._cuda is None or self._bound_device is None:
+            return self._infer(feeds, outputs)
+        try:
+            found = self._run_bound(feeds, outputs, self._bound_device[0]).get_outputs()
+        except Exception as error:
+            raise _failed(error) from error
+        specs = {spec.name: np.dtype(spec.dtype) for spec in self.outputs}
+        return [
+            CudaArray(self._cuda, value.data_ptr(), tuple(value.shape()), specs[name], value)
+            for name, value in zip(outputs, found, strict=True)
+        ]
+
+    def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
+        return super().make_pages(shape, dtype) if self._cuda is None else CudaPages(self._cuda, shape, dtype)
+
+    def _run_bound(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...], where: str) -> Any:
+        """Run with the outputs asked for bound to a device, so that nothing else leaves the GPU; the binding."""
+        assert self._bound_device is not None
         binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in feeds.items():
+            if isinstance(value, CudaArray):
+                binding.bind_input(name, *self._bound_device, value.dtype, value.shape, value.pointer)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name in outputs:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
         self._session.run_with_iobinding(binding)
-        return list(binding.copy_outputs_to_cpu())
+        binding.synchronize_outputs()
+        return binding
 
     def close(self) -> None:
         self._session = None
@@ -196,6 +216,21 @@ def _compatible(want: TensorSpec, have: TensorSpec) -> bool:
     return (want.name, want.dtype, len(want.shape)) == (have.name, have.dtype, len(have.shape)) and all(
         not isinstance(theirs, int) if isinstance(ours, str) else ours == theirs
         for ours, theirs in zip(want.shape, have.shape, strict=True)
+    )
+
+
+def _memory_of(index: int) -> Cuda | None:
+    """The GPU's memory, where cuda-python is installed to reach it; without it, pages cross at every step."""
+    try:
+        return Cuda(index)
+    except MissingPackageError:
+        return None
+
+
+def _failed(error: Exception) -> BackendError:
+    return BackendError(
+        f"onnxruntime failed: {_first_line(error)}",
+        "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
     )
 
 

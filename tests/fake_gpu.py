@@ -1,0 +1,316 @@
+"""A GPU and a TensorRT that are not there: device memory is host memory that is watched, and engines run in onnxruntime.
+
+Every address that is copied from or to, or bound to an engine, must lie in memory that is allocated and large enough.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+MAGIC = b"fake engine of "
+KINDS = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+
+
+class Status(int):
+    @property
+    def name(self) -> str:
+        return {0: "cudaSuccess", 2: "cudaErrorMemoryAllocation", 35: "cudaErrorInsufficientDriver"}.get(
+            self, f"error{int(self)}"
+        )
+
+
+OK = Status(0)
+
+
+class FakeCuda(ModuleType):
+    """`cuda.bindings.runtime`. Attributes of the machine can be changed: `gpus`, `status`, `memory` (bytes), `capability`."""
+
+    cudaStreamNonBlocking = 1  # noqa: N815 - CUDA's name
+    cudaMemcpyKind = KINDS  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.gpus, self.status, self.memory, self.capability = 1, OK, 2**33, (8, 9)
+        self.device_memory: dict[int, Any] = {}
+        self.host_memory: dict[int, Any] = {}
+        self.streams: set[int] = set()
+        self.graphs: dict[int, list[Any]] = {}
+        self.capturing: dict[int, list[Any]] = {}
+        self.launches = 0
+        self._numbers = itertools.count(1)
+
+    def used(self) -> int:
+        return sum(len(block) for block in self.device_memory.values())
+
+    def check(self, address: int, size: int, device: bool) -> None:
+        blocks = self.device_memory if device else self.host_memory
+        inside = any(start <= address and address + size <= start + len(block) for start, block in blocks.items())
+        assert inside, f"{size} bytes at {address:#x} are not {'device' if device else 'pinned'} memory"
+
+    def cudaGetDeviceCount(self):  # noqa: N802
+        return (self.status, self.gpus if self.status == 0 else None)
+
+    def cudaGetDeviceProperties(self, device: int):  # noqa: N802
+        return (self.status, SimpleNamespace(major=self.capability[0], minor=self.capability[1]))
+
+    def cudaSetDevice(self, device: int):  # noqa: N802
+        return (OK,)
+
+    def cudaMemGetInfo(self):  # noqa: N802
+        return (OK, self.memory - self.used(), self.memory)
+
+    def _allocate(self, blocks: dict[int, Any], size: int) -> tuple[Status, int]:
+        block = (ctypes.c_uint8 * size)()
+        blocks[ctypes.addressof(block)] = block
+        return (OK, ctypes.addressof(block))
+
+    def cudaMalloc(self, size: int):  # noqa: N802
+        return self._allocate(self.device_memory, size) if self.used() + size <= self.memory else (Status(2), 0)
+
+    def cudaHostAlloc(self, size: int, flags: int):  # noqa: N802
+        return self._allocate(self.host_memory, size)
+
+    def cudaFree(self, pointer: int):  # noqa: N802
+        del self.device_memory[pointer]
+        return (OK,)
+
+    def cudaFreeHost(self, pointer: int):  # noqa: N802
+        del self.host_memory[pointer]
+        return (OK,)
+
+    def cudaMemset(self, pointer: int, value: int, size: int):  # noqa: N802
+        self.check(pointer, size, device=True)
+        ctypes.memset(pointer, value, size)
+        return (OK,)
+
+    def cudaMemcpy(self, target: int, source: int, size: int, kind: int):  # noqa: N802
+        assert kind == KINDS.cudaMemcpyDeviceToHost
+        self.check(source, size, device=True)
+        ctypes.memmove(target, source, size)
+        return (OK,)
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int):  # noqa: N802
+        assert stream in self.streams
+        self.check(target, size, device=kind == KINDS.cudaMemcpyHostToDevice)
+        self.check(source, size, device=kind == KINDS.cudaMemcpyDeviceToHost)
+        ctypes.memmove(target, source, size)
+        return (OK,)
+
+    def cudaMemcpy2DAsync(self, target, target_pitch, source, source_pitch, width, rows, kind, stream):  # noqa: N802
+        assert stream in self.streams
+        assert width <= min(target_pitch, source_pitch)
+        assert kind == KINDS.cudaMemcpyDeviceToDevice
+        for row in range(rows):
+            for address in (target + row * target_pitch, source + row * source_pitch):
+                self.check(address, width, device=True)
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        return (OK,)
+
+    def cudaStreamCreateWithFlags(self, flags: int):  # noqa: N802
+        self.streams.add(number := next(self._numbers))
+        return (OK, number)
+
+    def cudaStreamDestroy(self, stream: int):  # noqa: N802
+        self.streams.remove(stream)
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream: int):  # noqa: N802
+        assert stream in self.streams
+        return (OK,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int):  # noqa: N802
+        self.capturing[stream] = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: int):  # noqa: N802
+        return (OK, self.capturing.pop(stream))
+
+    def cudaGraphInstantiate(self, graph: list[Any], flags: int):  # noqa: N802
+        self.graphs[number := next(self._numbers)] = graph
+        return (OK, number)
+
+    def cudaGraphDestroy(self, graph: list[Any]):  # noqa: N802
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, number: int):  # noqa: N802
+        del self.graphs[number]
+        return (OK,)
+
+    def cudaGraphLaunch(self, number: int, stream: int):  # noqa: N802
+        self.launches += 1
+        for work in self.graphs[number]:
+            work()
+        return (OK,)
+
+
+class FakeTensorRT(ModuleType):
+    """A TensorRT whose engines are the graphs themselves. `broken` graphs build, and compute something else."""
+
+    Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+    ILogger = type("ILogger", (), {"Severity": Severity})
+    IProgressMonitor = type("IProgressMonitor", (), {})
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
+    MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+    BuilderFlag = SimpleNamespace(TF32=0)
+    ComputeCapability = SimpleNamespace(SM86="sm86", SM89="sm89")
+    DataType = SimpleNamespace(FLOAT="float32", HALF="float16", BF16="bfloat16", INT32="int32", INT64="int64", UINT8="uint8")
+
+    def __init__(self, cuda: FakeCuda, version: str = "11.0.fake") -> None:
+        super().__init__("tensorrt")
+        self.cuda, self.__version__ = cuda, version
+        self.broken: set[str] = set()
+        self.builds: list[str] = []
+        self.contexts_left = 1000
+        self.binds = 0
+
+    def Builder(self, log):  # noqa: N802
+        return FakeBuilder(self)
+
+    def OnnxParser(self, network, log):  # noqa: N802
+        def parse(path: str) -> bool:
+            network.path = Path(path)
+            return True
+
+        return SimpleNamespace(parse_from_file=parse)
+
+    def Runtime(self, log):  # noqa: N802
+        def deserialize(plan: bytes):
+            head, _, body = plan.partition(b"\n")
+            if head != MAGIC + self.__version__.encode():
+                log.log(self.Severity.ERROR, "the plan is of another version")
+                return None
+            name, _, model = body.partition(b"\n")
+            return FakeEngine(self, name.decode(), model)
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+class FakeBuilder:
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.trt = trt
+
+    def create_network(self, flags: int):
+        return SimpleNamespace(path=None)
+
+    def create_builder_config(self):
+        return SimpleNamespace(
+            progress_monitor=None,
+            set_memory_pool_limit=lambda *_: None,
+            add_optimization_profile=lambda profile: None,
+            clear_flag=lambda flag: None,
+            set_compute_capability=lambda capability, index: None,
+        )
+
+    def create_optimization_profile(self):
+        return SimpleNamespace(set_shape=lambda *_: None)
+
+    def build_serialized_network(self, network: Any, config: Any) -> bytes:
+        self.trt.builds.append(network.path.stem)
+        if config.progress_monitor is not None:
+            config.progress_monitor.phase_start("building", None, 1)
+            config.progress_monitor.step_complete("building", 0)
+        model = onnx.load(network.path).SerializeToString()
+        return MAGIC + self.trt.__version__.encode() + b"\n" + network.path.stem.encode() + b"\n" + model
+
+
+class FakeEngine:
+    device_memory_size_v2 = 10**6
+
+    def __init__(self, trt: FakeTensorRT, name: str, model: bytes) -> None:
+        self.trt, self.name = trt, name
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(model, settings)
+        self.types = {
+            node.name: {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(node.type, node.type[7:-1])
+            for node in (*self.session.get_inputs(), *self.session.get_outputs())
+        }
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return self.types[name]
+
+    def get_tensor_profile_shape(self, name: str, profile: int):
+        shape = next(node.shape for node in self.session.get_inputs() if node.name == name)
+        return tuple(
+            [size if isinstance(size, int) else largest for size in shape]
+            for largest in (1, 4, 8 if len(shape) == 4 else 10**6)
+        )
+
+    def create_execution_context(self):
+        if self.trt.contexts_left == 0:
+            return None
+        self.trt.contexts_left -= 1
+        return FakeContext(self)
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine, self.shapes, self.addresses = engine, {}, {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        sizes = {
+            dim: size
+            for node in self.engine.session.get_inputs()
+            for dim, size in zip(node.shape, self.shapes[node.name], strict=True)
+            if isinstance(dim, str)
+        }
+        shape = next(node.shape for node in self.engine.session.get_outputs() if node.name == name)
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.engine.trt.binds += 1
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        cuda, work = self.engine.trt.cuda, self._work(dict(self.addresses), dict(self.shapes))
+        if stream in cuda.capturing:
+            cuda.capturing[stream].append(work)
+        else:
+            work()
+        return True
+
+    def _work(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]):
+        session = self.engine.session
+
+        def run() -> None:
+            feeds = {node.name: self._view(addresses[node.name], shapes[node.name], node.name) for node in session.get_inputs()}
+            for node, value in zip(session.get_outputs(), session.run(None, feeds), strict=True):
+                view = self._view(addresses[node.name], value.shape, node.name)
+                view[...] = value if self.engine.name not in self.engine.trt.broken else 0
+
+        return run
+
+    def _view(self, address: int, shape: tuple[int, ...], name: str) -> np.ndarray:
+        dtype = np.dtype(self.engine.types[name])
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.engine.trt.cuda.check(address, size, device=True)
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+
+def install(monkeypatch: Any) -> tuple[FakeCuda, FakeTensorRT]:
+    """Put both in the place of the real modules."""
+    cuda = FakeCuda()
+    trt = FakeTensorRT(cuda)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    package = ModuleType("cuda.bindings")
+    package.runtime = cuda  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    return cuda, trt

@@ -1,0 +1,260 @@
+"""GPU memory through cuda-python: buffers, copies, streams, and key/value pages. No PyTorch, no kernels of our own."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.backends.base import Array, DeviceArray, Pages, Tensor
+from tokenflow_sdk.errors import BackendError, MissingPackageError
+
+__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream"]
+
+
+class Cuda:
+    """One GPU.
+
+    Args:
+        device: its number.
+
+    Raises:
+        MissingPackageError: cuda-python is not installed.
+        BackendError: there is no such GPU, or its driver is missing or too old.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        try:
+            self.runtime: Any = importlib.import_module("cuda.bindings.runtime")
+        except ImportError as error:
+            raise MissingPackageError(
+                f"Using a GPU needs cuda-python, which is not installed ({error}).", "Run `pip install cuda-python`."
+            ) from None
+        self.device = device
+        status, count = self.runtime.cudaGetDeviceCount()
+        if int(status) != 0 or not count:
+            raise BackendError(
+                f"There is no usable GPU here ({status.name}).",
+                "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'.",
+            )
+        if device >= count:
+            raise BackendError(f"There is no GPU {device} here, only {count}.", f"Use device='cuda:{count - 1}' or less.")
+
+    def activate(self) -> None:
+        """Make this GPU the calling thread's."""
+        self.call("cudaSetDevice", self.device)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A function of the CUDA runtime; what it returns beside its status.
+
+        Raises:
+            BackendError: its status is an error.
+        """
+        status, *results = getattr(self.runtime, name)(*arguments)
+        if int(status) != 0:
+            raise BackendError(
+                f"{name} failed on GPU {self.device} with {status.name}.",
+                "Look at `nvidia-smi`; after an error of the GPU itself the process must be started again.",
+            )
+        return results[0] if results else None
+
+    @property
+    def architecture(self) -> str:
+        """`sm89`, as engines are built for."""
+        properties = self.call("cudaGetDeviceProperties", self.device)
+        return f"sm{properties.major}{properties.minor}"
+
+    def copy_from_device(self, array: Array, pointer: int) -> None:
+        """Fill a host array; waits for it."""
+        self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+
+class Stream:
+    """Work that the GPU does in order."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
+
+    @property
+    def handle(self) -> int:
+        """What TensorRT takes."""
+        return int(self._stream)
+
+    def to_device(self, pointer: int, host: int, size: int) -> None:
+        self._copy(pointer, host, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def to_host(self, host: int, pointer: int, size: int) -> None:
+        self._copy(host, pointer, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
+        self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """`rows` pieces of `width` bytes, both on the device, `pitch` bytes apart."""
+        kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._cuda.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self._stream)
+
+    def begin_capture(self) -> None:
+        """What is given to the stream from now on is recorded, not run."""
+        mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
+
+    def end_capture(self) -> Any:
+        """The recorded CUDA graph."""
+        return self._cuda.call("cudaStreamEndCapture", self._stream)
+
+    def launch(self, executable: Any) -> None:
+        """Run an instantiated CUDA graph."""
+        self._cuda.call("cudaGraphLaunch", executable, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until all is done.
+
+        Raises:
+            BackendError: something on it failed.
+        """
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        """Closing twice is fine."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            self._cuda.call("cudaStreamDestroy", stream)
+
+
+class DeviceBuffer:
+    """GPU memory, given back when nobody refers to it any more.
+
+    Raises:
+        BackendError: there is not enough.
+    """
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self._cuda, self.size, self.pointer = cuda, size, 0
+        status, pointer = cuda.runtime.cudaMalloc(max(1, size))
+        if int(status) != 0:
+            free, total = _memory(cuda)
+            raise BackendError(
+                f"GPU {cuda.device} has no {size / 1e6:,.0f} MB left ({free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free).",
+                "Open with a smaller batch_limit=, fewer pages=, or fewer graphs at once, or free memory of other processes.",
+            )
+        self.pointer = int(pointer)
+
+    def __del__(self) -> None:
+        if self.pointer:
+            pointer, self.pointer = self.pointer, 0
+            self._cuda.runtime.cudaFree(pointer)
+
+
+class PinnedBuffer:
+    """Page-locked host memory, which the GPU copies from and to by itself."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self._cuda, self.size, self.pointer = cuda, size, 0
+        self.pointer = int(cuda.call("cudaHostAlloc", max(1, size), 0))
+
+    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Its beginning as an array, not copied."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        memory = (ctypes.c_uint8 * count).from_address(self.pointer)
+        found: Array = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+        return found
+
+    def __del__(self) -> None:
+        if self.pointer:
+            pointer, self.pointer = self.pointer, 0
+            self._cuda.runtime.cudaFreeHost(pointer)
+
+
+class CudaArray(DeviceArray):
+    """An array on a GPU.
+
+    Args:
+        owner: what must live as long as the memory.
+    """
+
+    def __init__(self, cuda: Cuda, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: object) -> None:
+        self.cuda, self.pointer, self.shape, self.dtype, self._owner = cuda, pointer, shape, dtype, owner
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> CudaArray:
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        pitch = self.nbytes // self.shape[0]
+        return CudaArray(
+            self.cuda, self.pointer + start * pitch, (max(0, stop - start), *self.shape[1:]), self.dtype, self._owner
+        )
+
+    def numpy(self) -> Array:
+        found: Array = np.empty(self.shape, self.dtype)
+        self.cuda.activate()
+        self.cuda.copy_from_device(found, self.pointer)
+        return found
+
+
+class CudaPages(Pages):
+    """Pages on a GPU. New keys and values go to their places by copies between rows, without a kernel of our own."""
+
+    def __init__(self, cuda: Cuda, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
+        super().__init__(shape, dtype)
+        self._cuda = cuda
+        cuda.activate()
+        self._stream = Stream(cuda)
+        self._buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
+        cuda.call("cudaMemset", self._buffer.pointer, 0, self._buffer.size)
+        layers, pages, self._page_size, heads, dim = shape
+        self._token = heads * dim * dtype.itemsize
+        self._layer = pages * self._page_size * self._token
+        self._pending = False
+        self._slots = CudaArray(cuda, self._buffer.pointer, (layers * pages, *shape[2:]), dtype, self._buffer)
+
+    @property
+    def slots(self) -> Tensor:
+        """Waits for copies that are under way."""
+        if self._pending:
+            self._stream.synchronize()
+            self._pending = False
+        return self._slots
+
+    def copy(self, source: int, target: int) -> None:
+        page = self._page_size * self._token
+        base = self._buffer.pointer
+        self._cuda.activate()
+        self._stream.copy_rows(base + target * page, self._layer, base + source * page, self._layer, page, self.shape[0])
+        self._pending = True
+
+    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        assert isinstance(new, CudaArray)
+        _, batch, count, *_ = new.shape
+        self._cuda.activate()
+        for first, place, length in _runs(pages * self._page_size + offsets):
+            self._stream.copy_rows(
+                self._buffer.pointer + place * self._token,
+                self._layer,
+                new.pointer + (row * count + first) * self._token,
+                batch * count * self._token,
+                length * self._token,
+                self.shape[0],
+            )
+        self._pending = True
+
+
+def _runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """(first index, place, length) of each stretch of neighbouring places."""
+    starts = np.flatnonzero(np.diff(places, prepend=places[0] - 2) != 1)
+    for first, stop in zip(starts, [*starts[1:], len(places)], strict=True):
+        yield int(first), int(places[first]), int(stop - first)
+
+
+def _memory(cuda: Cuda) -> tuple[int, int]:
+    """Free and total bytes."""
+    status, free, total = cuda.runtime.cudaMemGetInfo()
+    return (free, total) if int(status) == 0 else (0, 0)

@@ -1,0 +1,157 @@
+"""Does an engine run a generator's graphs as onnxruntime did at export? A prompt and a scale are stored with their results."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.backends.base import Session, Tensor
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.errors import CorruptBundleError
+from tokenflow_sdk.kv_cache import PageTable
+from tokenflow_sdk.sampling import TIES
+from tokenflow_sdk.transformer import PagedTransformer
+
+__all__ = ["GeneratorReference", "GeneratorReport", "Steps", "check_generator", "embed_steps", "likeliest_codes", "run_steps"]
+
+MIN_COSINE, MIN_SAME = 0.99, 0.9
+_PROMPT, _BLOCK = 48, 64
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is run: a causal prompt, and a scale that follows it. token_ids: int32 [P]; code_indices: int32 [Q]."""
+
+    token_ids: Int32
+    code_indices: Int32
+
+    @classmethod
+    def random(cls, config: GeneratorConfig) -> Steps:
+        """The same for every bundle of these sizes."""
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, config.text_size, _PROMPT, np.int32)
+        return cls(ids, rng.integers(0, config.codebook_size, min(_BLOCK, config.n_codes), np.int32))
+
+
+@dataclass(frozen=True)
+class GeneratorReference:
+    """`reference.npz` of a bundle: its steps, and what came out.
+
+    hidden: float32 [P + Q, H]; likeliest: the likeliest code of each position, int32 [P + Q].
+    """
+
+    token_ids: Int32
+    code_indices: Int32
+    hidden: Float32
+    likeliest: Int32
+
+    @classmethod
+    def load(cls, bundle: Bundle[GeneratorConfig]) -> GeneratorReference:
+        """Raises:
+        CorruptBundleError: the file is damaged.
+        """
+        path = bundle.path / bundle.asset("reference").name
+        bundle.verify(bundle.asset("reference"))
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+                return cls(**{key: arrays[key] for key in arrays.files})
+        except (ValueError, TypeError, OSError) as error:
+            raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
+
+
+@dataclass(frozen=True)
+class GeneratorReport:
+    """`hidden_error` is the largest difference of hidden states, `hidden_cosine` their least cosine, `same_code` the share of
+    positions whose likeliest code is the same."""
+
+    hidden_error: float
+    hidden_cosine: float
+    same_code: float
+
+    def failures(self) -> list[str]:
+        """Which bars are missed, in words; empty when all hold. A difference that is not a number misses them."""
+        checks = [
+            (self.hidden_cosine >= MIN_COSINE, f"hidden states have a cosine of {self.hidden_cosine:.4f}"),
+            (self.same_code >= MIN_SAME, f"the likeliest code is the same at only {self.same_code:.1%} of positions"),
+        ]
+        return [text for holds, text in checks if not holds]
+
+    def to_json(self) -> dict[str, Any]:
+        """For certificates."""
+        return asdict(self)
+
+
+def embed_steps(sessions: Mapping[str, Session], codebook: Float32, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Embeddings of the prompt [1, P, H] and of the scale [1, Q, H].
+
+    Args:
+        sessions: `embed_text` and `embed_image`.
+        codebook: float32 [K, 40].
+        steps: what will be run.
+    """
+    starts = np.zeros((1, len(steps.token_ids)), np.float32)
+    starts[0, -1] = 1
+    text = {"token_ids": steps.token_ids[None], "starts": starts}
+    places = np.arange(len(steps.code_indices), dtype=np.int32)
+    image = {"features": codebook[steps.code_indices][None], "level": np.ones(1, np.int32), "places": places}
+    feeds: dict[str, dict[str, Tensor]] = {"embed_text": dict(text), "embed_image": dict(image)}
+    prompt, scale = (sessions[name].run_resident(values)["embeddings"] for name, values in feeds.items())
+    return prompt, scale
+
+
+def run_steps(transformer: PagedTransformer, prompt: Tensor, scale: Tensor) -> Float32:
+    """Hidden states [P + Q, H] of a causal prompt and of a bidirectional scale over its pages."""
+    table, found = PageTable(transformer.pool), []
+    width = -(-(prompt.shape[1] + scale.shape[1]) // transformer.pool.page_size)
+    seen = np.arange(1, prompt.shape[1] + 1), np.full(scale.shape[1], scale.shape[1])
+    for embeddings, visible in zip((prompt, scale), seen, strict=True):
+        positions = np.arange(table.length, table.length + len(visible), dtype=np.int32)[None]
+        output = transformer.step(embeddings, positions, visible.astype(np.int32)[None], [table], [table.length], width)
+        found.append(np.array(output.hidden, np.float32)[0])
+        transformer.store(output, [table])
+    table.release()
+    return np.concatenate(found)
+
+
+def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
+    """The likeliest code of each position, int32 [P + Q], without guidance."""
+    feeds: dict[str, Tensor] = {
+        "conditional": hidden[None],
+        "unconditional": np.zeros_like(hidden[None]),
+        "guidance": np.zeros(1, np.float32),
+        "top_k": np.ones(1, np.int32),
+        "top_p": np.ones(1, np.float32),
+        "noise": np.full((1, len(hidden)), 0.5, np.float32),
+        "ranks": np.arange(1 + TIES, dtype=np.int32),
+    }
+    found: Int32 = sample.run(feeds, ["code_indices"])["code_indices"][0].astype(np.int32)
+    return found
+
+
+def check_generator(
+    bundle: Bundle[GeneratorConfig], sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32
+) -> GeneratorReport:
+    """Run a bundle's stored steps on some sessions and compare.
+
+    Raises:
+        CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
+    """
+    reference = GeneratorReference.load(bundle)
+    steps = Steps(reference.token_ids, reference.code_indices)
+    hidden = run_steps(transformer, *embed_steps(sessions, codebook, steps))
+    codes = likeliest_codes(sessions["sample"], hidden)
+    norms = np.linalg.norm(hidden, axis=1) * np.linalg.norm(reference.hidden, axis=1)
+    return GeneratorReport(
+        hidden_error=float(np.abs(hidden - reference.hidden).max()),
+        hidden_cosine=float(((hidden * reference.hidden).sum(axis=1) / np.maximum(norms, 1e-12)).min()),
+        same_code=float((codes == reference.likeliest).mean()),
+    )
