@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import DATA, ROOT
+from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
 from tokenflow_sdk.engine_build import Profile, build_engine, import_tensorrt
 from tokenflow_sdk.engine_cache import EngineCache
-from tokenflow_sdk.engine_jobs import engine_jobs, gpu_architecture, profile_of
+from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, MissingPackageError
 from tokenflow_sdk.scheduler import PAGE_SIZE
@@ -169,7 +170,7 @@ def test_flavours_and_gpus_that_are_not_there() -> None:
     with pytest.raises(ArgumentError, match="no backend 'tvm'"):
         import_tensorrt("tvm")
     try:
-        assert gpu_architecture().startswith("sm")
+        assert Cuda().architecture.startswith("sm")
     except (BackendError, MissingPackageError) as error:
         assert "--target sm89" in error.hint or "pip install" in error.hint
 

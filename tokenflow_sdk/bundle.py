@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tokenflow_sdk.config import FileEntry, GraphEntry
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.config import FileEntry, GeneratorConfig, GraphEntry
 from tokenflow_sdk.errors import (
     BundleKindError,
     BundleNotFoundError,
@@ -26,7 +29,17 @@ from tokenflow_sdk.errors import (
 )
 from tokenflow_sdk.files import write_atomic
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "TINY", "Bundle", "bundle_kind", "bundles_in", "file_sha256", "find_bundle"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "TINY",
+    "Bundle",
+    "bundle_kind",
+    "bundles_in",
+    "file_sha256",
+    "find_bundle",
+    "load_codebook",
+]
 
 MANIFEST = "bundle.json"
 KINDS = ("tokenizer", "generator")
@@ -198,6 +211,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "Upgrade with `pip install --upgrade tokenflow-sdk`.",
         )
     return dict(data)
+
+
+def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:
+    """A generator's codebook, float32 [K, 40].
+
+    Raises:
+        CorruptBundleError: the file holds something else.
+    """
+    path = bundle.path / bundle.asset("codebook").name
+    try:
+        codebook: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise CorruptBundleError(f"{path} is no array: {error}.", _AGAIN) from error
+    if codebook.ndim != 2 or codebook.dtype != np.float32 or len(codebook) != bundle.config.codebook_size:
+        raise CorruptBundleError(f"{path} is no codebook of {bundle.config.codebook_size} entries.", _AGAIN)
+    return codebook
 
 
 def bundle_kind(path: Path) -> str:

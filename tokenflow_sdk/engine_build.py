@@ -7,7 +7,9 @@ Networks are strongly typed: the types in the graph decide, so a half-precision 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
 from tokenflow_sdk.half import HalfType, to_half
 
-__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt", "make_log"]
+__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt", "make_log", "require_installed"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -29,6 +31,14 @@ Progress = Callable[[str, float], None]
 """Told the phase and the share of it that is done."""
 
 
+def require_installed(flavour: str) -> None:
+    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
+    if flavour not in FLAVOURS:
+        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
+    if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
+        raise MissingPackageError(f"{flavour} is not installed.", f"Run `pip install 'tokenflow-sdk[{flavour}]'`.")
+
+
 def import_tensorrt(flavour: str) -> ModuleType:
     """The flavour's Python module.
 
@@ -36,8 +46,7 @@ def import_tensorrt(flavour: str) -> ModuleType:
         ArgumentError: no such flavour.
         MissingPackageError: it is not installed.
     """
-    if flavour not in FLAVOURS:
-        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
+    require_installed(flavour)
     try:
         return importlib.import_module(FLAVOURS[flavour])
     except ImportError as error:

@@ -117,6 +117,18 @@ class EngineCache:
         self._evict(keep=key.digest)
         return CachedEngine(key, path, len(engine), certificate)
 
+    def certify(self, key: EngineKey, certificate: Mapping[str, Any]) -> None:
+        """Store what an engine's check gave; nothing where the engine is gone.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        try:
+            record = json.loads(self._record(key).read_bytes())
+        except (OSError, ValueError):
+            return
+        write_atomic(self._record(key), json.dumps(record | {"certificate": dict(certificate)}, indent=2).encode())
+
     @contextmanager
     def building(self, key: EngineKey) -> Iterator[None]:
         """Held by one process at a time; the system lets go of it when a process dies.

@@ -10,16 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
 from tokenflow_sdk.engine_build import Profile, Progress, build_engine, half_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import BackendError, MissingPackageError
 from tokenflow_sdk.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
 
-__all__ = ["EngineJob", "engine_jobs", "gpu_architecture", "profile_of"]
+__all__ = ["EngineJob", "engine_jobs", "pool_pages", "profile_of"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EngineJob:
                 return found, False
             with tempfile.TemporaryDirectory(prefix="tokenflow-") as work:
                 engine = self._build(trt, Path(work), progress)
-            return cache.put(self.key, engine, {"checked": False}), True
+            return cache.put(self.key, engine, {}), True
 
     def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
         plan = self.plan
@@ -55,14 +55,14 @@ class EngineJob:
         return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress)
 
 
-def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType) -> Iterator[EngineJob]:
-    """The engines of every graph of a bundle for every target.
+def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
+    """The engines of every graph of a bundle for every target; without one, for GPU `device`.
 
     Raises:
-        BackendError: the plan names no target and there is no GPU.
+        MissingPackageError, BackendError: the plan names no target, and there is no GPU or no way to ask it.
     """
     profile = profile_of(bundle, plan)
-    for target in plan.targets or (gpu_architecture(),):
+    for target in plan.targets or (Cuda(device).architecture,):
         for name, entry in bundle.graphs.items():
             own = Profile({dim: profile.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
             key = EngineKey(
@@ -77,6 +77,13 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType) -> Itera
             yield EngineJob(bundle.path / entry.files[0].name, entry, key, own, plan)
 
 
+def pool_pages(config: object, plan: EnginePlan) -> int:
+    """Pages of a generator's pool, which its engine is built for; 0 for a tokenizer."""
+    if not isinstance(config, GeneratorConfig):
+        return 0
+    return plan.pages or default_pages(config, PAGE_SIZE)
+
+
 def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
     """Sizes of everything that varies in a bundle's graphs, for the batches of a plan."""
     config = bundle.config
@@ -84,10 +91,9 @@ def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
     if isinstance(config, TokenizerConfig):
         return Profile({"batch": plan.batch})
     assert isinstance(config, GeneratorConfig)
-    pages = plan.pages or default_pages(config, PAGE_SIZE)
     longest = config.prefix_length + 1
     table = -(-(config.prefix_length + config.n_codes) // PAGE_SIZE)
-    slots = config.layers * pages
+    slots = config.layers * pool_pages(config, plan)
     window = min(MAX_TOP_K + TIES, config.codebook_size)
     return Profile(
         {
@@ -100,25 +106,3 @@ def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
             "window": (1, min(608, window), window),
         }
     )
-
-
-def gpu_architecture(device: int = 0) -> str:
-    """`sm89` of the GPU that is there.
-
-    Raises:
-        MissingPackageError: cuda-python is not installed.
-        BackendError: there is no GPU, or no driver.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise MissingPackageError(
-            "Asking for the GPU needs cuda-python, which is not installed.", "Run `pip install cuda-python`, or name a target."
-        ) from error
-    status, properties = runtime.cudaGetDeviceProperties(device)
-    if int(status) != 0:
-        raise BackendError(
-            f"There is no usable GPU {device} here ({status.name}).",
-            "Name what to build for, e.g. --target sm89 (with tensorrt-rtx), or build on the machine with the GPU.",
-        )
-    return f"sm{properties.major}{properties.minor}"

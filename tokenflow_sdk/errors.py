@@ -23,7 +23,8 @@
     ├── PromptError              a prompt is empty or too long
     ├── PagesExhausted           the pool of key/value pages is too small for what was asked
     ├── BackendError             the engine refused to load or run a graph
-    │   └── EngineBuildError     TensorRT cannot build an engine from a graph
+    │   ├── EngineBuildError     TensorRT cannot build an engine from a graph
+    │   └── EngineRefusedError   an engine does not reproduce its bundle's reference
     ├── MissingPackageError      an optional package is not installed
     └── OutputError              a result cannot be written (read-only, disk full, exists)
 
@@ -50,6 +51,7 @@ __all__ = [
     "CorruptCodesError",
     "CorruptImageError",
     "EngineBuildError",
+    "EngineRefusedError",
     "ImageError",
     "ImageReadError",
     "ImageShapeError",
@@ -190,6 +192,10 @@ class BackendError(TokenFlowError, RuntimeError):
 
 class EngineBuildError(BackendError):
     """TensorRT cannot build an engine from a graph."""
+
+
+class EngineRefusedError(BackendError):
+    """An engine was compared with its bundle's reference and missed a bar."""
 
 
 class MissingPackageError(TokenFlowError, ImportError):

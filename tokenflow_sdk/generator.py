@@ -7,25 +7,31 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from tokenflow_sdk.backends.base import Session, SessionOptions
-from tokenflow_sdk.bundle import Bundle, find_bundle
+from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions, open_onnxruntime
+from tokenflow_sdk.backends.swapping import EngineSwap
+from tokenflow_sdk.bundle import Bundle, find_bundle, load_codebook
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError, CorruptBundleError
+from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scale_loop import ScaleLoop
 from tokenflow_sdk.scheduler import PAGE_SIZE, Request, Scheduler, default_pages
 from tokenflow_sdk.text import Prompt, PromptEncoder
-from tokenflow_sdk.tokenizer import OpenSession, Tokenizer, open_onnxruntime
+from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.transformer import PagedTransformer
+
+if TYPE_CHECKING:
+    from tokenflow_sdk.engine_recipe import EnginePlan
 
 __all__ = ["GeneratedScale", "Generation", "Generator"]
 
@@ -78,23 +84,17 @@ class Generator:
         page_size: int = PAGE_SIZE,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
-        config = bundle.config
         if page_size < 1 or (pages is not None and pages < 1):
             raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
-        _require_tokenizer(tokenizer, config, bundle.path)
+        _require_tokenizer(tokenizer, bundle.config, bundle.path)
         self.bundle = bundle
         self.tokenizer = tokenizer
-        self._sessions: dict[str, Session] = {
-            name: open_session(bundle.path / entry.files[0].name, entry, options) for name, entry in bundle.graphs.items()
-        }
-        pages = pages or default_pages(config, page_size)
-        transformer = PagedTransformer(
-            self._sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
-        )
-        self._prompts = PromptEncoder(bundle.path / bundle.asset("tokenizer").name, config)
-        self._scheduler = Scheduler(ScaleLoop(config, self._sessions, transformer, _codebook(bundle)))
+        self._options, self._pages, self._page_size = options, pages, page_size
+        self._prompts = PromptEncoder(bundle.path / bundle.asset("tokenizer").name, bundle.config)
         self._lock = threading.Lock()
         self._closed = False
+        self._swap: EngineSwap | None = None
+        self._running = _Running(bundle, options, open_session, pages, page_size)
 
     @classmethod
     def from_pretrained(
@@ -107,6 +107,11 @@ class Generator:
         threads: int | None = None,
         pages: int | None = None,
         page_size: int = PAGE_SIZE,
+        backend: str = "auto",
+        plan: EnginePlan | str | None = None,
+        build: bool = True,
+        serve_while_building: bool = False,
+        cuda_graphs: bool = False,
     ) -> Generator:
         """Open a generator bundle, verify its files, and load its graphs.
 
@@ -115,25 +120,47 @@ class Generator:
             tokenizer: the tokenizer that decodes its codes; None looks where the bundle was exported with it.
             device, providers, threads: as in `Tokenizer.from_pretrained`.
             pages: pages in the pool; None holds eight pictures.
-            page_size: tokens in a page.
+            page_size: tokens in a page; TensorRT engines take the default only.
+            backend, plan, build, serve_while_building, cuda_graphs: see `tokenflow_sdk.backends.choice.EngineOptions`.
 
         Raises:
             BundleError, MissingPackageError, ArgumentError: see `tokenflow_sdk.errors`.
             CodebookMismatchError: the tokenizer has another codebook.
+            BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
+        from tokenflow_sdk.backends.choice import EngineOptions, Needs, choose
+
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
         bundle = Bundle.open(find_bundle(name, GeneratorConfig.kind), GeneratorConfig)
         bundle.verify()
         if not isinstance(tokenizer, Tokenizer):
             path = tokenizer or bundle.path / bundle.config.tokenizer
             try:
-                tokenizer = Tokenizer.from_pretrained(path, device=device, providers=providers, threads=threads)
+                tokenizer = Tokenizer.from_pretrained(
+                    path,
+                    device=device,
+                    providers=providers,
+                    threads=threads,
+                    backend=backend,
+                    plan=plan,
+                    build=build,
+                    serve_while_building=serve_while_building,
+                    cuda_graphs=cuda_graphs,
+                )
             except BundleNotFoundError as error:
                 raise BundleNotFoundError(
                     f"The tokenizer of {bundle.path} is not at {path}.",
                     f"Give tokenizer=, the path of its {bundle.config.tokenizer_variant} bundle.",
                 ) from error
-        return cls(bundle, tokenizer, options, pages, page_size)
+        wanted = EngineOptions(backend, plan, build, serve_while_building, 1, cuda_graphs)
+        needs = Needs(pages=pages, page_size=page_size)
+        if not serve_while_building:
+            open_session, options = choose(bundle, options, wanted, needs)
+            return cls(bundle, tokenizer, options, pages, page_size, open_session)
+        engines = wanted.engines(bundle, options, needs)
+        generator = cls(bundle, tokenizer, options, pages, page_size)
+        generator._swap = EngineSwap(engines.prepare, lambda: generator._move(engines.open))
+        return generator
 
     @property
     def config(self) -> GeneratorConfig:
@@ -143,12 +170,12 @@ class Generator:
     @property
     def device(self) -> str:
         """Where the transformer runs, e.g. `cpu` or `cuda:0`."""
-        return self._sessions["transformer"].device
+        return self._running.sessions["transformer"].device
 
     @property
     def token_forwards(self) -> int:
         """Tokens run through the transformer so far."""
-        return self._scheduler.loop.transformer.token_forwards
+        return self._running.scheduler.loop.transformer.token_forwards
 
     def stream(
         self,
@@ -213,12 +240,16 @@ class Generator:
         params = _params(preset, cfg_scale, seed, params)
         return self._drain([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
 
+    def wait_for_engines(self, timeout: float | None = None) -> bool:
+        """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
+        done = self._swap is None or self._swap.wait(timeout)
+        return self.tokenizer.wait_for_engines(timeout) and done
+
     def close(self) -> None:
         """Free the engines, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""
         with self._lock:
             self._closed = True
-            for session in self._sessions.values():
-                session.close()
+            self._running.close()
 
     def __enter__(self) -> Generator:
         return self
@@ -233,40 +264,45 @@ class Generator:
         return Request(self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict), params, n)
 
     def _stream(self, request: Request) -> Iterator[GeneratedScale]:
-        try:
-            self._submit(request)
+        with self._requests([request]) as running:
             for scale in range(1, len(self.config.patch_nums) + 1):
-                self._advance(request, scale)
+                self._advance(running, request, scale)
                 yield GeneratedScale(scale, self._codes(request, scale), self.tokenizer)
-        finally:
-            with self._lock:
-                self._scheduler.remove(request)
 
     def _drain(self, requests: Sequence[Request]) -> list[Generation]:
         began = perf_counter()
         count, timings = len(self.config.patch_nums), [deque[float]() for _ in requests]
-        try:
-            for request in requests:
-                self._submit(request)
+        with self._requests(requests) as running:
             for scale in range(1, count + 1):
                 for request, times in zip(requests, timings, strict=True):
-                    self._advance(request, scale)
+                    self._advance(running, request, scale)
                     times.append(perf_counter() - began)
-        finally:
-            with self._lock:
-                for request in requests:
-                    self._scheduler.remove(request)
         return [
             Generation(self._codes(request, count), request.params, tuple(times), self.tokenizer)
             for request, times in zip(requests, timings, strict=True)
         ]
 
-    def _submit(self, request: Request) -> None:
+    @contextmanager
+    def _requests(self, requests: Sequence[Request]) -> Iterator[_Running]:
+        """Requests from their submission until they end, on the engines that are current now."""
         with self._lock:
             self._check_open()
-            self._scheduler.submit(request)
+            running = self._running
+            running.users += 1
+        try:
+            with self._lock:
+                for request in requests:
+                    running.scheduler.submit(request)
+            yield running
+        finally:
+            with self._lock:
+                for request in requests:
+                    running.scheduler.remove(request)
+                running.users -= 1
+                if running is not self._running and not running.users:
+                    running.close()
 
-    def _advance(self, request: Request, scale: int) -> None:
+    def _advance(self, running: _Running, request: Request, scale: int) -> None:
         """Run steps, whoever they are for, until `request` has drawn `scale` scales."""
         while request.scale < scale:
             with self._lock:
@@ -274,7 +310,17 @@ class Generator:
                 if request.error is not None:
                     raise request.error
                 if request.scale < scale:
-                    self._scheduler.step()
+                    running.scheduler.step()
+
+    def _move(self, open_session: OpenSession) -> None:
+        """Run new requests on other engines; those under way end where they began."""
+        running = _Running(self.bundle, self._options, open_session, self._pages, self._page_size)
+        with self._lock:
+            old, self._running = self._running, running
+            if not old.users:
+                old.close()
+            if self._closed:
+                running.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -282,6 +328,36 @@ class Generator:
 
     def _codes(self, request: Request, scales: int) -> tuple[Codes, ...]:
         return tuple(self.tokenizer.codes(np.concatenate(picture.codes[:scales])) for picture in request.pictures)
+
+
+class _Running:
+    """Sessions of all graphs, and the requests on them. Not safe for several threads: its owner locks."""
+
+    def __init__(
+        self,
+        bundle: Bundle[GeneratorConfig],
+        options: SessionOptions,
+        open_session: OpenSession,
+        pages: int | None,
+        page_size: int,
+    ) -> None:
+        config = bundle.config
+        self.users = 0
+        """Calls whose requests are here."""
+        self.sessions: dict[str, Session] = {
+            name: open_session(bundle.path / entry.files[0].name, entry, options) for name, entry in bundle.graphs.items()
+        }
+        # An engine is built for pools of one size.
+        slots = self.sessions["transformer"].largest("slots")
+        pages = slots // config.layers if slots else pages or default_pages(config, page_size)
+        transformer = PagedTransformer(
+            self.sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
+        )
+        self.scheduler = Scheduler(ScaleLoop(config, self.sessions, transformer, load_codebook(bundle)))
+
+    def close(self) -> None:
+        for session in self.sessions.values():
+            session.close()
 
 
 def _params(preset: str, cfg_scale: float, seed: int | None, params: SamplingParams | None) -> SamplingParams:
@@ -297,15 +373,3 @@ def _require_tokenizer(tokenizer: Tokenizer, config: GeneratorConfig, path: Path
             f"{tokenizer.config.variant} (codebook {tokenizer.config.codebook_sha256[:16]}).",
             "Give tokenizer=, the bundle that the generator was exported with.",
         )
-
-
-def _codebook(bundle: Bundle[GeneratorConfig]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    path = bundle.path / bundle.asset("codebook").name
-    try:
-        codebook = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise CorruptBundleError(f"{path} is no array: {error}.", "Export the bundle again.") from error
-    if codebook.ndim != 2 or codebook.dtype != np.float32 or len(codebook) != bundle.config.codebook_size:
-        raise CorruptBundleError(f"{path} is no codebook of {bundle.config.codebook_size} entries.", "Export the bundle again.")
-    found: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = codebook
-    return found

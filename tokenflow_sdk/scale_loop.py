@@ -109,8 +109,12 @@ class ScaleLoop:
         Raises:
             PagesExhausted: the pool has too few free pages; the pictures must then be given up.
         """
-        scale = pictures[0].scale
+        scale, most = pictures[0].scale, self.transformer.max_rows // 2
         assert all(picture.scale == scale for picture in pictures)
+        if len(pictures) > most:
+            self.draw_scale(pictures[:most])
+            self.draw_scale(pictures[most:])
+            return
         if scale == 0:
             first = np.stack([p.conditional.hidden for p in pictures]), np.stack([p.unconditional.hidden for p in pictures])
             codes = self._sample(pictures, first[0][:, None], first[1][:, None], 0)

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.backends.base import Array, Session, SessionOptions
+from tokenflow_sdk.backends.base import Array, OpenSession, Session, SessionOptions, open_onnxruntime
+from tokenflow_sdk.backends.swapping import EngineSwap, SwappingSessions
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.config import GraphEntry, TokenizerConfig
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
 from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
 from tokenflow_sdk.images import preprocess as load_and_fit
 
-__all__ = ["OpenSession", "Tokenizer", "open_onnxruntime"]
+if TYPE_CHECKING:
+    from tokenflow_sdk.engine_recipe import EnginePlan
+
+__all__ = ["Tokenizer"]
 
 T = TypeVar("T")
-OpenSession = Callable[[Path, GraphEntry, SessionOptions], Session]
-
-
-def open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-    """The default `OpenSession`: a graph in onnxruntime, imported now and not before."""
-    from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(path, entry, options)
 
 
 class Tokenizer:
@@ -62,6 +57,7 @@ class Tokenizer:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._swap: EngineSwap | None = None
 
     @classmethod
     def from_pretrained(
@@ -72,6 +68,12 @@ class Tokenizer:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         batch_limit: int = 1,
+        backend: str = "auto",
+        plan: EnginePlan | str | None = None,
+        build: bool = True,
+        serve_while_building: bool = False,
+        lanes: int = 1,
+        cuda_graphs: bool = False,
     ) -> Tokenizer:
         """Open a bundle and verify its files; graphs are loaded on first use.
 
@@ -82,16 +84,28 @@ class Tokenizer:
             threads: CPU threads of one call; None takes every core this process may use.
             batch_limit: most pictures in one engine call; larger batches are split. Memory grows with it. On a CPU 1 is
                 the fastest as well; on a GPU try 8 to 32.
+            backend, plan, build, serve_while_building, lanes, cuda_graphs: see `tokenflow_sdk.backends.choice.EngineOptions`.
 
         Raises:
             BundleNotFoundError, BundleVersionError, CorruptBundleError: see `tokenflow_sdk.errors`.
-            MissingPackageError: a hub id without huggingface_hub.
+            MissingPackageError: a hub id without huggingface_hub; a backend that is not installed.
             ArgumentError: an option that cannot work.
+            BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
+        from tokenflow_sdk.backends.choice import EngineOptions, Needs, choose
+
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
-        return cls(bundle, options, batch_limit)
+        wanted = EngineOptions(backend, plan, build, serve_while_building, lanes, cuda_graphs)
+        needs = Needs(batch=batch_limit)
+        if not serve_while_building:
+            open_session, options = choose(bundle, options, wanted, needs)
+            return cls(bundle, options, batch_limit, open_session)
+        engines, sessions = wanted.engines(bundle, options, needs), SwappingSessions(open_onnxruntime)
+        tokenizer = cls(bundle, options, batch_limit, sessions.open)
+        tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.move(engines.open))
+        return tokenizer
 
     @property
     def config(self) -> TokenizerConfig:
@@ -103,6 +117,14 @@ class Tokenizer:
         """Where the graphs loaded so far run: `cpu`, `cuda:0`, or `not loaded`."""
         with self._lock:
             return ", ".join(sorted({session.device for session in self._sessions.values()})) or "not loaded"
+
+    def wait_for_engines(self, timeout: float | None = None) -> bool:
+        """Whether everything runs on its engines, after at most `timeout` seconds; with `serve_while_building`, not at once.
+
+        Raises:
+            EngineBuildError, EngineRefusedError, BackendError: it never will; onnxruntime goes on.
+        """
+        return self._swap is None or self._swap.wait(timeout)
 
     def load(self, *graphs: str) -> Tokenizer:
         """Load graphs now instead of on first use: any of `encode`, `decode`, `semantic`, `features`; none means all."""

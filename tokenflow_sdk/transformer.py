@@ -6,6 +6,7 @@ arithmetic: the width of its block table is fixed by its caller, so a sequence g
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ class PagedTransformer:
         self.pool = PagePool(pages, page_size)
         self.token_forwards = 0
         """Tokens run through the transformer so far, all rows counted."""
+        self.max_rows = session.largest("batch") or sys.maxsize
+        """Most rows in a step."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
         dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))

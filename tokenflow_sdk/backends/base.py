@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.config import TensorSpec
+from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError
 
-__all__ = ["Array", "DeviceArray", "HostPages", "Pages", "Session", "SessionOptions", "Tensor"]
+__all__ = [
+    "Array",
+    "DeviceArray",
+    "HostPages",
+    "OpenSession",
+    "Pages",
+    "Session",
+    "SessionOptions",
+    "Tensor",
+    "open_onnxruntime",
+]
 
 Array = NDArray[np.generic]
 
@@ -122,6 +133,10 @@ class Session(ABC):
         """Where the graph runs, for people: `cpu`, `cuda:0`."""
         return "cpu"
 
+    def largest(self, dim: str) -> int | None:
+        """Most of a varying dimension, e.g. `batch`, that a call may have; None: as much as memory holds."""
+        return None
+
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
 
@@ -183,3 +198,14 @@ class Session(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+OpenSession = Callable[[Path, GraphEntry, SessionOptions], Session]
+"""Loads a graph: its file, what bundle.json says of it, how it is to run."""
+
+
+def open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+    """The default `OpenSession`: a graph in onnxruntime, imported now and not before."""
+    from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(path, entry, options)

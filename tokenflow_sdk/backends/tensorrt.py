@@ -88,6 +88,15 @@ class TensorRTSession(Session):
     def device(self) -> str:
         return f"cuda:{self._cuda.device}"
 
+    def largest(self, dim: str) -> int | None:
+        found = [
+            most
+            for spec in self.inputs
+            for name, most in zip(spec.shape, self._limits[spec.name][2], strict=True)
+            if name == dim
+        ]
+        return min(found, default=None)
+
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
 

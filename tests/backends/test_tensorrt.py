@@ -1,0 +1,138 @@
+"""The TensorRT session on a TensorRT and a GPU that are not there (tests/fake_gpu.py): engines run in onnxruntime, and every
+address that they are given is checked. The same calls on the real thing are in test_on_gpu.py."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fake_gpu import MAGIC, FakeCuda, FakeTensorRT, install
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray
+from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
+from tokenflow_sdk.backends.tensorrt import TensorRTSession
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.errors import ArgumentError, BackendError
+
+Machine = tuple[FakeCuda, FakeTensorRT]
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return install(monkeypatch)
+
+
+def session(machine: Machine, bundle: Path, name: str, **options: object) -> TensorRTSession:
+    entry = Bundle.open(bundle, TokenizerConfig).graph(name)
+    plan = MAGIC + machine[1].__version__.encode() + b"\n" + name.encode() + b"\n" + (bundle / f"{name}.onnx").read_bytes()
+    return TensorRTSession(plan, name, entry, machine[1], Cuda(), **options)  # type: ignore[arg-type]
+
+
+def images(batch: int) -> dict[str, np.ndarray]:
+    return {"images": RNG.integers(0, 256, (batch, 64, 64, 3), np.uint8)}
+
+
+def test_calls_of_any_batch_give_what_onnxruntime_gives(machine: Machine, mini_bundle: Path) -> None:
+    entry = Bundle.open(mini_bundle, TokenizerConfig).graph("encode")
+    expected = OnnxRuntimeSession(mini_bundle / "encode.onnx", entry, SessionOptions(device="cpu", threads=1))
+    with session(machine, mini_bundle, "encode") as engine:
+        assert engine.device == "cuda:0"
+        assert (engine.largest("batch"), engine.largest("pages")) == (8, None)
+        for batch in (1, 3, 2, 3):
+            feeds = images(batch)
+            found, right = engine.run(feeds), expected.run(feeds)
+            for name in right:
+                np.testing.assert_array_equal(found[name], right[name])
+        assert set(engine.run(images(1), ["latent"])) == {"latent"}
+
+
+def test_addresses_are_set_only_when_they_change(machine: Machine, mini_bundle: Path) -> None:
+    with session(machine, mini_bundle, "encode") as engine:
+        engine.run(images(4))
+        binds = machine[1].binds
+        for batch in (4, 2, 3, 1):
+            engine.run(images(batch))
+        assert machine[1].binds == binds
+        engine.run(images(5))
+        assert machine[1].binds > binds
+
+
+def test_results_can_stay_and_be_fed_on(machine: Machine, mini_bundle: Path) -> None:
+    feeds = images(2)
+    with session(machine, mini_bundle, "encode") as encode, session(machine, mini_bundle, "decode") as decode:
+        kept = encode.run_resident(feeds, ["code_indices"])["code_indices"]
+        assert isinstance(kept, CudaArray)
+        expected = decode.run({"code_indices": np.asarray(kept)})["images"]
+        np.testing.assert_array_equal(decode.run({"code_indices": kept})["images"], expected)
+        np.testing.assert_array_equal(decode.run({"code_indices": kept[1:]})["images"], expected[1:])
+
+
+def test_cuda_graphs_are_captured_at_the_second_call_of_a_shape(machine: Machine, mini_bundle: Path) -> None:
+    cuda = machine[0]
+    with session(machine, mini_bundle, "features", cuda_graphs=True) as engine:
+        codes = RNG.integers(0, 500, (2, 30), np.int32)
+        first = engine.run({"code_indices": codes})["features"]
+        assert (cuda.launches, len(cuda.graphs)) == (0, 0)
+        for number in (1, 2):
+            np.testing.assert_array_equal(engine.run({"code_indices": codes})["features"], first)
+            assert (cuda.launches, len(cuda.graphs)) == (number, 1)
+        other = engine.run({"code_indices": codes[::-1]})["features"]
+        np.testing.assert_array_equal(other, first[::-1])
+        for batch in range(1, 9):
+            engine.run({"code_indices": np.repeat(codes[:1], batch, axis=0)})
+            engine.run({"code_indices": np.repeat(codes[:1], batch, axis=0)})
+        assert len(cuda.graphs) == 8
+    assert cuda.graphs == {}
+
+
+def test_lanes_run_at_once(machine: Machine, mini_bundle: Path) -> None:
+    codes = [RNG.integers(0, 500, (1, 30), np.int32) for _ in range(12)]
+    with session(machine, mini_bundle, "features", lanes=3) as engine:
+        expected = [engine.run({"code_indices": row})["features"] for row in codes]
+        found: dict[int, np.ndarray] = {}
+
+        def work(number: int) -> None:
+            for i in range(number, len(codes), 4):
+                found[i] = engine.run({"code_indices": codes[i]})["features"]
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, row in enumerate(expected):
+            np.testing.assert_array_equal(found[i], row)
+
+
+def test_closing_frees_everything(machine: Machine, mini_bundle: Path) -> None:
+    engine = session(machine, mini_bundle, "encode", lanes=2)
+    engine.run(images(2))
+    engine.close()
+    engine.close()
+    del engine
+    gc.collect()
+    assert (machine[0].device_memory, machine[0].host_memory, machine[0].streams) == ({}, {}, set())
+
+
+def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = machine[1]
+    with session(machine, mini_bundle, "encode") as engine:
+        with pytest.raises(ArgumentError, match="encode was built for a batch of 1 to 8, not 9.*batch_limit= of at most 8"):
+            engine.run(images(9))
+        monkeypatch.setattr("tests.fake_gpu.FakeContext.execute_async_v3", lambda self, stream: False)
+        with pytest.raises(BackendError, match="TensorRT failed to run encode"):
+            engine.run(images(1))
+    trt.contexts_left = 0
+    with pytest.raises(BackendError, match="no 1 MB left that encode works in"):
+        session(machine, mini_bundle, "encode")
+    trt.__version__ = "12.0"
+    plan = MAGIC + b"11.0.fake\nencode\n"
+    entry = Bundle.open(mini_bundle, TokenizerConfig).graph("encode")
+    with pytest.raises(BackendError, match="does not load in tensorrt 12.0: the plan is of another version.*tokenflow build"):
+        TensorRTSession(plan, "encode", entry, trt, Cuda())

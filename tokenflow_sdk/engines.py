@@ -1,0 +1,154 @@
+"""A bundle's engines on this machine's GPU: found in the cache or built, certified, and opened as sessions."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenflow_sdk.backends.base import Session, SessionOptions
+from tokenflow_sdk.backends.cuda import Cuda
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.certificate import Certificate, certify
+from tokenflow_sdk.config import GraphEntry
+from tokenflow_sdk.engine_build import Progress, import_tensorrt, require_installed
+from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
+from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs, pool_pages
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.scheduler import PAGE_SIZE
+
+__all__ = ["Engines"]
+
+
+class Engines:
+    """All engines of one bundle.
+
+    Args:
+        bundle: whose graphs.
+        plan: how they are built; its backend says with which TensorRT. Its targets are not looked at: the GPU here counts.
+        device: number of the GPU.
+        cache: where built engines are kept; None: the user's.
+        lanes: calls of one graph that may run at once.
+        cuda_graphs: see `TensorRTSession`.
+
+    Raises:
+        MissingPackageError: TensorRT or cuda-python is not installed.
+        BackendError: there is no usable GPU.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle[Any],
+        plan: EnginePlan,
+        device: int = 0,
+        cache: EngineCache | None = None,
+        lanes: int = 1,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.bundle, self.plan = bundle, plan
+        self.cache = cache or EngineCache()
+        require_installed(plan.backend)
+        self._cuda = Cuda(device)
+        self._trt = import_tensorrt(plan.backend)
+        self._lanes, self._cuda_graphs = lanes, cuda_graphs
+        self._verified: dict[str, CachedEngine] = {}
+        here = plan.changed(targets=(self._cuda.architecture,) if plan.backend == "tensorrt-rtx" else ())
+        self.jobs: dict[str, EngineJob] = {job.key.graph: job for job in engine_jobs(bundle, here, self._trt, device)}
+
+    def missing(self) -> list[EngineJob]:
+        """What is not in the cache."""
+        return [job for job in self.jobs.values() if self._find(job) is None]
+
+    def certificate(self) -> Certificate | None:
+        """The certificate stored with the engines; None where one is missing or they were not compared yet."""
+        found = [self._find(job) for job in self.jobs.values()]
+        engines = [engine for engine in found if engine is not None]
+        stored = [Certificate.from_json(engine.certificate) for engine in engines]
+        if len(engines) < len(self.jobs) or any(certificate is None for certificate in stored):
+            return None
+        return next((c for c in stored if c is not None and not c.passed), stored[0])
+
+    def prepare(self, build: bool = True, progress: Progress | None = None) -> Certificate:
+        """Have every engine in the cache, compared with the bundle's reference.
+
+        Args:
+            build: build what is missing; False refuses instead.
+            progress: told how far it is: "decode (2 of 4)", and the share of that done.
+
+        Raises:
+            BackendError: something is missing and `build` is False, or TensorRT cannot load or run an engine.
+            EngineBuildError: TensorRT cannot build one.
+            EngineRefusedError: they do not reproduce the reference.
+        """
+        missing = self.missing()
+        if missing and not build:
+            raise BackendError(
+                f"{self.plan.backend} has no engine yet for {', '.join(job.key.title for job in missing)}.",
+                f"Run `tokenflow build {self.bundle.path} --backend {self.plan.backend}`, or leave build=False out.",
+            )
+        for number, job in enumerate(missing, 1):
+            title = f"building {job.key.graph} ({number} of {len(missing)})"
+            job.run(self._trt, self.cache, None if progress is None else _named(progress, title))
+        certificate = self.certificate() or self.recertify()
+        certificate.require(f"The {self.plan.precision} engines of {self.bundle.path.name} on {self._cuda.architecture}")
+        return certificate
+
+    def recertify(self) -> Certificate:
+        """Compare the engines with the bundle's reference now, and store the result with each.
+
+        Raises:
+            BackendError: an engine is missing, or cannot be loaded or run.
+        """
+        certificate = certify(self.bundle, self.open, self.plan.precision, pool_pages(self.bundle.config, self.plan), PAGE_SIZE)
+        for job in self.jobs.values():
+            self.cache.certify(job.key, certificate.to_json())
+        self._verified.clear()
+        return certificate
+
+    def _find(self, job: EngineJob) -> CachedEngine | None:
+        """From the cache, where its bytes are hashed once."""
+        found = self._verified.get(job.key.digest) or self.cache.get(job.key)
+        if found is not None:
+            self._verified[job.key.digest] = found
+        return found
+
+    def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        """An `OpenSession` for engines that are prepared.
+
+        Raises:
+            BackendError: the engine is gone, or cannot be loaded.
+        """
+        from tokenflow_sdk.backends.tensorrt import TensorRTSession
+
+        job = next(job for job in self.jobs.values() if job.entry == entry)
+        engine = self._find(job)
+        if engine is None:
+            raise BackendError(
+                f"The engine of {job.key.title} is gone from {self.cache.directory}.",
+                f"Run `tokenflow build {self.bundle.path} --backend {self.plan.backend}`.",
+            )
+        return TensorRTSession(
+            engine.path.read_bytes(), job.key.graph, entry, self._trt, self._cuda, self._lanes, self._cuda_graphs
+        )
+
+
+def _named(progress: Progress, title: str) -> Progress:
+    return lambda _, share: progress(title, share)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress | None]:
+    """A progress bar on a terminal where rich is installed; else nothing."""
+    try:
+        console = importlib.import_module("rich.console").Console(stderr=True)
+        bars = importlib.import_module("rich.progress")
+    except ImportError:
+        yield None
+        return
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("TensorRT", total=1.0)
+        yield lambda title, share: progress.update(task, description=title, completed=share)
