@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench tiny-data tiny clean
+.PHONY: help install demo test test-slow test-gpu lint bench tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,14 @@ $(VENV)/.train: pyproject.toml constraints.txt $(VENV)/.export
 	@$(PIP) --editable '.[cpu,generate,export,train]'
 	@touch $@
 
+# onnxruntime and onnxruntime-gpu are the same module, so this environment has the latter only.
+.venv-gpu/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install --quiet --editable '.[generate,export,dev,tensorrt,tensorrt-rtx]'
+	@.venv-gpu/bin/python -m pip uninstall --quiet --yes onnxruntime
+	@.venv-gpu/bin/python -m pip install --quiet --force-reinstall --no-deps onnxruntime-gpu
+	@touch $@
+
 install: $(VENV)/.dev ## everything for working on the project, into .venv
 
 demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, with the bundled model
@@ -45,6 +53,9 @@ test: $(VENV)/.dev ## the everyday tests, minutes
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
 	@$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv-gpu/.ready ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
+	@.venv-gpu/bin/python -m pytest -m gpu
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -65,4 +76,4 @@ tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and wr
 	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out engines/tiny
 
 clean: ## remove .venv, caches and what the demo made
-	rm -rf $(VENV) bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis

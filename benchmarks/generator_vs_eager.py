@@ -70,7 +70,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict:
     with Generator.from_pretrained(bundle, device="cpu", threads=arguments.threads) as generator:
         generator.generate(prompt, negative_prompt=negative, preset="fast", seed=0)
         resident = peak_resident() - before
-        pool = generator._scheduler.loop.transformer
+        pool = generator._running.scheduler.loop.transformer
         memory = {
             "runtime": resident,
             "graphs": sum(file.size for graph in generator.bundle.graphs.values() for file in graph.files),
@@ -116,7 +116,7 @@ class EngineTime:
 
     def __init__(self, generator: Generator) -> None:
         self.seconds = 0.0
-        self._sessions = generator._sessions.values()
+        self._sessions = generator._running.sessions.values()
         for session in self._sessions:
             session._infer = self._timed(session._infer)
 

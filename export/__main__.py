@@ -12,7 +12,8 @@ from time import perf_counter
 from rich.console import Console
 
 from export.config import VARIANTS
-from tokenflow_sdk.errors import MissingPackageError, OutputError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError, TokenFlowError
+from tokenflow_sdk.images import pictures_in
 
 _EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub")
 
@@ -21,6 +22,8 @@ Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json 
 
     python -m export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
     python -m export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
+    python -m export precision-search bundles/clipb_256 --images photos/
+    python -m export inspect bundles/clipb_256 decode
     python -m export standin --variant clipb_256 --out checkpoints/clipb_256.pt
 """
 
@@ -79,6 +82,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     generator.add_argument("--force", action="store_true", help="replace --out if it exists")
     generator.set_defaults(run=_run_generator)
+    searching = commands.add_parser(
+        "precision-search", help="which nodes of a tokenizer must stay in float32 for half-precision engines"
+    )
+    searching.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's; what is found is stored in it")
+    searching.add_argument("--images", required=True, type=Path, metavar="DIR", help="photos to measure on")
+    searching.add_argument("--crops", type=int, default=24, metavar="N", help="crops of them (default: %(default)s)")
+    searching.add_argument(
+        "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
+    )
+    searching.set_defaults(run=_run_precision_search)
+    inspecting = commands.add_parser(
+        "inspect", help="where a graph in half precision, or in TensorRT, drifts from float32 in onnxruntime, by tensor"
+    )
+    inspecting.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's")
+    inspecting.add_argument("graph", choices=("encode", "decode", "semantic", "features"))
+    inspecting.add_argument("--precision", choices=("fp32", "fp16"), default="fp16", help="default: %(default)s")
+    inspecting.add_argument(
+        "--backend", choices=("onnxruntime", "tensorrt", "tensorrt-rtx"), default="onnxruntime", help="default: %(default)s"
+    )
+    inspecting.add_argument("--top", type=int, default=20, metavar="N", help="tensors to show (default: %(default)s)")
+    inspecting.set_defaults(run=_run_inspect)
     standin = commands.add_parser(
         "standin", help="a full-size checkpoint of stand-in weights, to try everything without a download"
     )
@@ -128,6 +152,49 @@ def _run_generator(arguments: argparse.Namespace) -> None:
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
     print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
     print(f"  likeliest code the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")
+
+
+def _run_precision_search(arguments: argparse.Namespace) -> None:
+    from export.precision_search import crops, search_bundle
+    from export.progress import Steps
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+
+    bundle = Bundle.open(arguments.bundle, TokenizerConfig)
+    bundle.verify()
+    if arguments.crops < 1 or not 0 < arguments.bar <= 1:
+        raise ArgumentError(
+            f"--crops {arguments.crops} and --bar {arguments.bar} measure nothing.", "Give 1 or more, and 0 to 1."
+        )
+    photos = pictures_in(arguments.images)
+    with Steps() as steps:
+        images = crops(photos, arguments.crops, bundle.config.image_size)
+        found = search_bundle(bundle, images, arguments.bar, steps)
+    print(f"{bundle.path} in fp16 against fp32, {found.pictures} crops of {len(photos)} photos:")
+    for side, share in zip(bundle.config.patch_nums, found.agreement, strict=True):
+        print(f"  {f'{side} x {side}':>8}  {share:8.3%} of {side * side * found.pictures:,} codes")
+    print(f"  decoded pictures agree to {found.decode_psnr:.1f} dB at least")
+    for graph, names in found.pinned.items():
+        print(f"  {graph}: {len(names)} nodes pinned to float32")
+
+
+def _run_inspect(arguments: argparse.Namespace) -> None:
+    from export.inspect_layers import inspect_graph
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+    from tokenflow_sdk.parity import Reference
+
+    bundle = Bundle.open(arguments.bundle, TokenizerConfig)
+    reference = Reference.load(bundle)
+    feed = bundle.graph(arguments.graph).inputs[0].name
+    feeds = {feed: (reference.images if feed == "images" else reference.code_indices)[:1]}
+    found = inspect_graph(bundle, arguments.graph, feeds, arguments.precision == "fp16", arguments.backend)
+    worst = set(sorted(found, key=lambda drift: drift.relative, reverse=True)[: arguments.top])
+    print(f"{arguments.graph} in {arguments.precision} on {arguments.backend} against fp32 in onnxruntime:")
+    print(f"  {len(found)} tensors in common; of these the {len(worst)} that differ most, in the order of the graph")
+    for drift in found:
+        if drift in worst:
+            print(f"  {drift.relative:9.2e}  {'x'.join(map(str, drift.shape)):>20}  {drift.name}")
 
 
 def _run_standin(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -185,12 +186,11 @@ class FakeTensorRT(ModuleType):
 
     def Runtime(self, log):  # noqa: N802
         def deserialize(plan: bytes):
-            head, _, body = plan.partition(b"\n")
+            head, about, model = [*plan.split(b"\n", 2), b"", b""][:3]
             if head != MAGIC + self.__version__.encode():
                 log.log(self.Severity.ERROR, "the plan is of another version")
                 return None
-            name, _, model = body.partition(b"\n")
-            return FakeEngine(self, name.decode(), model)
+            return FakeEngine(self, json.loads(about), model)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
@@ -203,31 +203,39 @@ class FakeBuilder:
         return SimpleNamespace(path=None)
 
     def create_builder_config(self):
-        return SimpleNamespace(
+        config = SimpleNamespace(
             progress_monitor=None,
+            profile=None,
             set_memory_pool_limit=lambda *_: None,
-            add_optimization_profile=lambda profile: None,
             clear_flag=lambda flag: None,
             set_compute_capability=lambda capability, index: None,
         )
+        config.add_optimization_profile = lambda profile: setattr(config, "profile", profile.shapes)
+        return config
 
     def create_optimization_profile(self):
-        return SimpleNamespace(set_shape=lambda *_: None)
+        shapes: dict[str, Any] = {}
+        return SimpleNamespace(shapes=shapes, set_shape=lambda name, *limits: shapes.update({name: limits}))
 
     def build_serialized_network(self, network: Any, config: Any) -> bytes:
         self.trt.builds.append(network.path.stem)
         if config.progress_monitor is not None:
             config.progress_monitor.phase_start("building", None, 1)
             config.progress_monitor.step_complete("building", 0)
-        model = onnx.load(network.path).SerializeToString()
-        return MAGIC + self.trt.__version__.encode() + b"\n" + network.path.stem.encode() + b"\n" + model
+        return make_plan(self.trt, network.path, config.profile)
+
+
+def make_plan(trt: FakeTensorRT, graph: Path, profile: dict[str, Any]) -> bytes:
+    """An engine: its version, its name and limits, the graph."""
+    about = json.dumps({"name": graph.stem, "profile": profile}).encode()
+    return b"\n".join([MAGIC + trt.__version__.encode(), about, onnx.load(graph).SerializeToString()])
 
 
 class FakeEngine:
     device_memory_size_v2 = 10**6
 
-    def __init__(self, trt: FakeTensorRT, name: str, model: bytes) -> None:
-        self.trt, self.name = trt, name
+    def __init__(self, trt: FakeTensorRT, about: dict[str, Any], model: bytes) -> None:
+        self.trt, self.name, self.profile = trt, about["name"], about["profile"]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(model, settings)
@@ -240,11 +248,7 @@ class FakeEngine:
         return self.types[name]
 
     def get_tensor_profile_shape(self, name: str, profile: int):
-        shape = next(node.shape for node in self.session.get_inputs() if node.name == name)
-        return tuple(
-            [size if isinstance(size, int) else largest for size in shape]
-            for largest in (1, 4, 8 if len(shape) == 4 else 10**6)
-        )
+        return tuple(map(tuple, self.profile[name]))
 
     def create_execution_context(self):
         if self.trt.contexts_left == 0:

@@ -79,7 +79,7 @@ def generator(bundle: Path) -> Iterator[Generator]:
 
 def pool_is_clean(generator: Generator) -> bool:
     """Only the cached negative prompt's pages are held."""
-    scheduler = generator._scheduler
+    scheduler = generator._running.scheduler
     cached = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
     pool = scheduler.loop.transformer.pool
     return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
@@ -98,7 +98,7 @@ def test_the_released_codes_are_drawn(tmp_path: Path) -> None:
     prompts, negative = [expected["prompt_a"], expected["prompt_b"]], expected["negative"]
     with Generator.from_pretrained(export_quietly(checkpoint, tokenizer, tmp_path / "bundle")) as generator:
         logits = []
-        sample = generator._sessions["sample"]
+        sample = generator._running.sessions["sample"]
         plain = sample._infer
 
         def spying(feeds, outputs):
@@ -217,7 +217,7 @@ def test_a_newcomers_first_preview_never_waits_for_a_last_scale(generator: Gener
     for _ in range(3):
         next(old)
     drawn: list[int] = []
-    loop = generator._scheduler.loop
+    loop = generator._running.scheduler.loop
     plain = loop.draw_scale
     loop.draw_scale = lambda pictures: (drawn.append(pictures[0].scale), plain(pictures))[1]  # type: ignore[method-assign]
     try:
@@ -255,7 +255,7 @@ def test_a_failing_step_frees_its_requests(bundle: Path, monkeypatch: pytest.Mon
         next(streams[0])
         next(streams[1])
         with monkeypatch.context() as patch:
-            patch.setattr(generator._scheduler.loop, "_sample", lambda *arguments: 1 / 0)
+            patch.setattr(generator._running.scheduler.loop, "_sample", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 next(streams[0])
         with pytest.raises(ZeroDivisionError):

@@ -10,17 +10,18 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from tokenflow_sdk.config import GraphEntry, TensorSpec
+from tokenflow_sdk.dequantize import dequantize
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
-from tokenflow_sdk.half import HalfType, to_half
+from tokenflow_sdk.half import HalfType, import_onnx_ir, to_half
 
-__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "half_graph", "import_tensorrt", "make_log", "require_installed"]
+__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "engine_graph", "import_tensorrt", "make_log", "require_installed"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -83,12 +84,25 @@ class Profile:
         return json.dumps(self.sizes, sort_keys=True)
 
 
-def half_graph(graph: Path, dtype: HalfType, directory: Path, pinned: tuple[str, ...] = ()) -> Path:
-    """A half-precision version of a bundle's graph, written into `directory` (weights beside it)."""
-    import onnx_ir as ir
+def engine_graph(graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = ()) -> Path:
+    """What an engine is built from: a bundle's graph without integer products, in half precision or (None) in float32.
 
+    Args:
+        graph: of the bundle; returned as it is where nothing has to change.
+        dtype: of everything but what `to_half` keeps.
+        directory: where another graph is written, its weights beside it.
+        pinned: further nodes that stay in float32.
+
+    Raises:
+        MissingPackageError: onnx_ir is not installed.
+    """
+    ir = import_onnx_ir()
     model = ir.load(graph)
-    to_half(model, dtype, pinned)
+    if dtype is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
+        return graph
+    dequantize(model)
+    if dtype is not None:
+        to_half(model, dtype, pinned)
     path = directory / graph.name
     ir.save(model, path, external_data=f"{graph.name}.data")
     return path

@@ -11,14 +11,14 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle import file_sha256
 from tokenflow_sdk.config import GraphEntry
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError
 from tokenflow_sdk.files import write_atomic
 
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "graph_digest"]
@@ -100,7 +100,9 @@ class EngineCache:
         if found is None or found.key != key or not _is_whole(found, self._record(key)):
             self._remove(key.digest)
             return None
-        os.utime(self._record(key))
+        with suppress(OSError):
+            # Recently used; a directory that cannot be written serves all the same.
+            os.utime(self._record(key))
         return found
 
     def put(self, key: EngineKey, engine: bytes, certificate: Mapping[str, Any]) -> CachedEngine:
@@ -135,6 +137,7 @@ class EngineCache:
 
         Raises:
             MissingPackageError: filelock is not installed.
+            OutputError: the directory cannot be written.
         """
         try:
             from filelock import FileLock
@@ -142,9 +145,19 @@ class EngineCache:
             raise MissingPackageError(
                 "Building engines needs filelock, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
             ) from error
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.directory / f"{key.digest}.lock"):
+        lock = FileLock(self.directory / f"{key.digest}.lock")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise OutputError(
+                f"{self.directory} cannot be written: {error.strerror or error}.",
+                "Name another directory for engines in $TOKENFLOW_CACHE or with --cache.",
+            ) from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def entries(self) -> list[CachedEngine]:
         """All engines with a readable record, most recently used first."""
@@ -176,7 +189,8 @@ class EngineCache:
 
     def _remove(self, digest: str) -> None:
         for suffix in (".json", ".engine"):
-            (self.directory / f"{digest}{suffix}").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.directory / f"{digest}{suffix}").unlink(missing_ok=True)
 
     def _evict(self, keep: str) -> None:
         total = 0

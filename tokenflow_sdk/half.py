@@ -16,7 +16,7 @@ from tokenflow_sdk.errors import MissingPackageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["HalfType", "compute_nodes", "to_half"]
+__all__ = ["HalfType", "compute_nodes", "import_onnx_ir", "to_half"]
 
 HalfType = Literal["fp16", "bf16"]
 
@@ -42,7 +42,7 @@ def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> N
     Raises:
         MissingPackageError: onnx_ir is not installed.
     """
-    ir = _onnx_ir()
+    ir = import_onnx_ir()
     graph = model.graph
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     keep = set(pinned) | _after_decisions(graph) | _last_steps(graph)
@@ -61,7 +61,10 @@ def compute_nodes(model: ir.Model) -> list[str]:
     return [str(node.name) for node in model.graph if node.op_type in _COMPUTE and node.name not in keep]
 
 
-def _onnx_ir() -> Any:
+def import_onnx_ir() -> Any:
+    """Raises:
+    MissingPackageError: onnx_ir is not installed.
+    """
     try:
         import onnx_ir
     except ImportError as error:
@@ -117,7 +120,7 @@ class _Rewriter:
     """Gives every float tensor its type, and puts casts where a node wants another."""
 
     def __init__(self, graph: ir.Graph, half: Any) -> None:
-        self.ir = _onnx_ir()
+        self.ir = import_onnx_ir()
         self.graph, self.half, self.full = graph, half, self.ir.DataType.FLOAT
         self.casts: dict[tuple[str, Any], ir.Value] = {}
 

@@ -32,6 +32,7 @@ __all__ = [
     "describe",
     "fit",
     "load_image",
+    "pictures_in",
     "preprocess",
     "psnr",
     "ssim",
@@ -46,8 +47,23 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 Preprocess = Literal["crop", "squash", "pad"]
 PREPROCESS_MODES: tuple[Preprocess, ...] = get_args(Preprocess)
 
+_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 _WHITE = (255, 255, 255)
 _JPEG_FORMATS = ("JPEG", "MPO")
+
+
+def pictures_in(directory: Path) -> list[Path]:
+    """The picture files of a directory, by name.
+
+    Raises:
+        ImageReadError: there is none.
+    """
+    found = (
+        sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()) if directory.is_dir() else []
+    )
+    if not found:
+        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(_SUFFIXES))}.")
+    return found
 
 
 def preprocess(

@@ -22,7 +22,18 @@ from tokenflow_sdk.images import psnr, ssim
 from tokenflow_sdk.resize import area_matrix, bicubic_matrix
 from tokenflow_sdk.tokenizer import Tokenizer
 
-__all__ = ["EXACT", "ROUNDED", "TIE_DISTANCE", "Bars", "Flip", "ParityReport", "Reference", "check_parity", "scale_cells"]
+__all__ = [
+    "EXACT",
+    "ROUNDED",
+    "TIE_DISTANCE",
+    "Bars",
+    "Flip",
+    "ParityReport",
+    "Reference",
+    "check_parity",
+    "forced_agreement",
+    "scale_cells",
+]
 
 TIE_DISTANCE = 1e-4
 """Squared distances closer than this count as equal: either code is right."""
@@ -164,6 +175,18 @@ def scale_cells(
         rows = codebook[codes].astype(np.float64).T.reshape(-1, side, side)
         residual = residual - up @ rows @ up.T
         start += side * side
+
+
+def forced_agreement(
+    latents: Float32, codes: NDArray[np.int32], codebook: Float32, config: TokenizerConfig
+) -> tuple[float, ...]:
+    """Share of codes that latents [N, 40, g, g] give again, one a scale, each scale's residual formed from `codes` [N, L]."""
+    rows = [
+        np.concatenate([nearest for _, nearest in scale_cells(latent, codebook, config, row)])
+        for latent, row in zip(latents, codes, strict=True)
+    ]
+    ends = np.cumsum([side * side for side in config.patch_nums])[:-1]
+    return tuple(float(scale.mean()) for scale in np.split(np.stack(rows) == codes, ends, axis=1))
 
 
 def _flips(

@@ -1,4 +1,7 @@
-"""Which labelled pictures the generator learns: animals, plants, food, and some things, in every artist's style."""
+"""Which labelled pictures the generator learns: animals, plants, food, and some things, in every artist's style.
+
+Its prompt tokenizer knows the words of all `concepts`; pictures are learned for those `taught`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from recipes.tiny.icons import plain_words
 
-__all__ = ["concepts"]
+__all__ = ["concepts", "taught"]
 
 _GROUPS = {3, 4}
 """emojibase's animals and nature, food and drink."""
@@ -20,6 +23,7 @@ _THINGS = (
     "rainbow", "cloud", "fire", "snowman", "balloon", "gift", "umbrella", "crown", "key", "bell", "book", "guitar",
     "drum", "violin", "trumpet", "camera", "television", "telephone", "hammer", "wrench",
 )
+_PAIRS = ("red apple", "green apple", "cat face", "dog face", "hot dog", "ice cream", "birthday cake")
 # fmt: on
 
 
@@ -37,3 +41,8 @@ def concepts(entries: Iterable[dict[str, Any]], names: Path, styles: int = 5) ->
         if entry["label"] in chosen:
             found[entry["label"]].add(entry["style"])
     return sorted(label for label, seen in found.items() if len(seen) >= styles)
+
+
+def taught(labels: Iterable[str]) -> list[str]:
+    """Of these labels, those that a model this small has room for: one word, or one of a few pairs."""
+    return [label for label in labels if " " not in label or label in _PAIRS]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recipes.tiny.concepts import concepts
+from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE
 from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
     train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-    chosen = set(concepts(train, fetch(NAMES, arguments.cache).directory))
+    chosen = set(taught(concepts(train, fetch(NAMES, arguments.cache).directory)))
     trained = [entry for entry in train if entry["label"] in chosen]
     out: Path = arguments.out
     model = load_tokenizer(arguments.training / "tokenizer", torch.device("cpu"))

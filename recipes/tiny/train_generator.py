@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from export.models import TokenFlowTokenizer
 from recipes.tiny.captions import caption, held_out_caption
-from recipes.tiny.concepts import concepts
+from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
@@ -69,11 +69,12 @@ class GeneratorTraining:
         self.device = next(tokenizer.parameters()).device
         self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
         train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-        self.labels = concepts(train, names)
+        words = concepts(train, names)
+        self.labels = taught(words)
         wanted = set(self.labels)
         self.entries = [entry for entry in train if entry["label"] in wanted]
         self.codes = self._encode(pictures, tokenizer)
-        self.prompts = train_prompt_tokenizer(self.labels, TINY.codebook_size)
+        self.prompts = train_prompt_tokenizer(words, TINY.codebook_size)
         first = self.prompts.token_to_id("<vq_token_0>")
         codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
         self.model = GeneratorModel(first + 1, codebook).to(self.device)
@@ -82,13 +83,13 @@ class GeneratorTraining:
 
     @torch.no_grad()
     def _encode(self, pictures: Pictures, tokenizer: TokenFlowTokenizer) -> Tensor:
-        """Codes [N, 2, L] of each picture and its mirror image."""
-        rows = []
-        for entry in self.entries:
-            picture = np.asarray(pictures.icons[entry["row"]])
-            x = to_tensor([picture, picture[:, ::-1]], self.device)
-            rows.append(tokenizer.quantize.encode(tokenizer.latent(x))[0])
-        return torch.stack(rows)
+        """Codes [N, L]. No mirror images: they would double what there is to remember."""
+        rows = [np.asarray(pictures.icons[entry["row"]]) for entry in self.entries]
+        parts = [
+            tokenizer.quantize.encode(tokenizer.latent(to_tensor(rows[i : i + 2], self.device)))[0]
+            for i in range(0, len(rows), 2)
+        ]
+        return torch.cat(parts)
 
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
@@ -108,7 +109,7 @@ class GeneratorTraining:
             else caption(self.entries[i]["label"], self.entries[i]["style"], rng)
             for i in picks
         ]
-        codes = self.codes[torch.from_numpy(picks), torch.from_numpy(rng.integers(2, size=size))]
+        codes = self.codes[torch.from_numpy(picks)]
         redrawn = self._redrawn(codes, scales, rng) if rng.random() < REDRAWN else None
         loss = self._loss(self.model, [self.ids(text) for text in texts], codes, scales, redrawn)
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +158,7 @@ class GeneratorTraining:
             for i in picks:
                 entry = self.entries[i]
                 ids = self.ids(held_out_caption(entry["label"], entry["style"], rng))
-                found.append(float(self._loss(model, [ids], self.codes[i, :1], scales, None)))
+                found.append(float(self._loss(model, [ids], self.codes[i : i + 1], scales, None)))
             figures[f"loss_{scales}_scales"] = float(np.mean(found))
         return figures
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.fake_gpu import MAGIC, FakeCuda, FakeTensorRT, install
+from tests.fake_gpu import MAGIC, FakeCuda, FakeTensorRT, install, make_plan
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.tensorrt import TensorRTSession
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.engine_build import Profile
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 Machine = tuple[FakeCuda, FakeTensorRT]
@@ -30,7 +31,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def session(machine: Machine, bundle: Path, name: str, **options: object) -> TensorRTSession:
     entry = Bundle.open(bundle, TokenizerConfig).graph(name)
-    plan = MAGIC + machine[1].__version__.encode() + b"\n" + name.encode() + b"\n" + (bundle / f"{name}.onnx").read_bytes()
+    profile = Profile({"batch": (1, 2, 8)})
+    plan = make_plan(machine[1], bundle / f"{name}.onnx", {spec.name: profile.shapes(spec) for spec in entry.inputs})
     return TensorRTSession(plan, name, entry, machine[1], Cuda(), **options)  # type: ignore[arg-type]
 
 
@@ -132,7 +134,7 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
     with pytest.raises(BackendError, match="no 1 MB left that encode works in"):
         session(machine, mini_bundle, "encode")
     trt.__version__ = "12.0"
-    plan = MAGIC + b"11.0.fake\nencode\n"
+    plan = MAGIC + b"11.0.fake\n{}\n"
     entry = Bundle.open(mini_bundle, TokenizerConfig).graph("encode")
     with pytest.raises(BackendError, match="does not load in tensorrt 12.0: the plan is of another version.*tokenflow build"):
         TensorRTSession(plan, "encode", entry, trt, Cuda())

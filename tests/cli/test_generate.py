@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.cli.generate import RECIPE, read_recipe
 from tokenflow_sdk.generator import Generator
+
+PHOTO = ROOT / "examples" / "chelsea.jpg"
 
 
 @pytest.fixture
@@ -90,8 +93,13 @@ def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -
         assert part in out
 
 
+def test_verify(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", bundle) == 0
+    assert "likeliest code the same at 100.0%" in capsys.readouterr().out
+
+
 def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("verify", bundle) == 2
+    assert run("encode", PHOTO, "--bundle", bundle) == 2
     assert "holds a 'generator' bundle, not a tokenizer" in capsys.readouterr().err
 
 

@@ -6,18 +6,21 @@ import argparse
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tokenflow_sdk.bundle import Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
 from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.engine_build import import_tensorrt
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.engines import Engines
+from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
 __all__ = ["build", "cache"]
 
@@ -54,7 +57,28 @@ def build(arguments: argparse.Namespace) -> int:
         table.add_row(key.graph, key.target, key.precision, f"{row.engine.size / 1e6:,.1f} MB", done)
     stdout.print(table)
     stdout.print(f"{len(rows)} engines in {store.directory}", markup=False, soft_wrap=True)
+    for bundle in bundles:
+        _certify(bundle, plan, store)
     return 0
+
+
+def _certify(bundle: Bundle[Any], plan: EnginePlan, store: EngineCache) -> None:
+    """Compare what was built with the bundle's reference, where this machine's GPU is one of those built for.
+
+    Raises:
+        EngineRefusedError: they do not agree.
+    """
+    try:
+        engines = Engines(bundle, plan, cache=store)
+    except (MissingPackageError, BackendError) as error:
+        stdout.print(f"not compared with PyTorch yet: {error.message} This is done at first use.", soft_wrap=True, markup=False)
+        return
+    if engines.missing():
+        stdout.print("not compared with PyTorch yet: none is for the GPU here", soft_wrap=True)
+        return
+    with stderr.status(f"comparing {bundle.path.name} with PyTorch"):
+        certificate = engines.prepare(build=False)
+    stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True, markup=False)
 
 
 def cache(arguments: argparse.Namespace) -> int:
@@ -64,11 +88,12 @@ def cache(arguments: argparse.Namespace) -> int:
         stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", markup=False, soft_wrap=True)
         return 0
     entries = store.entries()
-    table = Table("graph", "target", "precision", "engine", "size", "file")
+    table = Table("graph", "target", "precision", "engine", "size", "comparison", "file")
     for entry in entries:
-        key = entry.key
+        key, certificate = entry.key, Certificate.from_json(entry.certificate)
         names = (key.graph, key.target, key.precision, f"{key.flavour} {key.version}")
-        table.add_row(*names, f"{entry.size / 1e6:,.1f} MB", entry.path.name)
+        verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"
+        table.add_row(*names, f"{entry.size / 1e6:,.1f} MB", verdict, entry.path.name)
     if entries:
         stdout.print(table)
     total = sum(entry.size for entry in entries)

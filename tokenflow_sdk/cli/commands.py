@@ -1,4 +1,4 @@
-"""encode, decode, reconstruct, verify."""
+"""encode, decode, reconstruct."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.progress import Progress
-from rich.table import Table
 
 from tokenflow_sdk.cli.engine import each_file, open_tokenizer, output_paths, stderr, stdout
 from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.errors import ArgumentError, ImageReadError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.images import psnr
+from tokenflow_sdk.images import pictures_in, psnr
 from tokenflow_sdk.sheet import contact_sheet
 
-__all__ = ["decode", "encode", "reconstruct", "verify"]
-
-_PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+__all__ = ["decode", "encode", "reconstruct"]
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -92,42 +89,11 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    """A bundle's hashes, and its numbers against the stored reference."""
-    from tokenflow_sdk.parity import check_parity
-
-    with (
-        open_tokenizer(arguments) as tokenizer,
-        Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
-    ):
-        task = progress.add_task("comparing with PyTorch", total=1.0)
-        report = check_parity(tokenizer, progress=lambda fraction: progress.update(task, completed=fraction))
-    table = Table(
-        "scale", "codes", "agreement", title=f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced"
-    )
-    for side, share in zip(report.patch_nums, report.agreement, strict=True):
-        table.add_row(f"{side} x {side}", str(side * side * report.pictures), f"{share:.2%}")
-    stdout.print(table)
-    for flip in report.flips[:20]:
-        stdout.print(f"flip: picture {flip.picture}, scale {flip.scale + 1}, cell {flip.position}, margin {flip.margin:.1e}")
-    stdout.print(f"codes equal {report.equal_codes:.2%}, decoded pictures {report.decode_psnr:.1f} dB")
-    stdout.print(f"largest error: features {report.features_error:.1e}, semantic features {report.semantic_error:.1e}")
-    report.require(str(tokenizer.bundle.path))
-    stdout.print("files and numbers are right", style="green")
-    return 0
-
-
 def _pictures(paths: Sequence[Path]) -> list[Path]:
     """The paths, with directories replaced by the pictures in them."""
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURE_SUFFIXES and p.is_file())
-        if not inside:
-            raise ImageReadError(f"{path} holds no pictures.", f"Known endings: {' '.join(sorted(_PICTURE_SUFFIXES))}.")
-        found += inside
+        found += pictures_in(path) if path.is_dir() else [path]
     repeated = next((path for i, path in enumerate(found) if path in found[:i]), None)
     if repeated is not None:
         raise ArgumentError(f"{repeated} was given twice.", "Give each picture once.")

@@ -38,7 +38,12 @@ def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
     """The tokenizer that the engine options ask for, with `graphs` loaded (none: on first use)."""
     with stderr.status(f"opening {bundle_name(arguments)}"):
         tokenizer = Tokenizer.from_pretrained(
-            bundle_name(arguments), device=arguments.device, threads=arguments.threads, batch_limit=arguments.batch_limit
+            bundle_name(arguments),
+            device=arguments.device,
+            threads=arguments.threads,
+            batch_limit=arguments.batch_limit,
+            backend=arguments.backend,
+            plan=arguments.recipe,
         )
         return tokenizer.load(*graphs) if graphs else tokenizer
 
@@ -47,7 +52,12 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
     """The generator that the engine options ask for."""
     with stderr.status(f"opening {bundle_name(arguments)}"):
         return Generator.from_pretrained(
-            bundle_name(arguments), tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
+            bundle_name(arguments),
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            threads=arguments.threads,
+            backend=arguments.backend,
+            plan=arguments.recipe,
         )
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.choice import EngineOptions, survey
 from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.cli.engine import bundle_name, stdout
 from tokenflow_sdk.codes import Codes
@@ -32,6 +34,16 @@ def info(arguments: argparse.Namespace) -> int:
         else:
             _tokenizer_info(Bundle.open(path, TokenizerConfig))
     return 0
+
+
+def _print_choice(bundle: Bundle[Any]) -> None:
+    """Which engine would run it here, and why not the others."""
+    table, chosen = Table("backend", "here", "why"), None
+    for candidate in survey(bundle, SessionOptions(), EngineOptions()):
+        chosen = chosen or (candidate.title if candidate.usable else None)
+        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.why))
+    stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
+    stdout.print(table)
 
 
 def _codes_info(path: Path) -> None:
@@ -67,6 +79,7 @@ def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
             soft_wrap=True,
         )
     _print_provenance(bundle.provenance)
+    _print_choice(bundle)
 
 
 def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
@@ -93,6 +106,7 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
             soft_wrap=True,
         )
     _print_provenance(bundle.provenance)
+    _print_choice(bundle)
 
 
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.cli import bench, build, commands, generate, info
+from tokenflow_sdk.backends.choice import BACKENDS
+from tokenflow_sdk.cli import bench, build, commands, generate, info, verify
 from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
@@ -104,9 +105,9 @@ def _add_generating(words: _Words) -> None:
 
 
 def _add_measuring(words: _Words) -> None:
-    verify = _command(words, "verify", commands.verify, "check a bundle's files, and its numbers against PyTorch's")
-    verify.add_argument("target", nargs="?", metavar="BUNDLE")
-    _engine(verify)
+    checking = _command(words, "verify", verify.verify, "check a bundle's files, and its numbers against PyTorch's")
+    checking.add_argument("target", nargs="?", metavar="BUNDLE")
+    _engine(checking)
 
     timing = _command(
         words, "bench", bench.bench, "time a bundle on this machine: a tokenizer's graphs, or a generator's presets"
@@ -171,6 +172,10 @@ def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer") -> Non
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory, a hub id, or tiny (default)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="auto takes the fastest that works and needs no building (default)"
+    )
+    group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(
         "--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)"

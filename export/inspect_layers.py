@@ -1,0 +1,115 @@
+"""Where two ways of running a graph drift apart, tensor by tensor, with Polygraphy: for whoever works on engines.
+
+The first way is always the bundle's float32 graph in onnxruntime. The second is the graph as engines get it, in half precision
+say, in onnxruntime or in TensorRT.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.engine_build import engine_graph, require_installed
+from tokenflow_sdk.errors import MissingPackageError
+
+__all__ = ["Drift", "inspect_graph"]
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A tensor that both ways compute: root-mean-square difference over root-mean-square size."""
+
+    name: str
+    shape: tuple[int, ...]
+    relative: float
+
+
+def inspect_graph(
+    bundle: Bundle[TokenizerConfig], graph: str, feeds: dict[str, NDArray[Any]], half: bool, backend: Backend
+) -> list[Drift]:
+    """Every tensor that exists in both, in the order of the graph.
+
+    Args:
+        bundle: a tokenizer's.
+        graph: one of its graphs.
+        feeds: its inputs, with a batch of 1: every tensor between is kept.
+        half: whether the second way is in float16.
+        backend: what runs it.
+
+    Raises:
+        MissingPackageError: Polygraphy or TensorRT is not installed.
+    """
+    if backend == "tensorrt-rtx":
+        # Read by Polygraphy when it imports TensorRT.
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+    try:
+        from polygraphy import constants
+        from polygraphy.backend.onnx import ModifyOutputs, OnnxFromPath
+        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+        from polygraphy.comparator import Comparator
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Polygraphy is not installed ({error}).", "Run `pip install 'tokenflow-sdk[inspect]'`."
+        ) from error
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    path = bundle.path / bundle.graph(graph).files[0].name
+
+    def in_onnxruntime(file: Path, name: str) -> Any:
+        marked = ModifyOutputs(OnnxFromPath(str(file)), outputs=constants.MARK_ALL)
+        return OnnxrtRunner(SessionFromOnnx(_serialized(marked), providers=["cpu"]), name=name)
+
+    with tempfile.TemporaryDirectory() as work:
+        second = engine_graph(path, "fp16" if half else None, Path(work))
+        if backend == "onnxruntime":
+            runner = in_onnxruntime(second, "second")
+        else:
+            require_installed(backend)
+            runner = _in_tensorrt(second, feeds)
+        results = Comparator.run([in_onnxruntime(path, "first"), runner], data_loader=[feeds])
+    (_, (first,)), (_, (other,)) = results.items()
+    return [
+        Drift(name, tuple(first[name].shape), _relative(first[name], other[name]))
+        for name in first
+        if name in other and first[name].dtype.kind == "f" and first[name].shape == other[name].shape
+    ]
+
+
+def _serialized(marked: Any) -> Any:
+    from polygraphy.backend.onnx import BytesFromOnnx
+
+    return BytesFromOnnx(marked)
+
+
+def _in_tensorrt(graph: Path, feeds: dict[str, NDArray[Any]]) -> Any:
+    from polygraphy import constants
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        EngineFromNetwork,
+        ModifyNetworkOutputs,
+        NetworkFromOnnxPath,
+        Profile,
+        TrtRunner,
+    )
+
+    profile = Profile()
+    for name, array in feeds.items():
+        profile.add(name, array.shape, array.shape, array.shape)
+    network = ModifyNetworkOutputs(NetworkFromOnnxPath(str(graph), strongly_typed=True), outputs=constants.MARK_ALL)
+    return TrtRunner(EngineFromNetwork(network, config=CreateConfig(profiles=[profile])), name="second")
+
+
+def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
+    exact = a.astype(np.float64)
+    size = float(np.sqrt(np.mean(np.square(exact))))
+    return float(np.sqrt(np.mean(np.square(b.astype(np.float64) - exact)))) / max(size, 1e-30)

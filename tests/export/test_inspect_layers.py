@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.__main__ import main
+from export.inspect_layers import inspect_graph
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.errors import MissingPackageError
+
+CODES = {"code_indices": np.random.default_rng(0).integers(0, 500, (1, 30), np.int32)}
+
+
+def test_half_precision_drifts_and_float32_does_not(mini_bundle: Path) -> None:
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+    half = inspect_graph(bundle, "decode", CODES, half=True, backend="onnxruntime")
+    assert len(half) > 20
+    assert 1e-5 < max(drift.relative for drift in half) < 0.1
+    same = inspect_graph(bundle, "decode", CODES, half=False, backend="onnxruntime")
+    assert len(same) >= len(half)
+    assert max(drift.relative for drift in same) == 0
+
+
+def test_the_command_shows_the_worst(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(mini_bundle), "encode", "--top", "3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5
+    assert "tensors in common" in out[1]
+
+
+def test_without_polygraphy_the_extra_is_named(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    with pytest.raises(MissingPackageError, match=r"tokenflow-sdk\[inspect\]"):
+        inspect_graph(Bundle.open(mini_bundle, TokenizerConfig), "decode", CODES, half=True, backend="onnxruntime")

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from export.precision import Precision
+from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tokenflow_sdk.dequantize import dequantize
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same small generator with float32 and with int8 weights."""
+    directory = tmp_path_factory.mktemp("dequantize")
+    checkpoint = write_checkpoint(directory / "hf", SMALLEST, generator_shapes(SMALLEST, 44, 500, (1, 2)), 40, 500)
+    tokenizer = tokenizer_bundle(directory / "tok", (1, 2), 500)
+    precisions = {"fp32": Precision(), "int8": Precision(weights="int8")}
+    return {name: export_quietly(checkpoint, tokenizer, directory / name, value) for name, value in precisions.items()}
+
+
+def test_integer_products_become_plain_ones_that_are_nearer_to_float32(bundles: dict[str, Path], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    feeds = {
+        "embeddings": rng.standard_normal((2, 3, 32), np.float32),
+        "positions": np.tile(np.arange(3, dtype=np.int32), (2, 1)),
+        "visible": np.tile(np.arange(1, 4, dtype=np.int32), (2, 1)),
+        "context": np.array([0, 5], np.int32),
+        "block_tables": np.array([[0], [1]], np.int32),
+        "k_pages": rng.standard_normal((4, 16, 2, 16), np.float32),
+        "v_pages": rng.standard_normal((4, 16, 2, 16), np.float32),
+    }
+    model = ir.load(bundles["int8"] / "transformer.onnx")
+    before = [node.op_type for node in model.graph]
+    dequantize(model)
+    after = [node.op_type for node in model.graph]
+    assert before.count("MatMulInteger") == 7
+    assert "MatMulInteger" not in after
+    assert after.count("MatMul") == before.count("MatMul") + 7
+    assert after.count("Round") == 0
+    assert not [name for name in model.graph.initializers if name.endswith("_int8")]
+    ir.save(model, tmp_path / "plain.onnx")
+    paths = (bundles["fp32"] / "transformer.onnx", bundles["int8"] / "transformer.onnx", tmp_path / "plain.onnx")
+    exact, rounded, plain = (onnxruntime.InferenceSession(path).run(None, feeds)[0] for path in paths)
+    assert 0 < np.abs(plain - exact).mean() < np.abs(rounded - exact).mean()
+
+
+def test_other_graphs_stay_as_they_are(bundles: dict[str, Path]) -> None:
+    model = ir.load(bundles["fp32"] / "transformer.onnx")
+    before = [node.name for node in model.graph]
+    dequantize(model)
+    assert [node.name for node in model.graph] == before

@@ -1,0 +1,256 @@
+"""Tokenizer and Generator on TensorRT engines, from building to certificates and changing over, on a machine that is not there.
+
+tests/fake_gpu.py pretends to be TensorRT and CUDA; the SDK's side of every call, the cache and the comparisons are real.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fake_gpu import FakeCuda, FakeTensorRT, Status, install
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.choice import EngineOptions, survey
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.engine_cache import EngineCache
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.engines import Engines
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineRefusedError, MissingPackageError, OutputError
+
+FP32 = EnginePlan(backend="tensorrt", precision="fp32", batch=(1, 2, 8))
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, FakeTensorRT]:
+    """A GPU, TensorRT, and an empty engine cache."""
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
+    return install(monkeypatch)
+
+
+def on_engines(bundle: Path, **options: object) -> Tokenizer:
+    return Tokenizer.from_pretrained(bundle, **({"backend": "tensorrt", "plan": FP32} | options))  # type: ignore[arg-type]
+
+
+def records() -> list[dict]:
+    return [json.loads(path.read_bytes()) for path in sorted(EngineCache().directory.glob("*.json"))]
+
+
+def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
+    expected = tokenizer.encode_array(IMAGES)
+    with on_engines(mini_bundle, batch_limit=3, lanes=2, cuda_graphs=True) as engines:
+        np.testing.assert_array_equal(engines.encode_array(IMAGES), expected)
+        np.testing.assert_array_equal(engines.decode_array(expected), tokenizer.decode_array(expected))
+        assert engines.device == "cuda:0"
+        assert engines.wait_for_engines()
+    assert sorted(machine[1].builds) == ["decode", "encode", "features", "semantic"]
+    for record in records():
+        assert record["certificate"]["failures"] == []
+        assert min(record["certificate"]["figures"]["agreement"]) == 1
+    with on_engines(mini_bundle) as again:
+        again.encode_array(IMAGES[:1])
+    assert len(machine[1].builds) == 4
+
+
+def test_half_precision_engines_pass_by_their_own_bars(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
+    with on_engines(mini_bundle, plan=EnginePlan(batch=(1, 1, 2))) as engines:
+        found = engines.encode_array(IMAGES[:2])
+    figures = records()[0]["certificate"]["figures"]
+    assert figures["decode_psnr"] > 45
+    assert 0 < figures["semantic_error"] < 0.1
+    assert (found == tokenizer.encode_array(IMAGES[:2])).mean() > 0.9
+
+
+@pytest.mark.parametrize(("graph", "words"), [("decode", "decoded pictures agree to"), ("encode", "codes agree|flipped")])
+def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, words: str, mini_bundle: Path) -> None:
+    machine[1].broken.add(graph)
+    for _ in range(2):
+        with pytest.raises(
+            EngineRefusedError, match=rf"fp32 engines of clip.* on sm89 is refused.*({words}).*precision-search"
+        ):
+            on_engines(mini_bundle)
+    assert len(machine[1].builds) == 4
+    (certificate,) = {json.dumps(record["certificate"]) for record in records()}
+    assert json.loads(certificate)["failures"]
+    machine[1].broken.clear()
+    engines = Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32)
+    assert engines.recertify().passed
+    assert engines.prepare(build=False).passed
+
+
+def test_nothing_is_built_where_that_was_ruled_out(machine, mini_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"no engine yet for encode, fp32, sm89.*tokenflow build .* --backend tensorrt"):
+        on_engines(mini_bundle, build=False)
+    assert machine[1].builds == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "version"])
+def test_stale_engines_are_built_again_and_never_loaded(machine, damage: str, mini_bundle: Path) -> None:
+    on_engines(mini_bundle).close()
+    for path in EngineCache().directory.glob("*.engine"):
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-7])
+        elif damage == "foreign":
+            path.write_bytes(path.read_bytes()[:-7] + b"another")
+    if damage == "version":
+        machine[1].__version__ = "12.0"
+    with on_engines(mini_bundle) as again:
+        again.encode_array(IMAGES[:1])
+    assert len(machine[1].builds) == 8
+
+
+def test_auto_never_builds_and_uses_what_is_there(machine, mini_bundle: Path) -> None:
+    plan = EnginePlan(batch=(1, 1, 8))
+    with Tokenizer.from_pretrained(mini_bundle, plan=plan) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+    assert machine[1].builds == []
+    on_engines(mini_bundle, plan=plan).close()
+    with Tokenizer.from_pretrained(mini_bundle, plan=plan) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cuda:0"
+    with Tokenizer.from_pretrained(mini_bundle, plan=plan, device="cpu") as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+
+
+def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+
+    def reasons(device: str = "auto") -> dict[str, tuple[bool, str]]:
+        return {c.title: (c.usable, c.why) for c in survey(bundle, SessionOptions(device), EngineOptions(plan=FP32))}
+
+    assert "no engine built yet for encode" in reasons()["tensorrt"][1]
+    assert reasons()["onnxruntime, CPU"] == (True, "always works")
+    machine[1].broken.add("decode")
+    with pytest.raises(EngineRefusedError):
+        on_engines(mini_bundle)
+    assert "were refused: decoded pictures" in reasons()["tensorrt"][1]
+    machine[0].status = Status(35)
+    assert "no usable GPU" in reasons()["tensorrt"][1]
+    assert set(reasons("cpu")) == {"onnxruntime, OpenVINO", "onnxruntime, CPU"}
+
+
+def test_serving_goes_on_while_engines_are_built(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls before, during and after the change all succeed with the same codes; builds wait for the first of them."""
+    go, prepare = threading.Event(), Engines.prepare
+    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
+    with on_engines(mini_bundle, serve_while_building=True) as tokenizer:
+        expected = tokenizer.encode_array(IMAGES)
+        assert tokenizer.device == "cpu"
+        assert not tokenizer.wait_for_engines(0)
+        found: list[np.ndarray] = []
+        stop = threading.Event()
+
+        def serve() -> None:
+            while not stop.is_set():
+                found.append(tokenizer.encode_array(IMAGES))
+
+        threads = [threading.Thread(target=serve) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        go.set()
+        assert tokenizer.wait_for_engines(120)
+        assert tokenizer.device == "cuda:0"
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert found
+        for codes in (*found, tokenizer.encode_array(IMAGES)):
+            np.testing.assert_array_equal(codes, expected)
+        tokenizer.load("decode")
+        assert tokenizer.device == "cuda:0"
+
+
+def test_serving_goes_on_without_engines_that_fail(
+    machine, mini_bundle: Path, caplog: pytest.LogCaptureFixture, tokenizer: Tokenizer
+) -> None:
+    machine[1].broken.add("encode")
+    with caplog.at_level(logging.WARNING), on_engines(mini_bundle, serve_while_building=True) as serving:
+        with pytest.raises(EngineRefusedError):
+            serving.wait_for_engines(120)
+        np.testing.assert_array_equal(serving.encode_array(IMAGES), tokenizer.encode_array(IMAGES))
+        assert serving.device == "cpu"
+    assert "Going on without TensorRT engines" in caplog.text
+
+
+def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) -> None:
+    with Generator.from_pretrained(mini_generator, backend="onnxruntime") as generator:
+        expected = generator.generate("w3 w5", seed=7, n=2)
+        single = generator.generate("w7", seed=1, preset="fast")
+    plan = EnginePlan(precision="fp32", batch=(1, 1, 1), pages=70)
+    with Generator.from_pretrained(mini_generator, backend="tensorrt", plan=plan) as generator:
+        assert generator.device == "cuda:0"
+        found = generator.generate("w3 w5", seed=7, n=2)
+        assert [codes.indices.tolist() for codes in found.codes] == [codes.indices.tolist() for codes in expected.codes]
+        assert generator.generate("w7", seed=1, preset="fast").codes == single.codes
+        assert found.images[0].size == (64, 64)
+        pool = generator._running.scheduler.loop.transformer.pool
+        assert pool.pages == 70
+    figures = [record["certificate"]["figures"] for record in records() if record["key"]["graph"] == "transformer"]
+    assert figures[0]["same_code"] == 1
+
+
+def test_a_generator_changes_over_between_requests(machine, mini_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, prepare = threading.Event(), Engines.prepare
+    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
+    plan = EnginePlan(precision="fp32", pages=200)
+    options = {"backend": "tensorrt", "plan": plan, "serve_while_building": True}
+    with Generator.from_pretrained(mini_generator, **options) as generator:  # type: ignore[arg-type]
+        stream = generator.stream("w3", seed=3, preset="fast")
+        first = next(stream)
+        old = generator._running
+        go.set()
+        assert generator.wait_for_engines(120)
+        assert (generator.device, old.users) == ("cuda:0", 1)
+        begun = [first, *stream]
+        assert old.users == 0
+        again = generator.generate("w3", seed=3, preset="fast")
+        assert begun[-1].codes == again.codes
+    with Generator.from_pretrained(mini_generator, backend="onnxruntime") as alone:
+        assert alone.generate("w3", seed=3, preset="fast").codes == again.codes
+
+
+def test_wrong_options_and_missing_packages_are_named(machine, mini_bundle: Path, mini_generator: Path, monkeypatch) -> None:
+    with pytest.raises(ArgumentError, match="no backend 'tvm'.*auto, onnxruntime, tensorrt, tensorrt-rtx"):
+        Tokenizer.from_pretrained(mini_bundle, backend="tvm")
+    with pytest.raises(ArgumentError, match="serve_while_building=True builds TensorRT engines"):
+        Tokenizer.from_pretrained(mini_bundle, serve_while_building=True)
+    with pytest.raises(ArgumentError, match="lanes=0 runs nothing"):
+        on_engines(mini_bundle, lanes=0)
+    with pytest.raises(ArgumentError, match="no recipe 'abacus'"):
+        on_engines(mini_bundle, plan="abacus")
+    with pytest.raises(ArgumentError, match="pages of 16 tokens"):
+        Generator.from_pretrained(mini_generator, tokenizer=mini_bundle, backend="tensorrt", page_size=4)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingPackageError, match=r"tokenflow-sdk\[tensorrt\]"):
+        on_engines(mini_bundle)
+
+
+def test_a_cache_that_cannot_be_written_is_named(machine, mini_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match=r"cannot be written.*TOKENFLOW_CACHE"):
+        on_engines(mini_bundle)
+
+
+def test_the_command_line(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "no engine built yet for encode" in capsys.readouterr().out
+    assert main(["build", str(mini_bundle), "--backend", "tensorrt", "--precision", "fp16"]) == 0
+    assert "certified: codes agree" in capsys.readouterr().out
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "runs on tensorrt" in capsys.readouterr().out
+    assert main(["verify", str(mini_bundle), "--backend", "tensorrt"]) == 0
+    assert "certified" in capsys.readouterr().out
+    assert main(["cache", "list"]) == 0
+    assert "passed" in capsys.readouterr().out

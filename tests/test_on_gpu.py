@@ -1,0 +1,210 @@
+"""What only a GPU can show: `make test-gpu`. Everything here skips, with the reason, where there is none.
+
+The same code paths run everywhere else on a GPU that is not there (tests/fake_gpu.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.base import HostPages
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
+from tokenflow_sdk.engine_build import FLAVOURS
+from tokenflow_sdk.engine_cache import EngineCache
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import ArgumentError, TokenFlowError
+from tokenflow_sdk.images import psnr
+
+pytestmark = pytest.mark.gpu
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (4, 64, 64, 3), np.uint8)
+MINUTES = 60
+
+
+def why_not() -> str | None:
+    """What is missing to use a GPU, in words."""
+    try:
+        Cuda()
+    except TokenFlowError as error:
+        return error.message
+    return None
+
+
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(params=list(FLAVOURS))
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    if importlib.util.find_spec(FLAVOURS[request.param]) is None:
+        pytest.skip(f"{request.param} is not installed")
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "engines"))
+    return str(request.param)
+
+
+@pytest.fixture
+def cuda_provider() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu")
+
+
+@pytest.fixture
+def cpu(mini_bundle: Path) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(mini_bundle, device="cpu") as tokenizer:
+        yield tokenizer
+
+
+def free_memory() -> int:
+    status, free, _ = Cuda().runtime.cudaMemGetInfo()
+    assert int(status) == 0
+    return int(free)
+
+
+def test_pages_on_the_gpu_are_host_pages() -> None:
+    cuda, shape, dtype = Cuda(), (3, 7, 16, 4, 32), np.dtype(np.float16)
+    host, device = HostPages(shape, dtype), CudaPages(cuda, shape, dtype)
+    stream = Stream(cuda)
+    for _ in range(20):
+        count = int(RNG.integers(1, 60))
+        places = RNG.permutation(7 * 16)[:count] if count % 2 else np.arange(5, 5 + count)
+        new = RNG.standard_normal((3, 2, count, 4, 32)).astype(dtype)
+        pinned, buffer = PinnedBuffer(cuda, new.nbytes), DeviceBuffer(cuda, new.nbytes)
+        pinned.view(new.shape, new.dtype)[...] = new
+        stream.to_device(buffer.pointer, pinned.pointer, new.nbytes)
+        stream.synchronize()
+        host.put(new, 1, places // 16, places % 16)
+        device.put(CudaArray(cuda, buffer.pointer, new.shape, dtype, buffer), 1, places // 16, places % 16)
+        host.copy(2, 5)
+        device.copy(2, 5)
+        np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))
+    stream.close()
+
+
+@pytest.mark.usefixtures("cuda_provider")
+def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generator: Path) -> None:
+    codes = cpu.encode_array(IMAGES)
+    with Tokenizer.from_pretrained(mini_bundle, backend="onnxruntime", device="cuda", batch_limit=4) as gpu:
+        assert (gpu.encode_array(IMAGES) == codes).mean() > 0.95
+        assert psnr(gpu.decode_array(codes), cpu.decode_array(codes)) > 45
+        assert gpu.device == "cuda:0"
+    with Generator.from_pretrained(mini_generator, backend="onnxruntime", device="cuda") as generator:
+        first = generator.generate("w3 w5", seed=7, n=2)
+        assert generator.generate("w3 w5", seed=7, n=2).codes == first.codes
+        transformer = generator._running.scheduler.loop.transformer
+        assert isinstance(transformer._k, CudaPages)
+        assert generator.device == "cuda:0"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_tokenizer_is_built_certified_and_right(flavour: str, precision, cpu: Tokenizer, mini_bundle: Path) -> None:
+    plan = EnginePlan(precision=precision, batch=(1, 2, 4))
+    codes = cpu.encode_array(IMAGES)
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, batch_limit=4) as tokenizer:
+        assert tokenizer.load().device == "cuda:0"
+        for batch in (4, 1, 3):
+            assert (tokenizer.encode_array(IMAGES[:batch]) == codes[:batch]).mean() > 0.9
+            assert psnr(tokenizer.decode_array(codes[:batch]), cpu.decode_array(codes[:batch])) > 45
+        with pytest.raises(ArgumentError, match="built for a batch of 1 to 4"):
+            tokenizer._session("encode").run({"images": np.concatenate([IMAGES, IMAGES])})
+    for engine in EngineCache().entries():
+        assert engine.certificate["failures"] == []
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, batch_limit=4, build=False) as again:
+        again.encode_array(IMAGES)
+
+
+def test_lanes_and_cuda_graphs_change_nothing(flavour: str, mini_bundle: Path) -> None:
+    plan = EnginePlan(precision="fp32", batch=(1, 1, 2))
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as plain:
+        expected = [plain.encode_array(image[None]) for image in IMAGES]
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, lanes=3, cuda_graphs=True) as tokenizer:
+        for _ in range(4):
+            for image, codes in zip(IMAGES, expected, strict=True):
+                np.testing.assert_array_equal(tokenizer.encode_array(image[None]), codes)
+        found: list[bool] = []
+
+        def work() -> None:
+            for image, codes in zip(IMAGES, expected, strict=True):
+                found.append(np.array_equal(tokenizer.encode_array(image[None]), codes))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_generator_is_built_certified_and_repeats_itself(flavour: str, precision, mini_generator: Path) -> None:
+    plan = EnginePlan(precision=precision, batch=(1, 1, 2), pages=200)
+    with Generator.from_pretrained(mini_generator, backend=flavour, plan=plan) as generator:
+        assert generator.device == "cuda:0"
+        first = generator.generate("w3 w5", seed=7, n=2)
+        assert generator.generate("w3 w5", seed=7, n=2).codes == first.codes
+        assert first.images[0].size == (64, 64)
+        together = generator.generate_batch(["w3 w5", "w7", "w1 w2 w4"], seed=7, n=2)
+        assert len(together) == 3
+        pool = generator._running.scheduler.loop.transformer.pool
+        assert pool.free > pool.pages - 16
+
+
+def test_ten_thousand_calls_leak_nothing(flavour: str, mini_bundle: Path) -> None:
+    """Memory of the GPU and of the process, after a hundred calls and after ten thousand."""
+    plan = EnginePlan(precision="fp16", batch=(1, 1, 4))
+    codes = RNG.integers(0, 500, (4, 30), np.int32)
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, batch_limit=4) as tokenizer:
+        session = tokenizer._session("features")
+        process = psutil.Process()
+        for number in range(10_000):
+            session.run({"code_indices": codes[: 1 + number % 4]})
+            if number == 100:
+                gpu, host = free_memory(), process.memory_info().rss
+        assert gpu - free_memory() < 2**24
+        assert process.memory_info().rss - host < 2**26
+    gc.collect()
+
+
+def test_closing_gives_the_memory_back(flavour: str, mini_bundle: Path) -> None:
+    plan = EnginePlan(precision="fp16", batch=(1, 1, 4))
+
+    def use() -> None:
+        with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as tokenizer:
+            tokenizer.encode_array(IMAGES[:1])
+        gc.collect()
+
+    use()
+    before = free_memory()
+    for _ in range(5):
+        use()
+    assert before - free_memory() < 2**25
+
+
+def test_a_cut_engine_is_built_again(flavour: str, mini_bundle: Path) -> None:
+    plan = EnginePlan(precision="fp16", batch=(1, 1, 1))
+    Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan).close()
+    for path in EngineCache().directory.glob("*.engine"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as tokenizer:
+        tokenizer.encode_array(IMAGES[:1])
+
+
+def test_serving_goes_on_while_engines_are_built(flavour: str, mini_bundle: Path, cpu: Tokenizer) -> None:
+    plan = EnginePlan(precision="fp32", batch=(1, 1, 1))
+    options = {"backend": flavour, "plan": plan, "serve_while_building": True}
+    with Tokenizer.from_pretrained(mini_bundle, **options) as tokenizer:  # type: ignore[arg-type]
+        expected = cpu.encode_array(IMAGES[:1])
+        assert (tokenizer.encode_array(IMAGES[:1]) == expected).mean() > 0.9
+        assert tokenizer.wait_for_engines(10 * MINUTES)
+        assert tokenizer.device == "cuda:0"
+        assert (tokenizer.encode_array(IMAGES[:1]) == expected).mean() > 0.9
