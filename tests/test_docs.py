@@ -103,6 +103,7 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "demo",
         "test",
         "test-slow",
+        "test-gpu",
         "lint",
         "bench",
         "tiny-data",
