@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from export.precision import FULL_PRECISION, Precision
 from tokenflow_sdk.backends.base import Array, SessionOptions
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ParityError
 from tokenflow_sdk.kv_cache import PageTable
 from tokenflow_sdk.transformer import PagedTransformer
@@ -72,14 +72,14 @@ class Agreement:
             )
 
 
-def run_graph(bundle: Bundle[GeneratorConfig], name: str, feeds: dict[str, Array], output: str) -> Array:
+def run_graph(bundle: Bundle[Any], name: str, feeds: dict[str, Array], output: str) -> Array:
     """One output of one graph on the CPU."""
     entry = bundle.graph(name)
     with OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
         return session.run(feeds, [output])[output]
 
 
-def paged_hidden(bundle: Bundle[GeneratorConfig], x: Float32, positions: Int32, visible: Int32, ends: Sequence[int]) -> Float32:
+def paged_hidden(bundle: Bundle[Any], x: Float32, positions: Int32, visible: Int32, ends: Sequence[int]) -> Float32:
     """Hidden states float32 [Q, H] of embeddings [1, Q, H], run in steps over pages.
 
     Args:

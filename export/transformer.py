@@ -6,6 +6,7 @@ the graph gathers the pages that each row's block table names, appends the step'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -29,9 +30,10 @@ def transformer_config(directory: HfDirectory, norm_placement: Literal["output",
     """Sizes from config.json; q/k norm and biases from the keys.
 
     Raises:
-        CheckpointError: config.json lacks a size.
+        CheckpointError: config.json lacks a size, or asks for positions or an activation that this transformer does not have.
     """
     values = directory.config
+    _require_plain(directory)
     try:
         width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         return TransformerConfig(
@@ -42,7 +44,7 @@ def transformer_config(directory: HfDirectory, norm_placement: Literal["output",
             head_dim=int(values.get("head_dim") or width // heads),
             mlp_width=int(values["intermediate_size"]),
             norm_eps=float(values["rms_norm_eps"]),
-            rope_theta=float(values.get("rope_theta") or 10000.0),
+            rope_theta=_rope_theta(values),
             norm_placement=norm_placement,
             qk_norm="model.layers.0.self_attn.qknorm.query_norm.weight" in directory.shapes,
             qkv_bias="model.layers.0.self_attn.q_proj.bias" in directory.shapes,
@@ -51,6 +53,28 @@ def transformer_config(directory: HfDirectory, norm_placement: Literal["output",
         raise CheckpointError(
             f"{directory.path / 'config.json'} lacks a size: {error}.", "Give the directory of a released model."
         ) from error
+
+
+def _rope_theta(values: Mapping[str, Any]) -> float:
+    """At the top of released files; in `rope_parameters` since transformers 5."""
+    return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+
+
+def _require_plain(directory: HfDirectory) -> None:
+    values = directory.config
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    problems = {
+        f"scales positions by {scaling!r}": scaling != "default",
+        "uses a sliding window": bool(values.get("use_sliding_window")),
+        f"has the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+    }
+    found = [problem for problem, there in problems.items() if there]
+    if found:
+        raise CheckpointError(
+            f"The model in {directory.path} {' and '.join(found)}, which this exporter does not build.",
+            "Give a model with plain RoPE, full attention and SiLU, as the released ones have.",
+        )
 
 
 class TransformerGraph(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.errors import BundleNotFoundError, CodebookMismatchError
 from tokenflow_sdk.tokenizer import Tokenizer
 
@@ -15,7 +15,9 @@ __all__ = ["require_tokenizer", "tokenizer_of"]
 
 
 def tokenizer_of(
-    bundle: Bundle[GeneratorConfig], tokenizer: Tokenizer | str | os.PathLike[str] | None, options: SessionOptions
+    bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig],
+    tokenizer: Tokenizer | str | os.PathLike[str] | None,
+    options: SessionOptions,
 ) -> Tokenizer:
     """The tokenizer given, opened if it is a name; None looks where the bundle was exported with it.
 
@@ -35,7 +37,7 @@ def tokenizer_of(
         ) from error
 
 
-def require_tokenizer(tokenizer: Tokenizer, config: GeneratorConfig, path: Path) -> None:
+def require_tokenizer(tokenizer: Tokenizer, config: GeneratorConfig | UnderstanderConfig, path: Path) -> None:
     """Check that a tokenizer has the codebook and the scales of the model at `path`.
 
     Raises:
