@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from export.config import VARIANTS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError, TokenFlowError
 from tokenflow_sdk.images import pictures_in
+
+if TYPE_CHECKING:
+    from export.agreement import Agreement
 
 _EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub")
 
@@ -22,6 +26,7 @@ Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json 
 
     python -m export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
     python -m export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
+    python -m export understanding --checkpoint TokenFlow-llava/ --tokenizer bundles/siglip_384 --out bundles/chat
     python -m export precision-search bundles/clipb_256 --images photos/
     python -m export inspect bundles/clipb_256 decode
     python -m export standin --variant clipb_256 --out checkpoints/clipb_256.pt
@@ -71,17 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--force", action="store_true", help="replace --out if it exists")
     tokenizer.set_defaults(run=_run_tokenizer)
     generator = commands.add_parser("generator", help="a text-to-image directory to a bundle")
-    generator.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
-    generator.add_argument("--tokenizer", required=True, type=Path, help="the bundle of the tokenizer that decodes its codes")
-    generator.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
-    generator.add_argument(
-        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
-    )
-    generator.add_argument(
-        "--weights", choices=("int8", "int4"), help="the transformer's in fewer bits; int8 is the fast one on CPUs"
-    )
-    generator.add_argument("--force", action="store_true", help="replace --out if it exists")
+    _language_model(generator, "the bundle of the tokenizer that decodes its codes")
     generator.set_defaults(run=_run_generator)
+    understanding = commands.add_parser("understanding", help="a LLaVA directory (Qwen2 or Llama layout) to a bundle")
+    _language_model(understanding, "the bundle of the tokenizer whose codes it reads")
+    understanding.set_defaults(run=_run_understanding)
     searching = commands.add_parser(
         "precision-search", help="which nodes of a tokenizer must stay in float32 for half-precision engines"
     )
@@ -112,6 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
+    parser.add_argument("--tokenizer", required=True, type=Path, help=tokenizer)
+    parser.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
+    )
+    weights = "the transformer's in fewer bits; int8 is the fast one on CPUs"
+    parser.add_argument("--weights", choices=("int8", "int4"), help=weights)
+    parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+
+
 def _run_tokenizer(arguments: argparse.Namespace) -> None:
     from export.checkpoints import load_model, read_state_dict, recognise, resolve
     from export.progress import Steps
@@ -137,6 +148,17 @@ def _run_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _run_generator(arguments: argparse.Namespace) -> None:
     from export.generator import export_generator
+
+    _run_language_model(arguments, export_generator, "code")
+
+
+def _run_understanding(arguments: argparse.Namespace) -> None:
+    from export.understanding import export_understanding
+
+    _run_language_model(arguments, export_understanding, "token")
+
+
+def _run_language_model(arguments: argparse.Namespace, export: Callable[..., Agreement], choice: str) -> None:
     from export.hf_directory import HfDirectory
     from export.precision import Precision
     from export.progress import Steps
@@ -147,11 +169,10 @@ def _run_generator(arguments: argparse.Namespace) -> None:
     tokenizer = Bundle.open(arguments.tokenizer, TokenizerConfig)
     precision = Precision(arguments.dtype, arguments.weights)
     with Steps() as steps:
-        directory = HfDirectory(arguments.checkpoint)
-        found = export_generator(directory, tokenizer, arguments.out, steps, arguments.force, precision)
+        found = export(HfDirectory(arguments.checkpoint), tokenizer, arguments.out, steps, arguments.force, precision)
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
     print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
-    print(f"  likeliest code the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")
+    print(f"  likeliest {choice} the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")
 
 
 def _run_precision_search(arguments: argparse.Namespace) -> None:

@@ -17,21 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from export.agreement import Agreement
 from export.config import TransformerConfig
-from export.generator_check import Agreement, compare
+from export.generator_check import compare
 from export.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
 from export.hf_directory import HfDirectory
 from export.onnx_export import GraphSpec, export_graph, file_entry
 from export.precision import FULL_PRECISION, Precision
 from export.progress import Steps
+from export.projector import projector, projector_shapes
 from export.prompt_tokenizer import prompt_tokenizer
 from export.staging import staging_directory, versions
-from export.transformer import transformer_shapes, transformer_spec
+from export.transformer import transformer_config, transformer_shapes, transformer_spec
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
-from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity import Reference
 
 __all__ = ["NEGATIVE_PROMPT", "export_generator"]
@@ -74,7 +75,7 @@ def export_generator(
         ParityError: the graph does not reproduce PyTorch; nothing is left behind.
     """
     steps.start("reading the checkpoint")
-    model_config = transformer_config(directory)
+    model_config = transformer_config(directory, "output")
     config, text = _runtime_config(directory, model_config, tokenizer, out, negative_prompt)
     directory.require(_expected_shapes(model_config, config, directory))
     needed = precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
@@ -101,34 +102,6 @@ def export_generator(
 
 _ASSETS = {"codebook": "codebook.npy", "tokenizer": "tokenizer.json"}
 """Written before the check; what the check computed is added as `reference`."""
-
-
-def transformer_config(directory: HfDirectory) -> TransformerConfig:
-    """Sizes from config.json; norms, q/k norm and biases from the keys.
-
-    Raises:
-        CheckpointError: config.json lacks a size.
-    """
-    values = directory.config
-    try:
-        width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        return TransformerConfig(
-            width=width,
-            layers=int(values["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or width // heads),
-            mlp_width=int(values["intermediate_size"]),
-            norm_eps=float(values["rms_norm_eps"]),
-            rope_theta=float(values.get("rope_theta") or 10000.0),
-            norm_placement="output",
-            qk_norm="model.layers.0.self_attn.qknorm.query_norm.weight" in directory.shapes,
-            qkv_bias="model.layers.0.self_attn.q_proj.bias" in directory.shapes,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory.path / 'config.json'} lacks a size: {error}.", "Give a released text-to-image directory."
-        ) from error
 
 
 def _runtime_config(
@@ -160,16 +133,16 @@ def _runtime_config(
 def _expected_shapes(model: TransformerConfig, config: GeneratorConfig, directory: HfDirectory) -> dict[str, tuple[int, ...]]:
     vocabulary = config.text_size + config.codebook_size
     code_dim = directory.shapes.get("model.mm_projector.0.weight", (0, 40))[1]
-    return transformer_shapes(model) | {
-        "model.embed_tokens.weight": (vocabulary, model.width),
-        "lm_head.weight": (vocabulary, model.width),
-        "model.mm_projector.0.weight": (model.width, code_dim),
-        "model.mm_projector.0.bias": (model.width,),
-        "model.mm_projector.2.weight": (model.width, model.width),
-        "model.mm_projector.2.bias": (model.width,),
-        "model.lvl_embed.weight": (len(config.patch_nums) + 1, model.width),
-        "model.pos_1LC": (config.n_codes, model.width),
-    }
+    return (
+        transformer_shapes(model)
+        | projector_shapes(model.width, code_dim)
+        | {
+            "model.embed_tokens.weight": (vocabulary, model.width),
+            "lm_head.weight": (vocabulary, model.width),
+            "model.lvl_embed.weight": (len(config.patch_nums) + 1, model.width),
+            "model.pos_1LC": (config.n_codes, model.width),
+        }
+    )
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -207,13 +180,13 @@ def _embed_text_spec(
 
 
 def _embed_image_spec(directory: HfDirectory, dims: Mapping[str, Any]) -> GraphSpec:
-    projector = _projector(directory)
+    module = projector(directory)
     levels, positions = directory.tensor("model.lvl_embed.weight"), directory.tensor("model.pos_1LC")
     return GraphSpec(
         "embed_image",
-        EmbedImageGraph(projector, levels, positions),
+        EmbedImageGraph(module, levels, positions),
         {
-            "features": (_zeros(2, 3, projector[0].in_features), {0: dims["batch"], 1: dims["queries"]}),
+            "features": (_zeros(2, 3, module[0].in_features), {0: dims["batch"], 1: dims["queries"]}),
             "level": (_counts(1), {}),
             "places": (_counts(3), {0: dims["queries"]}),
         },
@@ -244,13 +217,3 @@ def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
     """The head's rows of image codes, float32 [K, H]."""
     start = config.image_token_start
     return directory.tensor("lm_head.weight")[start : start + config.codebook_size].clone()
-
-
-def _projector(directory: HfDirectory) -> nn.Sequential:
-    """Linear, GELU, Linear from the quantized feature to the model's width, as LLaVA's `mm_projector`."""
-    first, second = (directory.tensor(f"model.mm_projector.{i}.weight") for i in (0, 2))
-    with torch.device("meta"):
-        projector = nn.Sequential(nn.Linear(*first.shape[::-1]), nn.GELU(), nn.Linear(*second.shape[::-1]))
-    biases = {f"{i}.bias": directory.tensor(f"model.mm_projector.{i}.bias") for i in (0, 2)}
-    projector.load_state_dict({"0.weight": first, "2.weight": second} | biases, strict=True, assign=True)
-    return projector.eval().requires_grad_(False)

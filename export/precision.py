@@ -191,7 +191,7 @@ class _Rewrite:
         old = self.node.outputs[0]
         result.name, result.shape, result.type = old.name, old.shape, old.type
         old.name = None
-        ir.convenience.replace_all_uses_with(old, result)
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
         if not self.matrix.uses():
             del self.graph.initializers[self.name]

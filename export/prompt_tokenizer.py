@@ -1,4 +1,4 @@
-"""The prompt tokenizer of a released directory, as a tokenizer.json without image tokens."""
+"""The text tokenizer of a released directory; for text-to-image models, a tokenizer.json without image tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokenflow_sdk.errors import CheckpointError, MissingPackageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["prompt_tokenizer"]
+__all__ = ["load_tokenizer", "prompt_tokenizer"]
 
-_JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_JSON, _CONVERTIBLE = "tokenizer.json", ("tokenizer.model", "vocab.json")
 
 
 def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any], int, tuple[int, ...]]:
@@ -26,7 +26,7 @@ def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any
         CheckpointError: no tokenizer files, damaged ones, or ones without image tokens.
         MissingPackageError: there is only a tokenizer.model, and what converts it is not installed.
     """
-    tokenizer = _load(directory)
+    tokenizer = load_tokenizer(directory)
     first, last = tokenizer.token_to_id("<vq_token_0>"), tokenizer.token_to_id(f"<vq_token_{codebook_size - 1}>")
     start = tokenizer.encode("<img>", add_special_tokens=False).ids
     if first is None or last != first + codebook_size - 1 or not start:
@@ -39,12 +39,14 @@ def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any
     return text, first, tuple(start)
 
 
-def _load(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """tokenizer.json, or made from the files that released directories have instead. Errors as in `prompt_tokenizer`."""
     from tokenizers import Tokenizer
 
-    if not (directory / _JSON).exists() and (directory / _SENTENCEPIECE).is_file():
+    sources = [name for name in _CONVERTIBLE if (directory / name).is_file()]
+    if sources and not (directory / _JSON).exists():
         with tempfile.TemporaryDirectory() as converted:
-            _convert(directory, Path(converted))
+            _convert(directory, sources[0], Path(converted))
             return Tokenizer.from_file(str(Path(converted) / _JSON))
     try:
         return Tokenizer.from_file(str(directory / _JSON))
@@ -54,20 +56,20 @@ def _load(directory: Path) -> Tokenizer:
         ) from error
 
 
-def _convert(directory: Path, out: Path) -> None:
-    """Write tokenizer.json for a directory that has a SentencePiece model only."""
+def _convert(directory: Path, source: str, out: Path) -> None:
+    """Write tokenizer.json for a directory that has a SentencePiece model, or a vocabulary and merges, only."""
     try:
         import sentencepiece  # noqa: F401  (transformers reads the model with it)
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingPackageError(
-            f"{directory} has a {_SENTENCEPIECE} and no {_JSON}; converting it needs transformers and sentencepiece.",
+            f"{directory} has a {source} and no {_JSON}; converting it needs transformers and sentencepiece.",
             "Run `pip install transformers sentencepiece`.",
         ) from error
     try:
         AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False).save_pretrained(out)
     except Exception as error:  # whatever transformers or sentencepiece meets in damaged files
         raise CheckpointError(
-            f"{directory / _SENTENCEPIECE} cannot be converted: {str(error).splitlines()[0]}.",
+            f"{directory / source} cannot be converted: {str(error).splitlines()[0]}.",
             "Download the directory's tokenizer files again.",
         ) from error

@@ -1,23 +1,123 @@
-"""A released transformer, of any kind, to the paged graph: traced without weights, which are then read one at a time."""
+"""A released transformer, of any kind, to the paged graph: traced without weights, which are then read one at a time.
+
+One transformer graph with one copy of the weights serves prefill, every scale and every token. Keys and values live in pages:
+the graph gathers the pages that each row's block table names, appends the step's own, and gives the new ones back.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
 from export.config import TransformerConfig
-from export.generator_graphs import TransformerGraph
 from export.hf_directory import HfDirectory
 from export.models.llama import Layer, RmsNorm, Transformer, rope_angles
 from export.onnx_export import GraphSpec
 from export.precision import Precision, ReadWeight, use_matmul
+from tokenflow_sdk.errors import CheckpointError
 
-__all__ = ["hidden_by_layer", "transformer_shapes", "transformer_spec"]
+__all__ = ["TransformerGraph", "hidden_by_layer", "transformer_config", "transformer_shapes", "transformer_spec"]
 
 _VARYING = ("batch", "queries", "table", "slots", "page")
+
+
+def transformer_config(directory: HfDirectory, norm_placement: Literal["output", "pre"]) -> TransformerConfig:
+    """Sizes from config.json; q/k norm and biases from the keys.
+
+    Raises:
+        CheckpointError: config.json lacks a size, or asks for positions or an activation that this transformer does not have.
+    """
+    values = directory.config
+    _require_plain(directory)
+    try:
+        width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        return TransformerConfig(
+            width=width,
+            layers=int(values["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or width // heads),
+            mlp_width=int(values["intermediate_size"]),
+            norm_eps=float(values["rms_norm_eps"]),
+            rope_theta=_rope_theta(values),
+            norm_placement=norm_placement,
+            qk_norm="model.layers.0.self_attn.qknorm.query_norm.weight" in directory.shapes,
+            qkv_bias="model.layers.0.self_attn.q_proj.bias" in directory.shapes,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory.path / 'config.json'} lacks a size: {error}.", "Give the directory of a released model."
+        ) from error
+
+
+def _rope_theta(values: Mapping[str, Any]) -> float:
+    """At the top of released files; in `rope_parameters` since transformers 5."""
+    return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+
+
+def _require_plain(directory: HfDirectory) -> None:
+    values = directory.config
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    problems = {
+        f"scales positions by {scaling!r}": scaling != "default",
+        "uses a sliding window": bool(values.get("use_sliding_window")),
+        f"has the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+    }
+    found = [problem for problem, there in problems.items() if there]
+    if found:
+        raise CheckpointError(
+            f"The model in {directory.path} {' and '.join(found)}, which this exporter does not build.",
+            "Give a model with plain RoPE, full attention and SiLU, as the released ones have.",
+        )
+
+
+class TransformerGraph(nn.Module):
+    """One step over paged keys and values.
+
+    Inputs: embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each
+    query sees, in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables
+    int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden [B, Q, H] after the final norm; new_k
+    and new_v [layers, B, Q, kv_heads, D]. The type of the pages is that of the arithmetic; embeddings and hidden are float32.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = transformer.config
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        context: Tensor,
+        block_tables: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config, batch, length = self.config, embeddings.shape[0], embeddings.shape[1]
+        slots = block_tables.shape[1] * k_pages.shape[1]
+        seen = torch.arange(slots)[None, None] < context[:, None, None]
+        own = torch.arange(length)[None, None] < visible[..., None]
+        mask = torch.cat([seen.expand(batch, length, slots), own], dim=-1)
+        cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
+        pages = k_pages.shape[0] // config.layers
+        x, new_k, new_v = embeddings.to(k_pages.dtype), [], []
+        for index, layer in enumerate(self.transformer.layers):
+            rows = block_tables + index * pages
+            past = [
+                F.embedding(rows, pool.flatten(1)).reshape(batch, slots, config.kv_heads, -1) for pool in (k_pages, v_pages)
+            ]
+            x, k, v = layer(x, cos, sin, past[0], past[1], mask)
+            new_k.append(k)
+            new_v.append(v)
+        return self.transformer.norm(x).float(), torch.stack(new_k), torch.stack(new_v)
 
 
 def transformer_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

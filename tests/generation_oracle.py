@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export.generator import transformer_config
 from export.hf_directory import HfDirectory
 from export.models.llama import Transformer
+from export.transformer import transformer_config
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.sampling import SamplingParams, draw, guidance, uniform
 
@@ -27,7 +27,7 @@ class UncachedGenerator:
         self.config, self.codebook = config, torch.from_numpy(codebook)
         self.weights = {key: checkpoint.tensor(key) for key in checkpoint.shapes}
         with torch.device("meta"):
-            self.transformer = Transformer(transformer_config(checkpoint))
+            self.transformer = Transformer(transformer_config(checkpoint, "output"))
         state = {key: self.weights[f"model.{key}"] for key in self.transformer.state_dict()}
         self.transformer.load_state_dict(state, assign=True)
         self.transformer.eval().requires_grad_(False)

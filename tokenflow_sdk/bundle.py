@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 MANIFEST = "bundle.json"
-KINDS = ("tokenizer", "generator")
+KINDS = ("tokenizer", "generator", "understander")
 TINY = "tiny"
 """Name of the trained model that comes with the SDK."""
 SCHEMA_VERSION = 1
@@ -230,7 +230,7 @@ def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:
 
 
 def bundle_kind(path: Path) -> str:
-    """What kind of bundle lies there: `tokenizer`, `generator`. Errors as in `Bundle.open`."""
+    """What kind of bundle lies there: one of `KINDS`. Errors as in `Bundle.open`."""
     kind = _read_manifest(path).get("kind")
     if not isinstance(kind, str):
         raise CorruptBundleError(f"{path / MANIFEST} has no 'kind'.", _AGAIN)
@@ -243,7 +243,7 @@ def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
     Args:
         name: a path; `tiny`, the trained model that comes with the SDK; or a Hugging Face hub id (`org/name`, fetched once and
             cached).
-        kind: `tokenizer` or `generator`: where `name` has no bundle itself but one in a subdirectory of this name, that one.
+        kind: one of `KINDS`: where `name` has no bundle itself but one in a subdirectory of this name, that one.
 
     Raises:
         BundleNotFoundError: neither a directory here nor a repository on the hub.

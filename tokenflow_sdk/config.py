@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Literal, get_args
 from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.tfc import Header
 
-__all__ = ["FileEntry", "GeneratorConfig", "GraphEntry", "TensorSpec", "TokenizerConfig"]
+__all__ = [
+    "ChatTemplate",
+    "FileEntry",
+    "GeneratorConfig",
+    "GraphEntry",
+    "TensorSpec",
+    "TokenizerConfig",
+    "UnderstanderConfig",
+]
 
 _REBUILD = "Export the bundle again with `python -m export`, or fetch it again."
 DType = Literal["uint8", "int32", "int64", "float16", "float32"]
@@ -211,3 +219,73 @@ class GeneratorConfig:
         )
         _require(header.problem() is None, where, f"claims {header.problem()}")
         return cls(**values | lists)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written: parts are token ids (control tokens) and text.
+
+    `opening` begins it, `user` comes before a question, `after_image` after each of its pictures, which come first, `assistant`
+    between question and answer, and `closing` after an answer.
+    """
+
+    opening: tuple[int | str, ...]
+    user: tuple[int | str, ...]
+    after_image: tuple[int | str, ...]
+    assistant: tuple[int | str, ...]
+    closing: tuple[int | str, ...]
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> ChatTemplate:
+        values = _checked(cls, data, where)
+        for key, parts in values.items():
+            usable = isinstance(parts, list) and all(type(p) is str or (type(p) is int and p >= 0) for p in parts)
+            _require(usable, where, f"gives {key} as {parts!r}")
+        return cls(**{key: tuple(parts) for key, parts in values.items()})
+
+
+@dataclass(frozen=True)
+class UnderstanderConfig:
+    """Sizes of a bundle that answers questions about pictures (spec section 5).
+
+    The transformer: `width`, `layers`, `kv_heads`, `head_dim`, trained for up to `context` tokens. Text: `vocabulary` tokens,
+    of which `stop_ids` end an answer; `template`. Pictures: `image_tokens` features of `code_dim` values each, from the
+    tokenizer `tokenizer_variant` with these `patch_nums` and codebook `codebook_sha256`, expected at the path `tokenizer`,
+    relative to the bundle.
+    """
+
+    kind: ClassVar[str] = "understander"
+
+    width: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+    template: ChatTemplate
+    image_tokens: int
+    code_dim: int
+    patch_nums: tuple[int, ...]
+    codebook_sha256: str
+    tokenizer_variant: str
+    tokenizer: str
+
+    @classmethod
+    def from_json(cls, data: object) -> UnderstanderConfig:
+        where = "config"
+        values = _checked(cls, data, where)
+        for key in ("width", "layers", "kv_heads", "head_dim", "context", "vocabulary", "image_tokens", "code_dim"):
+            _require(type(values[key]) is int and 0 < values[key] < 2**31, where, f"gives {key} as {values[key]!r}")
+        for key in ("patch_nums", "stop_ids"):
+            numbers = values[key]
+            whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
+            _require(whole, where, f"gives {key} as {numbers!r}")
+        for key in ("codebook_sha256", "tokenizer_variant", "tokenizer"):
+            _require(isinstance(values[key], str), where, f"has no {key}")
+        template = ChatTemplate.from_json(values["template"], f"{where}.template")
+        parts = (*template.opening, *template.user, *template.after_image, *template.assistant, *template.closing)
+        ids = [*values["stop_ids"], *(part for part in parts if isinstance(part, int))]
+        _require(max(ids) < values["vocabulary"], where, f"names token {max(ids)} beyond its vocabulary")
+        lists = {key: tuple(values[key]) for key in ("patch_nums", "stop_ids")}
+        return cls(**values | lists | {"template": template})

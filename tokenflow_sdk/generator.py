@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,7 +21,8 @@ from tokenflow_sdk.backends.swapping import EngineSwap
 from tokenflow_sdk.bundle import Bundle, find_bundle, load_codebook
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError
+from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.pairing import require_tokenizer, tokenizer_of
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scale_loop import ScaleLoop
 from tokenflow_sdk.scheduler import PAGE_SIZE, Request, Scheduler, default_pages
@@ -86,7 +86,7 @@ class Generator:
     ) -> None:
         if page_size < 1 or (pages is not None and pages < 1):
             raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
-        _require_tokenizer(tokenizer, bundle.config, bundle.path)
+        require_tokenizer(tokenizer, bundle.config, bundle.path)
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._options, self._pages, self._page_size = options, pages, page_size
@@ -133,26 +133,8 @@ class Generator:
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
         bundle = Bundle.open(find_bundle(name, GeneratorConfig.kind), GeneratorConfig)
         bundle.verify()
-        if not isinstance(tokenizer, Tokenizer):
-            path = tokenizer or bundle.path / bundle.config.tokenizer
-            try:
-                tokenizer = Tokenizer.from_pretrained(
-                    path,
-                    device=device,
-                    providers=providers,
-                    threads=threads,
-                    backend=backend,
-                    plan=plan,
-                    build=build,
-                    serve_while_building=serve_while_building,
-                    cuda_graphs=cuda_graphs,
-                )
-            except BundleNotFoundError as error:
-                raise BundleNotFoundError(
-                    f"The tokenizer of {bundle.path} is not at {path}.",
-                    f"Give tokenizer=, the path of its {bundle.config.tokenizer_variant} bundle.",
-                ) from error
         wanted = EngineOptions(backend, plan, build, serve_while_building, 1, cuda_graphs)
+        tokenizer = tokenizer_of(bundle, tokenizer, options, wanted)
         needs = Needs(pages=pages, page_size=page_size)
         if not serve_while_building:
             open_session, options = choose(bundle, options, wanted, needs)
@@ -364,12 +346,3 @@ def _params(preset: str, cfg_scale: float, seed: int | None, params: SamplingPar
     if params is not None:
         return params if seed is None else replace(params, seed=seed)
     return SamplingParams.preset(preset, cfg_scale, secrets.randbelow(2**63) if seed is None else seed)
-
-
-def _require_tokenizer(tokenizer: Tokenizer, config: GeneratorConfig, path: Path) -> None:
-    if tokenizer.config.codebook_sha256 != config.codebook_sha256 or tokenizer.config.patch_nums != config.patch_nums:
-        raise CodebookMismatchError(
-            f"{path} draws codes of {config.tokenizer_variant} (codebook {config.codebook_sha256[:16]}), not of "
-            f"{tokenizer.config.variant} (codebook {tokenizer.config.codebook_sha256[:16]}).",
-            "Give tokenizer=, the bundle that the generator was exported with.",
-        )

@@ -11,7 +11,7 @@ from typing import Any
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError, PromptError
 
-__all__ = ["Prompt", "PromptEncoder"]
+__all__ = ["Prompt", "PromptEncoder", "load_text_tokenizer"]
 
 Prompt = str | Sequence[int]
 """Text, or its token ids without BOS."""
@@ -54,7 +54,7 @@ class PromptEncoder:
         if not text.strip():
             raise PromptError("The prompt is empty.", "Describe the picture in a few words.")
         if self._tokenizer is None:
-            self._tokenizer = _load(self._path)
+            self._tokenizer = load_text_tokenizer(self._path)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
@@ -69,7 +69,13 @@ class PromptEncoder:
         return found
 
 
-def _load(path: Path) -> Any:
+def load_text_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` in a bundle's tokenizer.json.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+        CorruptBundleError: the file cannot be read.
+    """
     try:
         tokenizers = importlib.import_module("tokenizers")
     except ImportError:

@@ -23,6 +23,7 @@ from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batc
 from tokenflow_sdk.images import preprocess as load_and_fit
 
 if TYPE_CHECKING:
+    from tokenflow_sdk.backends.choice import EngineOptions
     from tokenflow_sdk.engine_recipe import EnginePlan
 
 __all__ = ["Tokenizer"]
@@ -92,14 +93,23 @@ class Tokenizer:
             ArgumentError: an option that cannot work.
             BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
-        from tokenflow_sdk.backends.choice import EngineOptions, Needs, choose
+        from tokenflow_sdk.backends.choice import EngineOptions
 
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
+        wanted = EngineOptions(backend, plan, build, serve_while_building, lanes, cuda_graphs)
+        return cls.open(name, options, wanted, batch_limit)
+
+    @classmethod
+    def open(
+        cls, name: str | os.PathLike[str], options: SessionOptions, wanted: EngineOptions, batch_limit: int = 1
+    ) -> Tokenizer:
+        """`from_pretrained`, with its options in two parts."""
+        from tokenflow_sdk.backends.choice import Needs, choose
+
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
-        wanted = EngineOptions(backend, plan, build, serve_while_building, lanes, cuda_graphs)
         needs = Needs(batch=batch_limit)
-        if not serve_while_building:
+        if not wanted.serve_while_building:
             open_session, options = choose(bundle, options, wanted, needs)
             return cls(bundle, options, batch_limit, open_session)
         engines, sessions = wanted.engines(bundle, options, needs), SwappingSessions(open_onnxruntime)

@@ -1,6 +1,6 @@
 """The language model's transformer: Llama geometry, with what released models vary as config values (spec section 4).
 
-Eager and plain: a whole sequence with a mask, or one step over cached keys and values. `export.generator_graphs` turns the
+Eager and plain: a whole sequence with a mask, or one step over cached keys and values. `export.transformer` turns the
 same weights into the paged step.
 """
 

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
+from export import agreement
 from export import generator as exporter
-from export import generator_check
 from export.__main__ import main
 from export.hf_directory import HfDirectory
 from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
@@ -118,7 +118,7 @@ def test_a_tokenizer_bundle_of_other_scales_does_not_fit(checkpoint: Path, tmp_p
 
 
 def test_a_graph_that_differs_is_not_written(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator_check, "MAX_HIDDEN_ERROR", 0.0)
+    monkeypatch.setattr(agreement, "MAX_HIDDEN_ERROR", 0.0)
     with pytest.raises(ParityError, match="exported transformer differs from PyTorch"):
         export_quietly(checkpoint, tokenizer_bundle(tmp_path / "tok", SIDES, 500), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
