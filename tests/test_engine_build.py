@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import DATA, ROOT
 from tokenflow_sdk.backends.cuda import Cuda
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
 from tokenflow_sdk.engine_build import Profile, build_engine, import_tensorrt
@@ -88,6 +88,16 @@ def test_every_generator_graph_builds(trt, target: str, mini_generator: Path, tm
         assert engine.size > 10_000
         assert phases
         assert all(0 < share <= 1 for _, share in phases)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_the_bundled_model_builds(trt, kind: str, tmp_path: Path) -> None:
+    """In float16, its int8 weights included."""
+    bundle = Bundle.open(find_bundle("tiny", kind), TokenizerConfig if kind == "tokenizer" else GeneratorConfig)
+    for job in engine_jobs(bundle, EnginePlan(targets=("sm89",)), trt):
+        engine, built = job.run(trt, EngineCache(tmp_path))
+        assert built
+        assert engine.size > 10_000
 
 
 def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
