@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+ALIGNMENT = 256
 MAGIC = b"fake engine of "
 KINDS = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
 
@@ -51,11 +52,11 @@ class FakeCuda(ModuleType):
         self._numbers = itertools.count(1)
 
     def used(self) -> int:
-        return sum(len(block) for block in self.device_memory.values())
+        return sum(size for _, size in self.device_memory.values())
 
     def check(self, address: int, size: int, device: bool) -> None:
         blocks = self.device_memory if device else self.host_memory
-        inside = any(start <= address and address + size <= start + len(block) for start, block in blocks.items())
+        inside = any(start <= address and address + size <= start + room for start, (_, room) in blocks.items())
         assert inside, f"{size} bytes at {address:#x} are not {'device' if device else 'pinned'} memory"
 
     def cudaGetDeviceCount(self):  # noqa: N802
@@ -71,9 +72,10 @@ class FakeCuda(ModuleType):
         return (OK, self.memory - self.used(), self.memory)
 
     def _allocate(self, blocks: dict[int, Any], size: int) -> tuple[Status, int]:
-        block = (ctypes.c_uint8 * size)()
-        blocks[ctypes.addressof(block)] = block
-        return (OK, ctypes.addressof(block))
+        block = (ctypes.c_uint8 * (size + ALIGNMENT))()
+        pointer = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
+        blocks[pointer] = (block, size)
+        return (OK, pointer)
 
     def cudaMalloc(self, size: int):  # noqa: N802
         return self._allocate(self.device_memory, size) if self.used() + size <= self.memory else (Status(2), 0)
@@ -102,8 +104,8 @@ class FakeCuda(ModuleType):
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int):  # noqa: N802
         assert stream in self.streams
-        self.check(target, size, device=kind == KINDS.cudaMemcpyHostToDevice)
-        self.check(source, size, device=kind == KINDS.cudaMemcpyDeviceToHost)
+        self.check(target, size, device=kind != KINDS.cudaMemcpyDeviceToHost)
+        self.check(source, size, device=kind != KINDS.cudaMemcpyHostToDevice)
         ctypes.memmove(target, source, size)
         return (OK,)
 
@@ -276,6 +278,7 @@ class FakeContext:
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % ALIGNMENT == 0
         self.engine.trt.binds += 1
         self.addresses[name] = address
         return True

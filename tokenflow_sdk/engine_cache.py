@@ -95,10 +95,9 @@ class EngineCache:
         self.limit = limit
 
     def get(self, key: EngineKey) -> CachedEngine | None:
-        """The engine of this key, if it is whole; what is damaged or belongs to another key is removed."""
+        """The engine of this key, if it is whole. Nothing is removed: another process may be writing it."""
         found = self._read(self._record(key))
         if found is None or found.key != key or not _is_whole(found, self._record(key)):
-            self._remove(key.digest)
             return None
         with suppress(OSError):
             # Recently used; a directory that cannot be written serves all the same.

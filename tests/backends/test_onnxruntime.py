@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -11,6 +13,7 @@ import pytest
 
 from tokenflow_sdk.backends import onnxruntime as backend
 from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.cuda import CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession, available_cores
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
@@ -37,9 +40,27 @@ def test_binding_gives_what_running_gives(mini_bundle: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     with open_graph(mini_bundle, "encode", device="cpu", threads=1) as session:
         plain = session.run({"images": images})
-        bound = session._infer_bound({"images": images}, ("latent", "code_indices"))
-        assert np.array_equal(bound[0], plain["latent"])
-        assert np.array_equal(bound[1], plain["code_indices"])
+        session._bound_device = ("cpu", 0)
+        bound = session.run({"images": images}, ["latent", "code_indices"])
+        assert np.array_equal(bound["latent"], plain["latent"])
+        assert np.array_equal(bound["code_indices"], plain["code_indices"])
+
+
+def test_results_stay_where_they_are_bound(mini_bundle: Path) -> None:
+    """The same, with results left in place and fed on by their address."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    memory = SimpleNamespace(
+        activate=lambda: None, copy_from_device=lambda array, pointer: ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
+    )
+    with open_graph(mini_bundle, "encode", threads=1) as encode, open_graph(mini_bundle, "decode", threads=1) as decode:
+        expected = encode.run({"images": images})["code_indices"]
+        picture = decode.run({"code_indices": expected[1:]})["images"]
+        for session in (encode, decode):
+            session._bound_device, session._cuda = ("cpu", 0), memory
+        kept = encode.run_resident({"images": images}, ["code_indices"])["code_indices"]
+        assert isinstance(kept, CudaArray)
+        assert np.array_equal(np.asarray(kept), expected)
+        assert np.array_equal(decode.run({"code_indices": kept[1:]})["images"], picture)
 
 
 def test_missing_onnxruntime_says_how_to_install_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

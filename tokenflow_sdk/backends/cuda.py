@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,7 @@ class Stream:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
+        self._stream: Any = None
         self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
 
     @property
@@ -90,6 +92,9 @@ class Stream:
 
     def to_host(self, host: int, pointer: int, size: int) -> None:
         self._copy(host, pointer, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def on_device(self, target: int, source: int, size: int) -> None:
+        self._copy(target, source, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
@@ -124,7 +129,11 @@ class Stream:
         """Closing twice is fine."""
         if self._stream is not None:
             stream, self._stream = self._stream, None
-            self._cuda.call("cudaStreamDestroy", stream)
+            self._cuda.runtime.cudaStreamDestroy(stream)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
 
 
 class DeviceBuffer:
@@ -146,7 +155,7 @@ class DeviceBuffer:
         self.pointer = int(pointer)
 
     def __del__(self) -> None:
-        if self.pointer:
+        if self.pointer and not sys.is_finalizing():
             pointer, self.pointer = self.pointer, 0
             self._cuda.runtime.cudaFree(pointer)
 
@@ -166,7 +175,7 @@ class PinnedBuffer:
         return found
 
     def __del__(self) -> None:
-        if self.pointer:
+        if self.pointer and not sys.is_finalizing():
             pointer, self.pointer = self.pointer, 0
             self._cuda.runtime.cudaFreeHost(pointer)
 

@@ -22,6 +22,8 @@ from tokenflow_sdk.errors import ArgumentError, BackendError
 __all__ = ["TensorRTSession"]
 
 T = TypeVar("T")
+_ALIGNMENT = 256
+"""Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
 _CAPTURED = 16
 """CUDA graphs that a lane keeps, one for each set of shapes and addresses."""
 
@@ -203,7 +205,12 @@ class _Lane:
                 raise _Refused
             self._shapes[spec.name] = value.shape
         if isinstance(value, CudaArray):
-            self._bind(spec.name, value.pointer)
+            if value.pointer % _ALIGNMENT == 0:
+                self._bind(spec.name, value.pointer)
+                return
+            buffer = self._room(spec.name, value.nbytes)
+            self._stream.on_device(buffer.pointer, value.pointer, value.nbytes)
+            self._bind(spec.name, buffer.pointer)
             return
         array = np.asarray(value)
         staging = self._staging(spec.name, array.nbytes)
