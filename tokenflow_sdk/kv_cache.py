@@ -86,6 +86,15 @@ class PageTable:
         self.pages: list[int] = []
         self.length = 0
 
+    def needs(self, count: int) -> int:
+        """Free pages that appending `count` tokens takes, a copied page among them."""
+        return -(-(self.length + count) // self.pool.page_size) - len(self.pages) + (count > 0 and self._shares_last)
+
+    @property
+    def _shares_last(self) -> bool:
+        """Whether the page that the next token goes into is there already, and others hold it too."""
+        return bool(self.length % self.pool.page_size) and self.pool.shared(self.pages[-1])
+
     def append(self, count: int) -> Append:
         """Make room for `count` more tokens; on failure nothing changes.
 
@@ -93,10 +102,9 @@ class PageTable:
             PagesExhausted: the pool has too few free pages.
         """
         size = self.pool.page_size
-        copied = bool(self.length % size) and count > 0 and self.pool.shared(self.pages[-1])
-        fresh = self.pool.allocate(-(-(self.length + count) // size) - len(self.pages) + copied)
+        fresh = self.pool.allocate(self.needs(count))
         copies: tuple[tuple[int, int], ...] = ()
-        if copied:
+        if count and self._shares_last:
             copies = ((self.pages[-1], fresh[0]),)
             self.pool.release([self.pages[-1]])
             self.pages[-1] = fresh.pop(0)
