@@ -113,11 +113,12 @@ class PageTable:
         self.length += count
         return Append(np.asarray(self.pages, np.int64)[slots // size], slots % size, copies)
 
-    def fork(self) -> PageTable:
-        """A table of the same tokens, sharing every page."""
+    def fork(self, length: int | None = None) -> PageTable:
+        """A table of the same tokens, or of the first `length` of them, sharing their pages."""
         other = PageTable(self.pool)
-        self.pool.retain(self.pages)
-        other.pages, other.length = list(self.pages), self.length
+        other.length = self.length if length is None else length
+        other.pages = self.pages[: -(-other.length // self.pool.page_size)]
+        self.pool.retain(other.pages)
         return other
 
     def release(self) -> None:

@@ -31,10 +31,10 @@ class PrefixCache:
                 return self._tables[digest].fork()
         return None
 
-    def put(self, digest: bytes, table: PageTable) -> None:
-        """Keep a fork of `table` under `digest`; nothing changes if one is here already."""
+    def put(self, digest: bytes, table: PageTable, length: int) -> None:
+        """Keep a fork of the first `length` tokens of `table` under `digest`; no other if one is here already."""
         if digest not in self._tables:
-            self._tables[digest] = table.fork()
+            self._tables[digest] = table.fork(length)
         self._tables.move_to_end(digest)
 
     def evict(self) -> bool:

@@ -98,13 +98,12 @@ class TokenScheduler:
     def _prefill(self, turns: Sequence[Turn]) -> None:
         (turn,) = turns
         assert turn.table is not None and turn.pending is not None
-        ahead = [length - turn.table.length for length, _ in turn.prompt.points]
-        count = min([CHUNK, len(turn.pending), *(length for length in ahead if length > 0)])
+        read, count = turn.table.length, min(CHUNK, len(turn.pending))
         self._make_room([turn.table], count)
         self.loop.prefill(turn, count)
         for length, digest in turn.prompt.points:
-            if length == turn.table.length:
-                self.cache.put(digest, turn.table)
+            if read < length <= turn.table.length:
+                self.cache.put(digest, turn.table, length)
 
     def _decode(self, turns: Sequence[Turn]) -> None:
         self._make_room([turn.table for turn in turns if turn.table is not None], 1)
@@ -126,7 +125,8 @@ class TokenScheduler:
 
     def _keep(self, turn: Turn) -> None:
         if turn.keep and turn.table is not None:
-            self.cache.put(turn.history.points[-1][1], turn.table)
+            length, digest = turn.history.points[-1]
+            self.cache.put(digest, turn.table, length)
 
     def _pages(self, turn: Turn) -> int:
         """Pages of a turn by its end at most."""
