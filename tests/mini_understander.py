@@ -19,7 +19,7 @@ from export.understanding import export_understanding
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
 
-BASE = {"intermediate_size": 80, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "initializer_range": 0.12}
+BASE = {"intermediate_size": 96, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "initializer_range": 0.12}
 # What released models vary: grouped heads, biases, tied heads, head widths, RoPE's base.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen": BASE

@@ -114,3 +114,26 @@ class CacheMachine(RuleBasedStateMachine):
 # 200 runs of 50 steps: 10,000 random operations.
 CacheMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestCache = CacheMachine.TestCase
+
+
+def test_a_fork_of_the_first_tokens_shares_their_pages_only() -> None:
+    pool = PagePool(6, 4)
+    table = PageTable(pool)
+    table.append(10)
+    short = table.fork(5)
+    assert (short.length, short.pages) == (5, table.pages[:2])
+    table.release()
+    assert pool.free == 4
+    short.release()
+    assert pool.free == 6
+
+
+def test_needs_is_what_append_takes() -> None:
+    pool = PagePool(20, 4)
+    table = PageTable(pool)
+    table.append(6)
+    for owner in (table, table.fork()):
+        for count in (0, 1, 2, 3, 7):
+            needed, free = owner.needs(count), pool.free
+            owner.append(count)
+            assert free - pool.free == needed

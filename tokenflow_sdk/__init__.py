@@ -4,8 +4,21 @@ from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.errors import TokenFlowError
 from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.sampling import SamplingParams
+from tokenflow_sdk.token_sampling import AnswerParams
 from tokenflow_sdk.tokenizer import Tokenizer
+from tokenflow_sdk.understander import Answer, Chat, Understander
 
-__all__ = ["Codes", "Generator", "SamplingParams", "TokenFlowError", "Tokenizer", "__version__"]
+__all__ = [
+    "Answer",
+    "AnswerParams",
+    "Chat",
+    "Codes",
+    "Generator",
+    "SamplingParams",
+    "TokenFlowError",
+    "Tokenizer",
+    "Understander",
+    "__version__",
+]
 
 __version__ = "0.1.0"

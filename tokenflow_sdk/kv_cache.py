@@ -86,6 +86,15 @@ class PageTable:
         self.pages: list[int] = []
         self.length = 0
 
+    def needs(self, count: int) -> int:
+        """Free pages that appending `count` tokens takes, a copied page among them."""
+        return -(-(self.length + count) // self.pool.page_size) - len(self.pages) + (count > 0 and self._shares_last)
+
+    @property
+    def _shares_last(self) -> bool:
+        """Whether the page that the next token goes into is there already, and others hold it too."""
+        return bool(self.length % self.pool.page_size) and self.pool.shared(self.pages[-1])
+
     def append(self, count: int) -> Append:
         """Make room for `count` more tokens; on failure nothing changes.
 
@@ -93,10 +102,9 @@ class PageTable:
             PagesExhausted: the pool has too few free pages.
         """
         size = self.pool.page_size
-        copied = bool(self.length % size) and count > 0 and self.pool.shared(self.pages[-1])
-        fresh = self.pool.allocate(-(-(self.length + count) // size) - len(self.pages) + copied)
+        fresh = self.pool.allocate(self.needs(count))
         copies: tuple[tuple[int, int], ...] = ()
-        if copied:
+        if count and self._shares_last:
             copies = ((self.pages[-1], fresh[0]),)
             self.pool.release([self.pages[-1]])
             self.pages[-1] = fresh.pop(0)
@@ -105,11 +113,12 @@ class PageTable:
         self.length += count
         return Append(np.asarray(self.pages, np.int64)[slots // size], slots % size, copies)
 
-    def fork(self) -> PageTable:
-        """A table of the same tokens, sharing every page."""
+    def fork(self, length: int | None = None) -> PageTable:
+        """A table of the same tokens, or of the first `length` of them, sharing their pages."""
         other = PageTable(self.pool)
-        self.pool.retain(self.pages)
-        other.pages, other.length = list(self.pages), self.length
+        other.length = self.length if length is None else length
+        other.pages = self.pages[: -(-other.length // self.pool.page_size)]
+        self.pool.retain(other.pages)
         return other
 
     def release(self) -> None:

@@ -14,8 +14,18 @@ from tokenflow_sdk.bundle import TINY
 from tokenflow_sdk.errors import ArgumentError, OutputError, TokenFlowError
 from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
+from tokenflow_sdk.understander import Understander
 
-__all__ = ["bundle_name", "each_file", "open_generator", "open_tokenizer", "output_paths", "stderr", "stdout"]
+__all__ = [
+    "bundle_name",
+    "each_file",
+    "open_generator",
+    "open_tokenizer",
+    "open_understander",
+    "output_paths",
+    "stderr",
+    "stdout",
+]
 
 # Piped output has no width: wide enough that tables do not wrap.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -58,6 +68,24 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
             threads=arguments.threads,
             backend=arguments.backend,
             plan=arguments.recipe,
+        )
+
+
+def open_understander(arguments: argparse.Namespace) -> Understander:
+    """The understander that the engine options ask for.
+
+    Raises:
+        ArgumentError: no bundle was named; none comes with the SDK.
+    """
+    if arguments.bundle is None:
+        raise ArgumentError(
+            "No model that answers questions comes with the SDK, and --bundle names none.",
+            "Export one with `python -m export understanding --checkpoint DIR --tokenizer bundles/siglip_384 "
+            "--out bundles/chat` and give --bundle bundles/chat.",
+        )
+    with stderr.status(f"opening {arguments.bundle}"):
+        return Understander.from_pretrained(
+            arguments.bundle, tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
         )
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from tokenflow_sdk import token_scheduler
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.choice import EngineOptions, survey
 from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.cli.engine import bundle_name, stdout
 from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
+from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages, pages_of_picture
 
 __all__ = ["info"]
@@ -29,8 +30,11 @@ def info(arguments: argparse.Namespace) -> int:
         _codes_info(target)
         return 0
     for path in [target.parent] if target.name == MANIFEST else bundles_in(bundle_name(arguments)):
-        if bundle_kind(path) == GeneratorConfig.kind:
+        kind = bundle_kind(path)
+        if kind == GeneratorConfig.kind:
             _generator_info(Bundle.open(path, GeneratorConfig))
+        elif kind == UnderstanderConfig.kind:
+            _understander_info(Bundle.open(path, UnderstanderConfig))
         else:
             _tokenizer_info(Bundle.open(path, TokenizerConfig))
     return 0
@@ -91,22 +95,47 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
         f"drawn for {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
     )
     _print_graphs(bundle.graphs)
-    value = next(np.dtype(spec.dtype).itemsize for spec in bundle.graph("transformer").inputs if spec.name == "k_pages")
-    page = 2 * value * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
-    picture, pages = pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE)
-    stdout.print(
-        f"key/value cache: pages of {PAGE_SIZE} tokens, {_size(page)} each; a picture takes {picture} pages "
-        f"({_size(picture * page)}); the default pool has {pages} ({_size(pages * page)})",
-        soft_wrap=True,
-    )
-    if "same_code" in bundle.parity:
-        stdout.print(
-            f"export check against float32 PyTorch: likeliest code the same at {bundle.parity['same_code']:.1%} of positions, "
-            f"probabilities overlap by {bundle.parity['overlap']:.1%}",
-            soft_wrap=True,
-        )
+    _print_pages(bundle, pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE))
+    _print_check(bundle.parity, "code")
     _print_provenance(bundle.provenance)
     _print_choice(bundle)
+
+
+def _understander_info(bundle: Bundle[UnderstanderConfig]) -> None:
+    c = bundle.config
+    stdout.print(f"{bundle.path}: TokenFlow understander", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
+    stdout.print(f"{c.vocabulary} tokens, up to {c.context} in a conversation, {c.image_tokens} of them a picture's")
+    stdout.print(
+        f"reads codes of {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}",
+        markup=False,
+        soft_wrap=True,
+    )
+    _print_graphs(bundle.graphs)
+    _print_pages(bundle, -(-c.image_tokens // PAGE_SIZE), token_scheduler.default_pages(c, PAGE_SIZE))
+    _print_check(bundle.parity, "token")
+    _print_provenance(bundle.provenance)
+
+
+def _print_pages(bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], taken: int, pages: int) -> None:
+    """Memory of the key/value cache: of a page, of `taken` pages, and of a pool of `pages`."""
+    c = bundle.config
+    value = next(np.dtype(spec.dtype).itemsize for spec in bundle.graph("transformer").inputs if spec.name == "k_pages")
+    page = 2 * value * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
+    stdout.print(
+        f"key/value cache: pages of {PAGE_SIZE} tokens, {_size(page)} each; a picture takes {taken} pages "
+        f"({_size(taken * page)}); the default pool has {pages} ({_size(pages * page)})",
+        soft_wrap=True,
+    )
+
+
+def _print_check(parity: Mapping[str, Any], choice: str) -> None:
+    if "same_code" in parity:
+        stdout.print(
+            f"export check against float32 PyTorch: likeliest {choice} the same at {parity['same_code']:.1%} of positions, "
+            f"probabilities overlap by {parity['overlap']:.1%}",
+            soft_wrap=True,
+        )
 
 
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:

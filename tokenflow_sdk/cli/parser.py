@@ -9,10 +9,11 @@ from typing import TypeAlias
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.choice import BACKENDS
-from tokenflow_sdk.cli import bench, build, commands, generate, info, verify
+from tokenflow_sdk.cli import ask, bench, build, commands, generate, info, verify
 from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
+from tokenflow_sdk.token_sampling import AnswerParams
 
 __all__ = ["make_parser"]
 
@@ -25,11 +26,24 @@ Pictures to codes and back with TokenFlow tokenizers.
   tokenflow decode photo.tfc                                     photo.png
   tokenflow reconstruct photo.jpg                                what each scale adds, side by side
   tokenflow generate "a red apple"                               1.png
+  tokenflow ask photo.jpg "What is this?" --bundle bundles/chat  the answer
   tokenflow encode photo.jpg --bundle bundles/clipb_256          with another model than the small bundled one
   tokenflow info photo.tfc                                       what a file or a bundle holds
 
 A bundle is a directory made by `python -m export`, a Hugging Face id (org/name), or `tiny`, which comes with the SDK
 and is used where none is named.
+"""
+
+_ASKING = """\
+Answer a question about one or several pictures, or their codes. The answer is printed as it is found.
+
+  tokenflow ask photo.jpg "What is on the table?" --bundle bundles/chat
+  tokenflow ask photo.tfc "And the colour?" --bundle bundles/chat         no encoder runs
+  tokenflow ask one.jpg two.jpg "What is different?" --bundle bundles/chat --temperature 0.7 --seed 1
+
+No model for this comes with the SDK. One is exported where PyTorch is, from a released directory:
+
+  python -m export understanding --checkpoint DIR --tokenizer bundles/siglip_384 --out bundles/chat --weights int8
 """
 
 _BUILDING = """\
@@ -52,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     words = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for add in (_add_info, _add_tokenizing, _add_generating, _add_measuring, _add_building):
+    for add in (_add_info, _add_tokenizing, _add_generating, _add_asking, _add_measuring, _add_building):
         add(words)
     return parser
 
@@ -102,6 +116,27 @@ def _add_generating(words: _Words) -> None:
     drawing.add_argument("--progressive", action="store_true", help="also write scales.png, the picture after every scale")
     _tokenizer(drawing)
     _engine(drawing, what="the generator")
+
+
+def _add_asking(words: _Words) -> None:
+    asking = _command(words, "ask", ask.ask, "a question about pictures")
+    asking.description = _ASKING
+    asking.formatter_class = argparse.RawDescriptionHelpFormatter
+    asking.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or .tfc files of their codes")
+    asking.add_argument("question", metavar="QUESTION", help="in quotes")
+    defaults = AnswerParams()
+    for name, kind, text in (
+        ("max_tokens", int, "most tokens of the answer"),
+        ("temperature", float, "0 always takes the likeliest token"),
+        ("top_p", float, "draw from the likeliest tokens that hold this share of the probability"),
+        ("top_k", int, "draw from so many of the likeliest tokens"),
+        ("repetition_penalty", float, "above 1: repeat less"),
+        ("seed", int, "the same seed draws the same answer"),
+    ):
+        option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        asking.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+    _tokenizer(asking)
+    _engine(asking, what="the understander", default="there is none", engines=False)
 
 
 def _add_measuring(words: _Words) -> None:
@@ -164,18 +199,18 @@ def _cache(parser: argparse.ArgumentParser) -> None:
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokenizer", metavar="PATH|NAME", help="a generator's tokenizer bundle (default: where it was at export)"
+        "--tokenizer", metavar="PATH|NAME", help="the model's tokenizer bundle (default: where it was at export)"
     )
 
 
-def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer") -> None:
+def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny", engines: bool = True) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory, a hub id, or tiny (default)")
+    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a hub id (default: {default})")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    group.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="auto takes the fastest that works and needs no building (default)"
-    )
-    group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
+    if engines:
+        text = "auto takes the fastest that works and needs no building (default)"
+        group.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
+        group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(
         "--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)"

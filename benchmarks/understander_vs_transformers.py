@@ -1,0 +1,234 @@
+"""Answers over the paged cache against transformers `generate` with its own cache, same weights and prompts, same run.
+
+The model has random weights in Qwen2's layout: hidden 1024, 8 layers, 16 heads of which 4 hold keys and values, MLP 2752, a
+vocabulary of 32,000; a picture is 729 features. Both sides decode greedily, for a fixed number of tokens, and take turns.
+transformers answers one request after another, which is what `generate` does with requests that come by themselves; for eight
+requests its padded batch is measured too.
+
+    python benchmarks/understander_vs_transformers.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from tokenizer_vs_eager import machine
+
+from export.precision import FULL_PRECISION, Precision
+from tests.mini_generator import tokenizer_bundle
+from tests.mini_understander import BASE, export_quietly, reference_model, reference_projector, write_checkpoint
+from tokenflow_sdk import AnswerParams, Understander
+from tokenflow_sdk.token_prompt import ImageBlock, TokenPrompt
+
+SIZES = BASE | {
+    "model_type": "llava_qwen",
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2752,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.03,
+    "rope_theta": 1e6,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
+PRECISIONS = (FULL_PRECISION, Precision("fp32", "int8"), Precision("fp32", "int4"))
+QUESTION = "What is on the table?"
+LENGTHS = (16, 24, 32, 40, 48, 56, 64, 72)
+"""Tokens of the eight answers; their questions differ in length too."""
+
+
+class Transformers:
+    """The other side: `generate` on the same embeddings."""
+
+    def __init__(self, model: Any, projector: torch.nn.Module) -> None:
+        self.model, self.projector = model, projector
+
+    @torch.inference_mode()
+    def embed(self, prompt: TokenPrompt) -> torch.Tensor:
+        """Embeddings [1, Q, H]."""
+        table = self.model.model.embed_tokens
+        parts = [
+            self.projector(torch.from_numpy(block.features)) if isinstance(block, ImageBlock) else table(torch.tensor(block))
+            for block in prompt.blocks
+        ]
+        return torch.cat(parts)[None]
+
+    @torch.inference_mode()
+    def generate(self, x: torch.Tensor, count: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[float]]:
+        """Token ids [B, count], and seconds from the call to each."""
+        began, times = perf_counter(), []
+
+        def stamp(ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+            times.append(perf_counter() - began)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        mask = torch.ones(x.shape[:2], dtype=torch.long) if mask is None else mask
+        settings = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+        ids = self.model.generate(inputs_embeds=x, attention_mask=mask, stopping_criteria=[stamp], **settings)
+        return ids, times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the report")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "understander_cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        report = measure(Path(directory), arguments.threads, arguments.rounds) | {"beside": arguments.beside}
+    arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    text = as_markdown(report)
+    arguments.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
+    model, projector = reference_model(SIZES), reference_projector(SIZES["hidden_size"])
+    checkpoint = write_checkpoint(directory / "hf", SIZES, model, projector)
+    tokenizer = tokenizer_bundle(directory / "tokenizer", PATCH_NUMS, 32768)
+    theirs = Transformers(model, projector)
+    ours = {}
+    for precision in PRECISIONS:
+        out = export_quietly(checkpoint, tokenizer, directory / precision.name.replace(" ", "_"), precision)
+        ours[precision.name] = Understander.from_pretrained(out, device="cpu", threads=threads)
+    one = [compare_one(ours, theirs, seed) for seed in range(rounds + 1)][1:]
+    eight = [compare_eight(ours["fp32"], theirs, seed) for seed in range(rounds)]
+    sizes = {name: sum(f.size for graph in u.bundle.graphs.values() for f in graph.files) for name, u in ours.items()}
+    parity = {name: dict(understander.bundle.parity) for name, understander in ours.items()}
+    for understander in ours.values():
+        understander.close()
+    report = {"threads": threads, "rounds": rounds, "bytes": sizes, "parity": parity}
+    return report | machine() | {"one": medians(one), "eight": medians(eight)}
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((PATCH_NUMS[-1] ** 2, 40)).astype(np.float32)
+
+
+def compare_one(ours: dict[str, Understander], theirs: Transformers, seed: int, count: int = 64) -> dict[str, dict[str, float]]:
+    """One request: seconds to the first token, tokens a second after it, and the same for a second question."""
+    params = AnswerParams(max_tokens=count, stop_ids=())
+    prompt = ours["fp32"]._text.first([ImageBlock(picture(seed))], QUESTION)
+    ids, times = theirs.generate(theirs.embed(prompt), count)
+    found = {"transformers": rates(times) | {"prompt": len(prompt)}}
+    for name, understander in ours.items():
+        first = understander.answer(picture(seed), QUESTION, params=params)
+        second = understander.answer(picture(seed), "And what is beside it?", params=params)
+        same = float(np.mean(np.asarray(first.token_ids) == ids[0].numpy()))
+        found[name] = rates(first.timings) | {"second_first_token": second.timings[0], "same_tokens": same}
+    return found
+
+
+def rates(times: Sequence[float]) -> dict[str, float]:
+    return {"first_token": times[0], "tokens_per_second": (len(times) - 1) / (times[-1] - times[0])}
+
+
+def compare_eight(understander: Understander, theirs: Transformers, seed: int) -> dict[str, dict[str, float]]:
+    """Eight requests of different lengths: tokens a second in all, prompts included; about one picture and about eight."""
+    found = {}
+    for name, pictures in (
+        ("one picture", [picture(seed + 50)] * 8),
+        ("eight pictures", [picture(seed * 8 + i) for i in range(8)]),
+    ):
+        questions = [(image, QUESTION + " Say it well." * i) for i, image in enumerate(pictures)]
+        prompts = [understander._text.first([ImageBlock(image)], question) for image, question in questions]
+        inputs = [theirs.embed(prompt) for prompt in prompts]
+        tokens = sum(LENGTHS)
+        found[name] = {
+            "runtime": tokens / seconds(lambda: answer_all(understander, questions)),
+            "one by one": tokens / seconds(lambda: [theirs.generate(x, n) for x, n in zip(inputs, LENGTHS, strict=True)]),
+            "padded batch": tokens / seconds(lambda: generate_padded(theirs, inputs)),
+        }
+    return found
+
+
+def answer_all(understander: Understander, questions: Sequence[tuple[np.ndarray, str]]) -> None:
+    turns = [
+        understander._turn(image, question, AnswerParams(max_tokens=count, stop_ids=()))
+        for (image, question), count in zip(questions, LENGTHS, strict=True)
+    ]
+    understander._drain(turns)
+
+
+def generate_padded(theirs: Transformers, inputs: Sequence[torch.Tensor]) -> None:
+    """All at once, padded on the left, for as many tokens as the longest answer has."""
+    longest = max(x.shape[1] for x in inputs)
+    x = torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[1], 0)) for x in inputs])
+    mask = torch.stack([(torch.arange(longest) >= longest - x.shape[1]).long() for x in inputs])
+    theirs.generate(x, max(LENGTHS), mask)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = perf_counter()
+    call()
+    return perf_counter() - began
+
+
+def medians(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {side: {key: median(found[side][key] for found in rounds) for key in rounds[0][side]} for side in rounds[0]}
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    one, eight, base = report["one"], report["eight"], report["one"]["transformers"]
+    lines = [
+        "# Questions about pictures: the paged cache against transformers `generate`, CPU",
+        "",
+        f"{report['cpu']}, {report['threads']} threads; Python {report['python']}, torch {report['torch']}, onnxruntime "
+        f"{report['onnxruntime']}. Qwen2 layout, hidden 1024, 8 layers, 16 heads over 4 key/value heads, vocabulary 32,000, random "
+        f"weights; a picture of 729 features, a prompt of {base['prompt']:.0f} tokens in all, 64 greedy tokens. Median of "
+        f"{report['rounds']} alternating runs; beside it ran: {report['beside']}. `python benchmarks/understander_vs_transformers.py`.",
+        "",
+        "| one request | graphs | first token | tokens/s after it | ratio | second question's first token | sooner | same tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| transformers, fp32 | | {base['first_token']:.2f} s | {base['tokens_per_second']:.1f} | 1.0x | | | |",
+    ]
+    for name, row in one.items():
+        if name != "transformers":
+            lines.append(
+                f"| {name} | {report['bytes'][name] / 1e6:.0f} MB | {row['first_token']:.2f} s | {row['tokens_per_second']:.1f} | "
+                f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x | {row['second_first_token'] * 1e3:.0f} ms | "
+                f"{row['first_token'] / row['second_first_token']:.1f}x | {row['same_tokens']:.0%} |"
+            )
+    lines += [
+        "",
+        f"Eight requests at once, fp32, questions of different lengths and answers of {min(LENGTHS)} to {max(LENGTHS)} tokens; tokens "
+        "a second in all, prompts included:",
+        "",
+        "| eight requests about | transformers, one by one | padded batch | runtime | against one by one | against the batch |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in eight.items():
+        lines.append(
+            f"| {name} | {row['one by one']:.1f} | {row['padded batch']:.1f} | {row['runtime']:.1f} | "
+            f"{row['runtime'] / row['one by one']:.1f}x | {row['runtime'] / row['padded batch']:.1f}x |"
+        )
+    lines += [
+        "",
+        "Same tokens: the share of the 64 that are transformers' own; random weights make int8 and int4 part from it early, as",
+        "one other token changes all that follow.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

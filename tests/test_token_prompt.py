@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+
+from tokenflow_sdk.token_prompt import ImageBlock, TokenPrompt
+
+PICTURE, OTHER = (ImageBlock(np.full((3, 2), value, np.float32)) for value in (1, 2))
+
+
+def test_points_are_lengths_and_digests_of_what_comes_before() -> None:
+    prompt = TokenPrompt(((5, 6), PICTURE, (7,), OTHER, (8, 9)), (2, 4))
+    assert len(prompt) == 11
+    assert [length for length, _ in prompt.points] == [5, 9]
+    again = TokenPrompt(((5, 6), ImageBlock(PICTURE.features.copy()), (1, 2, 3)), (2,))
+    assert again.points[0] == prompt.points[0]
+
+
+def test_every_difference_before_a_point_changes_it() -> None:
+    prompts = [
+        ((5, 6), PICTURE),
+        ((5, 7), PICTURE),
+        ((5, 6), OTHER),
+        ((5,), PICTURE, (6,)),
+        (PICTURE, (5, 6)),
+        ((5, 6), ImageBlock(PICTURE.features[:2])),
+        ((5, 6, 3),),
+    ]
+    assert len({TokenPrompt((*blocks, (1,)), (len(blocks),)).points[0][1] for blocks in prompts}) == len(prompts)
+
+
+def test_where_blocks_end_does_not_matter() -> None:
+    parts = [(((5, 6), (7,), PICTURE), 3), (((5,), (6, 7), PICTURE), 3), (((5, 6, 7), PICTURE), 2)]
+    assert len({TokenPrompt((*blocks, (1,)), (count,)).points for blocks, count in parts}) == 1
+
+
+def test_what_follows_may_be_shared_too() -> None:
+    prompt = TokenPrompt(((5,), PICTURE, (6,)), (2,))
+    history = prompt.followed_by([7, 8], shared=True)
+    assert history.shared == (2, 4)
+    assert history.points[0] == prompt.points[0]
+    following = history.followed_by([9], shared=False)
+    assert following.points == history.points
+    assert len(following) == 8

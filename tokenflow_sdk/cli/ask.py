@@ -1,0 +1,29 @@
+"""`tokenflow ask`: a question about pictures, answered as it is found."""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenflow_sdk.cli.engine import open_understander, stdout
+from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.token_sampling import AnswerParams
+
+__all__ = ["ask"]
+
+
+def ask(arguments: argparse.Namespace) -> int:
+    """Print the answer piece by piece."""
+    params = AnswerParams(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+    )
+    with open_understander(arguments) as understander:
+        pictures = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
+        for piece in understander.stream(pictures, arguments.question, params=params):
+            stdout.out(piece, end="", highlight=False)
+        stdout.out("")
+    return 0

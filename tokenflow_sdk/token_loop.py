@@ -1,0 +1,167 @@
+"""Answering token by token over the paged cache (spec section 5): the loop's arithmetic, without queues or threads.
+
+A turn is one question and its answer. Its prompt is run in pieces of any length, then each step adds one token to every
+answer that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.backends.base import Session
+from tokenflow_sdk.config import UnderstanderConfig
+from tokenflow_sdk.kv_cache import PageTable
+from tokenflow_sdk.sampling import TIES, uniform
+from tokenflow_sdk.token_prompt import Block, ImageBlock, TokenPrompt
+from tokenflow_sdk.token_sampling import AnswerParams
+from tokenflow_sdk.transformer import PagedTransformer
+
+__all__ = ["TokenLoop", "Turn"]
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class Turn:
+    """One question and its answer. `table` exists from its first step to its last."""
+
+    prompt: TokenPrompt
+    params: AnswerParams
+    keep: bool
+    """Whether the pages stay afterwards, for a next question of the same conversation."""
+    began: float
+    """When it was asked, in seconds of `perf_counter`."""
+    table: PageTable | None = None
+    pending: Float32 | None = None
+    """Embeddings [Q, H] of the prompt's tokens that are still to run; None before and after."""
+    tokens: list[int] = field(default_factory=list)
+    timings: list[float] = field(default_factory=list)
+    """Seconds from the beginning to each token, and to the one that ended it."""
+    cached: int = 0
+    """Tokens of the prompt whose pages were there already."""
+    finish: Literal["stop", "length"] | None = None
+    error: BaseException | None = None
+    """Why it cannot go on: a step that it shared failed."""
+
+    @property
+    def most_stored(self) -> int:
+        """Tokens in the pages by the end of the answer at most: its last one is never run."""
+        return len(self.prompt) + self.params.max_tokens - 1
+
+    @property
+    def history(self) -> TokenPrompt:
+        """Prompt and answer as the pages hold them once it is finished."""
+        return self.prompt.followed_by(self.tokens if self.finish == "stop" else self.tokens[:-1], shared=True)
+
+
+class TokenLoop:
+    """The loop over one model.
+
+    Args:
+        config: sizes.
+        sessions: `embed_text`, `project` and `head`.
+        transformer: the paged transformer.
+    """
+
+    def __init__(self, config: UnderstanderConfig, sessions: Mapping[str, Session], transformer: PagedTransformer) -> None:
+        self.config = config
+        self.transformer = transformer
+        self._sessions = sessions
+
+    def begin(self, turn: Turn, table: PageTable) -> None:
+        """Embed what `table` does not hold of the prompt yet; it ends where a block ends."""
+        turn.table, turn.cached = table, table.length
+        blocks, skipped = list(turn.prompt.blocks), 0
+        while skipped < table.length:
+            skipped += len(blocks.pop(0))
+        turn.pending = np.concatenate([self._embed(block) for block in blocks])
+
+    def _embed(self, block: Block) -> Float32:
+        if isinstance(block, ImageBlock):
+            found = self._sessions["project"].run({"features": block.features[None]})["embeddings"]
+        else:
+            found = self._sessions["embed_text"].run({"token_ids": np.asarray([block], np.int32)})["embeddings"]
+        embeddings: Float32 = found[0].astype(np.float32, copy=False)
+        return embeddings
+
+    def prefill(self, turn: Turn, count: int) -> None:
+        """Run the next `count` tokens of the prompt; after its last, draw the first token of the answer.
+
+        Raises:
+            PagesExhausted: the pool has too few free pages; the turn must then be given up.
+        """
+        assert turn.table is not None and turn.pending is not None
+        embeddings, turn.pending = turn.pending[:count], turn.pending[count:]
+        hidden = self._step(embeddings[None], [turn.table])
+        if not len(turn.pending):
+            turn.pending = None
+            self._draw([turn], hidden[:, -1])
+
+    def decode(self, turns: Sequence[Turn]) -> None:
+        """One more token for each answer.
+
+        Raises:
+            PagesExhausted: the pool has too few free pages; the turns must then be given up.
+        """
+        ids = np.asarray([[turn.tokens[-1]] for turn in turns], np.int32)
+        embeddings = self._sessions["embed_text"].run({"token_ids": ids})["embeddings"].astype(np.float32, copy=False)
+        hidden = self._step(embeddings, [turn.table for turn in turns if turn.table is not None])
+        self._draw(turns, hidden[:, 0])
+
+    def _step(self, embeddings: Float32, tables: Sequence[PageTable]) -> Float32:
+        """Embeddings [B, Q, H] after what the tables hold -> hidden states [B, Q, H]; stored."""
+        batch, length, _ = embeddings.shape
+        context = [table.length for table in tables]
+        own = np.arange(length, dtype=np.int32)
+        output = self.transformer.step(
+            np.ascontiguousarray(embeddings),
+            np.asarray(context, np.int32)[:, None] + own,
+            np.broadcast_to(own + np.int32(1), (batch, length)).copy(),
+            tables,
+            context,
+            width=max(1, *(len(table.pages) for table in tables)),
+        )
+        hidden = np.asarray(output.hidden, np.float32)
+        self.transformer.store(output, tables)
+        return hidden
+
+    def _draw(self, turns: Sequence[Turn], hidden: Float32) -> None:
+        """The next token of each answer from hidden states [B, H]."""
+        params = [turn.params for turn in turns]
+        penalised = [turn.params.repetition_penalty != 1 and bool(turn.tokens) for turn in turns]
+        seen = [list(dict.fromkeys(turn.tokens)) if there else [0] for turn, there in zip(turns, penalised, strict=True)]
+        longest = max(map(len, seen))
+        top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
+        noise = [
+            0.0 if p.greedy else float(uniform(p.seed, 0, len(t.tokens), 0, 1)[0]) for p, t in zip(params, turns, strict=True)
+        ]
+        feeds = {
+            "hidden": np.ascontiguousarray(hidden),
+            "seen": np.asarray([ids + ids[:1] * (longest - len(ids)) for ids in seen], np.int32),
+            "penalty": np.asarray(
+                [p.repetition_penalty if there else 1 for p, there in zip(params, penalised, strict=True)], np.float32
+            ),
+            "temperature": np.asarray([p.temperature or 1 for p in params], np.float32),
+            "top_k": np.asarray(top_k, np.int32),
+            "top_p": np.asarray([p.top_p for p in params], np.float32),
+            "noise": np.asarray(noise, np.float32),
+            "ranks": np.arange(min(max(top_k) + TIES, self.config.vocabulary), dtype=np.int32),
+        }
+        found = self._sessions["head"].run(feeds, ["token_ids"])["token_ids"]
+        for turn, token in zip(turns, found.tolist(), strict=True):
+            self._accept(turn, token)
+
+    def _accept(self, turn: Turn, token: int) -> None:
+        turn.timings.append(perf_counter() - turn.began)
+        if token in (self.config.stop_ids if turn.params.stop_ids is None else turn.params.stop_ids):
+            turn.finish = "stop"
+            return
+        turn.tokens.append(token)
+        if len(turn.tokens) == turn.params.max_tokens:
+            turn.finish = "length"
