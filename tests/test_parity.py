@@ -15,7 +15,16 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import CorruptBundleError, ParityError
-from tokenflow_sdk.parity import TIE_DISTANCE, Reference, check_parity, scale_cells
+from tokenflow_sdk.parity import (
+    EXACT,
+    ROUNDED,
+    TIE_DISTANCE,
+    Flip,
+    Reference,
+    check_parity,
+    forced_agreement,
+    scale_cells,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,27 @@ def test_every_bar_is_checked(tokenizer: Tokenizer, reference: Reference) -> Non
     for changed, words in off:
         assert [text for text in check_parity(tokenizer, changed).failures() if words in text]
     assert check_parity(tokenizer, reference).failures() == []
+
+
+def test_rounding_is_allowed_to_flip_near_ties_and_few_of_them(tokenizer: Tokenizer, reference: Reference) -> None:
+    report = check_parity(tokenizer, reference)
+    near = Flip(picture=0, scale=3, position=0, expected=1, got=2, margin=0.01)
+    flipped = replace(report, flips=(near,), agreement=(1, 1, 1, 0.97))
+    assert flipped.overall == pytest.approx(1 - 0.03 * 16 / 30)
+    assert flipped.failures(ROUNDED) == []
+    assert len(flipped.failures(EXACT)) == 1
+    assert "only 97.3" in replace(flipped, agreement=(1, 1, 1, 0.95)).failures(ROUNDED)[0]
+    assert "margin of 2.0e-01" in replace(flipped, flips=(replace(near, margin=0.2),)).failures(ROUNDED)[0]
+    assert "cosine of 0.99000" in replace(report, semantic_cosine=0.99).failures(ROUNDED)[0]
+
+
+def test_forced_agreement_judges_every_scale_by_itself(tokenizer: Tokenizer, reference: Reference) -> None:
+    config, codes = tokenizer.config, reference.code_indices.copy()
+    assert forced_agreement(reference.latent, codes, reference.codebook, config) == (1.0,) * 4
+    codes[:, 5:14] = (codes[:, 5:14] + 1) % config.codebook_size
+    shares = forced_agreement(reference.latent, codes, reference.codebook, config)
+    assert shares[:3] == (1.0, 1.0, 0.0)
+    assert shares[3] < 1
 
 
 def test_a_flip_between_equally_near_codes_is_no_failure(tokenizer: Tokenizer, reference: Reference) -> None:

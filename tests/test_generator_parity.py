@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenflow_sdk import Generator
+from tokenflow_sdk.bundle import Bundle, load_codebook
+from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.errors import CorruptBundleError
+from tokenflow_sdk.generator_parity import (
+    GeneratorReference,
+    GeneratorReport,
+    Steps,
+    check_generator,
+    embed_steps,
+    likeliest_codes,
+    run_steps,
+)
+
+
+@pytest.fixture(scope="module")
+def generator(mini_generator: Path) -> Iterator[Generator]:
+    with Generator.from_pretrained(mini_generator, device="cpu", threads=1) as generator:
+        yield generator
+
+
+def test_a_bundle_gives_its_own_reference(generator: Generator) -> None:
+    running, bundle = generator._running, generator.bundle
+    transformer = running.scheduler.loop.transformer
+    report = check_generator(bundle, running.sessions, transformer, load_codebook(bundle))
+    assert report.failures() == []
+    assert report.same_code == 1
+    assert report.hidden_error < 1e-4
+    assert transformer.pool.free == transformer.pool.pages
+
+
+def test_other_hidden_states_are_found_out(generator: Generator) -> None:
+    running, bundle = generator._running, generator.bundle
+    steps = Steps.random(bundle.config)
+    embeddings = embed_steps(running.sessions, load_codebook(bundle), steps)
+    hidden = run_steps(running.scheduler.loop.transformer, *embeddings)
+    reference = GeneratorReference.load(bundle)
+    np.testing.assert_allclose(hidden, reference.hidden, atol=1e-4)
+    np.testing.assert_array_equal(likeliest_codes(running.sessions["sample"], hidden), reference.likeliest)
+    other = likeliest_codes(running.sessions["sample"], np.roll(hidden, 1, axis=1))
+    assert (other == reference.likeliest).mean() < 0.5
+
+
+def test_every_bar_is_checked() -> None:
+    assert GeneratorReport(0.1, 0.995, 0.95).failures() == []
+    assert "cosine of 0.9000" in GeneratorReport(0.1, 0.9, 0.95).failures()[0]
+    assert "only 50.0%" in GeneratorReport(0.1, 0.995, 0.5).failures()[0]
+    assert len(GeneratorReport(float("nan"), float("nan"), 0.5).failures()) == 2
+
+
+def test_a_damaged_reference_is_named(mini_generator: Path, tmp_path: Path) -> None:
+    shutil.copytree(mini_generator, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b", GeneratorConfig)
+    (tmp_path / "b" / "reference.npz").write_bytes(b"x" * bundle.asset("reference").size)
+    with pytest.raises(CorruptBundleError, match=r"reference\.npz is damaged"):
+        GeneratorReference.load(bundle)
