@@ -41,6 +41,8 @@ NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
+CFG_SCALE = 7.5
+"""What the released model was published with."""
 MAX_PROMPT = 128
 
 
@@ -52,6 +54,7 @@ def export_generator(
     force: bool,
     precision: Precision = FULL_PRECISION,
     negative_prompt: str = NEGATIVE_PROMPT,
+    cfg_scale: float = CFG_SCALE,
     compact: bool = False,
 ) -> Agreement:
     """Write a generator bundle.
@@ -64,6 +67,7 @@ def export_generator(
         force: replace `out`.
         precision: of the transformer, the text embeddings and the head.
         negative_prompt: what guidance leads away from when a request names nothing.
+        cfg_scale: its strength when a request names none.
         compact: smaller files for the same numbers (`export.compact`).
 
     Returns:
@@ -76,7 +80,7 @@ def export_generator(
     """
     steps.start("reading the checkpoint")
     model_config = transformer_config(directory, "output")
-    config, text = _runtime_config(directory, model_config, tokenizer, out, negative_prompt)
+    config, text = _runtime_config(directory, model_config, tokenizer, out, negative_prompt, cfg_scale)
     directory.require(_expected_shapes(model_config, config, directory))
     needed = precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
     with staging_directory(out, force, needed) as staging, torch.inference_mode():
@@ -105,7 +109,12 @@ _ASSETS = {"codebook": "codebook.npy", "tokenizer": "tokenizer.json"}
 
 
 def _runtime_config(
-    directory: HfDirectory, model: TransformerConfig, tokenizer: Bundle[TokenizerConfig], out: Path, negative_prompt: str
+    directory: HfDirectory,
+    model: TransformerConfig,
+    tokenizer: Bundle[TokenizerConfig],
+    out: Path,
+    negative_prompt: str,
+    cfg_scale: float,
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
     picture = tokenizer.config
     text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, picture.codebook_size)
@@ -121,6 +130,7 @@ def _runtime_config(
         image_start_ids=image_start_ids,
         max_prompt=MAX_PROMPT,
         negative_prompt=negative_prompt,
+        cfg_scale=cfg_scale,
         patch_nums=picture.patch_nums,
         codebook_size=picture.codebook_size,
         codebook_sha256=picture.codebook_sha256,

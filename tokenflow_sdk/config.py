@@ -162,8 +162,9 @@ class GeneratorConfig:
 
     The transformer: `width`, `layers`, `kv_heads`, `head_dim`. Text: `text_size` rows of the text embedding table, which is the
     vocabulary without the image codes that begin at `image_token_start`; `bos_id`; `image_start_ids`, usually one; prompts
-    of at most `max_prompt` ids, BOS included; `negative_prompt`. Pictures: as in `TokenizerConfig`, for the tokenizer
-    `tokenizer_variant` with codebook `codebook_sha256`, expected at the path `tokenizer`, relative to the bundle.
+    of at most `max_prompt` ids, BOS included; `negative_prompt` and `cfg_scale` for requests that name none. Pictures: as in
+    `TokenizerConfig`, for the tokenizer `tokenizer_variant` with codebook `codebook_sha256`, expected at the path `tokenizer`,
+    relative to the bundle.
     """
 
     kind: ClassVar[str] = "generator"
@@ -178,6 +179,7 @@ class GeneratorConfig:
     image_start_ids: tuple[int, ...]
     max_prompt: int
     negative_prompt: str
+    cfg_scale: float
     patch_nums: tuple[int, ...]
     codebook_size: int
     codebook_sha256: str
@@ -207,6 +209,8 @@ class GeneratorConfig:
             _require(
                 type(values[key]) is int and int(key in sizes) <= values[key] < 2**31, where, f"gives {key} as {values[key]!r}"
             )
+        guidance = values["cfg_scale"]
+        _require(type(guidance) in (int, float) and 0 <= guidance <= 1000, where, f"gives cfg_scale as {guidance!r}")
         for key in ("patch_nums", "image_start_ids"):
             numbers = values[key]
             whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)

@@ -166,7 +166,7 @@ class Generator:
         n: int = 1,
         negative_prompt: Prompt | None = None,
         preset: str = "paper",
-        cfg_scale: float = 7.5,
+        cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
@@ -178,7 +178,7 @@ class Generator:
             n: pictures, each with noise of its own.
             negative_prompt: what guidance leads away from; None takes the model's own.
             preset: `fast` (1 pass), `balanced` (2) or `paper` (3).
-            cfg_scale: strength of guidance; 0 is none.
+            cfg_scale: strength of guidance; 0 is none; None takes the model's own.
             seed: 0 .. 2**63 - 1; None draws one (`Generation.seed` tells it).
             params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.
             strict: refuse a prompt that is too long instead of cutting it with a warning.
@@ -187,7 +187,7 @@ class Generator:
             PromptError, ArgumentError: the request cannot work.
             PagesExhausted: it needs more pages than the pool has.
         """
-        request = self._request(prompt, n, negative_prompt, _params(preset, cfg_scale, seed, params), strict)
+        request = self._request(prompt, n, negative_prompt, self._params(preset, cfg_scale, seed, params), strict)
         return self._stream(request)
 
     def generate(
@@ -197,13 +197,13 @@ class Generator:
         n: int = 1,
         negative_prompt: Prompt | None = None,
         preset: str = "paper",
-        cfg_scale: float = 7.5,
+        cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> Generation:
         """Draw `n` pictures; arguments and errors as in `stream`."""
-        params = _params(preset, cfg_scale, seed, params)
+        params = self._params(preset, cfg_scale, seed, params)
         return self._drain([self._request(prompt, n, negative_prompt, params, strict)])[0]
 
     def generate_batch(
@@ -213,13 +213,13 @@ class Generator:
         n: int = 1,
         negative_prompt: Prompt | None = None,
         preset: str = "paper",
-        cfg_scale: float = 7.5,
+        cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> list[Generation]:
         """Draw several prompts together; each as `generate` draws it alone. Arguments and errors as in `stream`."""
-        params = _params(preset, cfg_scale, seed, params)
+        params = self._params(preset, cfg_scale, seed, params)
         return self._drain([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
 
     def wait_for_engines(self, timeout: float | None = None) -> bool:
@@ -238,6 +238,12 @@ class Generator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _params(self, preset: str, cfg_scale: float | None, seed: int | None, params: SamplingParams | None) -> SamplingParams:
+        if params is not None:
+            return params if seed is None else replace(params, seed=seed)
+        chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        return SamplingParams.preset(preset, chosen, secrets.randbelow(2**63) if seed is None else seed)
 
     def _request(self, prompt: Prompt, n: int, negative_prompt: Prompt | None, params: SamplingParams, strict: bool) -> Request:
         if type(n) is not int or n < 1:
@@ -340,9 +346,3 @@ class _Running:
     def close(self) -> None:
         for session in self.sessions.values():
             session.close()
-
-
-def _params(preset: str, cfg_scale: float, seed: int | None, params: SamplingParams | None) -> SamplingParams:
-    if params is not None:
-        return params if seed is None else replace(params, seed=seed)
-    return SamplingParams.preset(preset, cfg_scale, secrets.randbelow(2**63) if seed is None else seed)

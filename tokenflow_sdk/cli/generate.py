@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -39,8 +40,10 @@ def generate(arguments: argparse.Namespace) -> int:
         recipe, negative = None, arguments.negative_prompt
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
-        params = SamplingParams.preset(arguments.preset, arguments.cfg_scale, arguments.seed)
+        params = SamplingParams.preset(arguments.preset, arguments.cfg_scale or 0.0, arguments.seed)
     with open_generator(arguments) as generator:
+        if recipe is None and arguments.cfg_scale is None:
+            params = replace(params, cfg_scale=generator.config.cfg_scale)
         _require_same_model(recipe, generator.bundle)
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)

@@ -109,9 +109,7 @@ def _add_generating(words: _Words) -> None:
     drawing.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed draws the same picture (default: %(default)s)"
     )
-    drawing.add_argument(
-        "--cfg-scale", type=float, default=7.5, metavar="X", help="strength of guidance (default: %(default)s)"
-    )
+    drawing.add_argument("--cfg-scale", type=float, metavar="X", help="strength of guidance (default: the model's own)")
     drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to lead away from (default: the model's own)")
     drawing.add_argument("--progressive", action="store_true", help="also write scales.png, the picture after every scale")
     _tokenizer(drawing)
