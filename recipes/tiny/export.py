@@ -31,6 +31,8 @@ from tokenflow_sdk.config import TokenizerConfig
 __all__ = ["main", "write_released_layout"]
 
 SOURCE = {"checkpoint": "trained by recipes/tiny"}
+CFG_SCALE = 3.0
+"""More guidance than this overdoes what so small a model draws."""
 
 
 def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, directory: Path) -> None:
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
     parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
     parser.add_argument("--out", type=Path, default=Path("engines/tiny"))
+    parser.add_argument("--cfg-scale", type=float, default=CFG_SCALE, help="guidance unless told otherwise (default: %(default)s)")
     arguments = parser.parse_args(argv)
     model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
     out: Path = arguments.out
@@ -85,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             force=True,
             precision=Precision("fp32", "int8"),
             negative_prompt=NEGATIVE_PROMPT,
+            cfg_scale=arguments.cfg_scale,
             compact=True,
         )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -19,7 +19,7 @@ from recipes.tiny.captions import held_out_caption
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
-from tokenflow_sdk import Generator, SamplingParams, Tokenizer
+from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.images import psnr
 
 __all__ = ["generation", "labels_from_codes", "reconstruction", "seconds"]
@@ -79,7 +79,7 @@ def labels_from_codes(tokenizer: Tokenizer, pictures: Pictures, labels: int = 15
 
 
 def generation(
-    generator: Generator, pictures: Pictures, trained: Sequence[Entry], prompts: int = 100, cfg_scale: float = 7.5
+    generator: Generator, pictures: Pictures, trained: Sequence[Entry], prompts: int = 100
 ) -> tuple[dict[str, float], list[tuple[Image.Image, str]]]:
     """Share of pictures whose nearest training picture has the asked label, by the teacher's mean features; and the pictures.
 
@@ -97,8 +97,7 @@ def generation(
     for number, i in enumerate(track(picks, "generating")):
         entry = trained[i]
         prompt = held_out_caption(entry["label"], entry["style"], rng)
-        params = SamplingParams.preset("paper", cfg_scale, seed=number)
-        image = generator.generate(prompt, params=params).images[0]
+        image = generator.generate(prompt, seed=number).images[0]
         similarity = gallery @ _embed(teacher, np.asarray(image))
         best = int(similarity.argmax())
         right.append(trained[best]["label"] == entry["label"])
@@ -107,7 +106,7 @@ def generation(
     differences = []
     for label in labels[:: max(1, len(labels) // 10)][:10]:
         images = [
-            np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0, cfg_scale=cfg_scale).images
+            np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0).images
         ]
         differences += [float(np.sqrt(((a - b) ** 2).mean())) for k, a in enumerate(images) for b in images[k + 1 :]]
     others = gallery @ gallery.T
@@ -118,7 +117,7 @@ def generation(
         "training_distance": float(1 - others.max(axis=1).mean()),
         "seeds_differ": float(np.mean(differences)),
         "labels": len(labels),
-        "cfg_scale": cfg_scale,
+        "cfg_scale": generator.config.cfg_scale,
     }
     return figures, tiles
 

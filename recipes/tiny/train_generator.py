@@ -100,7 +100,7 @@ class GeneratorTraining:
             group["lr"] = self.rate * self._schedule()
         rng = np.random.default_rng([self.seed, self.step])
         sides = TINY.patch_nums
-        scales = len(sides) if rng.random() < WHOLE else int(rng.integers(4, len(sides)))
+        scales = len(sides) if rng.random() < WHOLE else int(rng.integers(2, len(sides)))
         size = self.batch * min(MOST, TINY.n_codes // sum(side * side for side in sides[:scales]))
         picks = rng.integers(len(self.entries), size=size)
         texts = [
@@ -131,7 +131,7 @@ class GeneratorTraining:
         side, start = TINY.patch_nums[scales - 1], sum(s * s for s in TINY.patch_nums[: scales - 1])
         right = codes[:, start : start + side * side]
         wrong = torch.from_numpy(rng.integers(TINY.codebook_size, size=tuple(right.shape))).to(right)
-        spoilt = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.2, 0.9)).to(right.device)
+        spoilt = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.0, 0.9)).to(right.device)
         return torch.where(spoilt, wrong, right)
 
     def _loss(
