@@ -200,7 +200,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['cpu']}, {report['threads']} threads; Python {report['python']}, torch {report['torch']}, onnxruntime",
         f"{report['onnxruntime']}. Qwen2 layout, hidden 1024, 8 layers, 16 heads over 4 key/value heads, MLP 2752,",
-        f"vocabulary 32,000, random weights; a picture of 729 features, a prompt of {base['prompt']:.0f} tokens in all, 64 greedy",
+        f"vocabulary 32,000, random weights; a picture of 729 features, a prompt of {base['prompt']:.0f} tokens, 64 greedy",
         f"tokens. Median of {report['rounds']} alternating runs; beside it ran {report['beside']}.",
         "`python benchmarks/understander_vs_transformers.py`",
         "",
@@ -218,7 +218,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"Eight requests at once, questions of different lengths and answers of {min(LENGTHS)} to {max(LENGTHS)} tokens;",
         "tokens a second in all, prompts included:",
         "",
-        "| eight requests about | transformers, one by one | its padded batch | runtime, fp32 | ratios | runtime, int8 | ratios |",
+        "| eight requests about | transformers | its padded batch | runtime, fp32 | ratios | runtime, int8 | ratios |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in eight.items():

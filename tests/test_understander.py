@@ -403,3 +403,19 @@ def test_a_closed_understander_says_so(reference: Reference) -> None:
     understander.close()
     with pytest.raises(ArgumentError, match="closed"):
         understander.answer(features(0), "what?")
+
+
+def test_a_failing_step_is_raised_to_those_it_was_for(understander: Understander, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = understander.stream(features(0), QUESTIONS[0], params=FREE)
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(understander._scheduler.loop, "begin", lambda turn, table: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            understander.answer(features(5), "what?")
+    assert len(list(other)) > 5
+    with monkeypatch.context() as patch:
+        patch.setattr(understander._scheduler.loop, "decode", lambda turns: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            understander.answer(features(0), "what?")
+    assert pool_is_clean(understander)
+    assert understander.answer(features(0), "what?", max_tokens=2).token_ids

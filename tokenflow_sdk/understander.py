@@ -293,7 +293,7 @@ class Chat:
         """The next question. Arguments and errors as in `Understander.answer`."""
         turn = self._turn(question, _params(max_tokens, temperature, seed, params))
         (answer,) = self._owner._drain([turn])
-        self._close(turn, question, answer.text)
+        self._remember(turn, question, answer.text)
         return answer
 
     def stream(
@@ -314,7 +314,7 @@ class Chat:
         for piece in self._owner._pieces(turn):
             pieces.append(piece)
             yield piece
-        self._close(turn, question, "".join(pieces))
+        self._remember(turn, question, "".join(pieces))
 
     def _turn(self, question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
@@ -327,7 +327,7 @@ class Chat:
         read = len(last.history) - len(last.prompt)
         return text.next(last.history, last.tokens[read:], question)
 
-    def _close(self, turn: Turn, question: str, answer: str) -> None:
+    def _remember(self, turn: Turn, question: str, answer: str) -> None:
         self._last = turn
         self.turns.append((question, answer))
 
