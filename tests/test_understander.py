@@ -343,11 +343,11 @@ def test_questions_that_cannot_work_are_named(
     with pytest.raises(error, match=words):
         understander.answer(pictures, question, **settings)
     with pytest.raises(error, match=words):
-        list(understander.stream(pictures, question, **settings))
+        understander.stream(pictures, question, **settings)
     with pytest.raises(error, match=words):
         understander.answer_batch([(features(1), "what?"), (pictures, question)], **settings)
     with pytest.raises(error, match=words):
-        understander.chat(pictures).ask(question, **settings)
+        understander.chat(pictures).stream(question, **settings)
     assert pool_is_clean(understander)
 
 

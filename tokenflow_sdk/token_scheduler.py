@@ -42,8 +42,8 @@ class TokenScheduler:
         self._waiting: deque[Turn] = deque()
         self._live: list[Turn] = []
 
-    def submit(self, turn: Turn) -> None:
-        """Take a turn.
+    def check(self, turn: Turn) -> None:
+        """Whether a turn could ever be taken.
 
         Raises:
             PromptError: prompt and answer are longer than the model reads.
@@ -59,6 +59,10 @@ class TokenScheduler:
             )
         if self._pages(turn) > pool.pages:
             raise PagesExhausted(self._pages(turn), pool.pages, pool.pages)
+
+    def submit(self, turn: Turn) -> None:
+        """Take a turn. Errors as in `check`."""
+        self.check(turn)
         self._waiting.append(turn)
 
     def remove(self, turn: Turn) -> None:

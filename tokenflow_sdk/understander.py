@@ -203,7 +203,11 @@ class Understander:
 
     def _turn(self, pictures: Picture | Sequence[Picture], question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
-        return Turn(self._text.first(self._features.of_all(pictures), question), params, False, began)
+        return self._checked(Turn(self._text.first(self._features.of_all(pictures), question), params, False, began))
+
+    def _checked(self, turn: Turn) -> Turn:
+        self._scheduler.check(turn)
+        return turn
 
     def _pieces(self, turn: Turn) -> Iterator[str]:
         text = self._text.stream()
@@ -318,7 +322,7 @@ class Chat:
 
     def _turn(self, question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
-        return Turn(self._prompt(question), params, True, began)
+        return self._owner._checked(Turn(self._prompt(question), params, True, began))
 
     def _prompt(self, question: str) -> TokenPrompt:
         text, last = self._owner._text, self._last
