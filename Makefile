@@ -62,9 +62,10 @@ lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.dev ## the runtime against eager PyTorch on this machine; writes benchmarks/results/
+bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
 	@$(BIN)/python benchmarks/generator_vs_eager.py
+	@$(BIN)/python benchmarks/understander_vs_transformers.py
 
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny

@@ -47,6 +47,19 @@ def mini_generator(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
     return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), directory / "t2i")
 
 
+@pytest.fixture(scope="session")
+def mini_understander(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a small understander that reads the small CLIP tokenizer's codes; do not write into it."""
+    from tests.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+
+    directory = tmp_path_factory.mktemp("understander")
+    model, projector = reference_model(SMALLEST), reference_projector(SMALLEST["hidden_size"])
+    checkpoint = write_checkpoint(directory / "hf", SMALLEST, model, projector)
+    return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), directory / "chat")
+
+
 @pytest.fixture
 def bundle_copy(mini_bundle: Path, tmp_path: Path) -> Path:
     """A copy to damage."""

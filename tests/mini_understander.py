@@ -32,7 +32,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     | {"model_type": "llava_llama", "hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3}
     | {"num_key_value_heads": 3, "rope_theta": 5e3, "vocab_size": 310, "tie_word_embeddings": False},
 }
-SMALLEST = GEOMETRIES["qwen"] | {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+SMALLEST = GEOMETRIES["qwen"] | {"hidden_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 1024}
 
 
 def byte_level_tokenizer() -> Tokenizer:

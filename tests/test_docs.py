@@ -36,6 +36,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def chat_bundle(project: Path, mini_understander: Path) -> None:
+    """A small understander with random weights where the README has one."""
+    (project / "bundles").mkdir()
+    (project / "bundles" / "chat").symlink_to(mini_understander)
+
+
 def run(command: list[object], directory: Path) -> str:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(list(map(str, command)), cwd=directory, env=environment, capture_output=True, text=True, check=False)
@@ -43,21 +50,24 @@ def run(command: list[object], directory: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("chat_bundle")
 def test_the_api_snippet_runs(project: Path) -> None:
-    tokenizing, generating = blocks("python")
+    tokenizing, generating, understanding = blocks("python")
     assert len(tokenizing.splitlines()) <= 20
     assert "817 codes of 12 bits in 9 scales" in run([sys.executable, "-c", tokenizing], project)
     assert (project / "photo.tfc").exists()
     run([sys.executable, "-c", generating], project)
     assert (project / "apple.png").exists()
+    run([sys.executable, "-c", understanding], project)
 
 
+@pytest.mark.usefixtures("chat_bundle")
 def test_every_command_runs(project: Path) -> None:
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     makes = [words for words in commands if words[0] == "make"]
     assert makes == [["make", "demo"], ["make", "test"]]
     others = [words for words in commands if words[0] != "make"]
-    shown = {"encode", "decode", "reconstruct", "generate", "info", "verify", "bench", "cache"}
+    shown = {"encode", "decode", "reconstruct", "generate", "ask", "info", "verify", "bench", "cache"}
     assert {words[1] for words in others} == shown
     for words in others:
         assert words[0] == "tokenflow"

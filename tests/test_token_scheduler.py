@@ -169,7 +169,7 @@ def test_when_pages_run_out_turns_wait_or_say_what_is_missing() -> None:
         most = max(most, len(queue._live))
     assert most == 2
     assert is_clean(queue)
-    with pytest.raises(PagesExhausted, match=r"13 key/value pages are needed, \d+ of 12 are free.*pages="):
+    with pytest.raises(PagesExhausted, match=r"13 key/value pages are needed, 12 of 12 are free.*pages="):
         queue.submit(turn(9, max_tokens=12 * 4 - 19 + 2))
     fits = turn(9, max_tokens=12 * 4 - 19 + 1)
     queue.submit(fits)
@@ -185,21 +185,21 @@ def test_more_than_the_model_reads_is_named() -> None:
 
 
 def test_a_failing_step_frees_those_it_was_for() -> None:
-    queue = scheduler(100)
+    queue = scheduler(200)
     turns = [turn(i, max_tokens=50) for i in range(2)]
     for t in turns:
         queue.submit(t)
         queue.step()
     plain = queue.loop.decode
     queue.loop.decode = lambda turns: 1 / 0  # type: ignore[assignment,method-assign,return-value]
-    with pytest.raises(ZeroDivisionError):
-        queue.step()
+    newcomer = turn(5, text=CHUNK)
+    queue.submit(newcomer)
+    queue.step()
+    assert newcomer.error is None
     assert all(isinstance(t.error, ZeroDivisionError) for t in turns)
     queue.loop.decode = plain  # type: ignore[method-assign]
+    drain(queue, newcomer)
     assert is_clean(queue)
-    good = turn(1)
-    queue.submit(good)
-    drain(queue, good)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -110,8 +110,9 @@ class Bundle(Generic[C]):
             if key != "kind" and not isinstance(data[key], dict):
                 raise CorruptBundleError(f"{path / MANIFEST}: {key} is not an object.", _AGAIN)
         if data["kind"] != config.kind:
+            wanted = f"{'an' if config.kind[0] in 'aeiou' else 'a'} {config.kind}"
             raise BundleKindError(
-                f"{path} holds a {data['kind']!r} bundle, not a {config.kind}.", f"Give the path of a {config.kind} bundle."
+                f"{path} holds a {data['kind']!r} bundle, not {wanted}.", f"Give the path of {wanted} bundle."
             )
         bundle = cls(
             path=path,

@@ -64,8 +64,9 @@ class ChatText:
     @property
     def _tokenizer(self) -> Any:
         if self._loaded is None:
-            self._loaded = load_text_tokenizer(self._path)
-            self._loaded.encode_special_tokens = True
+            loaded = load_text_tokenizer(self._path)
+            loaded.encode_special_tokens = True
+            self._loaded = loaded
         return self._loaded
 
     def stream(self) -> TextStream:

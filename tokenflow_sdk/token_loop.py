@@ -134,23 +134,18 @@ class TokenLoop:
     def _draw(self, turns: Sequence[Turn], hidden: Float32) -> None:
         """The next token of each answer from hidden states [B, H]."""
         params = [turn.params for turn in turns]
-        penalised = [turn.params.repetition_penalty != 1 and bool(turn.tokens) for turn in turns]
-        seen = [list(dict.fromkeys(turn.tokens)) if there else [0] for turn, there in zip(turns, penalised, strict=True)]
+        # The penalty falls on the answer's own tokens; rows are filled up with one of them.
+        seen = [list(dict.fromkeys(turn.tokens)) or [0] for turn in turns]
         longest = max(map(len, seen))
         top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
-        noise = [
-            0.0 if p.greedy else float(uniform(p.seed, 0, len(t.tokens), 0, 1)[0]) for p, t in zip(params, turns, strict=True)
-        ]
         feeds = {
             "hidden": np.ascontiguousarray(hidden),
             "seen": np.asarray([ids + ids[:1] * (longest - len(ids)) for ids in seen], np.int32),
-            "penalty": np.asarray(
-                [p.repetition_penalty if there else 1 for p, there in zip(params, penalised, strict=True)], np.float32
-            ),
-            "temperature": np.asarray([p.temperature or 1 for p in params], np.float32),
+            "penalty": np.asarray([t.params.repetition_penalty if t.tokens else 1 for t in turns], np.float32),
+            "temperature": np.asarray([1 if p.greedy else p.temperature for p in params], np.float32),
             "top_k": np.asarray(top_k, np.int32),
             "top_p": np.asarray([p.top_p for p in params], np.float32),
-            "noise": np.asarray(noise, np.float32),
+            "noise": np.asarray([uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in turns], np.float32),
             "ranks": np.arange(min(max(top_k) + TIES, self.config.vocabulary), dtype=np.int32),
         }
         found = self._sessions["head"].run(feeds, ["token_ids"])["token_ids"]

@@ -42,8 +42,8 @@ class TokenScheduler:
         self._waiting: deque[Turn] = deque()
         self._live: list[Turn] = []
 
-    def submit(self, turn: Turn) -> None:
-        """Take a turn.
+    def check(self, turn: Turn) -> None:
+        """Whether a turn could ever be taken.
 
         Raises:
             PromptError: prompt and answer are longer than the model reads.
@@ -58,7 +58,11 @@ class TokenScheduler:
                 "Shorten the conversation, give fewer pictures, or a smaller max_tokens.",
             )
         if self._pages(turn) > pool.pages:
-            raise PagesExhausted(self._pages(turn), pool.free, pool.pages)
+            raise PagesExhausted(self._pages(turn), pool.pages, pool.pages)
+
+    def submit(self, turn: Turn) -> None:
+        """Take a turn. Errors as in `check`."""
+        self.check(turn)
         self._waiting.append(turn)
 
     def remove(self, turn: Turn) -> None:
@@ -110,14 +114,16 @@ class TokenScheduler:
         self.loop.decode(turns)
 
     def _run(self, turns: Sequence[Turn], work: Callable[[Sequence[Turn]], None]) -> None:
-        """Do a part of a step; those that it was for leave when it fails or when they are done."""
+        """Do a part of a step. Those it was for leave when they are done, or with the error when it fails; others go on."""
         try:
             work(turns)
         except BaseException as error:
             for turn in turns:
                 turn.error = error
                 self.remove(turn)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            return
         for turn in turns:
             if turn.finish is not None:
                 self._keep(turn)

@@ -203,7 +203,11 @@ class Understander:
 
     def _turn(self, pictures: Picture | Sequence[Picture], question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
-        return Turn(self._text.first(self._features.of_all(pictures), question), params, False, began)
+        return self._checked(Turn(self._text.first(self._features.of_all(pictures), question), params, False, began))
+
+    def _checked(self, turn: Turn) -> Turn:
+        self._scheduler.check(turn)
+        return turn
 
     def _pieces(self, turn: Turn) -> Iterator[str]:
         text = self._text.stream()
@@ -293,7 +297,7 @@ class Chat:
         """The next question. Arguments and errors as in `Understander.answer`."""
         turn = self._turn(question, _params(max_tokens, temperature, seed, params))
         (answer,) = self._owner._drain([turn])
-        self._close(turn, question, answer.text)
+        self._remember(turn, question, answer.text)
         return answer
 
     def stream(
@@ -314,11 +318,11 @@ class Chat:
         for piece in self._owner._pieces(turn):
             pieces.append(piece)
             yield piece
-        self._close(turn, question, "".join(pieces))
+        self._remember(turn, question, "".join(pieces))
 
     def _turn(self, question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
-        return Turn(self._prompt(question), params, True, began)
+        return self._owner._checked(Turn(self._prompt(question), params, True, began))
 
     def _prompt(self, question: str) -> TokenPrompt:
         text, last = self._owner._text, self._last
@@ -327,7 +331,7 @@ class Chat:
         read = len(last.history) - len(last.prompt)
         return text.next(last.history, last.tokens[read:], question)
 
-    def _close(self, turn: Turn, question: str, answer: str) -> None:
+    def _remember(self, turn: Turn, question: str, answer: str) -> None:
         self._last = turn
         self.turns.append((question, answer))
 

@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
     parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
     parser.add_argument("--out", type=Path, default=Path("engines/tiny"))
-    parser.add_argument("--cfg-scale", type=float, default=CFG_SCALE, help="guidance unless told otherwise (default: %(default)s)")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance unless told otherwise (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
     out: Path = arguments.out

@@ -105,9 +105,7 @@ def generation(
         tiles.append((image, prompt))
     differences = []
     for label in labels[:: max(1, len(labels) // 10)][:10]:
-        images = [
-            np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0).images
-        ]
+        images = [np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0).images]
         differences += [float(np.sqrt(((a - b) ** 2).mean())) for k, a in enumerate(images) for b in images[k + 1 :]]
     others = gallery @ gallery.T
     others[[[a["label"] == b["label"] for b in trained] for a in trained]] = -1

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tokenflow_sdk import AnswerParams, Tokenizer, Understander
+from tokenflow_sdk.cli import main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((80, 60), 90).convert("RGB").save("photo.png")
+    return tmp_path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_picture_and_its_codes_get_the_same_answer(
+    mini_understander: Path, mini_bundle: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    settings = ("--bundle", mini_understander, "--max-tokens", 12, "--temperature", 0.7, "--top-p", 0.9, "--seed", 3)
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        tokenizer.encode("photo.png").save("photo.tfc")
+    printed = []
+    for name in ("photo.png", "photo.tfc"):
+        assert run("ask", name, "what is it?", *settings) == 0
+        printed.append(capfdbinary.readouterr().out)
+    with Understander.from_pretrained(mini_understander) as understander:
+        params = AnswerParams(max_tokens=12, temperature=0.7, top_p=0.9, seed=3)
+        expected = understander.answer("photo.png", "what is it?", params=params).text
+        two = understander.answer(["photo.png", "photo.png"], "which?", params=params).text
+    assert printed == [expected.encode() + b"\n"] * 2
+    assert run("ask", "photo.png", "photo.tfc", "which?", *settings) == 0
+    assert capfdbinary.readouterr().out == two.encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["photo.png", "what?"], "No model that answers questions comes with the SDK"),
+        (["photo.png", "what?"], "python -m export understanding --checkpoint DIR"),
+        (["photo.png", "what?", "--bundle", "nowhere"], "There is no bundle at nowhere"),
+        (["photo.png", "", "--bundle", "{bundle}"], "is no question"),
+        (["nowhere.png", "what?", "--bundle", "{bundle}"], "nowhere.png"),
+        (["nowhere.tfc", "what?", "--bundle", "{bundle}"], "nowhere.tfc"),
+        (["photo.png", "what?", "--bundle", "{bundle}", "--temperature", "-1"], "temperature=-1.0"),
+        (["photo.png", "what?", "--bundle", "{bundle}", "--max-tokens", "9999"], "this model reads 1024"),
+        (["photo.png", "what?", "--bundle", "{bundle}", "--tokenizer", "nowhere"], "is not at nowhere"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_status_2(
+    words: list[str], sentence: str, mini_understander: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ask", *(word.format(bundle=mini_understander) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_info_of_an_understander(mini_understander: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", mini_understander) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "TokenFlow understander",
+        "transformer of 1 layers, width 32, 2 key/value heads of 8",
+        "288 tokens, up to 1024 in a conversation, 16 of them a picture's",
+        "reads codes of mini_clip",
+        "pages of 16 tokens, 2.0 KB each; a picture takes 1 pages (2.0 KB); the default pool has 264",
+        "likeliest token the same at 100.0% of positions",
+        "logits float32[batch, 288]",
+    ):
+        assert part in out
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("ask", "--help")
+    out = capsys.readouterr().out
+    assert "python -m export understanding" in out
+    assert "tokenflow ask photo.tfc" in out
