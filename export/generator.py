@@ -54,6 +54,7 @@ def export_generator(
     force: bool,
     precision: Precision = FULL_PRECISION,
     negative_prompt: str = NEGATIVE_PROMPT,
+    preset: str = "paper",
     cfg_scale: float = CFG_SCALE,
     compact: bool = False,
 ) -> Agreement:
@@ -67,7 +68,8 @@ def export_generator(
         force: replace `out`.
         precision: of the transformer, the text embeddings and the head.
         negative_prompt: what guidance leads away from when a request names nothing.
-        cfg_scale: its strength when a request names none.
+        preset: of sampling, when a request names none.
+        cfg_scale: strength of guidance, when a request names none.
         compact: smaller files for the same numbers (`export.compact`).
 
     Returns:
@@ -80,7 +82,7 @@ def export_generator(
     """
     steps.start("reading the checkpoint")
     model_config = transformer_config(directory, "output")
-    config, text = _runtime_config(directory, model_config, tokenizer, out, negative_prompt, cfg_scale)
+    config, text = _runtime_config(directory, model_config, tokenizer, out, (negative_prompt, preset, cfg_scale))
     directory.require(_expected_shapes(model_config, config, directory))
     needed = precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
     with staging_directory(out, force, needed) as staging, torch.inference_mode():
@@ -113,9 +115,9 @@ def _runtime_config(
     model: TransformerConfig,
     tokenizer: Bundle[TokenizerConfig],
     out: Path,
-    negative_prompt: str,
-    cfg_scale: float,
+    defaults: tuple[str, str, float],
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
+    """The bundle's config, and its tokenizer.json. `defaults`: negative prompt, preset and guidance of requests without."""
     picture = tokenizer.config
     text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, picture.codebook_size)
     vocabulary = directory.shapes.get("model.embed_tokens.weight", (0,))[0]
@@ -129,8 +131,9 @@ def _runtime_config(
         bos_id=int(directory.config.get("bos_token_id", 1)),
         image_start_ids=image_start_ids,
         max_prompt=MAX_PROMPT,
-        negative_prompt=negative_prompt,
-        cfg_scale=cfg_scale,
+        negative_prompt=defaults[0],
+        preset=defaults[1],
+        cfg_scale=defaults[2],
         patch_nums=picture.patch_nums,
         codebook_size=picture.codebook_size,
         codebook_sha256=picture.codebook_sha256,

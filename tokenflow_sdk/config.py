@@ -162,9 +162,9 @@ class GeneratorConfig:
 
     The transformer: `width`, `layers`, `kv_heads`, `head_dim`. Text: `text_size` rows of the text embedding table, which is the
     vocabulary without the image codes that begin at `image_token_start`; `bos_id`; `image_start_ids`, usually one; prompts
-    of at most `max_prompt` ids, BOS included; `negative_prompt` and `cfg_scale` for requests that name none. Pictures: as in
-    `TokenizerConfig`, for the tokenizer `tokenizer_variant` with codebook `codebook_sha256`, expected at the path `tokenizer`,
-    relative to the bundle.
+    of at most `max_prompt` ids, BOS included. For requests that name none: `negative_prompt`, `preset`, `cfg_scale`.
+    Pictures: as in `TokenizerConfig`, for the tokenizer `tokenizer_variant` with codebook `codebook_sha256`, expected at the
+    path `tokenizer`, relative to the bundle.
     """
 
     kind: ClassVar[str] = "generator"
@@ -179,6 +179,7 @@ class GeneratorConfig:
     image_start_ids: tuple[int, ...]
     max_prompt: int
     negative_prompt: str
+    preset: str
     cfg_scale: float
     patch_nums: tuple[int, ...]
     codebook_size: int
@@ -215,7 +216,7 @@ class GeneratorConfig:
             numbers = values[key]
             whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
             _require(whole, where, f"gives {key} as {numbers!r}")
-        for key in ("negative_prompt", "codebook_sha256", "tokenizer_variant", "tokenizer"):
+        for key in ("negative_prompt", "preset", "codebook_sha256", "tokenizer_variant", "tokenizer"):
             _require(isinstance(values[key], str), where, f"has no {key}")
         lists = {key: tuple(values[key]) for key in ("patch_nums", "image_start_ids")}
         header = Header(

@@ -165,7 +165,7 @@ class Generator:
         *,
         n: int = 1,
         negative_prompt: Prompt | None = None,
-        preset: str = "paper",
+        preset: str | None = None,
         cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
@@ -177,7 +177,7 @@ class Generator:
             prompt: text, or token ids without BOS.
             n: pictures, each with noise of its own.
             negative_prompt: what guidance leads away from; None takes the model's own.
-            preset: `fast` (1 pass), `balanced` (2) or `paper` (3).
+            preset: `fast` (1 pass), `balanced` (2) or `paper` (3); None takes the model's own.
             cfg_scale: strength of guidance; 0 is none; None takes the model's own.
             seed: 0 .. 2**63 - 1; None draws one (`Generation.seed` tells it).
             params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.
@@ -196,7 +196,7 @@ class Generator:
         *,
         n: int = 1,
         negative_prompt: Prompt | None = None,
-        preset: str = "paper",
+        preset: str | None = None,
         cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
@@ -212,7 +212,7 @@ class Generator:
         *,
         n: int = 1,
         negative_prompt: Prompt | None = None,
-        preset: str = "paper",
+        preset: str | None = None,
         cfg_scale: float | None = None,
         seed: int | None = None,
         params: SamplingParams | None = None,
@@ -239,11 +239,13 @@ class Generator:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _params(self, preset: str, cfg_scale: float | None, seed: int | None, params: SamplingParams | None) -> SamplingParams:
+    def _params(
+        self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
+    ) -> SamplingParams:
         if params is not None:
             return params if seed is None else replace(params, seed=seed)
         chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
-        return SamplingParams.preset(preset, chosen, secrets.randbelow(2**63) if seed is None else seed)
+        return SamplingParams.preset(preset or self.config.preset, chosen, secrets.randbelow(2**63) if seed is None else seed)
 
     def _request(self, prompt: Prompt, n: int, negative_prompt: Prompt | None, params: SamplingParams, strict: bool) -> Request:
         if type(n) is not int or n < 1:

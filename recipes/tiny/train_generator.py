@@ -25,7 +25,7 @@ from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
-from recipes.tiny.loop import CHECKPOINT, device, run, training_parser
+from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
 
@@ -40,6 +40,8 @@ MOST = 5
 """Times the batch that short sequences take."""
 REDRAWN = 0.4
 """Share of steps whose last scale gets the inputs of a refinement pass."""
+OWN = 0.6
+"""Of these, the share whose inputs the model itself drew; the others have any number of wrong codes."""
 
 
 def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
@@ -67,6 +69,7 @@ class GeneratorTraining:
     ) -> None:
         torch.manual_seed(seed)
         self.device = next(tokenizer.parameters()).device
+        self.half = has_bfloat16(self.device)
         self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
         train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
         words = concepts(train, names)
@@ -110,8 +113,9 @@ class GeneratorTraining:
             for i in picks
         ]
         codes = self.codes[torch.from_numpy(picks)]
-        redrawn = self._redrawn(codes, scales, rng) if rng.random() < REDRAWN else None
-        loss = self._loss(self.model, [self.ids(text) for text in texts], codes, scales, redrawn)
+        prompts = [self.ids(text) for text in texts]
+        redrawn = self._redrawn(prompts, codes, scales, rng) if rng.random() < REDRAWN else None
+        loss = self._loss(self.model, prompts, codes, scales, redrawn)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -126,10 +130,17 @@ class GeneratorTraining:
     def _schedule(self) -> float:
         return min(1.0, (self.step + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
 
-    def _redrawn(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
-        """The last scale's codes, some of them wrong."""
+    @torch.no_grad()
+    def _redrawn(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
+        """The last scale's codes as a first pass draws them, or with any share of them wrong."""
         side, start = TINY.patch_nums[scales - 1], sum(s * s for s in TINY.patch_nums[: scales - 1])
         right = codes[:, start : start + side * side]
+        if rng.random() < OWN:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                logits = self.model(prompts, codes, scales, None)[:, start:].float()
+            uniform = torch.from_numpy(rng.random(tuple(logits.shape), dtype=np.float32)).to(logits)
+            drawn: Tensor = (logits - uniform.clamp_min(1e-9).log().neg().log()).argmax(dim=-1)
+            return drawn
         wrong = torch.from_numpy(rng.integers(TINY.codebook_size, size=tuple(right.shape))).to(right)
         spoilt = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.0, 0.9)).to(right.device)
         return torch.where(spoilt, wrong, right)
@@ -138,7 +149,7 @@ class GeneratorTraining:
         self, model: GeneratorModel, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None
     ) -> Tensor:
         """Cross entropy, scales weighted by their sides: what a picture shows is settled in the coarse ones."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits = model(prompts, codes, scales, redrawn).float()
         sides = TINY.patch_nums[:scales]
         counts = [side * side for side in sides]

@@ -21,7 +21,7 @@ from export.models import TokenFlowTokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
-from recipes.tiny.loop import device, run, training_parser
+from recipes.tiny.loop import device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
 from tokenflow_sdk.images import psnr
@@ -44,6 +44,7 @@ class TokenizerTraining:
         first = to_tensor(pictures.batch(256, seed, 2**31), torch.device("cpu"))
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
+        self.half = has_bfloat16(device)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = Teacher().to(device)
@@ -63,7 +64,7 @@ class TokenizerTraining:
             self._seed_codes()
         rng = np.random.default_rng([self.seed, self.step, 1])
         scales = int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             latent = self._latent(x)
             losses = self._losses(x, latent.float(), scales)
         self.optimizer.zero_grad(set_to_none=True)

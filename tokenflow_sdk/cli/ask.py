@@ -24,6 +24,8 @@ def ask(arguments: argparse.Namespace) -> int:
     with open_understander(arguments) as understander:
         pictures = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
         for piece in understander.stream(pictures, arguments.question, params=params):
-            stdout.out(piece, end="", highlight=False)
+            # As it is: rich would turn tabs into spaces.
+            stdout.file.write(piece)
+            stdout.file.flush()
         stdout.out("")
     return 0

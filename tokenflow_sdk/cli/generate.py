@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,10 +39,13 @@ def generate(arguments: argparse.Namespace) -> int:
         recipe, negative = None, arguments.negative_prompt
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
-        params = SamplingParams.preset(arguments.preset, arguments.cfg_scale or 0.0, arguments.seed)
+        # What is wrong is said before a model is loaded.
+        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
     with open_generator(arguments) as generator:
-        if recipe is None and arguments.cfg_scale is None:
-            params = replace(params, cfg_scale=generator.config.cfg_scale)
+        if recipe is None:
+            own = generator.config
+            guidance = own.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
+            params = SamplingParams.preset(arguments.preset or own.preset, guidance, arguments.seed)
         _require_same_model(recipe, generator.bundle)
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)

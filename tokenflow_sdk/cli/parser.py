@@ -105,7 +105,7 @@ def _add_generating(words: _Words) -> None:
     drawing.add_argument("--replay", type=Path, metavar="FILE.png", help="draw again what this picture's metadata says")
     drawing.add_argument("-n", type=int, default=1, metavar="N", help="pictures (default: %(default)s)")
     _output(drawing, "directory for 1.png, 2.png ... (default: the current one)")
-    drawing.add_argument("--preset", default="paper", help="fast (1 pass), balanced (2) or paper (3; default)")
+    drawing.add_argument("--preset", help="fast (1 pass), balanced (2) or paper (3); default: the model's own")
     drawing.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed draws the same picture (default: %(default)s)"
     )
