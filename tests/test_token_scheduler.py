@@ -48,6 +48,8 @@ class FakeGraph(Session):
         self.calls += 1
         return self._infer(feeds, ())  # type: ignore[return-value]
 
+    run_resident = run  # type: ignore[assignment]
+
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:  # type: ignore[override]
         if self.name == "head":
             rows = np.arange(self.calls, self.calls + len(feeds["hidden"]))
@@ -166,6 +168,7 @@ def test_when_pages_run_out_turns_wait_or_say_what_is_missing() -> None:
     most = 0
     while not all(t.finish for t in turns):
         queue.step()
+        assert not any(t.error for t in turns)
         most = max(most, len(queue._live))
     assert most == 2
     assert is_clean(queue)
