@@ -80,7 +80,7 @@ def labels_from_codes(tokenizer: Tokenizer, pictures: Pictures, labels: int = 15
 
 def generation(
     generator: Generator, pictures: Pictures, trained: Sequence[Entry], prompts: int = 100
-) -> tuple[dict[str, float], list[tuple[Image.Image, str]]]:
+) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
     """Share of pictures whose nearest training picture has the asked label, by the teacher's mean features; and the pictures.
 
     `distance` is the mean cosine distance to that nearest picture, `training_distance` the same among training pictures of
@@ -109,12 +109,13 @@ def generation(
         differences += [float(np.sqrt(((a - b) ** 2).mean())) for k, a in enumerate(images) for b in images[k + 1 :]]
     others = gallery @ gallery.T
     others[[[a["label"] == b["label"] for b in trained] for a in trained]] = -1
-    figures = {
+    figures: dict[str, Any] = {
         "right_label": float(np.mean(right)),
         "distance": float(np.mean(distances)),
         "training_distance": float(1 - others.max(axis=1).mean()),
         "seeds_differ": float(np.mean(differences)),
         "labels": len(labels),
+        "preset": generator.config.preset,
         "cfg_scale": generator.config.cfg_scale,
     }
     return figures, tiles

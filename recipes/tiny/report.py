@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--training", type=Path, default=Path("data/tiny"), help="where tokenizer/ and generator/ were trained")
     parser.add_argument("--out", type=Path, default=Path("engines/tiny"), help="the bundles, and where the card goes")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
+    parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
     train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
@@ -54,10 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
     _plot(arguments.training, figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
+    curves = {name: arguments.training / name for name in ("tokenizer", "generator")}
+    figures["curves"] = {name: _curve(path) for name, path in curves.items() if (path / CURVE).exists()}
     figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
-    (out / "README.md").write_text(card(figures, pictures, trained, arguments.training), encoding="utf-8")
+    history = arguments.history.read_text(encoding="utf-8") if arguments.history else _history(arguments.training)
+    (out / "README.md").write_text(card(figures, pictures, trained, history.strip()), encoding="utf-8")
     print(json.dumps(figures, indent=2))
     return 0
 
@@ -91,19 +95,23 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     """Training curves, and PSNR by number of scales."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    curve = _curve(training / "tokenizer")
-    for name in ("photos", "icons"):
-        axes[0].plot([row["step"] for row in curve], [row[name] for row in curve], label=name)
-    axes[0].set(title="tokenizer, held-out PSNR", xlabel="step", ylabel="dB")
-    axes[0].legend()
-    curve = _curve(training / "generator")
-    for name in (key for key in curve[0] if key.startswith("loss_")):
-        axes[1].plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
-    axes[1].set(title="generator, cross entropy", xlabel="step")
-    axes[1].legend()
-    axes[2].plot(range(1, len(by_scale) + 1), by_scale, marker="o")
-    axes[2].set(title="held-out photos by scales", xlabel="scales decoded", ylabel="dB")
+    kept = [
+        (_curve(training / name), title, wanted)
+        for name, title, wanted in (
+            ("tokenizer", "tokenizer, held-out PSNR (dB)", ("photos", "icons")),
+            ("generator", "generator, cross entropy", ("loss_5_scales", "loss_9_scales")),
+        )
+        if (training / name / CURVE).exists()
+    ]
+    count = len(kept) + 1
+    figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 3.2), layout="constrained", squeeze=False)
+    for axis, (curve, title, wanted) in zip(axes[0], kept, strict=False):
+        for name in wanted:
+            axis.plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    axes[0][-1].plot(range(1, len(by_scale) + 1), by_scale, marker="o")
+    axes[0][-1].set(title="held-out photos by scales", xlabel="scales decoded", ylabel="dB")
     figure.savefig(path, dpi=110)
 
 
@@ -111,7 +119,12 @@ def _curve(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / CURVE).read_text(encoding="utf-8").splitlines()]
 
 
-def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], training: Path) -> str:
+def _history(training: Path) -> str:
+    tokenizer, generator = (int(_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator"))
+    return f"These weights took {tokenizer:,} steps of 8 pictures and {generator:,} steps of 16 to 80."
+
+
+def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
     """The model card: `card.md` with the figures filled in."""
     times = figures["seconds"]
     return (
@@ -131,8 +144,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             photos=len(pictures.photos) + len(pictures.test_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
-            tokenizer_steps=_curve(training / "tokenizer")[-1]["step"],
-            generator_steps=_curve(training / "generator")[-1]["step"],
+            history=history,
             licences=", ".join(pictures.licences),
         )
     )

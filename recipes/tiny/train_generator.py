@@ -38,7 +38,7 @@ WHOLE = 0.25
 """Share of steps over all scales; the others stop earlier, with more pictures at once: identity is settled there."""
 MOST = 5
 """Times the batch that short sequences take."""
-REDRAWN = 0.4
+REDRAWN = 0.6
 """Share of steps whose last scale gets the inputs of a refinement pass."""
 OWN = 0.6
 """Of these, the share whose inputs the model itself drew; the others have any number of wrong codes."""
