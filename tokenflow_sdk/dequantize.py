@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "drop_unused"]
 
 
 def dequantize(model: ir.Model) -> None:
@@ -20,8 +20,7 @@ def dequantize(model: ir.Model) -> None:
     """
     for node in [node for node in model.graph if node.op_type == "MatMulInteger"]:
         _replace(model, node)
-    if unused := [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]:
-        _remove(model, unused)
+    drop_unused(model)
 
 
 def _replace(model: ir.Model, product: ir.Node) -> None:
@@ -65,8 +64,11 @@ def _unrounded(rows: ir.Value | None) -> ir.Value:
     return rows
 
 
-def _remove(model: ir.Model, unused: list[ir.Node]) -> None:
-    """Nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+def drop_unused(model: ir.Model) -> None:
+    """Remove, in place, nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+    unused = [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]
+    if not unused:
+        return
     while unused:
         sources = {value.producer() for node in unused for value in node.inputs if value is not None}
         model.graph.remove(unused, safe=True)
