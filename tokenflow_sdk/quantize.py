@@ -1,12 +1,15 @@
 """8-bit convolutions, written into a graph: explicit Q/DQ pairs, which strongly typed engines run as int8 or fp8 products.
 
-What a convolution reads is rounded with one scale a tensor, its weights with one scale an output channel; both are symmetric. The
-scales have the graph's own float type. onnxruntime computes the same pairs, so what they cost is measured without a GPU.
+What a convolution reads is rounded with one scale a tensor, its weights with one scale an output channel; both are symmetric.
+The scales have the graph's own float type. onnxruntime computes the same pairs, so what they cost is measured without a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +21,7 @@ from tokenflow_sdk.half import import_onnx_ir
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LARGEST", "EightBit", "convolutions", "quantize"]
+__all__ = ["LARGEST", "EightBit", "Ranges", "inner_convolutions", "quantize"]
 
 EightBit = Literal["int8", "fp8"]
 LARGEST: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
@@ -28,29 +31,60 @@ _LEAST_SCALE = 2.0**-18
 """Still six bits of mantissa in float16, where smaller scales would be rounded too much."""
 
 
-def convolutions(model: ir.Model) -> list[str]:
-    """Names of the convolutions with constant weights, in the order of the graph."""
-    return [str(node.name) for node in model.graph if node.op_type == "Conv" and _constant(node.inputs[1]) is not None]
+@dataclass(frozen=True)
+class Ranges:
+    """Which convolutions are rounded, and how: to `dtype`; `magnitudes` gives for each, by name, the magnitude of its input
+    that becomes the largest number of the type. What is beyond saturates."""
+
+    dtype: EightBit
+    magnitudes: Mapping[str, float]
+
+    def without(self, names: Collection[str]) -> Ranges:
+        return Ranges(self.dtype, {name: value for name, value in self.magnitudes.items() if name not in names})
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits, for keys."""
+        text = json.dumps([self.dtype, sorted(self.magnitudes.items())])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def quantize(model: ir.Model, dtype: EightBit, ranges: Mapping[str, float]) -> None:
+def inner_convolutions(model: ir.Model) -> list[str]:
+    """Names of the convolutions with a convolution before and one behind them, in the order of the graph.
+
+    The outermost ones cost little time and much precision: nothing averages out what the last ones round.
+    """
+    before: set[ir.Value] = set()
+    behind: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type == "Conv" or any(value in before for value in node.inputs):
+            before.update(node.outputs)
+    for node in reversed(model.graph):
+        if node.op_type == "Conv" or any(value in behind for value in node.outputs):
+            behind.update(value for value in node.inputs if value is not None)
+    return [
+        str(node.name)
+        for node in model.graph
+        if node.op_type == "Conv" and node.inputs[0] in before and node.outputs[0] in behind
+    ]
+
+
+def quantize(model: ir.Model, ranges: Ranges) -> None:
     """Round inputs and weights of convolutions to 8 bits, in place.
 
     Args:
         model: a graph whose float types are settled (`tokenflow_sdk.half`).
-        dtype: `int8`, or `fp8`.
-        ranges: for each convolution to change, by name, the magnitude of its input that becomes the largest number; what is
-            beyond saturates. Names that the graph does not have are ignored.
+        ranges: names that the graph does not have are ignored.
     """
-    rounder = _Rounder(model.graph, dtype)
+    rounder = _Rounder(model.graph, ranges.dtype)
     for node in list(model.graph):
-        if node.name not in ranges:
+        if node.name not in ranges.magnitudes:
             continue
         rows, weight = node.inputs[0], node.inputs[1]
         assert rows is not None and weight is not None and rows.dtype is not None
         array = _constant(weight)
         assert array is not None, f"{node.name} has no constant weights"
-        node.replace_input_with(0, rounder.activations(rows, ranges[str(node.name)]))
+        node.replace_input_with(0, rounder.activations(rows, ranges.magnitudes[str(node.name)]))
         node.replace_input_with(1, rounder.weights(node, str(weight.name), array.astype(np.float32), rows.dtype))
     drop_unused(model)
 
@@ -79,15 +113,15 @@ class _Rounder:
             scale = self._scale(f"{name}_scale", np.float32(magnitude), value.dtype)
             zero = self._initializer(f"{name}_zero", np.zeros((), self.type.numpy()), self.type)
             quantized = self.ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
-            restored = self.ir.node("DequantizeLinear", [quantized.outputs[0], scale, zero], name=f"{name}_dequantize")
-            self._settle(quantized, f"{name}_rounded", value.shape, self.type)
-            self._settle(restored, f"{name}_restored", value.shape, value.dtype)
+            rounded = self._settle(quantized, f"{name}_rounded", value.shape, self.type)
+            dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], name=f"{name}_dequantize")
+            restored = self._settle(dequantized, f"{name}_restored", value.shape, value.dtype)
             producer = value.producer()
             if producer is None:
-                self.graph.insert_before(self.graph[0], [quantized, restored])
+                self.graph.insert_before(self.graph[0], [quantized, dequantized])
             else:
-                self.graph.insert_after(producer, [quantized, restored])
-            self.pairs[name] = restored.outputs[0]
+                self.graph.insert_after(producer, [quantized, dequantized])
+            self.pairs[name] = restored
         return self.pairs[name]
 
     def weights(self, node: ir.Node, name: str, array: NDArray[np.float32], dtype: Any) -> ir.Value:
@@ -100,10 +134,9 @@ class _Rounder:
             numbers = numbers.round()
         rounded = self._initializer(f"{name}_rounded", numbers.astype(self.type.numpy()), self.type)
         zero = self._initializer(f"{name}_zero", np.zeros(len(array), self.type.numpy()), self.type)
-        restored = self.ir.node("DequantizeLinear", [rounded, scale, zero], {"axis": 0}, name=f"{name}_dequantize")
-        self._settle(restored, f"{name}_restored", self.ir.Shape(array.shape), dtype)
-        self.graph.insert_before(node, restored)
-        return restored.outputs[0]
+        dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], {"axis": 0}, name=f"{name}_dequantize")
+        self.graph.insert_before(node, dequantized)
+        return self._settle(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
 
     def _scale(self, name: str, magnitude: NDArray[np.float32] | np.float32, dtype: Any) -> ir.Value:
         scale = np.maximum(np.asarray(magnitude) / self.largest, _LEAST_SCALE)
@@ -115,6 +148,7 @@ class _Rounder:
         self.graph.register_initializer(value)
         return value
 
-    def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> None:
-        result = node.outputs[0]
+    def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
+        result: ir.Value = node.outputs[0]
         result.name, result.shape, result.type = name, shape, self.ir.TensorType(dtype)
+        return result
