@@ -239,7 +239,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     for dtype, cost in found.items():
         print(
             f"  {dtype:>4}  {cost.mean_psnr:.1f} dB, {cost.least_psnr:.1f} at least; "
-            f"SSIM {cost.mean_ssim:.4f}, {cost.least_ssim:.4f} at least; {cost.convolutions} convolutions, {cost.kept} kept in half; quantile {cost.quantile:g}"
+            f"SSIM {cost.mean_ssim:.4f}, {cost.least_ssim:.4f} at least; "
+            f"{cost.convolutions} convolutions, {cost.kept} kept in half; quantile {cost.quantile:g}"
         )
 
 

@@ -67,8 +67,6 @@ def _unrounded(rows: ir.Value | None) -> ir.Value:
 def drop_unused(model: ir.Model) -> None:
     """Remove, in place, nodes that nobody reads, then those that only they read, then what is left over of the weights."""
     unused = [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]
-    if not unused:
-        return
     while unused:
         sources = {value.producer() for node in unused for value in node.inputs if value is not None}
         model.graph.remove(unused, safe=True)
@@ -77,5 +75,5 @@ def drop_unused(model: ir.Model) -> None:
             for node in sources
             if node is not None and not any(value.uses() or value.is_graph_output() for value in node.outputs)
         ]
-    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+    for name in [name for name, value in model.graph.initializers.items() if not (value.uses() or value.is_graph_output())]:
         del model.graph.initializers[name]

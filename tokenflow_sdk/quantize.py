@@ -27,6 +27,7 @@ EightBit = Literal["int8", "fp8"]
 LARGEST: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
 """Largest magnitude of each type. fp8 is float8e4m3fn: four bits of exponent, three of mantissa, no infinity."""
 
+_NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
 _LEAST_SCALE = 2.0**-18
 """Still six bits of mantissa in float16, where smaller scales would be rounded too much."""
 
@@ -50,22 +51,23 @@ class Ranges:
 
 
 def inner_convolutions(model: ir.Model) -> list[str]:
-    """Names of the convolutions with a convolution before and one behind them, in the order of the graph.
+    """Names of the convolutions behind a norm and before another convolution, in the order of the graph.
 
-    The outermost ones cost little time and much precision: nothing averages out what the last ones round.
+    The outermost ones cost little time and much precision: what the first read has outliers in unusual pictures, and nothing
+    averages out what the last ones round.
     """
-    before: set[ir.Value] = set()
-    behind: set[ir.Value] = set()
+    normal: set[ir.Value] = set()
+    followed: set[ir.Value] = set()
     for node in model.graph:
-        if node.op_type == "Conv" or any(value in before for value in node.inputs):
-            before.update(node.outputs)
+        if node.op_type in _NORMS or any(value in normal for value in node.inputs):
+            normal.update(node.outputs)
     for node in reversed(model.graph):
-        if node.op_type == "Conv" or any(value in behind for value in node.outputs):
-            behind.update(value for value in node.inputs if value is not None)
+        if node.op_type == "Conv" or any(value in followed for value in node.outputs):
+            followed.update(value for value in node.inputs if value is not None)
     return [
         str(node.name)
         for node in model.graph
-        if node.op_type == "Conv" and node.inputs[0] in before and node.outputs[0] in behind
+        if node.op_type == "Conv" and node.inputs[0] in normal and node.outputs[0] in followed
     ]
 
 
@@ -85,7 +87,7 @@ def quantize(model: ir.Model, ranges: Ranges) -> None:
         array = _constant(weight)
         assert array is not None, f"{node.name} has no constant weights"
         node.replace_input_with(0, rounder.activations(rows, ranges.magnitudes[str(node.name)]))
-        node.replace_input_with(1, rounder.weights(node, str(weight.name), array.astype(np.float32), rows.dtype))
+        node.replace_input_with(1, rounder.weights(node, array.astype(np.float32), rows.dtype))
     drop_unused(model)
 
 
@@ -124,8 +126,9 @@ class _Rounder:
             self.pairs[name] = restored
         return self.pairs[name]
 
-    def weights(self, node: ir.Node, name: str, array: NDArray[np.float32], dtype: Any) -> ir.Value:
+    def weights(self, node: ir.Node, array: NDArray[np.float32], dtype: Any) -> ir.Value:
         """[out, in, ...], rounded here: the graph holds 8 bits and what restores them."""
+        name = f"{node.name}_weight"
         scale = self._scale(f"{name}_scale", np.abs(array).reshape(len(array), -1).max(axis=1), dtype)
         assert scale.const_value is not None
         factors = scale.const_value.numpy().astype(np.float32).reshape(-1, *[1] * (array.ndim - 1))
@@ -144,11 +147,11 @@ class _Rounder:
 
     def _initializer(self, name: str, array: NDArray[Any], dtype: Any) -> ir.Value:
         tensor = self.ir.Tensor(array, dtype=dtype, name=name)
-        value = self.ir.Value(name=name, const_value=tensor, shape=self.ir.Shape(array.shape), type=self.ir.TensorType(dtype))
+        value: ir.Value = self.ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=self.ir.TensorType(dtype))
         self.graph.register_initializer(value)
         return value
 
     def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
-        result: ir.Value = node.outputs[0]
+        result = node.outputs[0]
         result.name, result.shape, result.type = name, shape, self.ir.TensorType(dtype)
         return result
