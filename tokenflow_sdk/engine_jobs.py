@@ -146,7 +146,7 @@ def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> Ranges:
     """What `python -m export calibrate` measured for the decoder.
 
     Raises:
-        EngineBuildError: nothing was measured.
+        EngineBuildError: nothing was measured, or everything costs too much.
         CorruptBundleError: the bundle's file is damaged.
     """
     again = f"Run `python -m export calibrate {bundle.path} --images photos/` on photos of yours"
@@ -163,7 +163,12 @@ def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> Ranges:
         magnitudes = {str(name): float(value) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptBundleError(f"{path} is no list of magnitudes: {error!r}.", f"{again}.") from error
-    if not magnitudes or not all(math.isfinite(value) and value > 0 for value in magnitudes.values()):
+    if not magnitudes:
+        raise EngineBuildError(
+            f"No convolution of {bundle.path} may be computed in {dtype}: its pictures would differ too much.",
+            "Build without --decoder.",
+        )
+    if not all(math.isfinite(value) and value > 0 for value in magnitudes.values()):
         raise CorruptBundleError(f"{path} holds magnitudes that are not above 0.", f"{again}.")
     return Ranges(dtype, magnitudes)
 
