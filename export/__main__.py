@@ -234,7 +234,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         found = calibrate(bundle, images, others, steps)
     print(
         f"{bundle.path}, ranges from {len(images)} crops of {len(used)} photos, "
-        f"measured on {len(others)} crops of {len(held_out)} others:"
+        f"measured on {len(others)} crops of {len(held_out)} others "
+        f"(the tokenizer itself: {found['int8'].own_psnr:.1f} dB):"
     )
     for dtype, cost in found.items():
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,10 +76,11 @@ def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
     return load_model(mini_state(kind, seed), MINI[kind])
 
 
-def store_ranges(bundle: Path, magnitude: float) -> Bundle[BundleConfig]:
-    """Let a bundle say that every convolution of its decoder that can be rounded reads up to `magnitude`."""
-    names = inner_convolutions(ir.load(bundle / "decode.onnx"))
-    content = {dtype: {"decode": dict.fromkeys(names, magnitude)} for dtype in ("int8", "fp8")}
+def store_ranges(bundle: Path, magnitudes: float | Mapping[str, float]) -> Bundle[BundleConfig]:
+    """Let a bundle say what the convolutions of its decoder read, by node or all the same."""
+    if not isinstance(magnitudes, Mapping):
+        magnitudes = dict.fromkeys(inner_convolutions(ir.load(bundle / "decode.onnx")), magnitudes)
+    content = {dtype: {"decode": dict(magnitudes)} for dtype in ("int8", "fp8")}
     store(Bundle.open(bundle, BundleConfig), RANGES, content, {})
     return Bundle.open(bundle, BundleConfig)
 

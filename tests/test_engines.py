@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from export.calibrate import magnitudes
 from export.precision_search import store
+from export.progress import Steps
 from tests.fake_gpu import FakeCuda, FakeTensorRT, Status, install
 from tests.mini import store_ranges
 from tokenflow_sdk import Generator, Tokenizer
@@ -36,6 +39,7 @@ from tokenflow_sdk.errors import (
     MissingPackageError,
     OutputError,
 )
+from tokenflow_sdk.parity import EIGHT_BIT_PSNR, Reference
 
 FP32 = EnginePlan(backend="tensorrt", precision="fp32", batch=(1, 2, 8))
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
@@ -100,23 +104,19 @@ def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_a_decoder_in_8_bits_is_judged_by_its_own_bar(machine, dtype, tmp_path: Path) -> None:
-    """It passes where half precision would not, and ranges a quarter as wide are refused; neither touches other plans' engines."""
-    path = tmp_path / "tiny"
-    shutil.copytree(find_bundle("tiny", "tokenizer"), path)
-    magnitude = {"int8": 60.0, "fp8": 200.0}[dtype]
-    bundle = store_ranges(path, magnitude)
+    """Ranges a quarter as wide as they should be are refused, and other plans' engines are untouched by it."""
+    right, wrong = (Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / name)) for name in ("right", "wrong"))
+    bundle = Bundle.open(right, TokenizerConfig)
+    found = magnitudes(bundle, Reference.load(bundle).code_indices, (1.0,), Steps(Console(quiet=True)))
     plan = EnginePlan("tensorrt", decoder=dtype, batch=(1, 1, 1))
-    passed = Engines(bundle, plan).prepare()
-    assert passed.passed
-    assert passed.figures["decode_psnr"] >= 40
+    passed = Engines(store_ranges(right, {name: float(row[0]) for name, row in found.items()}), plan).prepare()
+    assert passed.figures["decode_psnr"] > EIGHT_BIT_PSNR
     assert min(passed.figures["agreement"]) > 0.975
-    assert {record["key"]["precision"][:18] for record in records()} == {f"fp16, {dtype} decoder ("[:18]}
-    wrong = Engines(store_ranges(path, magnitude / 40), plan)
     with pytest.raises(EngineRefusedError, match=r"refused: decoded pictures agree to .*without --decoder"):
-        wrong.prepare()
-    assert Engines(bundle, plan.changed(batch=(1, 1, 1))).jobs.keys() == wrong.jobs.keys()
-    plain = Engines(bundle, EnginePlan("tensorrt", batch=(1, 1, 1)))
-    assert len(plain.missing()) == 4
+        Engines(store_ranges(wrong, {name: float(row[0]) / 4 for name, row in found.items()}), plan).prepare()
+    assert {record["key"]["precision"].partition(" (")[0] for record in records()} == {f"fp16, {dtype} decoder"}
+    assert Engines(Bundle.open(right, TokenizerConfig), plan).prepare(build=False).passed
+    assert len(Engines(bundle, EnginePlan("tensorrt", batch=(1, 1, 1))).missing()) == 4
 
 
 def test_a_decoder_in_8_bits_needs_ranges(machine, mini_bundle: Path, bundle_copy: Path, capsys) -> None:

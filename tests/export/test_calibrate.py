@@ -73,7 +73,7 @@ def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeyp
     images = reference_pictures(256, 2)
     plain = calibrate(bundle, images[:1], images[1:], STEPS)
     assert plain["int8"].kept == plain["fp8"].kept == 0
-    monkeypatch.setattr("export.precision_search.GROUPS", 3)
+    monkeypatch.setattr("export.precision_search.GROUPS", 2)
     monkeypatch.setattr("export.calibrate.BAR", plain["int8"].least_psnr + 2)
     careful = calibrate(bundle, images[:1], images[1:], STEPS)["int8"]
     assert careful.kept > 0
