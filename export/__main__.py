@@ -230,7 +230,11 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     if not used:
         raise ArgumentError(f"{arguments.images} holds one picture only.", "Give several, or others as --held-out.")
     with Steps() as steps:
-        images, others = (crops(paths, arguments.crops, bundle.config.image_size) for paths in (used, held_out))
+        # Directories hold alike photos side by side: crops are taken from all over them.
+        images, others = (
+            crops(paths[:: max(1, len(paths) // arguments.crops)], arguments.crops, bundle.config.image_size)
+            for paths in (used, held_out)
+        )
         found = calibrate(bundle, images, others, steps)
     print(
         f"{bundle.path}, ranges from {len(images)} crops of {len(used)} photos, "
