@@ -28,6 +28,7 @@ Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json 
     python -m export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
     python -m export understanding --checkpoint TokenFlow-llava/ --tokenizer bundles/siglip_384 --out bundles/chat
     python -m export precision-search bundles/clipb_256 --images photos/
+    python -m export calibrate bundles/clipb_256 --images photos/
     python -m export inspect bundles/clipb_256 decode
     python -m export standin --variant clipb_256 --out checkpoints/clipb_256.pt
 """
@@ -91,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
         "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
     )
     searching.set_defaults(run=_run_precision_search)
+    calibrating = commands.add_parser(
+        "calibrate", help="what engines with a decoder in int8 or fp8 need to know, and what 8 bits cost"
+    )
+    calibrating.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's; what is found is stored in it")
+    calibrating.add_argument("--images", required=True, type=Path, metavar="DIR", help="photos to take ranges from")
+    calibrating.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="DIR",
+        help="photos to measure on (default: every fourth of --images, kept out of the ranges)",
+    )
+    calibrating.add_argument("--crops", type=int, default=64, metavar="N", help="crops of each (default: %(default)s)")
+    calibrating.set_defaults(run=_run_calibrate)
     inspecting = commands.add_parser(
         "inspect", help="where a graph in half precision, or in TensorRT, drifts from float32 in onnxruntime, by tensor"
     )
@@ -197,6 +211,42 @@ def _run_precision_search(arguments: argparse.Namespace) -> None:
     print(f"  decoded pictures agree to {found.decode_psnr:.1f} dB at least")
     for graph, names in found.pinned.items():
         print(f"  {graph}: {len(names)} nodes pinned to float32")
+
+
+def _run_calibrate(arguments: argparse.Namespace) -> None:
+    from export.calibrate import calibrate
+    from export.precision_search import crops
+    from export.progress import Steps
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import TokenizerConfig
+
+    bundle = Bundle.open(arguments.bundle, TokenizerConfig)
+    bundle.verify()
+    if arguments.crops < 1:
+        raise ArgumentError(f"--crops {arguments.crops} measures nothing.", "Give 1 or more.")
+    photos = pictures_in(arguments.images)
+    held_out = pictures_in(arguments.held_out) if arguments.held_out else photos[::4]
+    used = [photo for photo in photos if photo not in held_out]
+    if not used:
+        raise ArgumentError(f"{arguments.images} holds one picture only.", "Give several, or others as --held-out.")
+    with Steps() as steps:
+        # Directories hold alike photos side by side: crops are taken from all over them.
+        images, others = (
+            crops(paths[:: max(1, len(paths) // arguments.crops)], arguments.crops, bundle.config.image_size)
+            for paths in (used, held_out)
+        )
+        found = calibrate(bundle, images, others, steps)
+    print(
+        f"{bundle.path}, ranges from {len(images)} crops of {len(used)} photos, "
+        f"measured on {len(others)} crops of {len(held_out)} others "
+        f"(the tokenizer itself: {found['int8'].own_psnr:.1f} dB):"
+    )
+    for dtype, cost in found.items():
+        print(
+            f"  {dtype:>4}  {cost.mean_psnr:.1f} dB, {cost.least_psnr:.1f} at least; "
+            f"SSIM {cost.mean_ssim:.4f}, {cost.least_ssim:.4f} at least; "
+            f"{cost.convolutions} convolutions, {cost.kept} kept in half; quantile {cost.quantile:g}"
+        )
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tokenflow_sdk.half import compute_nodes
 from tokenflow_sdk.images import fit, load_image, psnr
 from tokenflow_sdk.parity import Reference, forced_agreement
 
-__all__ = ["Finding", "crops", "search", "search_bundle"]
+__all__ = ["Finding", "Score", "crops", "run_each", "search", "search_bundle", "store"]
 
 MIN_AGREEMENT = 0.975
 """Least teacher-forced agreement with float32 in any scale."""
@@ -96,7 +96,7 @@ def search(nodes: Sequence[str], measure: Callable[[Collection[str]], Score], wh
         if not score.failures:
             return pinned
     raise ParityError(
-        f"{what} misses its bars in half precision with every product in float32: {'; '.join(score.failures)}.",
+        f"{what} misses its bars even with all of its products left as they are: {'; '.join(score.failures)}.",
         "Build its engines with --precision fp32.",
     )
 
@@ -116,15 +116,15 @@ def search_bundle(bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], ba
     codebook = Reference.load(bundle).codebook
     steps.start("float32", total=1)
     with _open(bundle, "encode") as encode, _open(bundle, "decode") as decode:
-        codes, latents = (_run(encode, "images", images, name, steps) for name in ("code_indices", "latent"))
-        decoded = _run(decode, "code_indices", codes, "images", steps)
+        codes, latents = (run_each(encode, "images", images, name, steps) for name in ("code_indices", "latent"))
+        decoded = run_each(decode, "code_indices", codes, "images", steps)
     shares: dict[Collection[str], tuple[float, ...]] = {}
     least: dict[Collection[str], float] = {}
 
     def measure_encode(pinned: Collection[str]) -> Score:
         with tempfile.TemporaryDirectory() as work, _open(bundle, "encode", Path(work), pinned) as session:
             steps.start(f"encode in fp16, {len(pinned)} pinned", total=1)
-            found = _run(session, "images", images, "latent", steps)
+            found = run_each(session, "images", images, "latent", steps)
         shares[pinned] = forced_agreement(found, codes, codebook, bundle.config)
         low = [
             f"{side} x {side}: {share:.2%}"
@@ -136,7 +136,7 @@ def search_bundle(bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], ba
     def measure_decode(pinned: Collection[str]) -> Score:
         with tempfile.TemporaryDirectory() as work, _open(bundle, "decode", Path(work), pinned) as session:
             steps.start(f"decode in fp16, {len(pinned)} pinned", total=1)
-            found = _run(session, "code_indices", codes, "images", steps)
+            found = run_each(session, "code_indices", codes, "images", steps)
         least[pinned] = min(psnr(a, b) for a, b in zip(found, decoded, strict=True))
         return Score(-least[pinned], (f"{least[pinned]:.1f} dB",) if least[pinned] < MIN_PSNR else ())
 
@@ -145,7 +145,13 @@ def search_bundle(bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], ba
         for name, measure in (("encode", measure_encode), ("decode", measure_decode))
     }
     finding = Finding(len(images), shares[pinned["encode"]], least[pinned["decode"]], pinned)
-    _store(bundle, finding)
+    figures = {
+        "pictures": finding.pictures,
+        "agreement": list(finding.agreement),
+        "decode_psnr": None if np.isinf(finding.decode_psnr) else round(finding.decode_psnr, 2),
+    }
+    lists = {"fp16": {graph: names for graph, names in finding.pinned.items() if names}}
+    store(bundle, PINNED, lists, {"fp16": figures})
     return finding
 
 
@@ -162,7 +168,8 @@ def _open(
     return OnnxRuntimeSession(path, entry, SessionOptions(device="cpu"))
 
 
-def _run(session: Session, feed: str, rows: NDArray[Any], output: str, steps: Steps) -> NDArray[Any]:
+def run_each(session: Session, feed: str, rows: NDArray[Any], output: str, steps: Steps) -> NDArray[Any]:
+    """One output [N, ...] of a graph with one input, a row of it [N, ...] at a time."""
     found = []
     for number in range(len(rows)):
         found.append(session.run({feed: rows[number : number + 1]}, [output])[output])
@@ -170,15 +177,9 @@ def _run(session: Session, feed: str, rows: NDArray[Any], output: str, steps: St
     return np.concatenate(found)
 
 
-def _store(bundle: Bundle[TokenizerConfig], finding: Finding) -> None:
-    """Into the bundle's file of pinned nodes, and the figures into bundle.json."""
-    path = bundle.path / f"{PINNED}.json"
-    lists = {"fp16": {graph: names for graph, names in finding.pinned.items() if names}}
-    write_atomic(path, json.dumps(lists, indent=2).encode())
-    figures = {
-        "pictures": finding.pictures,
-        "agreement": list(finding.agreement),
-        "decode_psnr": None if np.isinf(finding.decode_psnr) else round(finding.decode_psnr, 2),
-    }
-    assets = dict(bundle.assets) | {PINNED: file_entry(path)}
-    replace(bundle, assets=assets, parity=dict(bundle.parity) | {"fp16": figures}).write_manifest()
+def store(bundle: Bundle[TokenizerConfig], asset: str, content: object, figures: Mapping[str, Any]) -> None:
+    """Write `content` as the bundle's file `asset`.json, and figures beside those of the export into bundle.json."""
+    path = bundle.path / f"{asset}.json"
+    write_atomic(path, json.dumps(content, indent=2).encode())
+    assets = dict(bundle.assets) | {asset: file_entry(path)}
+    replace(bundle, assets=assets, parity=dict(bundle.parity) | figures).write_manifest()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from rich.console import Console
 
 from export.checkpoints import load_model
 from export.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerConfig, VqganConfig
 from export.models import TokenFlowTokenizer
+from export.precision_search import store
 from export.progress import Steps
 from export.standin import standin_arrays
 from export.tokenizer import export_tokenizer
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig as BundleConfig
+from tokenflow_sdk.engine_jobs import RANGES
+from tokenflow_sdk.quantize import inner_convolutions
 
 _PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32)
 
@@ -67,6 +74,15 @@ def mini_state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
     return load_model(mini_state(kind, seed), MINI[kind])
+
+
+def store_ranges(bundle: Path, magnitudes: float | Mapping[str, float]) -> Bundle[BundleConfig]:
+    """Let a bundle say what the convolutions of its decoder read, by node or all the same."""
+    if not isinstance(magnitudes, Mapping):
+        magnitudes = dict.fromkeys(inner_convolutions(ir.load(bundle / "decode.onnx")), magnitudes)
+    content = {dtype: {"decode": dict(magnitudes)} for dtype in ("int8", "fp8")}
+    store(Bundle.open(bundle, BundleConfig), RANGES, content, {})
+    return Bundle.open(bundle, BundleConfig)
 
 
 def export_mini(model: TokenFlowTokenizer, out: Path, force: bool = False, compact: bool = False) -> Path:

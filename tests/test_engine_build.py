@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx_ir as ir
 import pytest
 
 from tests.conftest import DATA, ROOT
+from tests.mini import store_ranges
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
-from tokenflow_sdk.engine_build import Profile, build_engine, import_tensorrt
+from tokenflow_sdk.engine_build import Profile, build_engine, engine_graph, import_tensorrt
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
 from tokenflow_sdk.engine_recipe import EnginePlan
@@ -98,6 +101,38 @@ def test_the_bundled_model_builds(trt, kind: str, tmp_path: Path) -> None:
         engine, built = job.run(trt, EngineCache(tmp_path))
         assert built
         assert engine.size > 10_000
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
+def test_the_bundled_decoder_builds_in_8_bits(trt, target: str, dtype, tmp_path: Path) -> None:
+    """int8 for every GPU; fp8 where there is such arithmetic, and elsewhere a refusal before anything is built."""
+    path = tmp_path / "tiny"
+    shutil.copytree(find_bundle("tiny", "tokenizer"), path)
+    bundle = store_ranges(path, 8.0)
+    plan = EnginePlan(targets=(target,), decoder=dtype)
+    if dtype == "fp8" and target in ("sm80", "sm86"):
+        with pytest.raises(EngineBuildError, match=f"{target} has no fp8 arithmetic.*--decoder int8"):
+            list(engine_jobs(bundle, plan, trt))
+        return
+    jobs = {job.key.graph: job for job in engine_jobs(bundle, plan, trt)}
+    engine, built = jobs["decode"].run(trt, EngineCache(tmp_path / "cache"))
+    assert built
+    # The weights went in as 8 bits and were not folded back to half.
+    graph = engine_graph(path / "decode.onnx", "fp16", tmp_path, (), jobs["decode"].ranges)
+    (weight,) = (value for name, value in ir.load(graph).graph.initializers.items() if name == "node_conv2d_4_weight_rounded")
+    assert weight.const_value is not None
+    assert weight.const_value.tobytes() in engine.path.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_builds_in_every_precision(trt, precision, dtype, mini_bundles, tmp_path: Path) -> None:
+    path = tmp_path / "clip"
+    shutil.copytree(mini_bundles("clip"), path)
+    plan = EnginePlan(targets=("sm89",), precision=precision, decoder=dtype)
+    (job,) = (job for job in engine_jobs(store_ranges(path, 8.0), plan, trt) if job.key.graph == "decode")
+    assert job.run(trt, EngineCache(tmp_path / "cache"))[1]
 
 
 def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:

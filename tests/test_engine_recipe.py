@@ -37,6 +37,7 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("batch = [3, 2, 1]", "least, usual and most"),
         ("batch = 3", "wrong kind|least, usual and most"),
         ('precision = "fp4"', "no precision 'fp4'"),
+        ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
         ("pages = -1", "cannot be negative"),
     ],
 )
@@ -44,6 +45,12 @@ def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) ->
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(ArgumentError, match=words):
         EnginePlan.from_recipe(str(tmp_path / "r.toml"))
+
+
+def test_a_plan_names_the_command_that_builds_it() -> None:
+    assert EnginePlan().command(Path("b")) == "tokenflow build b --backend tensorrt-rtx"
+    plan = EnginePlan("tensorrt", precision="bf16", decoder="fp8", batch=(1, 2, 4))
+    assert plan.command(Path("b")) == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch 1,2,4"
 
 
 def test_no_such_recipe() -> None:

@@ -7,24 +7,39 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from export.calibrate import magnitudes
+from export.precision_search import store
+from export.progress import Steps
 from tests.fake_gpu import FakeCuda, FakeTensorRT, Status, install
+from tests.mini import store_ranges
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.choice import EngineOptions, survey
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.engines import Engines
-from tokenflow_sdk.errors import ArgumentError, BackendError, EngineRefusedError, MissingPackageError, OutputError
+from tokenflow_sdk.errors import (
+    ArgumentError,
+    BackendError,
+    CorruptBundleError,
+    EngineBuildError,
+    EngineRefusedError,
+    MissingPackageError,
+    OutputError,
+)
+from tokenflow_sdk.parity import EIGHT_BIT_PSNR, Reference
 
 FP32 = EnginePlan(backend="tensorrt", precision="fp32", batch=(1, 2, 8))
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
@@ -85,6 +100,55 @@ def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, 
     engines = Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32)
     assert engines.recertify().passed
     assert engines.prepare(build=False).passed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_is_judged_by_its_own_bar(machine, dtype, tmp_path: Path) -> None:
+    """Ranges a quarter as wide as they should be are refused, and other plans' engines are untouched by it."""
+    right, wrong = (Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / name)) for name in ("right", "wrong"))
+    bundle = Bundle.open(right, TokenizerConfig)
+    found = magnitudes(bundle, Reference.load(bundle).code_indices, (1.0,), Steps(Console(quiet=True)))
+    plan = EnginePlan("tensorrt", decoder=dtype, batch=(1, 1, 1))
+    passed = Engines(store_ranges(right, {name: float(row[0]) for name, row in found.items()}), plan).prepare()
+    assert passed.figures["decode_psnr"] > EIGHT_BIT_PSNR
+    assert min(passed.figures["agreement"]) > 0.975
+    with pytest.raises(EngineRefusedError, match=r"refused: decoded pictures agree to .*without --decoder"):
+        Engines(store_ranges(wrong, {name: float(row[0]) / 4 for name, row in found.items()}), plan).prepare()
+    assert {record["key"]["precision"].partition(" (")[0] for record in records()} == {f"fp16, {dtype} decoder"}
+    assert Engines(Bundle.open(right, TokenizerConfig), plan).prepare(build=False).passed
+    assert len(Engines(bundle, EnginePlan("tensorrt", batch=(1, 1, 1))).missing()) == 4
+
+
+def test_a_decoder_in_8_bits_needs_ranges(machine, mini_bundle: Path, bundle_copy: Path, capsys) -> None:
+    words = ["build", str(mini_bundle), "--backend", "tensorrt", "--decoder", "int8"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "does not say which magnitudes its decoder reads" in error
+    assert f"python -m export calibrate {mini_bundle} --images photos/" in error
+    with pytest.raises(EngineBuildError, match="cannot be built in fp8"):
+        on_engines(mini_bundle, plan=EnginePlan("tensorrt", decoder="fp8"))
+    with Tokenizer.from_pretrained(mini_bundle, plan=EnginePlan(decoder="int8")) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+    bundle = store_ranges(bundle_copy, 4.0)
+    machine[0].capability = (8, 6)
+    with pytest.raises(EngineBuildError, match=r"sm86 has no fp8 arithmetic; GPUs from sm89 on have.*--decoder int8"):
+        Engines(bundle, EnginePlan("tensorrt", decoder="fp8"))
+    for content, kind, words_ in (
+        ({}, CorruptBundleError, "no list of magnitudes"),
+        ({"int8": {"decode": []}}, CorruptBundleError, "no list of magnitudes"),
+        ({"int8": {"decode": {"a": -1}}}, CorruptBundleError, "not above 0"),
+        ({"int8": {"decode": {}}}, EngineBuildError, "No convolution of .* may be computed in int8"),
+    ):
+        store(bundle, "ranges", content, {})
+        with pytest.raises(kind, match=words_):
+            Engines(Bundle.open(bundle_copy, TokenizerConfig), EnginePlan("tensorrt", decoder="int8"))
+
+
+def test_a_generator_has_no_such_decoder(machine, mini_generator: Path) -> None:
+    plan = EnginePlan("tensorrt", decoder="int8")
+    jobs = Engines(Bundle.open(mini_generator, GeneratorConfig), plan).jobs
+    assert {job.key.precision for job in jobs.values()} == {"fp16"}
 
 
 def test_nothing_is_built_where_that_was_ruled_out(machine, mini_bundle: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions
@@ -12,7 +12,8 @@ from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.errors import EngineRefusedError
 from tokenflow_sdk.generator_parity import check_generator
-from tokenflow_sdk.parity import EXACT, ROUNDED, check_parity
+from tokenflow_sdk.parity import EIGHT_BIT_PSNR, EXACT, ROUNDED, check_parity
+from tokenflow_sdk.quantize import EightBit
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.transformer import PagedTransformer
 
@@ -61,12 +62,19 @@ class Certificate:
         if self.failures:
             raise EngineRefusedError(
                 f"{what} is refused: {'; '.join(self.failures)}.",
-                "Build with --precision fp32 (or bf16), let `python -m export precision-search` find what to keep in float32, "
-                "or use backend='onnxruntime'.",
+                "Build with --precision fp32 (or bf16) and without --decoder, let `python -m export precision-search` find "
+                "what to keep in float32, or use backend='onnxruntime'.",
             )
 
 
-def certify(bundle: Bundle[Any], open_session: OpenSession, precision: str, pages: int, page_size: int) -> Certificate:
+def certify(
+    bundle: Bundle[Any],
+    open_session: OpenSession,
+    precision: str,
+    pages: int,
+    page_size: int,
+    decoder: EightBit | None = None,
+) -> Certificate:
     """Run a bundle's reference on sessions opened by `open_session`, and close them.
 
     Args:
@@ -74,6 +82,7 @@ def certify(bundle: Bundle[Any], open_session: OpenSession, precision: str, page
         open_session: gives the engines to judge.
         precision: of the engines; the bars of half precision allow for rounding.
         pages, page_size: of a generator's pool.
+        decoder: 8 bits of a tokenizer's decoder, which is then judged by a bar of its own.
 
     Raises:
         CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
@@ -81,7 +90,10 @@ def certify(bundle: Bundle[Any], open_session: OpenSession, precision: str, page
     if isinstance(bundle.config, TokenizerConfig):
         with Tokenizer(bundle, open_session=open_session) as tokenizer:
             report = check_parity(tokenizer)
-        return Certificate(tuple(report.failures(EXACT if precision == "fp32" else ROUNDED)), report.to_json())
+        bars = EXACT if precision == "fp32" else ROUNDED
+        if decoder is not None:
+            bars = replace(bars, decode_psnr=EIGHT_BIT_PSNR)
+        return Certificate(tuple(report.failures(bars)), report.to_json())
     return _certify_generator(bundle, open_session, pages, page_size)
 
 

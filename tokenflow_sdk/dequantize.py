@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "drop_unused"]
 
 
 def dequantize(model: ir.Model) -> None:
@@ -20,8 +20,7 @@ def dequantize(model: ir.Model) -> None:
     """
     for node in [node for node in model.graph if node.op_type == "MatMulInteger"]:
         _replace(model, node)
-    if unused := [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]:
-        _remove(model, unused)
+    drop_unused(model)
 
 
 def _replace(model: ir.Model, product: ir.Node) -> None:
@@ -65,8 +64,9 @@ def _unrounded(rows: ir.Value | None) -> ir.Value:
     return rows
 
 
-def _remove(model: ir.Model, unused: list[ir.Node]) -> None:
-    """Nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+def drop_unused(model: ir.Model) -> None:
+    """Remove, in place, nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+    unused = [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]
     while unused:
         sources = {value.producer() for node in unused for value in node.inputs if value is not None}
         model.graph.remove(unused, safe=True)
@@ -75,5 +75,5 @@ def _remove(model: ir.Model, unused: list[ir.Node]) -> None:
             for node in sources
             if node is not None and not any(value.uses() or value.is_graph_output() for value in node.outputs)
         ]
-    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+    for name in [name for name, value in model.graph.initializers.items() if not (value.uses() or value.is_graph_output())]:
         del model.graph.initializers[name]

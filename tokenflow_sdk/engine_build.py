@@ -20,6 +20,7 @@ from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.dequantize import dequantize
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
 from tokenflow_sdk.half import HalfType, import_onnx_ir, to_half
+from tokenflow_sdk.quantize import Ranges, quantize
 
 __all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "engine_graph", "import_tensorrt", "make_log", "require_installed"]
 
@@ -84,7 +85,9 @@ class Profile:
         return json.dumps(self.sizes, sort_keys=True)
 
 
-def engine_graph(graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = ()) -> Path:
+def engine_graph(
+    graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: Ranges | None = None
+) -> Path:
     """What an engine is built from: a bundle's graph without integer products, in half precision or (None) in float32.
 
     Args:
@@ -92,17 +95,20 @@ def engine_graph(graph: Path, dtype: HalfType | None, directory: Path, pinned: C
         dtype: of everything but what `to_half` keeps.
         directory: where another graph is written, its weights beside it.
         pinned: further nodes that stay in float32.
+        ranges: of the convolutions that are rounded to 8 bits, but for pinned ones.
 
     Raises:
         MissingPackageError: onnx_ir is not installed.
     """
     ir = import_onnx_ir()
     model = ir.load(graph)
-    if dtype is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
+    if dtype is None and ranges is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
         return graph
     dequantize(model)
     if dtype is not None:
         to_half(model, dtype, pinned)
+    if ranges is not None:
+        quantize(model, ranges.without(pinned))
     path = directory / graph.name
     ir.save(model, path, external_data=f"{graph.name}.data")
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +19,28 @@ from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
 from tokenflow_sdk.engine_build import Profile, Progress, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import CorruptBundleError, OutputError
+from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError, OutputError
+from tokenflow_sdk.quantize import EightBit, Ranges
 from tokenflow_sdk.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
 
-__all__ = ["PINNED", "EngineJob", "engine_jobs", "pinned_nodes", "pool_pages", "profile_of"]
+__all__ = [
+    "PINNED",
+    "RANGES",
+    "EngineJob",
+    "decoder_ranges",
+    "engine_jobs",
+    "pinned_nodes",
+    "pool_pages",
+    "profile_of",
+]
 
 PINNED = "pinned"
 """The bundle's file of nodes that stay in float32, by precision and graph."""
+RANGES = "ranges"
+"""The bundle's file of magnitudes that convolutions read, by type of 8 bits, graph and node."""
+_FP8_FROM = 89
+"""The first GPU architecture with fp8 products."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class EngineJob:
     profile: Profile
     plan: EnginePlan
     pinned: tuple[str, ...] = ()
+    ranges: Ranges | None = None
 
     def run(self, trt: ModuleType, cache: EngineCache, progress: Progress | None = None) -> tuple[CachedEngine, bool]:
         """The engine, and whether it was built now. Two processes that want the same one build it once.
@@ -61,7 +78,7 @@ class EngineJob:
 
     def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
         plan = self.plan
-        graph = engine_graph(self.graph, None if plan.precision == "fp32" else plan.precision, work, self.pinned)
+        graph = engine_graph(self.graph, None if plan.precision == "fp32" else plan.precision, work, self.pinned, self.ranges)
         workspace = int(plan.workspace_gb * 2**30) or None
         target = self.key.target if plan.targets else None
         return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress)
@@ -72,9 +89,16 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
 
     Raises:
         MissingPackageError, BackendError: the plan names no target, and there is no GPU or no way to ask it.
+        EngineBuildError: the plan wants a decoder in 8 bits for which the bundle has no ranges, or fp8 where a GPU has none.
+        CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
     """
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
-    for target in plan.targets or (Cuda(device).architecture,):
+    targets = plan.targets or (Cuda(device).architecture,)
+    ranges = None
+    if plan.decoder is not None and isinstance(bundle.config, TokenizerConfig):
+        _require_arithmetic(plan.decoder, targets)
+        ranges = decoder_ranges(bundle, plan.decoder)
+    for target in targets:
         for name, entry in bundle.graphs.items():
             own = Profile({dim: profile.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
             key = EngineKey(
@@ -83,10 +107,18 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 flavour=plan.backend,
                 version=str(trt.__version__),
                 target=target,
-                precision=_precision_key(plan.precision, pins.get(name, ())),
+                precision=_precision_key(plan.precision, pins.get(name, ()), ranges),
                 profile=hashlib.sha256(f"{own.canonical} {plan.workspace_gb}".encode()).hexdigest()[:16],
             )
-            yield EngineJob(bundle.path / entry.files[0].name, entry, key, own, plan, pins.get(name, ()))
+            yield EngineJob(
+                bundle.path / entry.files[0].name,
+                entry,
+                key,
+                own,
+                plan,
+                pins.get(name, ()),
+                ranges if name == "decode" else None,
+            )
 
 
 def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ...]]:
@@ -110,10 +142,59 @@ def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ..
         ) from error
 
 
-def _precision_key(precision: str, pinned: tuple[str, ...]) -> str:
-    """`fp16`, or `fp16, 3 pinned (1a2b3c4d)`."""
-    digest = hashlib.sha256("\n".join(sorted(pinned)).encode()).hexdigest()[:8]
-    return f"{precision}, {len(pinned)} pinned ({digest})" if pinned else precision
+def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> Ranges:
+    """What `python -m export calibrate` measured for the decoder.
+
+    Raises:
+        EngineBuildError: nothing was measured, or everything costs too much.
+        CorruptBundleError: the bundle's file is damaged.
+    """
+    again = f"Run `python -m export calibrate {bundle.path} --images photos/` on photos of yours"
+    if RANGES not in bundle.assets:
+        raise EngineBuildError(
+            f"{bundle.path} does not say which magnitudes its decoder reads, so it cannot be built in {dtype}.",
+            f"{again}, or build without --decoder.",
+        )
+    entry = bundle.asset(RANGES)
+    bundle.verify(entry)
+    path = bundle.path / entry.name
+    try:
+        found = json.loads(path.read_bytes())[dtype]["decode"]
+        magnitudes = {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptBundleError(f"{path} is no list of magnitudes: {error!r}.", f"{again}.") from error
+    if not magnitudes:
+        raise EngineBuildError(
+            f"No convolution of {bundle.path} may be computed in {dtype}: its pictures would differ too much.",
+            "Build without --decoder.",
+        )
+    if not all(math.isfinite(value) and value > 0 for value in magnitudes.values()):
+        raise CorruptBundleError(f"{path} holds magnitudes that are not above 0.", f"{again}.")
+    return Ranges(dtype, magnitudes)
+
+
+def _require_arithmetic(dtype: EightBit, targets: tuple[str, ...]) -> None:
+    """Raises:
+    EngineBuildError: a target is older than fp8 products.
+    """
+    numbers = {target: re.fullmatch(r"sm(\d+)", target) for target in targets}
+    older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FP8_FROM]
+    if dtype == "fp8" and older:
+        raise EngineBuildError(
+            f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FP8_FROM} on have.", "Build with --decoder int8."
+        )
+
+
+def _precision_key(precision: str, pinned: tuple[str, ...], ranges: Ranges | None) -> str:
+    """`fp16`, or `fp16, 3 pinned (1a2b3c4d)`, or `fp16, int8 decoder (1a2b3c4d)`: that for all graphs of a tokenizer, because
+    its certificate is of all of them together."""
+    parts = [precision]
+    if pinned:
+        digest = hashlib.sha256("\n".join(sorted(pinned)).encode()).hexdigest()[:8]
+        parts.append(f"{len(pinned)} pinned ({digest})")
+    if ranges is not None:
+        parts.append(f"{ranges.dtype} decoder ({ranges.digest})")
+    return ", ".join(parts)
 
 
 def pool_pages(config: object, plan: EnginePlan) -> int:

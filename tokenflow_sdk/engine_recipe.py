@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
+from tokenflow_sdk.quantize import EightBit
 
 __all__ = ["EnginePlan", "Precision", "recipe_names"]
 
@@ -23,6 +24,8 @@ class EnginePlan:
         backend: `tensorrt` or `tensorrt-rtx`.
         targets: GPU architectures (sm89) to build for; empty: the GPU that is there.
         precision: of convolutions and products; see `tokenflow_sdk.half` for what stays in float32.
+        decoder: 8 bits for a tokenizer's decoder, `int8` or `fp8`; needs what `python -m export calibrate` measures. None: as
+            `precision` says.
         batch: least, usual and most pictures in a call.
         pages: of a generator's key/value pool; 0 holds eight pictures.
         workspace_gb: scratch memory an engine may use; 0: no limit.
@@ -34,6 +37,7 @@ class EnginePlan:
     backend: str = "tensorrt-rtx"
     targets: tuple[str, ...] = ()
     precision: Precision = "fp16"
+    decoder: EightBit | None = None
     batch: tuple[int, int, int] = (1, 1, 8)
     pages: int = 0
     workspace_gb: float = 0
@@ -42,6 +46,10 @@ class EnginePlan:
         if self.precision not in get_args(Precision):
             raise ArgumentError(
                 f"There is no precision {self.precision!r}.", f"Choose one of: {', '.join(get_args(Precision))}."
+            )
+        if self.decoder is not None and self.decoder not in get_args(EightBit):
+            raise ArgumentError(
+                f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
             )
         ascending = (
             len(self.batch) == 3 and all(type(size) is int for size in self.batch) and list(self.batch) == sorted(self.batch)
@@ -75,6 +83,17 @@ class EnginePlan:
             raise ArgumentError(
                 f"{path} has a value of the wrong kind: {error}.", "Compare it with the recipes beside it."
             ) from error
+
+    def command(self, bundle: Path) -> str:
+        """What builds a bundle's engines by this plan."""
+        words = [f"tokenflow build {bundle} --backend {self.backend}"]
+        if self.precision != EnginePlan.precision:
+            words.append(f"--precision {self.precision}")
+        if self.decoder is not None:
+            words.append(f"--decoder {self.decoder}")
+        if self.batch != EnginePlan.batch:
+            words.append(f"--batch {','.join(map(str, self.batch))}")
+        return " ".join(words)
 
     def changed(self, **values: Any) -> EnginePlan:
         """This plan with what is not None in `values`."""

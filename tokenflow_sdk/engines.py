@@ -37,6 +37,7 @@ class Engines:
     Raises:
         MissingPackageError: TensorRT or cuda-python is not installed.
         BackendError: there is no usable GPU.
+        EngineBuildError: the plan's decoder cannot be built, see `engine_jobs`.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Engines:
         if missing and not build:
             raise BackendError(
                 f"{self.plan.backend} has no engine yet for {', '.join(job.key.title for job in missing)}.",
-                f"Run `tokenflow build {self.bundle.path} --backend {self.plan.backend}`, or leave build=False out.",
+                f"Run `{self.plan.command(self.bundle.path)}`, or leave build=False out.",
             )
         for number, job in enumerate(missing, 1):
             title = f"building {job.key.graph} ({number} of {len(missing)})"
@@ -102,7 +103,8 @@ class Engines:
         Raises:
             BackendError: an engine is missing, or cannot be loaded or run.
         """
-        certificate = certify(self.bundle, self.open, self.plan.precision, pool_pages(self.bundle.config, self.plan), PAGE_SIZE)
+        pages = pool_pages(self.bundle.config, self.plan)
+        certificate = certify(self.bundle, self.open, self.plan.precision, pages, PAGE_SIZE, self.plan.decoder)
         for job in self.jobs.values():
             self.cache.certify(job.key, certificate.to_json())
         self._verified.clear()
@@ -128,7 +130,7 @@ class Engines:
         if engine is None:
             raise BackendError(
                 f"The engine of {job.key.title} is gone from {self.cache.directory}.",
-                f"Run `tokenflow build {self.bundle.path} --backend {self.plan.backend}`.",
+                f"Run `{self.plan.command(self.bundle.path)}`.",
             )
         return TensorRTSession(
             engine.path.read_bytes(), job.key.graph, entry, self._trt, self._cuda, self._lanes, self._cuda_graphs

@@ -23,6 +23,7 @@ from tokenflow_sdk.resize import area_matrix, bicubic_matrix
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = [
+    "EIGHT_BIT_PSNR",
     "EXACT",
     "ROUNDED",
     "TIE_DISTANCE",
@@ -56,6 +57,9 @@ EXACT = Bars(TIE_DISTANCE, 0.0, 1e-3, 1e-2, 0.9999, 55.0)
 """For float32."""
 ROUNDED = Bars(0.1, 0.975, 1e-2, float("inf"), 0.999, 45.0)
 """For half precision: rounding moves latents by about 1e-3, which decides near ties differently."""
+EIGHT_BIT_PSNR = 40.0
+"""dB that pictures of an int8 or fp8 decoder must reach: far less than a tokenizer itself loses, while wrong scales fall below.
+docs/tensorrt.md has figures."""
 
 Float32 = NDArray[np.float32]
 

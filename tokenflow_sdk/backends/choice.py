@@ -109,8 +109,7 @@ def _tensorrt(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOption
         return Candidate(flavour, flavour, False, error.message)
     if missing:
         names = ", ".join(job.key.graph for job in missing)
-        command = f"tokenflow build {bundle.path} --backend {flavour}"
-        return Candidate(flavour, flavour, False, f"no engine built yet for {names}: run `{command}`")
+        return Candidate(flavour, flavour, False, f"no engine built yet for {names}: run `{engines.plan.command(bundle.path)}`")
     if certificate is not None and not certificate.passed:
         return Candidate(flavour, flavour, False, f"its engines were refused: {'; '.join(certificate.failures)}")
     why = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"

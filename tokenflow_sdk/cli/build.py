@@ -120,6 +120,7 @@ def _plan(arguments: argparse.Namespace) -> EnginePlan:
         backend=arguments.backend,
         targets=targets,
         precision=arguments.precision,
+        decoder=arguments.decoder,
         batch=batch,
         pages=arguments.pages,
         workspace_gb=arguments.workspace_gb,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.choice import BACKENDS
@@ -13,6 +13,7 @@ from tokenflow_sdk.cli import ask, bench, build, commands, generate, info, verif
 from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
+from tokenflow_sdk.quantize import EightBit
 from tokenflow_sdk.token_sampling import AnswerParams
 
 __all__ = ["make_parser"]
@@ -52,6 +53,7 @@ TensorRT engines for a bundle, into the engine cache.
   tokenflow build bundles/clipb_256 --recipe rtx4090             ahead of time, no GPU needed
   tokenflow build bundles/clipb_256 --target sm86,sm89,sm120     for a fleet, with TensorRT-RTX
   tokenflow build bundles/clipb_256 --backend tensorrt           for the GPU that is here
+  tokenflow build bundles/clipb_256 --decoder int8               decoding in 8 bits, after `python -m export calibrate`
 
 An engine is used only by the version it was built with, on its architecture, for the very graph it was built from;
 anything else is built again.
@@ -161,6 +163,11 @@ def _add_building(words: _Words) -> None:
     building.add_argument("--recipe", metavar="NAME|FILE", help=f"settings for a device: {', '.join(recipe_names())}")
     building.add_argument("--backend", choices=sorted(FLAVOURS), help="default: tensorrt-rtx")
     building.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp16")
+    building.add_argument(
+        "--decoder",
+        choices=get_args(EightBit),
+        help="a tokenizer's decoder in 8 bits, fp8 from sm89 on; run `python -m export calibrate` first (default: --precision)",
+    )
     building.add_argument("--batch", metavar="N,N,N", help="least, usual and most pictures in a call (default: 1,1,8)")
     building.add_argument(
         "--target", dest="architectures", metavar="SM,SM", help="architectures to build for, e.g. sm86,sm89 (tensorrt-rtx only)"
