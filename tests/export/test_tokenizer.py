@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,9 @@ def test_a_killed_export_leaves_nothing_that_opens(ending: signal.Signals, tmp_p
         "import sys; from pathlib import Path; from tests.mini import export_mini, mini_model\n"
         "export_mini(mini_model('clip'), Path(sys.argv[1]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "b"], stderr=subprocess.DEVNULL)
+    # A shell's background jobs ignore Ctrl-C, and so would the export.
+    heed = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "b"], stderr=subprocess.DEVNULL, **heed)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".b-*/decode.onnx")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

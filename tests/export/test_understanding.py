@@ -123,7 +123,7 @@ def damaged_config(**values: object):
         (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
         (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "lacks 1 of 2 shards"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
-        (lambda d: (d / "tokenizer.json").write_text(byte_level_tokenizer().to_str().replace("im_", "in_")), "has neither"),
+        (lambda d: (d / "tokenizer.json").write_text(byte_level_tokenizer().to_str().replace("<|im_", "<|in_")), "has neither"),
         (damaged_config(vocab_size=None), "gives vocab_size as None"),
         (damaged_config(max_position_embeddings="long"), "gives max_position_embeddings as 'long'"),
         (damaged_config(vocab_size=289), r"mis-shaped \(first: model.embed_tokens.weight \[288, 32\]"),

@@ -157,7 +157,7 @@ class _Lane:
         self._device: dict[str, DeviceBuffer] = {}
         self._host: dict[str, PinnedBuffer] = {}
         self._addresses: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._bound: dict[str, tuple[int, ...]] = {}
         self._replay = _Replay(cuda, self._stream) if replay else None
 
     def run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str]) -> list[Array]:
@@ -171,15 +171,15 @@ class _Lane:
             self._feed(spec, feeds[spec.name])
         for spec in self._outputs:
             shape = tuple(self._context.get_tensor_shape(spec.name))
-            self._shapes[spec.name] = shape
+            self._bound[spec.name] = shape
             self._bind(spec.name, self._room(spec.name, _bytes(shape, spec)).pointer)
         self._execute()
         staged = []
         for spec in (spec for name in fetch for spec in self._outputs if spec.name == name):
-            size = _bytes(self._shapes[spec.name], spec)
+            size = _bytes(self._bound[spec.name], spec)
             buffer = self._staging(spec.name, size)
             self._stream.to_host(buffer.pointer, self._device[spec.name].pointer, size)
-            staged.append(buffer.view(self._shapes[spec.name], np.dtype(spec.dtype)))
+            staged.append(buffer.view(self._bound[spec.name], np.dtype(spec.dtype)))
         self._stream.synchronize()
         return [view.copy() for view in staged]
 
@@ -188,7 +188,7 @@ class _Lane:
         self.run(feeds, fetch=())
         types = {spec.name: np.dtype(spec.dtype) for spec in self._outputs}
         rooms = ((name, self._device[name]) for name in names)
-        return [CudaArray(self._cuda, room.pointer, self._shapes[name], types[name], room) for name, room in rooms]
+        return [CudaArray(self._cuda, room.pointer, self._bound[name], types[name], room) for name, room in rooms]
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -200,10 +200,10 @@ class _Lane:
         self._stream.close()
 
     def _feed(self, spec: TensorSpec, value: Tensor) -> None:
-        if self._shapes.get(spec.name) != value.shape:
+        if self._bound.get(spec.name) != value.shape:
             if not self._context.set_input_shape(spec.name, value.shape):
                 raise _Refused
-            self._shapes[spec.name] = value.shape
+            self._bound[spec.name] = value.shape
         if isinstance(value, CudaArray):
             if value.pointer % _ALIGNMENT == 0:
                 self._bind(spec.name, value.pointer)
@@ -240,7 +240,7 @@ class _Lane:
         if self._replay is None:
             self._enqueue()
         else:
-            key = (*sorted(self._shapes.items()), *sorted(self._addresses.items()))
+            key = (*sorted(self._bound.items()), *sorted(self._addresses.items()))
             self._replay.run(key, self._enqueue)
 
     def _enqueue(self) -> None:
