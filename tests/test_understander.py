@@ -28,6 +28,7 @@ from tokenflow_sdk.errors import (
     PagesExhausted,
     PromptError,
 )
+from tokenflow_sdk.token_loop import Turn
 from tokenflow_sdk.token_prompt import ImageBlock, TokenPrompt
 from tokenflow_sdk.token_sampling import draw_token
 
@@ -239,19 +240,24 @@ def test_the_head_graph_is_its_numpy_twin(understander: Understander) -> None:
         AnswerParams(max_tokens=40, stop_ids=(), temperature=2.0, top_k=288, seed=5),
     ]
     turns = [understander._turn(features(0), "what?", params) for params in settings]
+    loop = understander._scheduler.loop
+    plain, orders = loop._draw, []
+
+    def noting(given: Sequence[Turn], hidden: np.ndarray) -> None:
+        orders.append([turns.index(turn) for turn in given])
+        plain(given, hidden)
+
+    loop._draw = noting  # type: ignore[method-assign]
     _, steps = recorded(understander, lambda: understander._drain(turns))
-    rows = iter(np.concatenate(steps))
+    loop._draw = plain  # type: ignore[method-assign]
     drawn = [0] * len(turns)
     same = total = 0
-    # Prompts are read one after another, and every step then draws for all who have begun.
-    for step in steps:
-        begun = [i for i in range(len(turns)) if 0 < drawn[i] < 40]
-        order = begun if len(step) == len(begun) and begun else [next(i for i in range(len(turns)) if drawn[i] == 0)]
-        for i in order:
+    for order, logits in zip(orders, steps, strict=True):
+        for i, row in zip(order, logits, strict=True):
             params, answer = settings[i], turns[i].tokens
             noise = float(uniform(params.seed, 0, drawn[i], 0, 1)[0])
             total += 1
-            same += draw_token(next(rows), params, answer[: drawn[i]], noise) == answer[drawn[i]]
+            same += draw_token(row, params, answer[: drawn[i]], noise) == answer[drawn[i]]
             drawn[i] += 1
     assert (total, drawn) == (160, [40] * 4)
     assert same >= 159
@@ -292,7 +298,9 @@ def test_codes_need_no_encoder_and_pictures_are_encoded_once(reference: Referenc
         by_features = understander.answer(understander.tokenizer.features(codes), "what?", max_tokens=8)
         assert {a.token_ids for a in (by_codes, by_features, *by_picture)} == {by_codes.token_ids}
         # The first of them left the picture's pages for all others.
-        assert all(a.cached_tokens == a.prompt_tokens - 9 - 22 for a in (by_features, *by_picture))
+        ((beginning, _),) = understander._turn(codes, "what?", AnswerParams()).prompt.points
+        assert [a.cached_tokens for a in (by_codes, by_features, *by_picture)] == [0] + [beginning] * 4
+        assert 16 < beginning < by_codes.prompt_tokens
         assert understander.answer([image, codes.truncate(2)], "what?", max_tokens=8).prompt_tokens > by_codes.prompt_tokens
 
 
