@@ -9,10 +9,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from recipes.tiny.captions import STYLES, caption, held_out_caption
 
-__all__ = ["BOS", "NEGATIVE_PROMPT", "train_prompt_tokenizer"]
+__all__ = ["BOS", "FIRST_WORD", "NEGATIVE_PROMPT", "train_prompt_tokenizer"]
 
 VOCABULARY = 1024
-PAD, BOS = 0, 1
+PAD, BOS, FIRST_WORD = 0, 1, 2
 NEGATIVE_PROMPT = "anything"
 """Stands for no prompt: in training it takes the place of one caption in ten."""
 

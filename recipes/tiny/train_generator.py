@@ -26,7 +26,7 @@ from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
-from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT, train_prompt_tokenizer
+from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
 
 __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
@@ -34,10 +34,16 @@ __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
 PROMPTS = "tokenizer.json"
 
 WITHOUT_PROMPT = 0.1
-WHOLE = 0.25
-"""Share of steps over all scales; the others stop earlier, with more pictures at once: identity is settled there."""
-MOST = 5
+STRANGE, MOST_STRANGE = 0.65, 8
+"""Share of prompts that get up to so many random tokens, mostly in front: words never taught are to be passed over."""
+COARSE, WHOLE = 0.4, 0.15
+"""Share of steps over two or three scales, where prompts settle which picture it is, and over all; the others end between."""
+MOST = 8
 """Times the batch that short sequences take."""
+SPOILT = 0.4
+"""Share of pictures whose coarser codes are partly wrong: what follows is then to be told from the prompt."""
+LEAST_WEIGHT = 3
+"""Of a scale in the loss, which is its side otherwise."""
 REDRAWN = 0.6
 """Share of steps whose last scale gets the inputs of a refinement pass."""
 OWN = 0.6
@@ -97,25 +103,33 @@ class GeneratorTraining:
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
 
+    def _prompt(self, entry: dict[str, Any], rng: np.random.Generator) -> list[int]:
+        """Ids of one of a picture's captions, with strange words or without; or of no caption."""
+        if rng.random() < WITHOUT_PROMPT:
+            return self.ids(NEGATIVE_PROMPT)
+        ids = self.ids(caption(entry["label"], entry["style"], rng))
+        if rng.random() < STRANGE:
+            for _ in range(int(rng.integers(1, MOST_STRANGE + 1))):
+                place = int(rng.integers(1, 3 if rng.random() < 0.85 else len(ids) + 1))
+                ids.insert(place, int(rng.integers(FIRST_WORD, self.model.text.num_embeddings - 1)))
+        return ids
+
     def run_step(self) -> dict[str, float]:
         """One optimizer step; the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self._schedule()
         rng = np.random.default_rng([self.seed, self.step])
         sides = TINY.patch_nums
-        scales = len(sides) if rng.random() < WHOLE else int(rng.integers(2, len(sides)))
+        kind = rng.random()
+        whole = kind >= 1 - WHOLE
+        scales = int(rng.integers(2, 4)) if kind < COARSE else len(sides) if whole else int(rng.integers(4, len(sides)))
         size = self.batch * min(MOST, TINY.n_codes // sum(side * side for side in sides[:scales]))
         picks = rng.integers(len(self.entries), size=size)
-        texts = [
-            NEGATIVE_PROMPT
-            if rng.random() < WITHOUT_PROMPT
-            else caption(self.entries[i]["label"], self.entries[i]["style"], rng)
-            for i in picks
-        ]
+        prompts = [self._prompt(self.entries[i], rng) for i in picks]
         codes = self.codes[torch.from_numpy(picks)]
-        prompts = [self.ids(text) for text in texts]
+        seen = torch.stack([self._spoilt(row, scales, rng) if rng.random() < SPOILT else row for row in codes])
         redrawn = self._redrawn(prompts, codes, scales, rng) if rng.random() < REDRAWN else None
-        loss = self._loss(self.model, prompts, codes, scales, redrawn)
+        loss = self._loss(self.model, prompts, seen, codes, scales, redrawn)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -129,6 +143,20 @@ class GeneratorTraining:
 
     def _schedule(self) -> float:
         return min(1.0, (self.step + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+
+    def _spoilt(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
+        """Codes [L] of a picture, with about half of the scales before the last another picture's, or wrong in places."""
+        codes, start = codes.clone(), 0
+        for side in TINY.patch_nums[: scales - 1]:
+            own = slice(start, start := start + side * side)
+            kind = rng.random()
+            if kind < 0.25:
+                codes[own] = self.codes[int(rng.integers(len(self.codes))), own]
+            elif kind < 0.5:
+                wrong = torch.from_numpy(rng.integers(TINY.codebook_size, size=side * side)).to(codes)
+                places = torch.from_numpy(rng.random(side * side) < rng.uniform(0.0, 0.6)).to(codes.device)
+                codes[own] = torch.where(places, wrong, codes[own])
+        return codes
 
     @torch.no_grad()
     def _redrawn(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
@@ -146,17 +174,23 @@ class GeneratorTraining:
         return torch.where(spoilt, wrong, right)
 
     def _loss(
-        self, model: GeneratorModel, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None
+        self,
+        model: GeneratorModel,
+        prompts: Sequence[Sequence[int]],
+        seen: Tensor,
+        codes: Tensor,
+        scales: int,
+        redrawn: Tensor | None,
     ) -> Tensor:
-        """Cross entropy, scales weighted by their sides: what a picture shows is settled in the coarse ones."""
+        """Cross entropy of `codes` after `seen`, scales weighted by their sides: coarse ones settle what it shows."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = model(prompts, codes, scales, redrawn).float()
+            logits = model(prompts, seen, scales, redrawn).float()
         sides = TINY.patch_nums[:scales]
         counts = [side * side for side in sides]
-        target = codes[:, : sum(counts)]
-        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        weight = torch.cat([torch.full((count,), side / count) for side, count in zip(sides, counts, strict=True)])
-        return (losses * weight.to(losses)).sum(dim=1).mean() / sum(sides)
+        weights = [max(side, LEAST_WEIGHT) for side in sides]
+        losses = F.cross_entropy(logits.transpose(1, 2), codes[:, : sum(counts)], reduction="none")
+        each = [torch.full((count,), weight / count) for weight, count in zip(weights, counts, strict=True)]
+        return (losses * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -169,7 +203,8 @@ class GeneratorTraining:
             for i in picks:
                 entry = self.entries[i]
                 ids = self.ids(held_out_caption(entry["label"], entry["style"], rng))
-                found.append(float(self._loss(model, [ids], self.codes[i : i + 1], scales, None)))
+                codes = self.codes[i : i + 1]
+                found.append(float(self._loss(model, [ids], codes, codes, scales, None)))
             figures[f"loss_{scales}_scales"] = float(np.mean(found))
         return figures
 
