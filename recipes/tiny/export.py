@@ -31,7 +31,7 @@ from tokenflow_sdk.config import TokenizerConfig
 __all__ = ["main", "write_released_layout"]
 
 SOURCE = {"checkpoint": "trained by recipes/tiny"}
-PRESET, CFG_SCALE = "fast", 3.0
+PRESET, CFG_SCALE = "fast", 1.5
 """What so small a model draws best with."""
 
 
