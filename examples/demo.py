@@ -55,11 +55,9 @@ def there_and_back(tokenizer: Tokenizer, photo: Path, out: Path) -> None:
     print(f"  photo.tfc: {(out / 'photo.tfc').stat().st_size:,} bytes ({photo.name}: {photo.stat().st_size:,} bytes)")
     picture.save(out / "reconstruction.png")
     original = Image.fromarray(tokenizer.preprocess(photo))
-    steps = [codes.truncate(n) for n in range(1, codes.n_scales + 1)]
+    captions = [f"{n} scale{'s' * (n > 1)}, {end:,} bytes" for n, end in enumerate(codes.scale_ends, 1)]
     tiles = [(original, "original")]
-    tiles += [
-        (tokenizer.decode(part), f"{part.n_scales} scales, {codes.scale_ends[part.n_scales - 1]:,} bytes") for part in steps
-    ]
+    tiles += [(tokenizer.decode(codes.truncate(n)), caption) for n, caption in enumerate(captions, 1)]
     contact_sheet(tiles, 5).save(out / "side_by_side.png")
 
 
