@@ -49,7 +49,7 @@ demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, wi
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the everyday tests, minutes
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
 	@$(BIN)/python -m pytest -m slow

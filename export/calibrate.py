@@ -25,6 +25,7 @@ from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.engine_build import engine_graph
 from tokenflow_sdk.engine_jobs import RANGES, pinned_nodes
 from tokenflow_sdk.images import psnr, ssim
+from tokenflow_sdk.onnx_graph import load_graph
 from tokenflow_sdk.parity import EIGHT_BIT_PSNR, Reference
 from tokenflow_sdk.quantize import EightBit, Ranges, inner_convolutions
 
@@ -66,7 +67,7 @@ def magnitudes(
         steps: shows progress.
     """
     entry = bundle.graph("decode")
-    model = ir.load(bundle.path / entry.files[0].name)
+    model = load_graph(bundle.path / entry.files[0].name)
     names = set(inner_convolutions(model))
     read = {str(node.name): node.inputs[0] for node in model.graph if node.name in names}
     marked = {str(value.name): value for value in read.values() if value is not None}

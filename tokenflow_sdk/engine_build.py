@@ -19,7 +19,8 @@ from typing import Any, Literal
 from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.dequantize import dequantize
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
-from tokenflow_sdk.half import HalfType, import_onnx_ir, to_half
+from tokenflow_sdk.half import HalfType, to_half
+from tokenflow_sdk.onnx_graph import import_onnx_ir, load_graph
 from tokenflow_sdk.quantize import Ranges, quantize
 
 __all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "engine_graph", "import_tensorrt", "make_log", "require_installed"]
@@ -99,9 +100,10 @@ def engine_graph(
 
     Raises:
         MissingPackageError: onnx_ir is not installed.
+        CorruptBundleError: as `load_graph`.
     """
     ir = import_onnx_ir()
-    model = ir.load(graph)
+    model = load_graph(graph)
     if dtype is None and ranges is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
         return graph
     dequantize(model)

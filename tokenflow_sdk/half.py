@@ -11,12 +11,12 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenflow_sdk.errors import MissingPackageError
+from tokenflow_sdk.onnx_graph import import_onnx_ir
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["HalfType", "compute_nodes", "import_onnx_ir", "to_half"]
+__all__ = ["HalfType", "compute_nodes", "to_half"]
 
 HalfType = Literal["fp16", "bf16"]
 
@@ -59,19 +59,6 @@ def compute_nodes(model: ir.Model) -> list[str]:
     """Names of the products and convolutions that `to_half` would run in half: what a precision search tries to pin."""
     keep = _after_decisions(model.graph) | _last_steps(model.graph)
     return [str(node.name) for node in model.graph if node.op_type in _COMPUTE and node.name not in keep]
-
-
-def import_onnx_ir() -> Any:
-    """Raises:
-    MissingPackageError: onnx_ir is not installed.
-    """
-    try:
-        import onnx_ir
-    except ImportError as error:
-        raise MissingPackageError(
-            "Half-precision engines are made with onnx_ir, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
-        ) from error
-    return onnx_ir
 
 
 def _after_decisions(graph: ir.Graph) -> set[str]:

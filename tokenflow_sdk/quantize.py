@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.dequantize import drop_unused
-from tokenflow_sdk.half import import_onnx_ir
+from tokenflow_sdk.onnx_graph import import_onnx_ir
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 __all__ = ["ICON_SOURCES", "NAMES", "PHOTO_SOURCES", "FetchError", "Package", "Source", "fetch", "unpack"]
@@ -143,7 +143,13 @@ def unpack(archive: Path, target: Path) -> None:
         return
     try:
         with tarfile.open(archive) as members:
-            members.extractall(target, filter="data")
+            for member in members.getmembers():
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
+                    raise tarfile.ReadError(f"{member.name!r} is no file within it")
+            # Python before 3.10.12 and 3.11.4 has no filters, and newer ones want one.
+            members.extraction_filter = getattr(tarfile, "data_filter", None)
+            members.extractall(target)  # noqa: S202 - every member was looked at above
     except tarfile.TarError as error:
         raise FetchError(f"{archive.name} cannot be unpacked: {error}. Delete {archive} and gather again.") from error
 

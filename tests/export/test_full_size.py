@@ -73,13 +73,15 @@ def build_for_tensorrt_rtx(bundle: Path, cache: Path) -> str:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
     words = ["build", bundle, "--target", "sm86", "--batch", "1,1,2", "--cache", cache]
     began = perf_counter()
-    process = psutil.Popen([sys.executable, "-m", "tokenflow_sdk.cli", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE)
     peak = 0
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            peak = max(peak, process.memory_info().rss)
-        sleep(0.05)
-    out = process.stdout.read().decode()
+    with psutil.Popen(
+        [sys.executable, "-m", "tokenflow_sdk.cli", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, process.memory_info().rss)
+            sleep(0.05)
+        out = process.stdout.read().decode()
     assert process.returncode == 0
     return f"{out}\n{perf_counter() - began:.0f} s, peak {peak / 1e9:.1f} GB"
 
