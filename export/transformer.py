@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from export.config import TransformerConfig
 from export.hf_directory import HfDirectory
-from export.models.llama import Layer, RmsNorm, Transformer, rope_angles
+from export.models.llama import Layer, RmsNorm, Transformer, rope_angles, score_bias
 from export.onnx_export import GraphSpec
 from export.precision import Precision, ReadWeight, use_matmul
 from tokenflow_sdk.errors import CheckpointError
@@ -105,16 +105,18 @@ class TransformerGraph(nn.Module):
         slots = block_tables.shape[1] * k_pages.shape[1]
         seen = torch.arange(slots)[None, None] < context[:, None, None]
         own = torch.arange(length)[None, None] < visible[..., None]
-        mask = torch.cat([seen.expand(batch, length, slots), own], dim=-1)
+        bias = score_bias(torch.cat([seen.expand(batch, length, slots), own], dim=-1))
         cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
-        pages = k_pages.shape[0] // config.layers
+        # Gathered a head at a time, keys and values come as products read them: nothing is transposed.
+        page = k_pages.shape[1]
+        tokens = (block_tables[..., None] * page + torch.arange(page, dtype=torch.int32)).reshape(batch, 1, slots)
+        rows = tokens * config.kv_heads + torch.arange(config.kv_heads, dtype=torch.int32)[None, :, None]
+        layer_rows = k_pages.shape[0] // config.layers * page * config.kv_heads
+        keys, values = k_pages.flatten(0, 2), v_pages.flatten(0, 2)
         x, new_k, new_v = embeddings.to(k_pages.dtype), [], []
         for index, layer in enumerate(self.transformer.layers):
-            rows = block_tables + index * pages
-            past = [
-                F.embedding(rows, pool.flatten(1)).reshape(batch, slots, config.kv_heads, -1) for pool in (k_pages, v_pages)
-            ]
-            x, k, v = layer(x, cos, sin, past[0], past[1], mask)
+            past = tuple(F.embedding(rows + index * layer_rows, pool) for pool in (keys, values))
+            x, k, v = layer(x, cos, sin, past, bias)
             new_k.append(k)
             new_v.append(v)
         return self.transformer.norm(x).float(), torch.stack(new_k), torch.stack(new_v)
@@ -168,11 +170,11 @@ def _reader(directory: HfDirectory) -> ReadWeight:
 def hidden_by_layer(directory: HfDirectory, config: TransformerConfig, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """What eager PyTorch computes in float32, as `Transformer.forward`, with one layer in memory at a time."""
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
-    none = x.new_zeros(x.shape[0], 0, config.kv_heads, config.head_dim)
+    bias = score_bias(mask)
     for index in range(config.layers):
         with torch.device("meta"):
             layer = Layer(config)
-        x, _, _ = _load(layer, directory, f"model.layers.{index}.")(x, cos, sin, none, none, mask)
+        x, _, _ = _load(layer, directory, f"model.layers.{index}.")(x, cos, sin, None, bias)
     with torch.device("meta"):
         norm = RmsNorm(config.width, config.norm_eps)
     result: Tensor = _load(norm, directory, "model.norm.")(x)

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from export.config import TransformerConfig
 
-__all__ = ["RmsNorm", "Transformer", "apply_rope", "rope_angles"]
+__all__ = ["KeysValues", "RmsNorm", "Transformer", "apply_rope", "rope_angles", "score_bias"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of C tokens, each [B, kv_heads, C, D]."""
 
 
 class RmsNorm(nn.Module):
@@ -40,6 +43,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def score_bias(mask: Tensor) -> Tensor:
+    """What attention adds to scores [B, kv_heads, groups, Q, T]: nothing where mask [B, Q, T] is true, and elsewhere what makes
+    their weight 0. Float32 and finite: a padding query that sees nothing gives numbers, not NaN.
+    """
+    return (~mask)[:, None, None].float() * -1e30
 
 
 class QkNorm(nn.Module):
@@ -70,17 +80,19 @@ class Attention(nn.Module):
             q, k = self.qknorm.query_norm(q), self.qknorm.key_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """q [B, Q, heads, D] over k, v [B, T, kv_heads, D] where mask [B, Q, T] is true -> [B, Q, H]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
+        """q [B, Q, heads, D] over the past and then k, v [B, Q, kv_heads, D], with `score_bias` -> [B, Q, H]."""
         batch, length, heads, dim = q.shape
         groups = heads // self.config.kv_heads
         # Queries that share a key/value head are rows of one product: [B, kv_heads, groups * Q, D].
         q = q.reshape(batch, length, self.config.kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, self.config.kv_heads, groups * length, dim) * dim**-0.5
-        scores = (q @ k.permute(0, 2, 3, 1)).reshape(batch, self.config.kv_heads, groups, length, -1).float()
-        # Finite, so that a padding query that sees nothing gives numbers, not NaN.
-        weights = torch.where(mask[:, None, None], scores, -1e30).softmax(dim=-1).to(q.dtype)
-        out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ v.transpose(1, 2)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        scores = (q @ keys.transpose(-1, -2)).reshape(batch, self.config.kv_heads, groups, length, -1).float()
+        weights = (scores + bias).softmax(dim=-1).to(q.dtype)
+        out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ values
         out = out.reshape(batch, self.config.kv_heads, groups, length, dim).permute(0, 3, 1, 2, 4)
         return self.o_proj(out.reshape(batch, length, heads * dim))
 
@@ -108,12 +120,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, Q, H] with past keys and values [B, C, kv_heads, D] and mask [B, Q, C + Q] -> x, new keys, new values."""
+        """x [B, Q, H] after a past of C tokens, with `score_bias` -> x, new keys and new values [B, Q, kv_heads, D]."""
         norm_input = self.config.norm_placement == "pre"
         q, k, v = self.self_attn.project(self.input_layernorm(x) if norm_input else x, cos, sin)
-        attended = self.self_attn.attend(q, torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1), mask)
+        attended = self.self_attn.attend(q, k, v, past, bias)
         if norm_input:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x)), k, v
@@ -133,7 +145,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """A whole sequence without a cache: x [B, Q, H], positions [B, Q], mask [B, Q, Q] true where seen -> [B, Q, H]."""
         cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        none = x.new_zeros(x.shape[0], 0, self.config.kv_heads, self.config.head_dim)
+        bias = score_bias(mask)
         for layer in self.layers:
-            x, _, _ = layer(x, cos, sin, none, none, mask)
+            x, _, _ = layer(x, cos, sin, None, bias)
         return self.norm(x)

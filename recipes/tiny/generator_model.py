@@ -34,10 +34,10 @@ SIZES = TransformerConfig(
 MAX_PROMPT = 128
 
 
-def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`Attention.attend` through PyTorch's fused kernel, which training needs and tracing does not like."""
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, past: None, bias: Tensor) -> Tensor:
+    """`Attention.attend` without a past, through PyTorch's fused kernel, which training needs and tracing does not like."""
     heads = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None])
+    out = F.scaled_dot_product_attention(*heads, attn_mask=bias[:, 0].to(q.dtype))
     result: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
     return result
 
