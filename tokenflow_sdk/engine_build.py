@@ -10,20 +10,34 @@ import importlib
 import importlib.util
 import json
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.dequantize import dequantize
-from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, MissingPackageError
 from tokenflow_sdk.half import HalfType, to_half
 from tokenflow_sdk.onnx_graph import import_onnx_ir, load_graph
 from tokenflow_sdk.quantize import Ranges, quantize
 
-__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "engine_graph", "import_tensorrt", "make_log", "require_installed"]
+__all__ = [
+    "FLAVOURS",
+    "Flavour",
+    "Profile",
+    "build_engine",
+    "engine_graph",
+    "import_tensorrt",
+    "make_log",
+    "require_installed",
+    "started",
+]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -47,14 +61,14 @@ def import_tensorrt(flavour: str) -> ModuleType:
 
     Raises:
         ArgumentError: no such flavour.
-        MissingPackageError: it is not installed.
+        MissingPackageError: it is not installed, or libraries that it needs are not.
     """
     require_installed(flavour)
     try:
         return importlib.import_module(FLAVOURS[flavour])
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise MissingPackageError(
-            f"{flavour} is not installed ({error}).", f"Run `pip install 'tokenflow-sdk[{flavour}]'`."
+            f"{flavour} cannot be imported ({error}).", f"Run `pip install --force-reinstall 'tokenflow-sdk[{flavour}]'`."
         ) from error
 
 
@@ -124,8 +138,11 @@ def build_engine(
     target: str | None = None,
     workspace: int | None = None,
     progress: Progress | None = None,
+    cuda: Cuda | None = None,
 ) -> bytes:
     """A serialized engine.
+
+    It is built on a thread, and the caller's waits: TensorRT drops what a callback raises, Ctrl-C included.
 
     Args:
         trt: the module, from `import_tensorrt`.
@@ -135,18 +152,64 @@ def build_engine(
         target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that is there.
         workspace: bytes of scratch memory the engine may use; None: no limit.
         progress: told how far the build is.
+        cuda: the GPU that full TensorRT builds on and for; None: built ahead.
 
     Raises:
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
+        BackendError: TensorRT does not start here.
         ArgumentError: this flavour or version cannot build for the target.
     """
-    log = make_log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(graph)):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
+    cancelled = threading.Event()
+
+    def work() -> bytes:
+        if cuda is not None:
+            cuda.activate()
+        log = make_log(trt)
+        builder = started(trt, log, lambda: trt.Builder(log))
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(graph)):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
+        config = _configured(trt, builder, entry, profile, target, workspace)
+        config.progress_monitor = _make_monitor(trt, progress, cancelled)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            why = "; ".join(log.errors) or "it does not say why"
+            raise EngineBuildError(f"TensorRT cannot build {graph.name}: {why}.", _AGAIN)
+        ignored = [text for text in log.warnings if "Unused Input" in text]
+        if ignored:
+            raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
+        return bytes(plan)
+
+    return _on_thread(work, cancelled)
+
+
+def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
+    """What `work` returns or raises. Interrupted, it is cancelled first."""
+    future: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # No daemon: at the end of the program it is waited for, having cancelled itself, instead of torn off inside TensorRT.
+    thread = threading.Thread(target=run, name="tokenflow-build")
+    thread.start()
+    try:
+        while not wait([future], timeout=0.2).done:
+            pass
+    except BaseException:
+        cancelled.set()
+        thread.join()
+        raise
+    return future.result()
+
+
+def _configured(trt: Any, builder: Any, entry: GraphEntry, profile: Profile, target: str | None, workspace: int | None) -> Any:
+    """A builder's configuration: target, memory, shapes."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -158,15 +221,28 @@ def build_engine(
     for spec in entry.inputs:
         shapes.set_shape(spec.name, *profile.shapes(spec))
     config.add_optimization_profile(shapes)
-    if progress is not None:
-        config.progress_monitor = _make_monitor(trt, progress)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineBuildError(f"TensorRT cannot build {graph.name}: {'; '.join(log.errors) or 'it does not say why'}.", _AGAIN)
-    ignored = [text for text in log.warnings if "Unused Input" in text]
-    if ignored:
-        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
-    return bytes(plan)
+    return config
+
+
+def started(trt: Any, log: Any, start: Callable[[], Any]) -> Any:
+    """What `start` makes, a builder or a runtime.
+
+    Raises:
+        BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
+    """
+    try:
+        made = start()
+    except (TypeError, RuntimeError) as error:
+        # The bindings have no better way to say that the library gave nothing.
+        log.errors.append(str(error).splitlines()[0])
+        made = None
+    if made is None:
+        raise BackendError(
+            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(log.errors) or 'it does not say why'}.",
+            "Update the NVIDIA driver to one for this TensorRT's CUDA (`nvidia-smi` shows what it supports), or use "
+            "backend='onnxruntime'.",
+        )
+    return made
 
 
 _AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
@@ -185,16 +261,21 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
     config.set_compute_capability(capability, 0)
 
 
+_KEPT = 200
+"""Messages of TensorRT that a log keeps."""
+
+
 def make_log(trt: Any) -> Any:
-    """A logger of TensorRT's that keeps `errors` and `warnings`, for messages."""
+    """A logger of TensorRT's that keeps the last `errors` and `warnings`, for messages."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps what matters instead of printing it."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.warnings: list[str] = []
-            self.errors: list[str] = []
+            # A service runs for months, and some warnings come with every call.
+            self.warnings: deque[str] = deque(maxlen=_KEPT)
+            self.errors: deque[str] = deque(maxlen=_KEPT)
 
         def log(self, severity: Any, text: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
@@ -205,9 +286,9 @@ def make_log(trt: Any) -> Any:
     return Log()
 
 
-def _make_monitor(trt: Any, progress: Progress) -> Any:
+def _make_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the outermost phase on; inner ones are parts of it."""
+        """Passes the outermost phase on; inner ones are parts of it. Ends a build that is cancelled, or whose program ends."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -220,8 +301,8 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
             self.phases = [phase for phase in self.phases if phase[0] != name]
 
         def step_complete(self, name: str, step: int) -> bool:
-            if self.phases and self.phases[0][0] == name:
+            if progress is not None and self.phases and self.phases[0][0] == name:
                 progress(name, (step + 1) / max(1, self.phases[0][1]))
-            return True
+            return not cancelled.is_set() and threading.main_thread().is_alive()
 
     return Monitor()

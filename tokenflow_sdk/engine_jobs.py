@@ -54,6 +54,8 @@ class EngineJob:
     plan: EnginePlan
     pinned: tuple[str, ...] = ()
     ranges: Ranges | None = None
+    cuda: Cuda | None = None
+    """The GPU it is built on; None: built ahead."""
 
     def run(self, trt: ModuleType, cache: EngineCache, progress: Progress | None = None) -> tuple[CachedEngine, bool]:
         """The engine, and whether it was built now. Two processes that want the same one build it once.
@@ -81,7 +83,7 @@ class EngineJob:
         graph = engine_graph(self.graph, None if plan.precision == "fp32" else plan.precision, work, self.pinned, self.ranges)
         workspace = int(plan.workspace_gb * 2**30) or None
         target = self.key.target if plan.targets else None
-        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress)
+        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress, self.cuda)
 
 
 def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
@@ -93,7 +95,8 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
         CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
     """
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
-    targets = plan.targets or (Cuda(device).architecture,)
+    cuda = None if plan.targets else Cuda(device)
+    targets = plan.targets if cuda is None else (cuda.architecture,)
     ranges = None
     if plan.decoder is not None and isinstance(bundle.config, TokenizerConfig):
         _require_arithmetic(plan.decoder, targets)
@@ -118,6 +121,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 plan,
                 pins.get(name, ()),
                 ranges if name == "decode" else None,
+                cuda,
             )
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.base import OpenSession, SessionOptions, open_onnxruntime
+from tokenflow_sdk.backends.cuda import driver_problem
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import EnginePlan
@@ -18,7 +23,6 @@ from tokenflow_sdk.scheduler import PAGE_SIZE
 __all__ = ["BACKENDS", "Candidate", "EngineOptions", "Needs", "choose", "survey"]
 
 BACKENDS = ("auto", "onnxruntime", *FLAVOURS)
-CUDA, OPENVINO, CPU = "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def survey(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOptions, 
     if options.device != "cpu":
         for flavour in FLAVOURS:
             yield _tensorrt(bundle, options, wanted, needs, flavour)
-    yield from _onnxruntime(options)
+    yield from _onnxruntime(bundle, options)
 
 
 def _tensorrt(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOptions, needs: Needs, flavour: str) -> Candidate:
@@ -116,18 +120,48 @@ def _tensorrt(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOption
     return Candidate(flavour, flavour, True, why, engines=engines)
 
 
-def _onnxruntime(options: SessionOptions) -> Iterator[Candidate]:
+def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
     try:
         available = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
         yield Candidate("onnxruntime", "onnxruntime", False, f"not installed ({error})")
         return
-    for title, provider, kind in (("onnxruntime, CUDA", CUDA, "cuda"), ("onnxruntime, OpenVINO", OPENVINO, "cpu")):
-        if options.device in ("auto", kind) or options.device.startswith(f"{kind}:"):
-            has = provider in available
-            why = "available" if has else "this onnxruntime was built without it"
-            yield Candidate(title, "onnxruntime", has, why, None if provider == CUDA else (provider, CPU))
-    yield Candidate("onnxruntime, CPU", "onnxruntime", not options.device.startswith("cuda"), "always works")
+    if options.device != "cpu":
+        cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
+        problem = _why_not(bundle, cuda, CUDA in available, driver_problem)
+        yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
+    if not options.device.startswith("cuda"):
+        providers = (OPENVINO, CPU)
+        openvino = replace(options, device="auto", providers=providers)
+        problem = _why_not(bundle, openvino, OPENVINO in available, _processor_problem)
+        yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
+        yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
+
+
+def _why_not(
+    bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
+) -> str | None:
+    """Why a provider does not run here; None: it does. onnxruntime names those too whose libraries are missing, so the smallest
+    graph is opened."""
+    problem = hardware_problem() if built_in else "this onnxruntime was built without it"
+    if problem is not None:
+        return problem
+    entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
+    try:
+        open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
+    except TokenFlowError as error:
+        return error.message
+    return None
+
+
+def _processor_problem() -> str | None:
+    """Why OpenVINO is no gain here: it is made for Intel's processors, and slower than onnxruntime's own kernels on others."""
+    names = [platform.processor()]
+    with suppress(OSError):
+        names += Path("/proc/cpuinfo").read_text().splitlines()[:8]
+    return (
+        None if any("Intel" in name for name in names) else "it is for Intel's processors; name it in providers= all the same"
+    )
 
 
 def choose(

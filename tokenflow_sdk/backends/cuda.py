@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenflow_sdk.backends.base import Array, DeviceArray, Pages, Tensor
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
-__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream"]
+__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream", "driver_problem"]
 
 
 class Cuda:
@@ -38,10 +38,7 @@ class Cuda:
         self.device = device
         status, count = self.runtime.cudaGetDeviceCount()
         if int(status) != 0 or not count:
-            raise BackendError(
-                f"There is no usable GPU here ({status.name}).",
-                "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'.",
-            )
+            raise BackendError(f"There is no usable GPU here ({status.name}).", _USABLE.get(status.name, _DRIVER))
         if device >= count:
             raise BackendError(f"There is no GPU {device} here, only {count}.", f"Use device='cuda:{count - 1}' or less.")
 
@@ -72,6 +69,29 @@ class Cuda:
     def copy_from_device(self, array: Array, pointer: int) -> None:
         """Fill a host array; waits for it."""
         self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+
+_DRIVER = "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'."
+_USABLE = {
+    "cudaErrorInsufficientDriver": "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU). cuda-python 13 needs "
+    "one for CUDA 13; `pip install 'cuda-python<13'` serves older ones. Or use device='cpu'.",
+    "cudaErrorNoDevice": "See whether `nvidia-smi` lists the GPU and CUDA_VISIBLE_DEVICES hides none, or use device='cpu'.",
+}
+"""What mends each reason for which no GPU can be used."""
+
+
+def driver_problem() -> str | None:
+    """Why no NVIDIA GPU can be used here, as the driver tells without any package; None: one can."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return "there is no NVIDIA driver here"
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        return f"the NVIDIA driver finds no GPU (CUDA error {status})" if status else "the NVIDIA driver finds no GPU"
+    return None
 
 
 class Stream:

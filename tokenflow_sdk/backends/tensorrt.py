@@ -16,7 +16,7 @@ import numpy as np
 from tokenflow_sdk.backends.base import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
 from tokenflow_sdk.config import GraphEntry, TensorSpec
-from tokenflow_sdk.engine_build import make_log
+from tokenflow_sdk.engine_build import make_log, started
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 __all__ = ["TensorRTSession"]
@@ -57,7 +57,7 @@ class TensorRTSession(Session):
         self._trt, self._cuda, self._name, self._graphs = trt, cuda, name, cuda_graphs
         cuda.activate()
         self._log = make_log(trt)
-        self._runtime = trt.Runtime(self._log)
+        self._runtime = started(trt, self._log, lambda: trt.Runtime(self._log))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise BackendError(
@@ -116,7 +116,7 @@ class TensorRTSession(Session):
             return run(lane)
         except _Refused:
             raise BackendError(
-                f"TensorRT failed to run {self._name}: {'; '.join(self._log.errors[-3:]) or 'it does not say why'}.",
+                f"TensorRT failed to run {self._name}: {'; '.join(list(self._log.errors)[-3:]) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
