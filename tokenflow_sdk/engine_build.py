@@ -6,70 +6,39 @@ Networks are strongly typed: the types in the graph decide, so a half-precision 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.dequantize import dequantize
-from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, EngineBuildError
 from tokenflow_sdk.half import HalfType, to_half
 from tokenflow_sdk.onnx_graph import import_onnx_ir, load_graph
 from tokenflow_sdk.quantize import Ranges, quantize
+from tokenflow_sdk.tensorrt_module import Heard, log_of, started
 
 __all__ = [
-    "FLAVOURS",
-    "Flavour",
+    "REVISION",
     "Profile",
     "build_engine",
     "engine_graph",
-    "import_tensorrt",
-    "make_log",
-    "require_installed",
-    "started",
 ]
 
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
-FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Module of each flavour."""
+REVISION = "1"
+"""Of everything here and in the passes that decides what an engine of a given graph is: a new one makes all engines stale."""
 
 Range = tuple[int, int, int]
+Shapes = tuple[tuple[int, ...], ...]
+"""Least, usual and largest."""
 Progress = Callable[[str, float], None]
 """Told the phase and the share of it that is done."""
-
-
-def require_installed(flavour: str) -> None:
-    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
-    if flavour not in FLAVOURS:
-        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
-    if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
-        raise MissingPackageError(f"{flavour} is not installed.", f"Run `pip install 'tokenflow-sdk[{flavour}]'`.")
-
-
-def import_tensorrt(flavour: str) -> ModuleType:
-    """The flavour's Python module.
-
-    Raises:
-        ArgumentError: no such flavour.
-        MissingPackageError: it is not installed, or libraries that it needs are not.
-    """
-    require_installed(flavour)
-    try:
-        return importlib.import_module(FLAVOURS[flavour])
-    except (ImportError, OSError) as error:
-        raise MissingPackageError(
-            f"{flavour} cannot be imported ({error}).", f"Run `pip install --force-reinstall 'tokenflow-sdk[{flavour}]'`."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class Profile:
             if not 0 < least <= usual <= most:
                 raise ArgumentError(f"{name} cannot go from {least} over {usual} to {most}.", "Give sizes in ascending order.")
 
-    def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, spec: TensorSpec) -> Shapes:
         """Least, usual and largest shape of an input."""
         try:
             return tuple(tuple(dim if isinstance(dim, int) else self.sizes[dim][i] for dim in spec.shape) for i in range(3))
@@ -160,29 +129,34 @@ def build_engine(
         ArgumentError: this flavour or version cannot build for the target.
     """
     cancelled = threading.Event()
+    monitor = _make_monitor(trt, progress, cancelled)
+    shapes = {spec.name: profile.shapes(spec) for spec in entry.inputs}
 
     def work() -> bytes:
-        if cuda is not None:
-            cuda.activate()
-        log = make_log(trt)
-        builder = started(trt, log, lambda: trt.Builder(log))
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse_from_file(str(graph)):
-            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
-        config = _configured(trt, builder, entry, profile, target, workspace)
-        config.progress_monitor = _make_monitor(trt, progress, cancelled)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            why = "; ".join(log.errors) or "it does not say why"
-            raise EngineBuildError(f"TensorRT cannot build {graph.name}: {why}.", _AGAIN)
-        ignored = [text for text in log.warnings if "Unused Input" in text]
-        if ignored:
-            raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
-        return bytes(plan)
+        # A build is for the GPU of the thread that it runs on.
+        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
+            return _build(trt, heard, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
 
     return _on_thread(work, cancelled)
+
+
+def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+    log = log_of(trt)
+    builder = started(trt, heard, lambda: trt.Builder(log))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
+    plan = builder.build_serialized_network(network, configure(builder))
+    if plan is None:
+        raise EngineBuildError(
+            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
+        )
+    ignored = [text for text in heard.warnings if "Unused Input" in text]
+    if ignored:
+        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
+    return bytes(plan)
 
 
 def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
@@ -208,8 +182,10 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
     return future.result()
 
 
-def _configured(trt: Any, builder: Any, entry: GraphEntry, profile: Profile, target: str | None, workspace: int | None) -> Any:
-    """A builder's configuration: target, memory, shapes."""
+def _configured(
+    trt: Any, builder: Any, shapes: Mapping[str, Shapes], target: str | None, workspace: int | None, monitor: Any
+) -> Any:
+    """A builder's configuration: shapes of the inputs, target, memory."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -217,32 +193,12 @@ def _configured(trt: Any, builder: Any, entry: GraphEntry, profile: Profile, tar
         _set_target(trt, config, target)
     # Without this float32 products are rounded to 10 bits on recent GPUs.
     config.clear_flag(trt.BuilderFlag.TF32)
-    shapes = builder.create_optimization_profile()
-    for spec in entry.inputs:
-        shapes.set_shape(spec.name, *profile.shapes(spec))
-    config.add_optimization_profile(shapes)
+    optimization = builder.create_optimization_profile()
+    for name, limits in shapes.items():
+        optimization.set_shape(name, *limits)
+    config.add_optimization_profile(optimization)
+    config.progress_monitor = monitor
     return config
-
-
-def started(trt: Any, log: Any, start: Callable[[], Any]) -> Any:
-    """What `start` makes, a builder or a runtime.
-
-    Raises:
-        BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
-    """
-    try:
-        made = start()
-    except (TypeError, RuntimeError) as error:
-        # The bindings have no better way to say that the library gave nothing.
-        log.errors.append(str(error).splitlines()[0])
-        made = None
-    if made is None:
-        raise BackendError(
-            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(log.errors) or 'it does not say why'}.",
-            "Update the NVIDIA driver to one for this TensorRT's CUDA (`nvidia-smi` shows what it supports), or use "
-            "backend='onnxruntime'.",
-        )
-    return made
 
 
 _AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
@@ -259,31 +215,6 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
         )
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
-
-
-_KEPT = 200
-"""Messages of TensorRT that a log keeps."""
-
-
-def make_log(trt: Any) -> Any:
-    """A logger of TensorRT's that keeps the last `errors` and `warnings`, for messages."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what matters instead of printing it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            # A service runs for months, and some warnings come with every call.
-            self.warnings: deque[str] = deque(maxlen=_KEPT)
-            self.errors: deque[str] = deque(maxlen=_KEPT)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(text)
-            elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(text)
-
-    return Log()
 
 
 def _make_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
-from tokenflow_sdk.engine_build import Profile, Progress, build_engine, engine_graph
+from tokenflow_sdk.engine_build import REVISION, Profile, Progress, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError, OutputError
@@ -76,7 +76,7 @@ class EngineJob:
                     f"The graph of {self.key.title} cannot be prepared: {error.strerror or error}.",
                     "Free some space, or name another directory for temporary files in $TMPDIR.",
                 ) from error
-            return cache.put(self.key, engine, {}), True
+            return cache.put(self.key, engine, self.plan.to_json()), True
 
     def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
         plan = self.plan
@@ -107,6 +107,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
             key = EngineKey(
                 graph=name,
                 graph_sha256=graph_digest(entry),
+                revision=REVISION,
                 flavour=plan.backend,
                 version=str(trt.__version__),
                 target=target,

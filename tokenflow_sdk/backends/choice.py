@@ -14,11 +14,11 @@ from tokenflow_sdk.backends.base import OpenSession, SessionOptions, open_onnxru
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.engines import Engines, shown_progress
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.scheduler import PAGE_SIZE
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = ["BACKENDS", "Candidate", "EngineOptions", "Needs", "choose", "survey"]
 
@@ -41,7 +41,8 @@ class EngineOptions:
     Args:
         backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` takes the first that works here of: TensorRT whose
             engines are in the cache and certified, onnxruntime with CUDA, with OpenVINO, on the CPU. It never builds.
-        plan: how TensorRT engines are built: an `EnginePlan`, a recipe's name or path; None: float16, default batches.
+        plan: how TensorRT engines are built: an `EnginePlan`, a recipe's name or path; None: as those were that are in the
+            cache and take what is asked for, else float16 and default batches.
         build: build TensorRT engines that are missing; False refuses instead.
         serve_while_building: answer from onnxruntime until the engines are built and certified.
         lanes: calls of one graph that may run on a GPU at once.
@@ -82,7 +83,20 @@ class EngineOptions:
         least, usual, most = plan.batch
         plan = plan.changed(backend=backend or self.backend, batch=(least, usual, max(most, needs.batch)), pages=needs.pages)
         device = int(options.device.partition(":")[2] or 0)
-        return Engines(bundle, plan, device, lanes=self.lanes, cuda_graphs=self.cuda_graphs)
+        engines = Engines(bundle, plan, device, lanes=self.lanes, cuda_graphs=self.cuda_graphs)
+        return engines if self.plan is not None else _built(engines, needs)
+
+
+def _built(engines: Engines, needs: Needs) -> Engines:
+    """Engines that are there and were not refused, by whatever plan; else those that were asked for."""
+    if engines.usable():
+        return engines
+    for plan in engines.other_plans():
+        # A decoder's ranges may be gone from the bundle since.
+        with suppress(TokenFlowError):
+            if plan.covers(needs.batch, needs.pages) and (other := engines.changed(plan)).usable():
+                return other
+    return engines
 
 
 @dataclass(frozen=True)
