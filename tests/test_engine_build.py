@@ -17,8 +17,8 @@ import onnx_ir as ir
 import pytest
 
 from tests.conftest import DATA, ROOT
+from tests.fake_gpu import Status, install
 from tests.mini import store_ranges
-from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
@@ -26,7 +26,7 @@ from tokenflow_sdk.engine_build import REVISION, Profile, build_engine, engine_g
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
 from tokenflow_sdk.scheduler import PAGE_SIZE
 
 APIS = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "tensorrt_api").glob("*.json"))}
@@ -239,11 +239,17 @@ def test_what_tensorrt_refuses_is_an_error_and_never_an_engine(fake: FakeTrt, wo
         build_engine(FakeTrt(), mini_bundle / "features.onnx", entry, profile, target="sm86")
 
 
-def test_gpus_that_are_not_there() -> None:
-    try:
-        assert Cuda().architecture.startswith("sm")
-    except (BackendError, MissingPackageError) as error:
-        assert "--target sm89" in error.hint or "pip install" in error.hint
+def test_without_a_gpu_or_a_target_there_is_nothing_to_build_for(
+    trt, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, _ = install(monkeypatch)
+    cuda.status = Status(35)
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+    with pytest.raises(BackendError, match="no usable GPU here.*--target sm86,sm89,sm120.*driver"):
+        list(engine_jobs(bundle, EnginePlan(), trt))
+    with pytest.raises(BackendError, match="no usable GPU here.*driver") as caught:
+        list(engine_jobs(bundle, EnginePlan("tensorrt"), trt))
+    assert "--target" not in caught.value.hint
 
 
 BUILD = """

@@ -26,6 +26,7 @@ from tokenflow_sdk.files import write_atomic
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
 
 DEFAULT_LIMIT_GB = 20.0
+_ELSEWHERE = "Name another directory for engines in $TOKENFLOW_CACHE or with --cache."
 _SUFFIXES = (".json", ".engine", ".kernels")
 """Record, engine, and what TensorRT-RTX compiled from it."""
 
@@ -140,11 +141,13 @@ class EngineCache:
         Raises:
             OutputError: the directory cannot be written.
         """
-        path = self._engine(key)
-        write_atomic(path, engine)
-        digest = hashlib.sha256(engine).hexdigest()
+        path, digest = self._engine(key), hashlib.sha256(engine).hexdigest()
         record = {"key": asdict(key), "size": len(engine), "sha256": digest, "plan": dict(plan), "certificate": {}}
-        write_atomic(self._record(key), json.dumps(record, indent=2).encode())
+        try:
+            write_atomic(path, engine)
+            write_atomic(self._record(key), json.dumps(record, indent=2).encode())
+        except OutputError as error:
+            raise OutputError(error.message, f"Free some space (`tokenflow cache clear`), or n{_ELSEWHERE[1:]}") from error
         self._evict()
         return CachedEngine(key, path, len(engine), {}, dict(plan))
 
@@ -181,7 +184,7 @@ class EngineCache:
         except OSError as error:
             raise OutputError(
                 f"{self.directory} cannot be written: {error.strerror or error}.",
-                "Name another directory for engines in $TOKENFLOW_CACHE or with --cache.",
+                _ELSEWHERE,
             ) from error
         try:
             yield

@@ -19,7 +19,7 @@ from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
 from tokenflow_sdk.engine_build import REVISION, Profile, Progress, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError, OutputError
+from tokenflow_sdk.errors import BackendError, CorruptBundleError, EngineBuildError, OutputError
 from tokenflow_sdk.quantize import EightBit, Ranges
 from tokenflow_sdk.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
@@ -95,7 +95,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
         CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
     """
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
-    cuda = None if plan.targets else Cuda(device)
+    cuda = None if plan.targets else _gpu_here(plan, device)
     targets = plan.targets if cuda is None else (cuda.architecture,)
     ranges = None
     if plan.decoder is not None and isinstance(bundle.config, TokenizerConfig):
@@ -124,6 +124,17 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 ranges if name == "decode" else None,
                 cuda,
             )
+
+
+def _gpu_here(plan: EnginePlan, device: int) -> Cuda:
+    try:
+        return Cuda(device)
+    except BackendError as error:
+        if plan.backend == "tensorrt-rtx":
+            raise BackendError(
+                error.message, f"Name what to build for, e.g. `--target sm86,sm89,sm120`. {error.hint}"
+            ) from error
+        raise
 
 
 def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ...]]:
