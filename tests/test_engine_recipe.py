@@ -51,6 +51,7 @@ def test_a_plan_names_the_command_that_builds_it() -> None:
     assert EnginePlan().command(Path("b")) == "tokenflow build b --backend tensorrt-rtx"
     plan = EnginePlan("tensorrt", precision="bf16", decoder="fp8", batch=(1, 2, 4))
     assert plan.command(Path("b")) == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch 1,2,4"
+    assert EnginePlan(pages=300).command(Path("b")) == "tokenflow build b --backend tensorrt-rtx --pages 300"
 
 
 def test_no_such_recipe() -> None:

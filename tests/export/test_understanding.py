@@ -30,6 +30,7 @@ from tokenflow_sdk import AnswerParams, Tokenizer, Understander
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.errors import CheckpointError, ParityError
+from tokenflow_sdk.understander_parity import UnderstanderReference
 
 SIDES = (1, 2)
 FEATURES = np.random.default_rng(0).standard_normal((4, 40)).astype(np.float32)
@@ -61,6 +62,9 @@ def test_the_bundle_says_what_the_directory_says(checkpoint: Path, tokenizer: Bu
     assert bundle.parity["hidden_error"] < 1e-4
     assert bundle.parity["same_code"] == 1.0
     bundle.verify()
+    reference = UnderstanderReference.load(bundle)
+    assert (reference.features.shape, reference.hidden.shape, reference.likeliest.shape) == ((4, 40), (56, 32), (56,))
+    assert len(reference) == 56
 
 
 @pytest.mark.parametrize("precision", [Precision("fp32", "int8"), Precision("fp16", "int4")], ids=str)

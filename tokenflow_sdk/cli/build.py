@@ -11,10 +11,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tokenflow_sdk.bundle import Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.bundle import Bundle, bundles_in, open_bundle
 from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.engine_build import import_tensorrt
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
@@ -36,10 +35,7 @@ def build(arguments: argparse.Namespace) -> int:
     plan = _plan(arguments)
     trt = import_tensorrt(plan.backend)
     store = EngineCache(arguments.cache)
-    bundles = [
-        Bundle.open(path, GeneratorConfig if bundle_kind(path) == GeneratorConfig.kind else TokenizerConfig)
-        for path in bundles_in(bundle_name(arguments))
-    ]
+    bundles = [open_bundle(path) for path in bundles_in(bundle_name(arguments))]
     for bundle in bundles:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, plan, trt)]
