@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.engine_build import engine_graph, require_installed
+from tokenflow_sdk.engine_build import engine_graph
 from tokenflow_sdk.errors import MissingPackageError
+from tokenflow_sdk.tensorrt_module import require_installed
 
 __all__ = ["Drift", "inspect_graph"]
 

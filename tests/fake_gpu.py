@@ -22,12 +22,13 @@ MAGIC = b"fake engine of "
 KINDS = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
 
 
+NAMES = {0: "cudaSuccess", 2: "cudaErrorMemoryAllocation", 35: "cudaErrorInsufficientDriver", 100: "cudaErrorNoDevice"}
+
+
 class Status(int):
     @property
     def name(self) -> str:
-        return {0: "cudaSuccess", 2: "cudaErrorMemoryAllocation", 35: "cudaErrorInsufficientDriver"}.get(
-            self, f"error{int(self)}"
-        )
+        return NAMES.get(self, f"error{int(self)}")
 
 
 OK = Status(0)
@@ -43,6 +44,8 @@ class FakeCuda(ModuleType):
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
         self.gpus, self.status, self.memory, self.capability = 1, OK, 2**33, (8, 9)
+        self.current = 0
+        """The calling thread's GPU; the machine has one thread."""
         self.device_memory: dict[int, Any] = {}
         self.host_memory: dict[int, Any] = {}
         self.streams: set[int] = set()
@@ -65,7 +68,11 @@ class FakeCuda(ModuleType):
     def cudaGetDeviceProperties(self, device: int):  # noqa: N802
         return (self.status, SimpleNamespace(major=self.capability[0], minor=self.capability[1]))
 
+    def cudaGetDevice(self):  # noqa: N802
+        return (OK, self.current)
+
     def cudaSetDevice(self, device: int):  # noqa: N802
+        self.current = device
         return (OK,)
 
     def cudaMemGetInfo(self):  # noqa: N802
@@ -91,7 +98,8 @@ class FakeCuda(ModuleType):
         del self.host_memory[pointer]
         return (OK,)
 
-    def cudaMemset(self, pointer: int, value: int, size: int):  # noqa: N802
+    def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int):  # noqa: N802
+        assert stream in self.streams
         self.check(pointer, size, device=True)
         ctypes.memset(pointer, value, size)
         return (OK,)
@@ -168,9 +176,11 @@ class FakeTensorRT(ModuleType):
     ComputeCapability = SimpleNamespace(SM86="sm86", SM89="sm89")
     DataType = SimpleNamespace(FLOAT="float32", HALF="float16", BF16="bfloat16", INT32="int32", INT64="int64", UINT8="uint8")
 
-    def __init__(self, cuda: FakeCuda, version: str = "11.0.fake") -> None:
-        super().__init__("tensorrt")
+    def __init__(self, cuda: FakeCuda, version: str = "11.0.fake", name: str = "tensorrt") -> None:
+        super().__init__(name)
         self.cuda, self.__version__ = cuda, version
+        self.built_on: list[int] = []
+        """The thread's GPU at each build."""
         self.broken: set[str] = set()
         self.builds: list[str] = []
         self.contexts_left = 1000
@@ -221,6 +231,7 @@ class FakeBuilder:
 
     def build_serialized_network(self, network: Any, config: Any) -> bytes:
         self.trt.builds.append(network.path.stem)
+        self.trt.built_on.append(self.trt.cuda.current)
         if config.progress_monitor is not None:
             config.progress_monitor.phase_start("building", None, 1)
             config.progress_monitor.step_complete("building", 0)
@@ -252,16 +263,51 @@ class FakeEngine:
     def get_tensor_profile_shape(self, name: str, profile: int):
         return tuple(map(tuple, self.profile[name]))
 
-    def create_execution_context(self):
+    def create_execution_context(self, settings: Any = None):
         if self.trt.contexts_left == 0:
             return None
         self.trt.contexts_left -= 1
-        return FakeContext(self)
+        return FakeContext(self, settings)
+
+    def create_runtime_config(self):
+        settings = SimpleNamespace(cuda_graph_strategy="disabled", cache=None, create_runtime_cache=lambda: FakeCache(self.trt))
+        settings.set_runtime_cache = lambda cache: setattr(settings, "cache", cache)
+        return settings
+
+
+class FakeCache:
+    """What TensorRT-RTX compiled: a kernel for each engine and shape. One of another version is refused."""
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.version, self.kernels = trt.__version__, set()
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.version, sorted(self.kernels)]).encode()
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            version, kernels = json.loads(data)
+        except ValueError:
+            return False
+        if version == self.version:
+            self.kernels |= set(kernels)
+        return bool(version == self.version)
+
+
+class FakeTensorRTRTX(FakeTensorRT):
+    """One that compiles kernels at a context's first run of some shapes, and replays graphs by itself."""
+
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    IRuntimeCache = FakeCache
+
+    def __init__(self, cuda: FakeCuda, version: str = "1.7.fake") -> None:
+        super().__init__(cuda, version, "tensorrt_rtx")
+        self.compiled = 0
 
 
 class FakeContext:
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.shapes, self.addresses = engine, {}, {}
+    def __init__(self, engine: FakeEngine, settings: Any) -> None:
+        self.engine, self.settings, self.shapes, self.addresses = engine, settings, {}, {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -285,6 +331,10 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, work = self.engine.trt.cuda, self._work(dict(self.addresses), dict(self.shapes))
+        if self.settings is not None and self.settings.cache is not None:
+            kernel = f"{self.engine.name} {sorted(self.shapes.items())}"
+            self.engine.trt.compiled += kernel not in self.settings.cache.kernels
+            self.settings.cache.kernels.add(kernel)
         if stream in cuda.capturing:
             cuda.capturing[stream].append(work)
         else:
@@ -311,9 +361,10 @@ class FakeContext:
 
 
 def install(monkeypatch: Any) -> tuple[FakeCuda, FakeTensorRT]:
-    """Put both in the place of the real modules."""
+    """Put both, and TensorRT-RTX, in the place of the real modules."""
     cuda = FakeCuda()
     trt = FakeTensorRT(cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTensorRTRTX(cuda))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     package = ModuleType("cuda.bindings")

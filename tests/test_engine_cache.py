@@ -14,7 +14,7 @@ from tokenflow_sdk.config import FileEntry, GraphEntry, TensorSpec
 from tokenflow_sdk.engine_cache import EngineCache, EngineKey, default_directory, graph_digest
 from tokenflow_sdk.errors import ArgumentError, OutputError
 
-KEY = EngineKey("decode", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm86", "fp16", "p")
+KEY = EngineKey("decode", "ab" * 32, "1", "tensorrt-rtx", "1.7.1.116", "sm86", "fp16", "p")
 
 
 @pytest.fixture
@@ -25,10 +25,12 @@ def cache(tmp_path: Path) -> EngineCache:
 def test_an_engine_is_found_again(cache: EngineCache) -> None:
     with cache.building(KEY):
         assert cache.get(KEY) is None
-        cache.put(KEY, b"engine", {"checked": False})
+        cache.put(KEY, b"engine", {"precision": "fp16"})
+    cache.certify(KEY, {"checked": False})
     found = EngineCache(cache.directory).get(KEY)
     assert found is not None
     assert (found.path.read_bytes(), found.size, found.certificate) == (b"engine", 6, {"checked": False})
+    assert found.plan == {"precision": "fp16"}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ def test_an_engine_is_found_again(cache: EngineCache) -> None:
     [
         {"graph": "encode"},
         {"graph_sha256": "cd" * 32},
+        {"revision": "2"},
         {"flavour": "tensorrt"},
         {"version": "1.7.1.117"},
         {"target": "sm89"},
@@ -84,10 +87,35 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert [entry.key.graph for entry in cache.entries()] == ["d", "b"]
 
 
-def test_one_engine_beyond_the_limit_is_still_kept(tmp_path: Path) -> None:
+def test_engines_of_one_build_do_not_push_out_each_other(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path, limit=3)
-    cache.put(KEY, b"engine", {})
-    assert cache.get(KEY) is not None
+    keys = [replace(KEY, graph=name) for name in "abc"]
+    for key in keys:
+        cache.put(key, b"engine", {})
+        cache.get(key).kernels.write_bytes(b"compiled")  # type: ignore[union-attr]
+    assert all(cache.get(key) for key in keys)
+    for key in keys:
+        os.utime(cache._record(key), (time.time() - 60,) * 2)
+    EngineCache(tmp_path, limit=3).put(KEY, b"engine", {})
+    assert [entry.key for entry in cache.entries()] == [KEY]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("named", ["-1", "many", "nan", ""])
+def test_the_limit_may_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str) -> None:
+    assert EngineCache(tmp_path).limit == 20 * 10**9
+    monkeypatch.setenv("TOKENFLOW_CACHE_GB", "1.5")
+    assert EngineCache(tmp_path).limit == 15 * 10**8
+    monkeypatch.setenv("TOKENFLOW_CACHE_GB", named)
+    with pytest.raises(ArgumentError, match=f"TOKENFLOW_CACHE_GB='{named}' is no number of gigabytes"):
+        EngineCache(tmp_path)
+
+
+def test_an_engine_that_another_process_removes_is_passed_over(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "gone.json", cache._record(KEY)]))
+    assert [entry.key for entry in cache.entries()] == [KEY]
 
 
 def test_clearing(cache: EngineCache) -> None:

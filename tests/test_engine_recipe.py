@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,11 @@ def test_the_recipes_people_look_for_are_there() -> None:
 
 def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('about = "mine"\ntargets = ["sm75"]\nbatch = [2, 4, 8]\n')
+    path.write_text('about = "mine"\ntargets = ["sm75"]\nbatch = [1, 4, 8]\n')
     plan = EnginePlan.from_recipe(str(path))
-    assert (plan.targets, plan.batch, plan.precision) == (("sm75",), (2, 4, 8), "fp16")
+    assert (plan.targets, plan.batch, plan.precision) == (("sm75",), (1, 4, 8), "fp16")
     assert plan.changed(precision="fp32", batch=None).precision == "fp32"
-    assert plan.changed(batch=None).batch == (2, 4, 8)
+    assert plan.changed(batch=None).batch == (1, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("batch = [1, 2", "cannot be read as TOML"),
         ("speed = 3", "says 'speed'"),
         ("batch = [3, 2, 1]", "least, usual and most"),
+        ("batch = [2, 4, 8]", "from one on"),
         ("batch = 3", "wrong kind|least, usual and most"),
         ('precision = "fp4"', "no precision 'fp4'"),
         ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
@@ -51,9 +53,28 @@ def test_a_plan_names_the_command_that_builds_it() -> None:
     assert EnginePlan().command(Path("b")) == "tokenflow build b --backend tensorrt-rtx"
     plan = EnginePlan("tensorrt", precision="bf16", decoder="fp8", batch=(1, 2, 4))
     assert plan.command(Path("b")) == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch 1,2,4"
-    assert EnginePlan(pages=300).command(Path("b")) == "tokenflow build b --backend tensorrt-rtx --pages 300"
+    plan = EnginePlan("tensorrt", pages=70, workspace_gb=1.5)
+    assert plan.command(Path("b")) == "tokenflow build b --backend tensorrt --pages 70 --workspace-gb 1.5"
 
 
 def test_no_such_recipe() -> None:
     with pytest.raises(ArgumentError, match="no recipe 'abacus'.*rtx4090"):
         EnginePlan.from_recipe("abacus")
+
+
+def test_a_plan_is_stored_with_its_engines_and_read_again() -> None:
+    plan = EnginePlan("tensorrt", ("sm86",), "fp32", "int8", (1, 2, 4), 70, 1.5)
+    stored = json.loads(json.dumps(plan.to_json()))
+    assert EnginePlan.from_json(stored) == plan.changed(targets=())
+    assert EnginePlan.from_json(stored | {"sparsity": True}) is None
+    assert EnginePlan.from_json(stored | {"precision": "fp4"}) is None
+
+
+def test_what_engines_of_a_plan_can_take() -> None:
+    plan = EnginePlan(batch=(1, 2, 4), pages=70)
+    assert [plan.covers(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
+        True,
+        False,
+        True,
+        False,
+    ]

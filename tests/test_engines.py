@@ -187,6 +187,81 @@ def test_auto_never_builds_and_uses_what_is_there(machine, mini_bundle: Path) ->
         assert tokenizer.device == "cpu"
 
 
+def test_engines_are_found_however_they_were_built(machine, mini_bundle: Path) -> None:
+    """Built ahead by some settings, opened without naming them."""
+    ahead = EnginePlan("tensorrt", precision="fp32", batch=(1, 2, 4), workspace_gb=1)
+    on_engines(mini_bundle, plan=ahead).close()
+    for backend in ("tensorrt", "auto"):
+        with Tokenizer.from_pretrained(mini_bundle, backend=backend, batch_limit=4, build=False) as tokenizer:
+            assert tokenizer.load("features").device == "cuda:0"
+            assert tokenizer._session("features").largest("batch") == 4
+    with Tokenizer.from_pretrained(mini_bundle, batch_limit=5) as tokenizer:
+        assert tokenizer.load("features").device == "cpu"
+    assert len(machine[1].builds) == 4
+    half = EnginePlan("tensorrt", batch=(1, 1, 6))
+    on_engines(mini_bundle, plan=half).close()
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        assert tokenizer.load("features")._session("features").largest("batch") == 6
+    machine[1].broken.add("decode")
+    assert not Engines(Bundle.open(mini_bundle, TokenizerConfig), half).recertify().passed
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        assert tokenizer.load("features")._session("features").largest("batch") == 4
+    assert len(machine[1].builds) == 8
+
+
+def test_a_generators_engines_are_found_by_their_pages_too(machine, mini_generator: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    Engines(bundle, EnginePlan("tensorrt", precision="fp32", pages=70)).prepare()
+    for pages, device in ((None, "cuda:0"), (70, "cuda:0"), (90, "cpu")):
+        with Generator.from_pretrained(mini_generator, pages=pages) as generator:
+            assert generator.device == device
+
+
+def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Path) -> None:
+    machine[0].gpus = 2
+    with on_engines(mini_bundle, device="cuda:1") as tokenizer:
+        tokenizer.encode_array(IMAGES[:1])
+        assert tokenizer.device == "cuda:1"
+    assert machine[1].built_on == [1] * 4
+    assert machine[0].current == 0
+
+
+def test_engines_in_a_directory_that_cannot_be_written_are_compared_at_each_start(
+    machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).prepare()
+    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values():
+        EngineCache().certify(job.key, {})
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OutputError(f"{path} cannot be written: Read-only file system.", "Choose another output.")
+
+    monkeypatch.setattr("tokenflow_sdk.engine_cache.write_atomic", refuse)
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING), on_engines(mini_bundle, build=False) as tokenizer:
+            tokenizer.encode_array(IMAGES[:1])
+        assert "The comparison is repeated at the next start" in caplog.text
+        caplog.clear()
+    machine[1].broken.add("decode")
+    with pytest.raises(EngineRefusedError):
+        on_engines(mini_bundle, build=False)
+
+
+def test_info_shows_what_was_built_and_how_it_compares(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "compared with the reference" not in capsys.readouterr().out
+    on_engines(mini_bundle).close()
+    Engines(Bundle.open(mini_bundle, TokenizerConfig), EnginePlan("tensorrt")).prepare()
+    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), EnginePlan("tensorrt")).jobs.values():
+        EngineCache().certify(job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "figures": {}})
+    assert main(["info", str(mini_bundle)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "runs on tensorrt" in out
+    assert "codes agree 100.00% teacher-forced" in out
+    assert "decoded pictures agree to 20.0 dB only" in out
+    assert "decode, encode, features, semantic" in out
+
+
 def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(mini_bundle, TokenizerConfig)
 

@@ -20,11 +20,11 @@ from tests.test_understander import features, pool_is_clean
 from tokenflow_sdk import AnswerParams, Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.base import HostPages
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.images import psnr
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 pytestmark = pytest.mark.gpu
 

@@ -6,56 +6,39 @@ Networks are strongly typed: the types in the graph decide, so a half-precision 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
+from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.config import GraphEntry, TensorSpec
 from tokenflow_sdk.dequantize import dequantize
-from tokenflow_sdk.errors import ArgumentError, EngineBuildError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, EngineBuildError
 from tokenflow_sdk.half import HalfType, to_half
 from tokenflow_sdk.onnx_graph import import_onnx_ir, load_graph
 from tokenflow_sdk.quantize import Ranges, quantize
+from tokenflow_sdk.tensorrt_module import Heard, log_of, started
 
-__all__ = ["FLAVOURS", "Flavour", "Profile", "build_engine", "engine_graph", "import_tensorrt", "make_log", "require_installed"]
+__all__ = [
+    "REVISION",
+    "Profile",
+    "build_engine",
+    "engine_graph",
+]
 
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
-FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Module of each flavour."""
+REVISION = "1"
+"""Of everything here and in the passes that decides what an engine of a given graph is: a new one makes all engines stale."""
 
 Range = tuple[int, int, int]
+Shapes = tuple[tuple[int, ...], ...]
+"""Least, usual and largest."""
 Progress = Callable[[str, float], None]
 """Told the phase and the share of it that is done."""
-
-
-def require_installed(flavour: str) -> None:
-    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
-    if flavour not in FLAVOURS:
-        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
-    if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
-        raise MissingPackageError(f"{flavour} is not installed.", f"Run `pip install 'tokenflow-sdk[{flavour}]'`.")
-
-
-def import_tensorrt(flavour: str) -> ModuleType:
-    """The flavour's Python module.
-
-    Raises:
-        ArgumentError: no such flavour.
-        MissingPackageError: it is not installed.
-    """
-    require_installed(flavour)
-    try:
-        return importlib.import_module(FLAVOURS[flavour])
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{flavour} is not installed ({error}).", f"Run `pip install 'tokenflow-sdk[{flavour}]'`."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class Profile:
             if not 0 < least <= usual <= most:
                 raise ArgumentError(f"{name} cannot go from {least} over {usual} to {most}.", "Give sizes in ascending order.")
 
-    def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, spec: TensorSpec) -> Shapes:
         """Least, usual and largest shape of an input."""
         try:
             return tuple(tuple(dim if isinstance(dim, int) else self.sizes[dim][i] for dim in spec.shape) for i in range(3))
@@ -124,8 +107,11 @@ def build_engine(
     target: str | None = None,
     workspace: int | None = None,
     progress: Progress | None = None,
+    cuda: Cuda | None = None,
 ) -> bytes:
     """A serialized engine.
+
+    It is built on a thread, and the caller's waits: TensorRT drops what a callback raises, Ctrl-C included.
 
     Args:
         trt: the module, from `import_tensorrt`.
@@ -135,18 +121,71 @@ def build_engine(
         target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that is there.
         workspace: bytes of scratch memory the engine may use; None: no limit.
         progress: told how far the build is.
+        cuda: the GPU that full TensorRT builds on and for; None: built ahead.
 
     Raises:
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
+        BackendError: TensorRT does not start here.
         ArgumentError: this flavour or version cannot build for the target.
     """
-    log = make_log(trt)
-    builder = trt.Builder(log)
+    cancelled = threading.Event()
+    monitor = _make_monitor(trt, progress, cancelled)
+    shapes = {spec.name: profile.shapes(spec) for spec in entry.inputs}
+
+    def work() -> bytes:
+        # A build is for the GPU of the thread that it runs on.
+        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
+            return _build(trt, heard, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
+
+    return _on_thread(work, cancelled)
+
+
+def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+    log = log_of(trt)
+    builder = started(trt, heard, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
+    plan = builder.build_serialized_network(network, configure(builder))
+    if plan is None:
+        raise EngineBuildError(
+            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
+        )
+    ignored = [text for text in heard.warnings if "Unused Input" in text]
+    if ignored:
+        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
+    return bytes(plan)
+
+
+def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
+    """What `work` returns or raises. Interrupted, it is cancelled first."""
+    future: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # No daemon: at the end of the program it is waited for, having cancelled itself, instead of torn off inside TensorRT.
+    thread = threading.Thread(target=run, name="tokenflow-build")
+    thread.start()
+    try:
+        while not wait([future], timeout=0.2).done:
+            pass
+    except BaseException:
+        cancelled.set()
+        thread.join()
+        raise
+    return future.result()
+
+
+def _configured(
+    trt: Any, builder: Any, shapes: Mapping[str, Shapes], target: str | None, workspace: int | None, monitor: Any
+) -> Any:
+    """A builder's configuration: shapes of the inputs, target, memory."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -154,19 +193,12 @@ def build_engine(
         _set_target(trt, config, target)
     # Without this float32 products are rounded to 10 bits on recent GPUs.
     config.clear_flag(trt.BuilderFlag.TF32)
-    shapes = builder.create_optimization_profile()
-    for spec in entry.inputs:
-        shapes.set_shape(spec.name, *profile.shapes(spec))
-    config.add_optimization_profile(shapes)
-    if progress is not None:
-        config.progress_monitor = _make_monitor(trt, progress)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineBuildError(f"TensorRT cannot build {graph.name}: {'; '.join(log.errors) or 'it does not say why'}.", _AGAIN)
-    ignored = [text for text in log.warnings if "Unused Input" in text]
-    if ignored:
-        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
-    return bytes(plan)
+    optimization = builder.create_optimization_profile()
+    for name, limits in shapes.items():
+        optimization.set_shape(name, *limits)
+    config.add_optimization_profile(optimization)
+    config.progress_monitor = monitor
+    return config
 
 
 _AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
@@ -185,29 +217,9 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
     config.set_compute_capability(capability, 0)
 
 
-def make_log(trt: Any) -> Any:
-    """A logger of TensorRT's that keeps `errors` and `warnings`, for messages."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what matters instead of printing it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.warnings: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(text)
-            elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(text)
-
-    return Log()
-
-
-def _make_monitor(trt: Any, progress: Progress) -> Any:
+def _make_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the outermost phase on; inner ones are parts of it."""
+        """Passes the outermost phase on; inner ones are parts of it. Ends a build that is cancelled, or whose program ends."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -220,8 +232,8 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
             self.phases = [phase for phase in self.phases if phase[0] != name]
 
         def step_complete(self, name: str, step: int) -> bool:
-            if self.phases and self.phases[0][0] == name:
+            if progress is not None and self.phases and self.phases[0][0] == name:
                 progress(name, (step + 1) / max(1, self.phases[0][1]))
-            return True
+            return not cancelled.is_set() and threading.main_thread().is_alive()
 
     return Monitor()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -21,10 +23,11 @@ from tokenflow_sdk.config import GraphEntry
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError
 from tokenflow_sdk.files import write_atomic
 
-__all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "graph_digest"]
+__all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
 
-DEFAULT_LIMIT = 20 * 10**9
-"""Bytes of engines that are kept; the least recently used go first."""
+DEFAULT_LIMIT_GB = 20.0
+_SUFFIXES = (".json", ".engine", ".kernels")
+"""Record, engine, and what TensorRT-RTX compiled from it."""
 
 
 def default_directory() -> Path:
@@ -32,6 +35,22 @@ def default_directory() -> Path:
     named = os.environ.get("TOKENFLOW_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(base) / "tokenflow" / "engines"
+
+
+def default_limit() -> int:
+    """Bytes of engines that are kept: `$TOKENFLOW_CACHE_GB` gigabytes, else 20.
+
+    Raises:
+        ArgumentError: the variable is no such number.
+    """
+    named = os.environ.get("TOKENFLOW_CACHE_GB")
+    try:
+        gigabytes = DEFAULT_LIMIT_GB if named is None else float(named)
+    except ValueError:
+        gigabytes = math.nan
+    if not (math.isfinite(gigabytes) and gigabytes >= 0):
+        raise ArgumentError(f"TOKENFLOW_CACHE_GB={named!r} is no number of gigabytes.", "Set it to e.g. 20, or unset it.")
+    return int(gigabytes * 1e9)
 
 
 def graph_digest(entry: GraphEntry) -> str:
@@ -43,12 +62,14 @@ def graph_digest(entry: GraphEntry) -> str:
 class EngineKey:
     """What an engine depends on; a difference in any of it is another engine.
 
-    `graph_sha256` as `graph_digest`; `flavour` tensorrt or tensorrt-rtx and its full `version`; `system` operating system and
-    processor; `target` the GPU architecture (sm86); `precision` with its pinned nodes; `profile` shapes, canonical.
+    `graph_sha256` as `graph_digest`; `revision` of what the SDK makes of it; `flavour` tensorrt or tensorrt-rtx and its full
+    `version`; `system` operating system and processor; `target` the GPU architecture (sm86); `precision` with its pinned nodes;
+    `profile` shapes, canonical.
     """
 
     graph: str
     graph_sha256: str
+    revision: str
     flavour: str
     version: str
     target: str
@@ -69,12 +90,18 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class CachedEngine:
-    """An engine on disk, verified, and the certificate stored with it."""
+    """An engine on disk, verified, the certificate stored with it, and the plan that it was built by (`EnginePlan.to_json`)."""
 
     key: EngineKey
     path: Path
     size: int
     certificate: Mapping[str, Any]
+    plan: Mapping[str, Any]
+
+    @property
+    def kernels(self) -> Path:
+        """Where TensorRT-RTX keeps what it compiled from the engine on this machine."""
+        return self.path.with_suffix(".kernels")
 
 
 class EngineCache:
@@ -82,17 +109,20 @@ class EngineCache:
 
     Args:
         directory: made on the first write; None: `default_directory`.
-        limit: bytes to keep.
+        limit: bytes to keep; None: `default_limit`. The least recently used go first beyond it, but nothing that was used since
+            this object was made: a bundle's engines must not push out each other.
 
     Raises:
         ArgumentError: `limit` is negative.
     """
 
-    def __init__(self, directory: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
-        if limit < 0:
+    def __init__(self, directory: Path | None = None, limit: int | None = None) -> None:
+        self.limit = default_limit() if limit is None else limit
+        if self.limit < 0:
             raise ArgumentError(f"limit={limit} keeps nothing.", "Give bytes, e.g. 20_000_000_000.")
         self.directory = directory or default_directory()
-        self.limit = limit
+        # File systems round times, some to two seconds.
+        self._since = time.time() - 2
 
     def get(self, key: EngineKey) -> CachedEngine | None:
         """The engine of this key, if it is whole. Nothing is removed: another process may be writing it."""
@@ -104,8 +134,8 @@ class EngineCache:
             os.utime(self._record(key))
         return found
 
-    def put(self, key: EngineKey, engine: bytes, certificate: Mapping[str, Any]) -> CachedEngine:
-        """Store an engine and drop the least recently used beyond the limit.
+    def put(self, key: EngineKey, engine: bytes, plan: Mapping[str, Any]) -> CachedEngine:
+        """Store an engine, without a certificate yet, and drop the least recently used beyond the limit.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -113,10 +143,10 @@ class EngineCache:
         path = self._engine(key)
         write_atomic(path, engine)
         digest = hashlib.sha256(engine).hexdigest()
-        record = {"key": asdict(key), "size": len(engine), "sha256": digest, "certificate": dict(certificate)}
+        record = {"key": asdict(key), "size": len(engine), "sha256": digest, "plan": dict(plan), "certificate": {}}
         write_atomic(self._record(key), json.dumps(record, indent=2).encode())
-        self._evict(keep=key.digest)
-        return CachedEngine(key, path, len(engine), certificate)
+        self._evict()
+        return CachedEngine(key, path, len(engine), {}, dict(plan))
 
     def certify(self, key: EngineKey, certificate: Mapping[str, Any]) -> None:
         """Store what an engine's check gave; nothing where the engine is gone.
@@ -160,16 +190,17 @@ class EngineCache:
 
     def entries(self) -> list[CachedEngine]:
         """All engines with a readable record, most recently used first."""
-        records = sorted(self.directory.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        records = sorted(self.directory.glob("*.json"), key=_used, reverse=True)
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
         """Remove every engine, finished or not; the number of bytes freed."""
         freed = 0
         for path in self.directory.glob("*"):
-            if path.suffix in (".engine", ".json") or path.name.startswith("."):
-                freed += path.stat().st_size
-                path.unlink(missing_ok=True)
+            if path.suffix in _SUFFIXES or path.name.startswith("."):
+                with suppress(FileNotFoundError):
+                    freed += path.stat().st_size
+                    path.unlink()
         return freed
 
     def _engine(self, key: EngineKey) -> Path:
@@ -182,21 +213,30 @@ class EngineCache:
         try:
             data = json.loads(path.read_bytes())
             key = EngineKey(**{field.name: str(data["key"][field.name]) for field in fields(EngineKey)})
-            return CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), dict(data["certificate"]))
+            contents = (dict(data[name]) for name in ("certificate", "plan"))
+            return CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), *contents)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _remove(self, digest: str) -> None:
-        for suffix in (".json", ".engine"):
+        for suffix in _SUFFIXES:
             with suppress(OSError):
                 (self.directory / f"{digest}{suffix}").unlink(missing_ok=True)
 
-    def _evict(self, keep: str) -> None:
+    def _evict(self) -> None:
         total = 0
         for engine in self.entries():
             total += engine.size
-            if total > self.limit and engine.key.digest != keep:
+            if total > self.limit and _used(self._record(engine.key)) < self._since:
                 self._remove(engine.key.digest)
+
+
+def _used(record: Path) -> float:
+    """When an engine was used last; 0 where another process has just removed it."""
+    try:
+        return record.stat().st_mtime
+    except OSError:
+        return 0
 
 
 def _is_whole(engine: CachedEngine, record: Path) -> bool:

@@ -17,7 +17,7 @@ from tokenflow_sdk import token_scheduler
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.engine_build import Profile, Progress, build_engine, engine_graph
+from tokenflow_sdk.engine_build import REVISION, Profile, Progress, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError, OutputError
@@ -55,6 +55,8 @@ class EngineJob:
     plan: EnginePlan
     pinned: tuple[str, ...] = ()
     ranges: Ranges | None = None
+    cuda: Cuda | None = None
+    """The GPU it is built on; None: built ahead."""
 
     def run(self, trt: ModuleType, cache: EngineCache, progress: Progress | None = None) -> tuple[CachedEngine, bool]:
         """The engine, and whether it was built now. Two processes that want the same one build it once.
@@ -75,14 +77,14 @@ class EngineJob:
                     f"The graph of {self.key.title} cannot be prepared: {error.strerror or error}.",
                     "Free some space, or name another directory for temporary files in $TMPDIR.",
                 ) from error
-            return cache.put(self.key, engine, {}), True
+            return cache.put(self.key, engine, self.plan.to_json()), True
 
     def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
         plan = self.plan
         graph = engine_graph(self.graph, None if plan.precision == "fp32" else plan.precision, work, self.pinned, self.ranges)
         workspace = int(plan.workspace_gb * 2**30) or None
         target = self.key.target if plan.targets else None
-        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress)
+        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress, self.cuda)
 
 
 def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
@@ -100,7 +102,8 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
             "Export it again with `python -m export`, or use backend='onnxruntime'.",
         )
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
-    targets = plan.targets or (Cuda(device).architecture,)
+    cuda = None if plan.targets else Cuda(device)
+    targets = plan.targets if cuda is None else (cuda.architecture,)
     ranges = None
     if plan.decoder is not None and isinstance(bundle.config, TokenizerConfig):
         _require_arithmetic(plan.decoder, targets)
@@ -111,6 +114,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
             key = EngineKey(
                 graph=name,
                 graph_sha256=graph_digest(entry),
+                revision=REVISION,
                 flavour=plan.backend,
                 version=str(trt.__version__),
                 target=target,
@@ -125,6 +129,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 plan,
                 pins.get(name, ()),
                 ranges if name == "decode" else None,
+                cuda,
             )
 
 
@@ -243,7 +248,7 @@ def _answering(config: UnderstanderConfig, plan: EnginePlan) -> dict[str, tuple[
     table = min(-(-config.context // PAGE_SIZE), pool_pages(config, plan))
     seen, window = min(config.context, config.vocabulary), min(MAX_TOP_K + TIES, config.vocabulary)
     return {
-        "batch": (1, *plan.batch[1:]),
+        "batch": plan.batch,
         "queries": (1, min(64, piece), piece),
         "table": (1, table // 2 or 1, table),
         # An answer's different tokens, for a penalty: never more than fit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ class EnginePlan:
         precision: of convolutions and products; see `tokenflow_sdk.half` for what stays in float32.
         decoder: 8 bits for a tokenizer's decoder, `int8` or `fp8`; needs what `python -m export calibrate` measures. None: as
             `precision` says.
-        batch: least, usual and most pictures in a call, or answers that an understander gives at once.
+        batch: least (1), usual and most pictures in a call, or answers that an understander gives at once.
         pages: of a language model's key/value pool; 0 holds eight pictures, or eight questions about pictures.
         workspace_gb: scratch memory an engine may use; 0: no limit.
 
@@ -54,9 +54,11 @@ class EnginePlan:
         ascending = (
             len(self.batch) == 3 and all(type(size) is int for size in self.batch) and list(self.batch) == sorted(self.batch)
         )
-        if not ascending or self.batch[0] < 1:
+        if not ascending or self.batch[0] != 1:
             raise ArgumentError(
-                f"batch={self.batch!r} is not the least, usual and most pictures in a call.", "Write it as --batch 1,8,32."
+                f"batch={self.batch!r} is not the least, usual and most pictures in a call, from one on: what is left over of "
+                "many pictures, and the comparison before first use, go alone.",
+                "Write it as --batch 1,8,32.",
             )
         if self.pages < 0 or self.workspace_gb < 0:
             raise ArgumentError(f"pages={self.pages}, workspace_gb={self.workspace_gb} cannot be negative.", "Give 0 or more.")
@@ -84,6 +86,23 @@ class EnginePlan:
                 f"{path} has a value of the wrong kind: {error}.", "Compare it with the recipes beside it."
             ) from error
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EnginePlan | None:
+        """What `to_json` gave, or None where it was given by another version and cannot be read."""
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        try:
+            return cls(**values)
+        except (TypeError, ArgumentError):
+            return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the targets: an engine is for one, and its key says which."""
+        return asdict(replace(self, targets=()))
+
+    def covers(self, batch: int, pages: int | None) -> bool:
+        """Whether its engines take so many pictures in a call, and have so many pages (None: any)."""
+        return batch <= self.batch[2] and pages in (None, self.pages)
+
     def command(self, bundle: Path) -> str:
         """What builds a bundle's engines by this plan."""
         words = [f"tokenflow build {bundle} --backend {self.backend}"]
@@ -95,6 +114,8 @@ class EnginePlan:
             words.append(f"--batch {','.join(map(str, self.batch))}")
         if self.pages:
             words.append(f"--pages {self.pages}")
+        if self.workspace_gb:
+            words.append(f"--workspace-gb {self.workspace_gb:g}")
         return " ".join(words)
 
     def changed(self, **values: Any) -> EnginePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,17 @@ from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.certificate import Certificate, certify
 from tokenflow_sdk.config import GraphEntry
-from tokenflow_sdk.engine_build import Progress, import_tensorrt, require_installed
-from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
+from tokenflow_sdk.engine_build import Progress
+from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs, pool_pages
 from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.scheduler import PAGE_SIZE
+from tokenflow_sdk.tensorrt_module import import_tensorrt, require_installed
 
-__all__ = ["Engines"]
+__all__ = ["Engines", "shown_progress"]
+
+_PREFERRED = ("fp16", "bf16", "fp32")
 
 
 class Engines:
@@ -62,6 +66,30 @@ class Engines:
     def missing(self) -> list[EngineJob]:
         """What is not in the cache."""
         return [job for job in self.jobs.values() if self._find(job) is None]
+
+    def usable(self) -> bool:
+        """Whether all are built, and were not refused."""
+        if self.missing():
+            return False
+        certificate = self.certificate()
+        return certificate is None or certificate.passed
+
+    def other_plans(self) -> list[EnginePlan]:
+        """Plans that other engines of this bundle were built by, for this TensorRT and GPU: half precision first, then the
+        smallest batches."""
+        graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
+        here = (self.plan.backend, str(self._trt.__version__), self._cuda.architecture)
+        found = {
+            EnginePlan.from_json(engine.plan)
+            for engine in self.cache.entries()
+            if engine.key.graph_sha256 in graphs and (engine.key.flavour, engine.key.version, engine.key.target) == here
+        }
+        plans = [plan for plan in found if plan is not None and plan != self.plan]
+        return sorted(plans, key=lambda plan: (_PREFERRED.index(plan.precision), plan.decoder or "", plan.batch, plan.pages))
+
+    def changed(self, plan: EnginePlan) -> Engines:
+        """The same bundle's engines by another plan."""
+        return Engines(self.bundle, plan, self._cuda.device, self.cache, self._lanes, self._cuda_graphs)
 
     def certificate(self) -> Certificate | None:
         """The certificate stored with the engines; None where one is missing or they were not compared yet."""
@@ -105,8 +133,12 @@ class Engines:
         """
         pages = pool_pages(self.bundle.config, self.plan)
         certificate = certify(self.bundle, self.open, self.plan.precision, pages, PAGE_SIZE, self.plan.decoder)
-        for job in self.jobs.values():
-            self.cache.certify(job.key, certificate.to_json())
+        try:
+            for job in self.jobs.values():
+                self.cache.certify(job.key, certificate.to_json())
+        except OutputError as error:
+            # Engines that were shipped with a device may lie where nothing can be written; they are as good.
+            logging.getLogger("tokenflow_sdk").warning("The comparison is repeated at the next start: %s", error)
         self._verified.clear()
         return certificate
 
@@ -133,7 +165,14 @@ class Engines:
                 f"Run `{self.plan.command(self.bundle.path)}`.",
             )
         return TensorRTSession(
-            engine.path.read_bytes(), job.key.graph, entry, self._trt, self._cuda, self._lanes, self._cuda_graphs
+            engine.path.read_bytes(),
+            job.key.graph,
+            entry,
+            self._trt,
+            self._cuda,
+            self._lanes,
+            self._cuda_graphs,
+            engine.kernels,
         )
 
 

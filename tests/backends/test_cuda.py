@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from tests.fake_gpu import FakeCuda, Status, install
 from tokenflow_sdk.backends.base import HostPages
-from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream, driver_problem
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
 
@@ -79,6 +83,11 @@ def test_machines_without_a_gpu_say_what_is_missing(gpu: FakeCuda, monkeypatch: 
     gpu.status = Status(35)
     with pytest.raises(BackendError, match="no usable GPU here.*InsufficientDriver.*update the NVIDIA driver"):
         Cuda()
+    with pytest.raises(BackendError, match="cuda-python<13"):
+        Cuda()
+    gpu.status = Status(100)
+    with pytest.raises(BackendError, match="cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES hides none"):
+        Cuda()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(MissingPackageError, match="pip install cuda-python"):
         Cuda()
@@ -97,3 +106,92 @@ def test_a_failing_call_is_named(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu, "cudaStreamSynchronize", lambda stream: (Status(700),))
     with pytest.raises(BackendError, match="cudaStreamSynchronize failed on GPU 0 with error700"):
         Stream(Cuda()).synchronize()
+
+
+def test_another_gpu_of_the_application_stays_its_own(gpu: FakeCuda) -> None:
+    """Whatever is done on GPU 1, the calling thread's GPU is the one it was."""
+    gpu.gpus, used = 2, []
+    cuda = Cuda(1)
+    for name in ("cudaMalloc", "cudaFree", "cudaMemcpy2DAsync", "cudaStreamCreateWithFlags", "cudaMemcpy"):
+        plain = getattr(gpu, name)
+        setattr(gpu, name, lambda *arguments, plain=plain: (used.append(gpu.current), plain(*arguments))[1])
+    pages = CudaPages(cuda, (2, 3, 4, 1, 2), np.dtype(np.float32))
+    pages.copy(0, 1)
+    assert not np.asarray(pages.slots).any()
+    del pages
+    gc.collect()
+    assert len(used) == 5
+    assert set(used) == {1}
+    assert gpu.current == 0
+
+
+@pytest.mark.parametrize(
+    ("initialised", "count", "words"),
+    [(0, 2, None), (0, 0, "the NVIDIA driver finds no GPU"), (999, 0, r"finds no GPU \(CUDA error 999\)")],
+)
+def test_the_driver_is_asked_without_any_package(
+    initialised: int, count: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_devices(reference) -> int:
+        reference._obj.value = count
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: initialised, cuDeviceGetCount=count_devices)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    problem = driver_problem()
+    assert problem is None if words is None else re.search(words, problem or "")
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert driver_problem() == "there is no NVIDIA driver here"
+
+
+CALLS = {
+    "cudaFree": (0,),
+    "cudaFreeHost": (0,),
+    "cudaGetDevice": (),
+    "cudaGetDeviceCount": (),
+    "cudaGetDeviceProperties": (0,),
+    "cudaGraphDestroy": (0,),
+    "cudaGraphExecDestroy": (0,),
+    "cudaGraphInstantiate": (0, 0),
+    "cudaGraphLaunch": (0, 0),
+    "cudaHostAlloc": (64, 0),
+    "cudaMalloc": (64,),
+    "cudaMemGetInfo": (),
+    "cudaMemcpy": (256, 512, 8, "cudaMemcpyDeviceToHost"),
+    "cudaMemcpy2DAsync": (256, 8, 512, 8, 4, 2, "cudaMemcpyDeviceToDevice", 0),
+    "cudaMemcpyAsync": (256, 512, 8, "cudaMemcpyHostToDevice", 0),
+    "cudaMemsetAsync": (256, 0, 8, 0),
+    "cudaSetDevice": (0,),
+    "cudaStreamBeginCapture": (0, "cudaStreamCaptureModeThreadLocal"),
+    "cudaStreamCreateWithFlags": ("cudaStreamNonBlocking",),
+    "cudaStreamDestroy": (0,),
+    "cudaStreamEndCapture": (0,),
+    "cudaStreamSynchronize": (0,),
+}
+"""Every function of CUDA that the SDK calls, with arguments of the types that it gives; a text names a constant of CUDA's."""
+
+
+def test_every_call_is_one_that_the_real_bindings_take() -> None:
+    """They check names and types before they find that there is no driver."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    if int(runtime.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip(
+            "there is a GPU here, on which made-up addresses would be used; tests/test_on_gpu.py calls them with real ones"
+        )
+    text = "".join((ROOT / "tokenflow_sdk" / "backends" / file).read_text() for file in ("cuda.py", "tensorrt_lane.py"))
+    called = set(re.findall(r"\b(cuda[A-Z]\w+?)\b", text))
+    constants = {name for name in called if name.startswith(("cudaMemcpyKind", "cudaStreamCaptureMode"))}
+    constants |= {name for name in called if re.match("cudaMemcpy(Host|Device)To|cudaStreamNonBlocking|cudaError", name)}
+    assert called - constants == set(CALLS)
+    kinds = (runtime, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
+    for name, arguments in CALLS.items():
+        real = [
+            next(getattr(kind, value) for kind in kinds if hasattr(kind, value)) if isinstance(value, str) else value
+            for value in arguments
+        ]
+        status, *_ = getattr(runtime, name)(*real)
+        assert status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"), name

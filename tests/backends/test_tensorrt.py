@@ -4,6 +4,7 @@ address that they are given is checked. The same calls on the real thing are in 
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return install(monkeypatch)
 
 
-def session(machine: Machine, bundle: Path, name: str, **options: object) -> TensorRTSession:
+def session(machine: Machine, bundle: Path, name: str, device: int = 0, **options: object) -> TensorRTSession:
     entry = Bundle.open(bundle, TokenizerConfig).graph(name)
     profile = Profile({"batch": (1, 2, 8)})
     plan = make_plan(machine[1], bundle / f"{name}.onnx", {spec.name: profile.shapes(spec) for spec in entry.inputs})
-    return TensorRTSession(plan, name, entry, machine[1], Cuda(), **options)  # type: ignore[arg-type]
+    return TensorRTSession(plan, name, entry, machine[1], Cuda(device), **options)  # type: ignore[arg-type]
 
 
 def images(batch: int) -> dict[str, np.ndarray]:
@@ -138,3 +139,66 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
     entry = Bundle.open(mini_bundle, TokenizerConfig).graph("encode")
     with pytest.raises(BackendError, match="does not load in tensorrt 12.0: the plan is of another version.*tokenflow build"):
         TensorRTSession(plan, "encode", entry, trt, Cuda())
+
+
+def test_kernels_are_compiled_once_for_all_starts(machine: Machine, mini_bundle: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX compiles at a context's first run; what it compiled is kept beside the engine."""
+    rtx, path = sys.modules["tensorrt_rtx"], tmp_path / "features.kernels"
+    codes = {"code_indices": RNG.integers(0, 500, (2, 30), np.int32)}
+
+    def run() -> int:
+        before = rtx.compiled
+        with session((machine[0], rtx), mini_bundle, "features", lanes=2, kernels=path) as engine:  # type: ignore[arg-type]
+            engine.run(codes)
+        return rtx.compiled - before
+
+    assert [run(), run()] == [1, 0]
+    stored = path.stat().st_mtime_ns
+    assert run() == 0
+    assert path.stat().st_mtime_ns == stored
+    path.write_bytes(b"damaged")
+    assert [run(), run()] == [1, 0]
+    rtx.__version__ = "1.8.fake"
+    assert [run(), run()] == [1, 0]
+    path.unlink()
+    path.mkdir()
+    assert run() == 1
+
+
+def test_full_tensorrt_keeps_no_kernels(machine: Machine, mini_bundle: Path, tmp_path: Path) -> None:
+    with session(machine, mini_bundle, "features", kernels=tmp_path / "features.kernels") as engine:
+        engine.run({"code_indices": np.zeros((1, 30), np.int32)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_rtx_replays_by_itself(machine: Machine, mini_bundle: Path) -> None:
+    rtx = sys.modules["tensorrt_rtx"]
+    with session((machine[0], rtx), mini_bundle, "features", cuda_graphs=True) as engine:  # type: ignore[arg-type]
+        for _ in range(3):
+            engine.run({"code_indices": np.zeros((1, 30), np.int32)})
+        assert machine[0].launches == 0
+        assert engine._lanes[0]._context.settings.cuda_graph_strategy == "whole"
+
+
+def test_a_session_runs_on_its_gpu_and_leaves_the_callers_alone(machine: Machine, mini_bundle: Path) -> None:
+    machine[0].gpus, used = 2, []
+    plain = machine[0].cudaMemcpyAsync
+    machine[0].cudaMemcpyAsync = lambda *arguments: (used.append(machine[0].current), plain(*arguments))[1]  # type: ignore[method-assign]
+    with session(machine, mini_bundle, "features", device=1) as engine:
+        assert machine[0].current == 0
+        engine.run({"code_indices": np.zeros((1, 30), np.int32)})
+        assert engine.device == "cuda:1"
+    assert set(used) == {1}
+    assert machine[0].current == 0
+
+
+def test_a_tensorrt_that_does_not_start_is_named(machine: Machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings then raise a TypeError about a factory function."""
+
+    def nothing(log) -> None:
+        log.log(machine[1].Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(machine[1], "Runtime", nothing)
+    with pytest.raises(BackendError, match=r"does not start here: CUDA initialization failure.*Update the NVIDIA driver"):
+        session(machine, mini_bundle, "features")

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.base import OpenSession, SessionOptions, open_onnxruntime
+from tokenflow_sdk.backends.cuda import driver_problem
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.engines import Engines, shown_progress
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.scheduler import PAGE_SIZE
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = ["BACKENDS", "Candidate", "EngineOptions", "Needs", "choose", "survey"]
 
 BACKENDS = ("auto", "onnxruntime", *FLAVOURS)
-CUDA, OPENVINO, CPU = "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class EngineOptions:
     Args:
         backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` takes the first that works here of: TensorRT whose
             engines are in the cache and certified, onnxruntime with CUDA, with OpenVINO, on the CPU. It never builds.
-        plan: how TensorRT engines are built: an `EnginePlan`, a recipe's name or path; None: float16, default batches.
+        plan: how TensorRT engines are built: an `EnginePlan`, a recipe's name or path; None: as those were that are in the
+            cache and take what is asked for, else float16 and default batches.
         build: build TensorRT engines that are missing; False refuses instead.
         serve_while_building: answer from onnxruntime until the engines are built and certified.
         lanes: calls of one graph that may run on a GPU at once.
@@ -78,7 +83,20 @@ class EngineOptions:
         least, usual, most = plan.batch
         plan = plan.changed(backend=backend or self.backend, batch=(least, usual, max(most, needs.batch)), pages=needs.pages)
         device = int(options.device.partition(":")[2] or 0)
-        return Engines(bundle, plan, device, lanes=self.lanes, cuda_graphs=self.cuda_graphs)
+        engines = Engines(bundle, plan, device, lanes=self.lanes, cuda_graphs=self.cuda_graphs)
+        return engines if self.plan is not None else _built(engines, needs)
+
+
+def _built(engines: Engines, needs: Needs) -> Engines:
+    """Engines that are there and were not refused, by whatever plan; else those that were asked for."""
+    if engines.usable():
+        return engines
+    for plan in engines.other_plans():
+        # A decoder's ranges may be gone from the bundle since.
+        with suppress(TokenFlowError):
+            if plan.covers(needs.batch, needs.pages) and (other := engines.changed(plan)).usable():
+                return other
+    return engines
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ def survey(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOptions, 
     if options.device != "cpu":
         for flavour in FLAVOURS:
             yield _tensorrt(bundle, options, wanted, needs, flavour)
-    yield from _onnxruntime(options)
+    yield from _onnxruntime(bundle, options)
 
 
 def _tensorrt(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOptions, needs: Needs, flavour: str) -> Candidate:
@@ -116,18 +134,48 @@ def _tensorrt(bundle: Bundle[Any], options: SessionOptions, wanted: EngineOption
     return Candidate(flavour, flavour, True, why, engines=engines)
 
 
-def _onnxruntime(options: SessionOptions) -> Iterator[Candidate]:
+def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
     try:
         available = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
         yield Candidate("onnxruntime", "onnxruntime", False, f"not installed ({error})")
         return
-    for title, provider, kind in (("onnxruntime, CUDA", CUDA, "cuda"), ("onnxruntime, OpenVINO", OPENVINO, "cpu")):
-        if options.device in ("auto", kind) or options.device.startswith(f"{kind}:"):
-            has = provider in available
-            why = "available" if has else "this onnxruntime was built without it"
-            yield Candidate(title, "onnxruntime", has, why, None if provider == CUDA else (provider, CPU))
-    yield Candidate("onnxruntime, CPU", "onnxruntime", not options.device.startswith("cuda"), "always works")
+    if options.device != "cpu":
+        cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
+        problem = _why_not(bundle, cuda, CUDA in available, driver_problem)
+        yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
+    if not options.device.startswith("cuda"):
+        providers = (OPENVINO, CPU)
+        openvino = replace(options, device="auto", providers=providers)
+        problem = _why_not(bundle, openvino, OPENVINO in available, _processor_problem)
+        yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
+        yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
+
+
+def _why_not(
+    bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
+) -> str | None:
+    """Why a provider does not run here; None: it does. onnxruntime names those too whose libraries are missing, so the smallest
+    graph is opened."""
+    problem = hardware_problem() if built_in else "this onnxruntime was built without it"
+    if problem is not None:
+        return problem
+    entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
+    try:
+        open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
+    except TokenFlowError as error:
+        return error.message
+    return None
+
+
+def _processor_problem() -> str | None:
+    """Why OpenVINO is no gain here: it is made for Intel's processors, and slower than onnxruntime's own kernels on others."""
+    names = [platform.processor()]
+    with suppress(OSError):
+        names += Path("/proc/cpuinfo").read_text().splitlines()[:8]
+    return (
+        None if any("Intel" in name for name in names) else "it is for Intel's processors; name it in providers= all the same"
+    )
 
 
 def choose(

@@ -7,6 +7,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tokenflow_sdk.backends.base import Array, DeviceArray, Pages, Tensor
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
-__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream"]
+__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream", "driver_problem"]
 
 
 class Cuda:
@@ -39,16 +40,22 @@ class Cuda:
         self.device = device
         status, count = self.runtime.cudaGetDeviceCount()
         if int(status) != 0 or not count:
-            raise BackendError(
-                f"There is no usable GPU here ({status.name}).",
-                "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'.",
-            )
+            raise BackendError(f"There is no usable GPU here ({status.name}).", _USABLE.get(status.name, _DRIVER))
         if device >= count:
             raise BackendError(f"There is no GPU {device} here, only {count}.", f"Use device='cuda:{count - 1}' or less.")
 
-    def activate(self) -> None:
-        """Make this GPU the calling thread's."""
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """This GPU as the calling thread's, and then again the one it had: applications use several."""
+        before = self.call("cudaGetDevice")
+        if before == self.device:
+            yield
+            return
         self.call("cudaSetDevice", self.device)
+        try:
+            yield
+        finally:
+            self.call("cudaSetDevice", before)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the CUDA runtime; what it returns beside its status.
@@ -72,7 +79,37 @@ class Cuda:
 
     def copy_from_device(self, array: Array, pointer: int) -> None:
         """Fill a host array; waits for it."""
-        self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        with self.active():
+            kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, kind)
+
+    def free(self, name: str, pointer: Any) -> None:
+        """Give something back by the function `name`; nobody is left to tell if that fails."""
+        with suppress(BackendError), self.active():
+            getattr(self.runtime, name)(pointer)
+
+
+_DRIVER = "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'."
+_USABLE = {
+    "cudaErrorInsufficientDriver": "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU). cuda-python 13 needs "
+    "one for CUDA 13; `pip install 'cuda-python<13'` serves older ones. Or use device='cpu'.",
+    "cudaErrorNoDevice": "See whether `nvidia-smi` lists the GPU and CUDA_VISIBLE_DEVICES hides none, or use device='cpu'.",
+}
+"""What mends each reason for which no GPU can be used."""
+
+
+def driver_problem() -> str | None:
+    """Why no NVIDIA GPU can be used here, as the driver tells without any package; None: one can."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return "there is no NVIDIA driver here"
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        return f"the NVIDIA driver finds no GPU (CUDA error {status})" if status else "the NVIDIA driver finds no GPU"
+    return None
 
 
 class Stream:
@@ -105,6 +142,10 @@ class Stream:
         kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._cuda.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self._stream)
 
+    def zero(self, pointer: int, size: int) -> None:
+        """Fill with zeros."""
+        self._cuda.call("cudaMemsetAsync", pointer, 0, size, self._stream)
+
     def begin_capture(self) -> None:
         """What is given to the stream from now on is recorded, not run."""
         mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -130,7 +171,7 @@ class Stream:
         """Closing twice is fine."""
         if self._stream is not None:
             stream, self._stream = self._stream, None
-            self._cuda.runtime.cudaStreamDestroy(stream)
+            self._cuda.free("cudaStreamDestroy", stream)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -158,7 +199,7 @@ class DeviceBuffer:
     def __del__(self) -> None:
         if self.pointer and not sys.is_finalizing():
             pointer, self.pointer = self.pointer, 0
-            self._cuda.runtime.cudaFree(pointer)
+            self._cuda.free("cudaFree", pointer)
 
 
 class PinnedBuffer:
@@ -178,7 +219,7 @@ class PinnedBuffer:
     def __del__(self) -> None:
         if self.pointer and not sys.is_finalizing():
             pointer, self.pointer = self.pointer, 0
-            self._cuda.runtime.cudaFreeHost(pointer)
+            self._cuda.free("cudaFreeHost", pointer)
 
 
 class CudaArray(DeviceArray):
@@ -209,7 +250,6 @@ class CudaArray(DeviceArray):
 
     def numpy(self) -> Array:
         found: Array = np.empty(self.shape, self.dtype)
-        self.cuda.activate()
         self.cuda.copy_from_device(found, self.pointer)
         return found
 
@@ -220,44 +260,45 @@ class CudaPages(Pages):
     def __init__(self, cuda: Cuda, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
         self._cuda = cuda
-        cuda.activate()
-        self._stream = Stream(cuda)
-        self._buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
-        cuda.call("cudaMemset", self._buffer.pointer, 0, self._buffer.size)
+        with cuda.active():
+            self._stream = Stream(cuda)
+            self._buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
+            self._stream.zero(self._buffer.pointer, self._buffer.size)
         layers, pages, self._page_size, heads, dim = shape
         self._token = heads * dim * dtype.itemsize
         self._layer = pages * self._page_size * self._token
-        self._pending = False
+        self._pending = True
         self._slots = CudaArray(cuda, self._buffer.pointer, (layers * pages, *shape[2:]), dtype, self._buffer)
 
     @property
     def slots(self) -> Tensor:
         """Waits for copies that are under way."""
         if self._pending:
-            self._stream.synchronize()
+            with self._cuda.active():
+                self._stream.synchronize()
             self._pending = False
         return self._slots
 
     def copy(self, source: int, target: int) -> None:
         page = self._page_size * self._token
         base = self._buffer.pointer
-        self._cuda.activate()
-        self._stream.copy_rows(base + target * page, self._layer, base + source * page, self._layer, page, self.shape[0])
+        with self._cuda.active():
+            self._stream.copy_rows(base + target * page, self._layer, base + source * page, self._layer, page, self.shape[0])
         self._pending = True
 
     def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         assert isinstance(new, CudaArray)
         _, batch, count, *_ = new.shape
-        self._cuda.activate()
-        for first, place, length in _runs(pages * self._page_size + offsets):
-            self._stream.copy_rows(
-                self._buffer.pointer + place * self._token,
-                self._layer,
-                new.pointer + (row * count + first) * self._token,
-                batch * count * self._token,
-                length * self._token,
-                self.shape[0],
-            )
+        with self._cuda.active():
+            for first, place, length in _runs(pages * self._page_size + offsets):
+                self._stream.copy_rows(
+                    self._buffer.pointer + place * self._token,
+                    self._layer,
+                    new.pointer + (row * count + first) * self._token,
+                    batch * count * self._token,
+                    length * self._token,
+                    self.shape[0],
+                )
         self._pending = True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -15,8 +16,9 @@ import numpy as np
 
 from tokenflow_sdk.backends.base import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
+from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, asked_for, preload_cuda, require_started
 from tokenflow_sdk.config import GraphEntry, TensorSpec
-from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
 
 __all__ = ["OnnxRuntimeSession"]
 
@@ -76,26 +78,6 @@ def _trim_heap() -> None:
             trim(0)
 
 
-def _providers(ort: Any, options: SessionOptions) -> list[str | tuple[str, dict[str, str]]]:
-    available = list(ort.get_available_providers())
-    if options.providers is not None:
-        missing = [name for name in options.providers if name not in available]
-        if missing or not options.providers:
-            raise ArgumentError(
-                f"onnxruntime has no provider {', '.join(missing) or '(none given)'} here.", f"It has: {', '.join(available)}."
-            )
-        return list(options.providers)
-    kind, _, index = options.device.partition(":")
-    if kind == "cuda" and "CUDAExecutionProvider" not in available:
-        raise BackendError(
-            f"device={options.device!r}, but the installed onnxruntime has no CUDA provider.",
-            "Run `pip uninstall onnxruntime` and `pip install 'tokenflow-sdk[gpu]'`, or use device='cpu'.",
-        )
-    if kind == "cpu" or "CUDAExecutionProvider" not in available:
-        return ["CPUExecutionProvider"]
-    return [("CUDAExecutionProvider", {"device_id": index or "0"}), "CPUExecutionProvider"]
-
-
 class OnnxRuntimeSession(Session):
     """One ONNX graph in onnxruntime.
 
@@ -113,7 +95,9 @@ class OnnxRuntimeSession(Session):
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
         ort = _import()
-        providers = _providers(ort, options)
+        providers = asked_for(list(ort.get_available_providers()), options)
+        if any(name in (CUDA, TENSORRT) for name, _ in providers):
+            preload_cuda(ort)
         _register_shared_arena(ort)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads or available_cores()
@@ -125,29 +109,24 @@ class OnnxRuntimeSession(Session):
         # Spinning threads of one session starve another's: two at once ran 15 % slower, one alone no faster.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=providers)
+            # Without its fallback: that would print, and quietly run on the CPU.
+            self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
         except Exception as error:
             raise BackendError(
                 f"onnxruntime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
                 "Check free memory and `tokenflow verify BUNDLE`; an older onnxruntime may not know the graph's operators.",
             ) from error
         _trim_heap()
-        self._bound_device = self._device_of(options)
+        used = self._session.get_providers()
+        if options.device == "auto" and options.providers is None and CUDA not in used:
+            _warn_of_cpu(providers)
+        else:
+            require_started(providers, used)
+        gpu = CUDA in used or TENSORRT in used
+        self._bound_device = ("cuda", int(options.device.partition(":")[2] or 0)) if gpu else None
+        """Where outputs are bound; None: on the CPU, nothing is."""
         self._cuda = None if self._bound_device is None else _memory_of(self._bound_device[1])
         self._check_io(path)
-
-    def _device_of(self, options: SessionOptions) -> tuple[str, int] | None:
-        """The CUDA device outputs are bound on, or None on the CPU."""
-        used = self._session.get_providers()
-        if "CUDAExecutionProvider" in used or "TensorrtExecutionProvider" in used:
-            return "cuda", int(options.device.partition(":")[2] or 0)
-        if options.device.startswith("cuda"):
-            self.close()
-            raise BackendError(
-                "onnxruntime could not start its CUDA provider (driver, CUDA or cuDNN libraries missing or too old).",
-                "Check `nvidia-smi` and that CUDA's version fits the onnxruntime-gpu wheel, or use device='cpu'.",
-            )
-        return None
 
     def _check_io(self, path: Path) -> None:
         for kind, specs, nodes in (
@@ -219,11 +198,21 @@ def _compatible(want: TensorSpec, have: TensorSpec) -> bool:
     )
 
 
+def _warn_of_cpu(wanted: list[Provider]) -> None:
+    if any(name == CUDA for name, _ in wanted):
+        logging.getLogger("tokenflow_sdk").warning(
+            "onnxruntime could not start CUDA on the GPU that is here, and runs on the CPU; device='cuda' says why."
+        )
+
+
 def _memory_of(index: int) -> Cuda | None:
-    """The GPU's memory, where cuda-python is installed to reach it; without it, pages cross at every step."""
+    """The GPU's memory, where cuda-python is there to reach it; without it, pages cross at every step."""
     try:
         return Cuda(index)
     except MissingPackageError:
+        return None
+    except BackendError as error:
+        logging.getLogger("tokenflow_sdk").warning("Pages cross to the GPU at every step: %s", error)
         return None
 
 

@@ -7,25 +7,24 @@ Results may stay on the GPU (`run_resident`) and be fed to another session there
 from __future__ import annotations
 
 import queue
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenflow_sdk.backends.base import Array, Pages, Session, Tensor
-from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
+from tokenflow_sdk.backends.cuda import Cuda, CudaPages
+from tokenflow_sdk.backends.tensorrt_lane import Lane, Refused
 from tokenflow_sdk.config import GraphEntry, TensorSpec
-from tokenflow_sdk.engine_build import make_log
-from tokenflow_sdk.errors import ArgumentError, BackendError
+from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
+from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.tensorrt_module import log_of, started
 
 __all__ = ["TensorRTSession"]
 
 T = TypeVar("T")
-_ALIGNMENT = 256
-"""Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
-_CAPTURED = 16
-"""CUDA graphs that a lane keeps, one for each set of shapes and addresses."""
 
 
 class TensorRTSession(Session):
@@ -39,6 +38,7 @@ class TensorRTSession(Session):
         cuda: the GPU.
         lanes: calls that may run at once; each has its own working memory.
         cuda_graphs: replay calls with shapes seen before as one launch. Saves launch time where a call is short.
+        kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
 
     Raises:
         BackendError: the engine does not fit this TensorRT or GPU, or memory is short.
@@ -53,30 +53,38 @@ class TensorRTSession(Session):
         cuda: Cuda,
         lanes: int = 1,
         cuda_graphs: bool = False,
+        kernels: Path | None = None,
     ) -> None:
         self._trt, self._cuda, self._name, self._graphs = trt, cuda, name, cuda_graphs
-        cuda.activate()
-        self._log = make_log(trt)
-        self._runtime = trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(engine)
-        if self._engine is None:
-            raise BackendError(
-                f"The engine of {name} does not load in {trt.__name__} {trt.__version__}: "
-                f"{'; '.join(self._log.errors) or 'it was built for another version or GPU'}.",
-                "Build it again on this machine with `tokenflow build BUNDLE`.",
+        self._log = log_of(trt)
+        self._kernels = _Kernels(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
+        with cuda.active():
+            self._engine = self._deserialize(engine)
+            super().__init__(
+                [_typed(trt, self._engine, spec) for spec in entry.inputs],
+                [_typed(trt, self._engine, spec) for spec in entry.outputs],
             )
-        super().__init__(
-            [_typed(trt, self._engine, spec) for spec in entry.inputs],
-            [_typed(trt, self._engine, spec) for spec in entry.outputs],
-        )
-        self._limits = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
-        self._lanes = [self._make_lane() for _ in range(lanes)]
-        self._idle: queue.LifoQueue[_Lane] = queue.LifoQueue()
+            self._limits = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
+            self._lanes = [self._make_lane() for _ in range(lanes)]
+        self._idle: queue.LifoQueue[Lane] = queue.LifoQueue()
         for lane in self._lanes:
             self._idle.put(lane)
 
-    def _make_lane(self) -> _Lane:
-        context = _make_context(self._trt, self._engine, self._graphs)
+    def _deserialize(self, data: bytes) -> Any:
+        trt, log = self._trt, self._log
+        with log.listen() as heard:
+            self._runtime = started(trt, heard, lambda: trt.Runtime(log))
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(
+                f"The engine of {self._name} does not load in {trt.__name__} {trt.__version__}: "
+                f"{'; '.join(heard.errors) or 'it was built for another version or GPU'}.",
+                "Build it again on this machine with `tokenflow build BUNDLE`; if memory ran out, free some first.",
+            )
+        return engine
+
+    def _make_lane(self) -> Lane:
+        context = _make_context(self._trt, self._engine, self._graphs, self._kernels)
         if context is None:
             size = self._engine.device_memory_size_v2
             raise BackendError(
@@ -84,7 +92,7 @@ class TensorRTSession(Session):
                 "Open fewer graphs or lanes, build with a smaller --batch, or free memory of other processes.",
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
-        return _Lane(self._cuda, context, self.inputs, self.outputs, replay)
+        return Lane(self._cuda, context, self.inputs, self.outputs, replay)
 
     @property
     def device(self) -> str:
@@ -108,15 +116,15 @@ class TensorRTSession(Session):
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
         return self._on_lane(feeds, lambda lane: lane.run_resident(feeds, outputs))
 
-    def _on_lane(self, feeds: Mapping[str, Tensor], run: Callable[[_Lane], Sequence[T]]) -> Sequence[T]:
+    def _on_lane(self, feeds: Mapping[str, Tensor], run: Callable[[Lane], Sequence[T]]) -> Sequence[T]:
         self._check_limits(feeds)
-        self._cuda.activate()
         lane = self._idle.get()
         try:
-            return run(lane)
-        except _Refused:
+            with self._cuda.active(), self._log.listen() as heard:
+                return run(lane)
+        except Refused:
             raise BackendError(
-                f"TensorRT failed to run {self._name}: {'; '.join(self._log.errors[-3:]) or 'it does not say why'}.",
+                f"TensorRT failed to run {self._name}: {'; '.join(heard.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
@@ -135,166 +143,55 @@ class TensorRTSession(Session):
                     )
 
     def close(self) -> None:
-        self._cuda.activate()
-        for lane in self._lanes:
-            lane.close()
-        self._lanes = []
-        self._engine = self._runtime = None
+        with self._cuda.active():
+            if self._kernels is not None and self._lanes:
+                self._kernels.save()
+            for lane in self._lanes:
+                lane.close()
+            self._lanes, self._kernels = [], None
+            self._engine = self._runtime = None
 
 
-class _Refused(Exception):  # noqa: N818 - never leaves this module
-    """TensorRT returned false."""
+class _Kernels:
+    """What TensorRT-RTX compiled for this GPU, on disk from one start to the next. Only a saving: whatever goes wrong with it,
+    kernels are compiled again.
 
-
-class _Lane:
-    """A context, its stream and its memory. Used by one call at a time."""
-
-    def __init__(
-        self, cuda: Cuda, context: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], replay: bool
-    ) -> None:
-        self._cuda, self._context, self._inputs, self._outputs = cuda, context, inputs, outputs
-        self._stream = Stream(cuda)
-        self._device: dict[str, DeviceBuffer] = {}
-        self._host: dict[str, PinnedBuffer] = {}
-        self._addresses: dict[str, int] = {}
-        self._bound: dict[str, tuple[int, ...]] = {}
-        self._replay = _Replay(cuda, self._stream) if replay else None
-
-    def run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str]) -> list[Array]:
-        """Run the engine and wait; copies of the outputs in `fetch`.
-
-        Raises:
-            _Refused: TensorRT refuses.
-            BackendError: CUDA does.
-        """
-        for spec in self._inputs:
-            self._feed(spec, feeds[spec.name])
-        for spec in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            self._bound[spec.name] = shape
-            self._bind(spec.name, self._room(spec.name, _bytes(shape, spec)).pointer)
-        self._execute()
-        staged = []
-        for spec in (spec for name in fetch for spec in self._outputs if spec.name == name):
-            size = _bytes(self._bound[spec.name], spec)
-            buffer = self._staging(spec.name, size)
-            self._stream.to_host(buffer.pointer, self._device[spec.name].pointer, size)
-            staged.append(buffer.view(self._bound[spec.name], np.dtype(spec.dtype)))
-        self._stream.synchronize()
-        return [view.copy() for view in staged]
-
-    def run_resident(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[CudaArray]:
-        """As `run`, with the outputs where they lie; the next run overwrites them."""
-        self.run(feeds, fetch=())
-        types = {spec.name: np.dtype(spec.dtype) for spec in self._outputs}
-        rooms = ((name, self._device[name]) for name in names)
-        return [CudaArray(self._cuda, room.pointer, self._bound[name], types[name], room) for name, room in rooms]
-
-    def close(self) -> None:
-        self._stream.synchronize()
-        if self._replay is not None:
-            self._replay.clear()
-        self._context = None
-        self._device.clear()
-        self._host.clear()
-        self._stream.close()
-
-    def _feed(self, spec: TensorSpec, value: Tensor) -> None:
-        if self._bound.get(spec.name) != value.shape:
-            if not self._context.set_input_shape(spec.name, value.shape):
-                raise _Refused
-            self._bound[spec.name] = value.shape
-        if isinstance(value, CudaArray):
-            if value.pointer % _ALIGNMENT == 0:
-                self._bind(spec.name, value.pointer)
-                return
-            buffer = self._room(spec.name, value.nbytes)
-            self._stream.on_device(buffer.pointer, value.pointer, value.nbytes)
-            self._bind(spec.name, buffer.pointer)
-            return
-        array = np.asarray(value)
-        staging = self._staging(spec.name, array.nbytes)
-        np.copyto(staging.view(array.shape, array.dtype), array)
-        buffer = self._room(spec.name, array.nbytes)
-        self._stream.to_device(buffer.pointer, staging.pointer, array.nbytes)
-        self._bind(spec.name, buffer.pointer)
-
-    def _bind(self, name: str, pointer: int) -> None:
-        if self._addresses.get(name) != pointer:
-            if not self._context.set_tensor_address(name, pointer):
-                raise _Refused
-            self._addresses[name] = pointer
-
-    def _room(self, name: str, size: int) -> DeviceBuffer:
-        """The tensor's device memory, at least `size` bytes; never shrinks."""
-        if name not in self._device or self._device[name].size < size:
-            self._device[name] = DeviceBuffer(self._cuda, size)
-        return self._device[name]
-
-    def _staging(self, name: str, size: int) -> PinnedBuffer:
-        if name not in self._host or self._host[name].size < size:
-            self._host[name] = PinnedBuffer(self._cuda, size)
-        return self._host[name]
-
-    def _execute(self) -> None:
-        if self._replay is None:
-            self._enqueue()
-        else:
-            key = (*sorted(self._bound.items()), *sorted(self._addresses.items()))
-            self._replay.run(key, self._enqueue)
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise _Refused
-
-
-class _Replay:
-    """CUDA graphs of a lane: a call seen for the second time is captured, and launched as one from then on.
-
-    The first time is left alone because TensorRT may still allocate and choose then.
+    Args:
+        path: the file. TensorRT-RTX checks itself whether it fits this GPU, driver and version.
     """
 
-    def __init__(self, cuda: Cuda, stream: Stream) -> None:
-        self._cuda, self._stream = cuda, stream
-        self._seen: OrderedDict[Any, Any] = OrderedDict()
+    def __init__(self, path: Path) -> None:
+        self._path, self._stored = path, b""
+        self._cache: Any = None
+        with suppress(OSError):
+            self._stored = path.read_bytes()
 
-    def run(self, key: Any, enqueue: Any) -> None:
-        if key not in self._seen:
-            enqueue()
-            self._seen[key] = None
-            if len(self._seen) > _CAPTURED:
-                self._destroy(self._seen.popitem(last=False)[1])
-            return
-        self._seen.move_to_end(key)
-        if self._seen[key] is None:
-            self._seen[key] = self._capture(enqueue)
-        self._stream.launch(self._seen[key])
+    def attach(self, settings: Any) -> None:
+        """Have a context use them; all contexts of an engine share one cache."""
+        if self._cache is None:
+            self._cache = settings.create_runtime_cache()
+            if self._stored and not self._cache.deserialize(self._stored):
+                self._stored = b""
+        settings.set_runtime_cache(self._cache)
 
-    def _capture(self, enqueue: Any) -> Any:
-        self._stream.begin_capture()
-        try:
-            enqueue()
-        finally:
-            graph = self._stream.end_capture()
-        executable = self._cuda.call("cudaGraphInstantiate", graph, 0)
-        self._cuda.call("cudaGraphDestroy", graph)
-        return executable
-
-    def clear(self) -> None:
-        while self._seen:
-            self._destroy(self._seen.popitem()[1])
-
-    def _destroy(self, executable: Any) -> None:
-        if executable is not None:
-            self._cuda.call("cudaGraphExecDestroy", executable)
+    def save(self) -> None:
+        """Write them, if there are new ones."""
+        found = None if self._cache is None else self._cache.serialize()
+        if found is not None and (data := bytes(found)) != self._stored:
+            with suppress(OutputError):
+                write_atomic(self._path, data)
 
 
-def _make_context(trt: Any, engine: Any, cuda_graphs: bool) -> Any:
+def _make_context(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None) -> Any:
     """An execution context, or None where memory is short. TensorRT-RTX replays graphs by itself when told to."""
-    if not cuda_graphs or not hasattr(trt, "CudaGraphStrategy"):
+    replays = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
+    if not replays and kernels is None:
         return engine.create_execution_context()
     settings = engine.create_runtime_config()
-    settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    if replays:
+        settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    if kernels is not None:
+        kernels.attach(settings)
     return engine.create_execution_context(settings)
 
 
@@ -311,7 +208,3 @@ def _typed(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
         types.UINT8: "uint8",
     }
     return TensorSpec(spec.name, names[engine.get_tensor_dtype(spec.name)], spec.shape)
-
-
-def _bytes(shape: tuple[int, ...], spec: TensorSpec) -> int:
-    return int(np.prod(shape)) * np.dtype(spec.dtype).itemsize

@@ -14,12 +14,12 @@ from rich.table import Table
 from tokenflow_sdk.bundle import Bundle, bundles_in, open_bundle
 from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
-from tokenflow_sdk.engine_build import import_tensorrt
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.engines import Engines
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
+from tokenflow_sdk.tensorrt_module import import_tensorrt
 
 __all__ = ["build", "cache"]
 

@@ -15,9 +15,12 @@ from tokenflow_sdk import token_scheduler
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.choice import EngineOptions, survey
 from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stdout
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, graph_digest
+from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages, pages_of_picture
 
 __all__ = ["info"]
@@ -47,6 +50,29 @@ def _print_choice(bundle: Bundle[Any]) -> None:
         chosen = chosen or (candidate.title if candidate.usable else None)
         table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.why))
     stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
+    stdout.print(table)
+    _print_engines(bundle)
+
+
+def _print_engines(bundle: Bundle[Any]) -> None:
+    """What was built of it on this machine, for whatever GPU, and how that compares with the reference."""
+    graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
+    sets: dict[tuple[str, str, EnginePlan], list[CachedEngine]] = {}
+    for engine in EngineCache().entries():
+        plan = EnginePlan.from_json(engine.plan)
+        if plan is not None and engine.key.graph_sha256 in graphs:
+            sets.setdefault((f"{plan.backend} {engine.key.version}", engine.key.target, plan), []).append(engine)
+    if not sets:
+        return
+    table = Table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
+    for (title, target, plan), engines in sets.items():
+        certificates = [Certificate.from_json(engine.certificate) for engine in engines]
+        worst = next((c for c in certificates if c is None or not c.passed), certificates[0])
+        verdict = "not yet: at first use" if worst is None else worst.summary if worst.passed else "; ".join(worst.failures)
+        precision = plan.precision if plan.decoder is None else f"{plan.precision}, decoder {plan.decoder}"
+        names = ", ".join(sorted(engine.key.graph for engine in engines))
+        size = _size(sum(engine.size for engine in engines))
+        table.add_row(title, target, precision, ",".join(map(str, plan.batch)), names, size, Text(verdict))
     stdout.print(table)
 
 

@@ -10,10 +10,10 @@ from typing import TypeAlias, get_args
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.choice import BACKENDS
 from tokenflow_sdk.cli import ask, bench, build, commands, generate, info, verify
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import recipe_names
 from tokenflow_sdk.images import PREPROCESS_MODES
 from tokenflow_sdk.quantize import EightBit
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 from tokenflow_sdk.token_sampling import AnswerParams
 
 __all__ = ["make_parser"]

@@ -15,8 +15,8 @@ from tokenflow_sdk.bundle import bundle_kind, bundles_in, open_bundle
 from tokenflow_sdk.certificate import certify
 from tokenflow_sdk.cli.engine import bundle_name, open_tokenizer, stderr, stdout
 from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.parity import check_parity
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["verify"]

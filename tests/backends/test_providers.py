@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from tokenflow_sdk.backends import providers
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, asked_for, preload_cuda, require_started
+from tokenflow_sdk.errors import ArgumentError, BackendError
+
+ALL = [TENSORRT, CUDA, OPENVINO, CPU]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A driver that can be taken away: `problem`."""
+    driver = SimpleNamespace(problem=None)
+    monkeypatch.setattr(providers, "driver_problem", lambda: driver.problem)
+    return driver
+
+
+def test_cuda_computes_float32_in_float32(gpu: SimpleNamespace) -> None:
+    """TF32 rounds what products read to 10 bits, and is on by default."""
+    for options in (SessionOptions(), SessionOptions("cuda"), SessionOptions("cuda:0", (CUDA, CPU))):
+        assert asked_for(ALL, options) == [(CUDA, {"use_tf32": "0", "device_id": "0"}), (CPU, {})]
+    assert asked_for(ALL, SessionOptions("cuda:2"))[0][1]["device_id"] == "2"
+    assert asked_for(ALL, SessionOptions("auto", (TENSORRT, CPU))) == [(TENSORRT, {"device_id": "0"}), (CPU, {})]
+
+
+def test_openvino_computes_float32_in_float32() -> None:
+    """Its own choice on recent processors is bfloat16."""
+    assert asked_for(ALL, SessionOptions("auto", (OPENVINO, CPU))) == [
+        (OPENVINO, {"device_type": "CPU", "precision": "FP32"}),
+        (CPU, {}),
+    ]
+
+
+def test_cuda_is_not_tried_without_a_gpu(gpu: SimpleNamespace) -> None:
+    gpu.problem = "there is no NVIDIA driver here"
+    assert asked_for(ALL, SessionOptions()) == [(CPU, {})]
+    assert asked_for(ALL, SessionOptions("cpu")) == [(CPU, {})]
+    for options, wish in ((SessionOptions("cuda"), "device='cuda'"), (SessionOptions("auto", (TENSORRT,)), "providers=")):
+        with pytest.raises(BackendError, match=f"{wish}.*, but there is no NVIDIA driver here.*nvidia-smi"):
+            asked_for(ALL, options)
+
+
+def test_what_is_not_built_in_is_named(gpu: SimpleNamespace) -> None:
+    assert asked_for([CPU], SessionOptions()) == [(CPU, {})]
+    with pytest.raises(BackendError, match=r"no CUDA provider.*tokenflow-sdk\[gpu\]"):
+        asked_for([CPU], SessionOptions("cuda"))
+    with pytest.raises(ArgumentError, match=f"no provider {CUDA} here. It has: {CPU}"):
+        asked_for([CPU], SessionOptions("auto", (CUDA, CPU)))
+
+
+def test_a_provider_that_did_not_start_is_named() -> None:
+    require_started([(CUDA, {}), (CPU, {})], [CUDA, CPU])
+    with pytest.raises(BackendError, match=rf"could not start {CUDA} .*tokenflow-sdk\[gpu\]"):
+        require_started([(CUDA, {}), (CPU, {})], [CPU])
+
+
+def test_libraries_from_pip_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    ort = SimpleNamespace(preload_dlls=lambda: calls.append(1))
+    monkeypatch.setattr(providers, "_preloaded", False)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    preload_cuda(ort)
+    assert calls == []
+    nvidia = ModuleType("nvidia")
+    monkeypatch.setitem(sys.modules, "nvidia", nvidia)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: nvidia)
+    preload_cuda(SimpleNamespace())
+    preload_cuda(ort)
+    preload_cuda(ort)
+    assert calls == [1]

@@ -1,0 +1,129 @@
+"""A TensorRT's Python module, `tensorrt` or `tensorrt_rtx`: importing it, starting it, and hearing what it says."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
+
+__all__ = ["FLAVOURS", "Flavour", "Heard", "import_tensorrt", "log_of", "require_installed", "started"]
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Module of each flavour."""
+_OLDEST = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 5)}
+
+
+def require_installed(flavour: str) -> None:
+    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
+    if flavour not in FLAVOURS:
+        raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
+    if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
+        raise MissingPackageError(f"{flavour} is not installed.", f"Run `pip install 'tokenflow-sdk[{flavour}]'`.")
+
+
+def import_tensorrt(flavour: str) -> ModuleType:
+    """The flavour's Python module.
+
+    Raises:
+        ArgumentError: no such flavour.
+        MissingPackageError: it is not installed, libraries that it needs are not, or it is too old.
+    """
+    require_installed(flavour)
+    try:
+        module = importlib.import_module(FLAVOURS[flavour])
+    except (ImportError, OSError) as error:
+        raise MissingPackageError(
+            f"{flavour} cannot be imported ({error}).", f"Run `pip install --force-reinstall 'tokenflow-sdk[{flavour}]'`."
+        ) from error
+    oldest = _OLDEST[flavour]
+    if tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:2]) < oldest:
+        raise MissingPackageError(
+            f"{flavour} {module.__version__} is installed, which is older than {'.'.join(map(str, oldest))}.",
+            f"Run `pip install --upgrade 'tokenflow-sdk[{flavour}]'`.",
+        )
+    return module
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Messages of TensorRT, the last few of each kind: some come with every call, and a service runs for months."""
+
+    errors: deque[str] = field(default_factory=lambda: deque(maxlen=50))
+    warnings: deque[str] = field(default_factory=lambda: deque(maxlen=50))
+
+
+_logs: dict[Any, Any] = {}
+_logs_lock = threading.Lock()
+
+
+def log_of(trt: Any) -> Any:
+    """The logger of a TensorRT module: one for as long as the process lives, because TensorRT keeps the first that it is given.
+
+    `log.listen()` gives the messages that come within a `with`, whoever caused them.
+    """
+    with _logs_lock:
+        if trt not in _logs:
+            _logs[trt] = _make_log(trt)
+        return _logs[trt]
+
+
+def _make_log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Hands messages to those who listen instead of printing them."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.listeners: tuple[Heard, ...] = ()
+            self.lock = threading.Lock()
+
+        @contextmanager
+        def listen(self) -> Iterator[Heard]:
+            heard = Heard()
+            with self.lock:
+                self.listeners += (heard,)
+            try:
+                yield heard
+            finally:
+                with self.lock:
+                    self.listeners = tuple(other for other in self.listeners if other is not heard)
+
+        def log(self, severity: Any, text: str) -> None:
+            for heard in self.listeners:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    heard.errors.append(text)
+                elif severity == trt.ILogger.Severity.WARNING:
+                    heard.warnings.append(text)
+
+    return Log()
+
+
+def started(trt: Any, heard: Heard, start: Callable[[], Any]) -> Any:
+    """What `start` makes, a builder or a runtime; `heard` meanwhile.
+
+    Raises:
+        BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
+    """
+    try:
+        made = start()
+    except (TypeError, RuntimeError) as error:
+        # The bindings have no better way to say that the library gave nothing.
+        heard.errors.append(str(error).splitlines()[0])
+        made = None
+    if made is None:
+        raise BackendError(
+            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(heard.errors) or 'it does not say why'}.",
+            "Update the NVIDIA driver to one for this TensorRT's CUDA (`nvidia-smi` shows what it supports), or use "
+            "backend='onnxruntime'.",
+        )
+    return made
