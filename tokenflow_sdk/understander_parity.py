@@ -34,7 +34,7 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class TokenSteps:
-    """What is run: text, a part of a picture, text, and then one token at a time.
+    """What is run: text, features of N codes in the place of a picture, text, and then one token at a time.
 
     before, after, answer: token ids, int32 [T]; features: float32 [N, C].
     """
