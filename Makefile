@@ -55,7 +55,9 @@ test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens 
 	@$(BIN)/python -m pytest -m slow
 
 test-gpu: .venv-gpu/.ready ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
-	@.venv-gpu/bin/python -m pytest -m gpu
+	@# Two runs: both TensorRTs name the same classes, so that one process may not hold both.
+	@.venv-gpu/bin/python -m pytest -m gpu -k 'not tensorrt-rtx'
+	@.venv-gpu/bin/python -m pytest -m gpu -k tensorrt-rtx
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -101,7 +101,8 @@ def export_understanding(
         steps.start("checking the graphs against PyTorch")
         source = {"checkpoint": directory.path.name, "tokenizer": tokenizer.config.variant, "precision": precision.name}
         bundle = Bundle(staging, config, graphs, assets, {}, source | versions())
-        agreement, reference = compare(bundle, directory, model, head_key, Reference.load(tokenizer).codebook)
+        codebook = Reference.load(tokenizer).codebook
+        agreement, reference = compare(bundle, directory, model, head_key, codebook, precision)
         agreement.require(precision)
         steps.start("finishing")
         np.savez(staging / "reference.npz", allow_pickle=False, **vars(reference))

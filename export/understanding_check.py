@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from export.agreement import Agreement, Float32
 from export.config import TransformerConfig
 from export.hf_directory import HfDirectory
+from export.precision import Precision
 from export.projector import projector
 from export.transformer import hidden_by_layer
 from tokenflow_sdk.backends.base import SessionOptions
@@ -31,7 +32,12 @@ __all__ = ["compare"]
 
 
 def compare(
-    bundle: Bundle[UnderstanderConfig], directory: HfDirectory, model: TransformerConfig, head_key: str, codebook: Float32
+    bundle: Bundle[UnderstanderConfig],
+    directory: HfDirectory,
+    model: TransformerConfig,
+    head_key: str,
+    codebook: Float32,
+    precision: Precision,
 ) -> tuple[Agreement, UnderstanderReference]:
     """A causal sequence in steps over pages, embedded and scored by the graphs, against eager layers over it at once.
 
@@ -40,9 +46,10 @@ def compare(
         directory, model: the checkpoint.
         head_key: where the head's weight is.
         codebook: float32 [K, C], the tokenizer's.
+        precision: of the graphs.
 
     Returns:
-        How they agree, and what the graphs computed.
+        How they agree, and what an engine must compute.
     """
     config, steps = bundle.config, TokenSteps.random(bundle.config, codebook)
     with ExitStack() as stack:
@@ -57,7 +64,11 @@ def compare(
     expected = _eager(directory, model, steps)
     expected_logits = F.linear(expected, directory.tensor(head_key))
     agreement = Agreement.of(torch.from_numpy(hidden), expected, torch.from_numpy(logits), expected_logits)
-    return agreement, UnderstanderReference(**vars(steps), hidden=hidden, likeliest=likeliest)
+    results = [(hidden, likeliest)]
+    if precision.weights == "int8":
+        results.append((expected.numpy(), expected_logits.argmax(dim=-1).numpy().astype(np.int32)))
+    states, tokens = (np.stack(arrays) for arrays in zip(*results, strict=True))
+    return agreement, UnderstanderReference(**vars(steps), hidden=states, likeliest=tokens)
 
 
 def _eager(directory: HfDirectory, model: TransformerConfig, steps: TokenSteps) -> torch.Tensor:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +30,7 @@ from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.engine_build import Profile, build_engine, engine_graph
+from tokenflow_sdk.engine_build import REVISION, Profile, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
 from tokenflow_sdk.engine_recipe import EnginePlan
@@ -48,6 +53,13 @@ CLASSES = {
     "settings": "IRuntimeConfig",
     "cache": "IRuntimeCache",
 }
+TARGETS = ["sm80", "sm86", "sm89", "sm120"]
+EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm80"), ("fp16", "sm89"), ("fp16", "sm120")]
+BUILDS = [
+    pytest.param(precision, target, marks=[] if (precision, target) in EVERY_DAY else pytest.mark.slow)
+    for precision in ("fp32", "fp16")
+    for target in TARGETS
+]
 RTX_ONLY = {
     ("IBuilderConfig", "num_compute_capabilities"),
     ("IBuilderConfig", "set_compute_capability"),
@@ -93,39 +105,39 @@ def trt():
     return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip", "tiny"])
-def test_every_tokenizer_graph_builds(trt, kind: str, precision, mini_bundles, tmp_path: Path) -> None:
-    bundle = Bundle.open(mini_bundles(kind), TokenizerConfig)
-    plan = EnginePlan(targets=("sm86",), precision=precision, batch=(1, 2, 4))
-    for job in engine_jobs(bundle, plan, trt):
-        engine, built = job.run(trt, EngineCache(tmp_path))
-        assert built
-        assert engine.size > 10_000
-        assert job.run(trt, EngineCache(tmp_path)) == (engine, False)
-
-
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
-def test_every_generator_graph_builds(trt, target: str, mini_generator: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(mini_generator, GeneratorConfig)
-    for job in engine_jobs(bundle, EnginePlan(targets=(target,), pages=64), trt):
-        phases: list[tuple[str, float]] = []
-        engine, _ = job.run(trt, EngineCache(tmp_path), lambda name, share, seen=phases: seen.append((name, share)))
-        assert engine.size > 10_000
-        assert phases
-        assert all(0 < share <= 1 for _, share in phases)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
-def test_every_understander_graph_builds(trt, target: str, precision, mini_understander: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(mini_understander, UnderstanderConfig)
-    jobs = list(engine_jobs(bundle, EnginePlan(targets=(target,), precision=precision, pages=64), trt))
-    assert [job.key.graph for job in jobs] == ["embed_text", "project", "transformer", "head"]
+def build_all(trt, bundle: Bundle, plan: EnginePlan, cache: Path) -> None:
+    """Every engine of a plan, with progress; a second time they are there."""
+    jobs = list(engine_jobs(bundle, plan, trt))
+    assert len(jobs) == len(bundle.graphs) * len(plan.targets)
     for job in jobs:
-        engine, built = job.run(trt, EngineCache(tmp_path))
+        shares: list[float] = []
+        engine, built = job.run(trt, EngineCache(cache), lambda _, share, seen=shares: seen.append(share))
         assert built
         assert engine.size > 10_000
+        assert shares
+        assert all(0 < share <= 1 for share in shares)
+        assert job.run(trt, EngineCache(cache)) == (engine, False)
+
+
+@pytest.mark.parametrize(("precision", "target"), BUILDS)
+@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip", "tiny"])
+def test_every_tokenizer_graph_builds(trt, kind: str, precision, target: str, mini_bundles, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_bundles(kind), TokenizerConfig)
+    build_all(trt, bundle, EnginePlan(targets=(target,), precision=precision, batch=(1, 2, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_generator_graph_builds(trt, precision, target: str, mini_generator: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    build_all(trt, bundle, EnginePlan(targets=(target,), precision=precision, pages=64), tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_understander_graph_builds(trt, precision, target: str, mini_understander: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    build_all(trt, bundle, EnginePlan(targets=(target,), precision=precision, pages=64), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16"])
@@ -144,18 +156,16 @@ def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> 
     assert len(build_engine(trt, graph, entry, profile, "sm89")) > vocabulary * width * 2
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_the_bundled_model_builds(trt, kind: str, tmp_path: Path) -> None:
+def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -> None:
     """In float16, its int8 weights included."""
     bundle = Bundle.open(find_bundle("tiny", kind), TokenizerConfig if kind == "tokenizer" else GeneratorConfig)
-    for job in engine_jobs(bundle, EnginePlan(targets=("sm89",)), trt):
-        engine, built = job.run(trt, EngineCache(tmp_path))
-        assert built
-        assert engine.size > 10_000
+    build_all(trt, bundle, EnginePlan(targets=(target,)), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_bundled_decoder_builds_in_8_bits(trt, target: str, dtype, tmp_path: Path) -> None:
     """int8 for every GPU; fp8 where there is such arithmetic, and elsewhere a refusal before anything is built."""
     path = tmp_path / "tiny"
@@ -289,6 +299,100 @@ def test_gpus_that_are_not_there() -> None:
         assert Cuda().architecture.startswith("sm")
     except (BackendError, MissingPackageError) as error:
         assert "--target sm89" in error.hint or "pip install" in error.hint
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from tokenflow_sdk.bundle import Bundle, find_bundle
+from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.engine_cache import EngineCache
+from tokenflow_sdk.engine_jobs import engine_jobs
+from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.tensorrt_module import import_tensorrt
+bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
+trt = import_tensorrt("tensorrt-rtx")
+job = next(job for job in engine_jobs(bundle, EnginePlan(targets=("sm86",)), trt) if job.key.graph == "decode")
+cache = EngineCache(Path(sys.argv[1]))
+def begun(name, share):
+    print("building", flush=True)
+"""
+"""The real builder at work on a graph that takes it seconds."""
+
+
+def stop(script: str, directory: Path, number: int | None) -> tuple[int, str]:
+    """Run a script in a process, send it a signal as soon as the build makes progress; its status, and what it said at last."""
+    command = [sys.executable, "-c", BUILD + script, str(directory)]
+    environment = os.environ | {"TMPDIR": str(directory.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "building\n"
+    if number is not None:
+        process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    return process.returncode, said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_build_can_be_interrupted(trt, tmp_path: Path) -> None:
+    """TensorRT swallows the KeyboardInterrupt of a callback and would build on."""
+    cache = tmp_path / "cache"
+    status, said = stop("job.run(trt, cache, begun)", cache, signal.SIGINT)
+    assert status == -signal.SIGINT
+    assert said.endswith("KeyboardInterrupt\n")
+    assert list(cache.glob("*.engine")) == []
+    assert list(tmp_path.iterdir()) == [cache]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_build_that_is_killed_leaves_a_cache_that_works(trt, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert stop("job.run(trt, cache, begun)", cache, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert list(cache.glob("*.engine")) == []
+    bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
+    jobs = {job.key.graph: job for job in engine_jobs(bundle, EnginePlan(targets=("sm86",)), trt)}
+    assert jobs["decode"].run(trt, EngineCache(cache))[1]
+    assert EngineCache(cache).get(jobs["decode"].key) is not None
+
+
+def test_a_program_does_not_wait_for_a_build_behind_it(trt, tmp_path: Path) -> None:
+    """It ends while engines are being built on a thread: the build is given up, and nothing is torn off inside TensorRT."""
+    script = """
+import threading
+from tokenflow_sdk.backends.swapping import EngineSwap
+started = threading.Event()
+swap = EngineSwap(lambda: job.run(trt, cache, lambda name, share: started.set()), lambda: None)
+started.wait()
+print("building", flush=True)
+"""
+    status, said = stop(script, tmp_path / "cache", None)
+    assert status == 0
+    assert "decode.onnx was given up, because the program ended" in said
+    assert list((tmp_path / "cache").glob("*.engine")) == []
+
+
+def structure(model: ir.Model) -> list[str]:
+    """A graph as text: every node with its attributes and types, in order; weights by type and shape."""
+    lines = []
+    for node in model.graph:
+        attributes = sorted(map(str, node.attributes.values()))
+        lines.append(f"{node.op_type} {attributes} {[str(value.type) for value in node.outputs]}")
+    return lines + sorted(f"{value.type} {value.shape}" for value in model.graph.initializers.values())
+
+
+def test_what_becomes_of_a_graph_has_a_revision(tmp_path: Path) -> None:
+    """Engines in caches are told apart by it. Where this fails because a pass was changed: count REVISION up, and store what is
+    found now (the message ends with it)."""
+    found = {}
+    for kind in ("tokenizer", "generator"):
+        for path in sorted(find_bundle("tiny", kind).glob("*.onnx")):
+            for dtype in ("fp16", "bf16"):
+                (tmp_path / dtype).mkdir(exist_ok=True)
+                model = ir.load(engine_graph(path, dtype, tmp_path / dtype))  # type: ignore[arg-type]
+                text = "\n".join(structure(model))
+                found[f"{path.stem} {dtype}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    stored = json.loads((DATA / "engine_graphs.json").read_text())
+    assert {"revision": REVISION, "graphs": found} == stored, json.dumps({"revision": REVISION, "graphs": found}, indent=2)
 
 
 def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

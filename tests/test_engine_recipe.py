@@ -12,13 +12,13 @@ from tokenflow_sdk.errors import ArgumentError
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_plan(name: str) -> None:
     plan = EnginePlan.from_recipe(name)
-    assert plan.backend in ("tensorrt", "tensorrt-rtx")
+    assert plan.backend == "onnxruntime" if name == "cpu" else plan.backend in ("tensorrt", "tensorrt-rtx")
     # Only TensorRT-RTX builds for a GPU that is not there.
     assert bool(plan.targets) == (plan.backend == "tensorrt-rtx")
 
 
 def test_the_recipes_people_look_for_are_there() -> None:
-    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin"} <= set(recipe_names())
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu"} <= set(recipe_names())
 
 
 def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:

@@ -217,6 +217,21 @@ def test_a_generators_engines_are_found_by_their_pages_too(machine, mini_generat
             assert generator.device == device
 
 
+def test_a_plan_for_cpus_runs_there_and_builds_nothing(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    on_engines(mini_bundle, plan=EnginePlan(batch=(1, 1, 8))).close()
+    with Tokenizer.from_pretrained(mini_bundle, plan="cpu") as tokenizer:
+        assert tokenizer.load("features").device == "cpu"
+    assert main(["build", str(mini_bundle), "--recipe", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing is built for onnxruntime" in out
+    assert "files and numbers are right" in out
+    assert len(machine[1].builds) == 4
+    with pytest.raises(ArgumentError, match="for onnxruntime, not for tensorrt"):
+        on_engines(mini_bundle, plan="cpu")
+    assert main(["build", str(mini_bundle), "--recipe", "cpu", "--precision", "fp16"]) == 2
+    assert "runs a bundle's graphs as they are" in capsys.readouterr().err
+
+
 def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Path) -> None:
     machine[0].gpus = 2
     with on_engines(mini_bundle, device="cuda:1") as tokenizer:

@@ -45,11 +45,27 @@ def test_other_inputs_and_other_hidden_states_are_found_out(understander: Unders
     ):
         steps = replace(reference, **change)
         hidden = run_pieces(running.transformer, embed_pieces(running.sessions, steps), len(steps))
-        assert np.abs(hidden - reference.hidden).max() > 0.1
+        assert np.abs(hidden - reference.hidden[0]).max() > 0.1
     head = running.sessions["head"]
-    np.testing.assert_array_equal(likeliest_tokens(head, reference.hidden, config), reference.likeliest)
-    other = likeliest_tokens(head, np.roll(reference.hidden, 1, axis=1), config)
-    assert (other == reference.likeliest).mean() < 0.5
+    np.testing.assert_array_equal(likeliest_tokens(head, reference.hidden[0], config), reference.likeliest[0])
+    other = likeliest_tokens(head, np.roll(reference.hidden[0], 1, axis=1), config)
+    assert (other == reference.likeliest[0]).mean() < 0.5
+
+
+def test_the_nearest_of_several_right_results_counts(understander: Understander, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, reference = understander._running, UnderstanderReference.load(understander.bundle)
+
+    def report_with(hidden: list[np.ndarray], likeliest: list[np.ndarray]) -> UnderstanderReport:
+        stored = replace(reference, hidden=np.stack(hidden), likeliest=np.stack(likeliest))
+        monkeypatch.setattr(UnderstanderReference, "load", lambda bundle: stored)
+        return check_understander(understander.bundle, running.sessions, running.transformer)
+
+    own, tokens = reference.hidden[0], reference.likeliest[0]
+    assert report_with([-own, own], [tokens - 1, tokens]).failures() == []
+    assert report_with([own, -own], [tokens, tokens - 1]).failures() == []
+    # Each result is whole: hidden states of one and tokens of another are no agreement.
+    assert len(report_with([own, -own], [tokens - 1, tokens]).failures()) == 1
+    assert len(report_with([-own, -own], [tokens, tokens]).failures()) == 1
 
 
 def test_the_head_is_given_as_many_rows_as_it_takes(understander: Understander, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +74,8 @@ def test_the_head_is_given_as_many_rows_as_it_takes(understander: Understander, 
     plain = head._infer
     monkeypatch.setattr(head, "largest", lambda dim: 7)
     monkeypatch.setattr(head, "_infer", lambda feeds, names: (batches.append(len(feeds["hidden"])), plain(feeds, names))[1])
-    tokens = likeliest_tokens(head, reference.hidden, understander.config)
-    np.testing.assert_array_equal(tokens, reference.likeliest)
+    tokens = likeliest_tokens(head, reference.hidden[0], understander.config)
+    np.testing.assert_array_equal(tokens, reference.likeliest[0])
     assert max(batches) == 7
     assert sum(batches) == len(reference)
 

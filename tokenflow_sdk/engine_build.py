@@ -149,6 +149,10 @@ def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any])
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
     plan = builder.build_serialized_network(network, configure(builder))
+    if plan is None and not threading.main_thread().is_alive():
+        raise EngineBuildError(
+            f"Building {graph.name} was given up, because the program ended.", "Build ahead with `tokenflow build BUNDLE`."
+        )
     if plan is None:
         raise EngineBuildError(
             f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
@@ -170,7 +174,7 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
             future.set_exception(error)
 
     # No daemon: at the end of the program it is waited for, having cancelled itself, instead of torn off inside TensorRT.
-    thread = threading.Thread(target=run, name="tokenflow-build")
+    thread = threading.Thread(target=run, name="tokenflow-build", daemon=False)
     thread.start()
     try:
         while not wait([future], timeout=0.2).done:

@@ -11,9 +11,11 @@ from typing import Any, Literal, get_args
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 from tokenflow_sdk.quantize import EightBit
 
-__all__ = ["EnginePlan", "Precision", "recipe_names"]
+__all__ = ["ONNXRUNTIME", "EnginePlan", "Precision", "recipe_names"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
+ONNXRUNTIME = "onnxruntime"
+"""The backend of recipes for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class EnginePlan:
     """How engines are built.
 
     Args:
-        backend: `tensorrt` or `tensorrt-rtx`.
+        backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, where nothing is built.
         targets: GPU architectures (sm89) to build for; empty: the GPU that is there.
         precision: of convolutions and products; see `tokenflow_sdk.half` for what stays in float32.
         decoder: 8 bits for a tokenizer's decoder, `int8` or `fp8`; needs what `python -m export calibrate` measures. None: as
@@ -43,6 +45,11 @@ class EnginePlan:
     workspace_gb: float = 0
 
     def __post_init__(self) -> None:
+        if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
+            raise ArgumentError(
+                "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
+                "Leave them out, or choose --backend tensorrt or tensorrt-rtx; an export's --weights int8 is for CPUs.",
+            )
         if self.precision not in get_args(Precision):
             raise ArgumentError(
                 f"There is no precision {self.precision!r}.", f"Choose one of: {', '.join(get_args(Precision))}."

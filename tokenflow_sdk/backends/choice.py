@@ -14,7 +14,7 @@ from tokenflow_sdk.backends.base import OpenSession, SessionOptions, open_onnxru
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.engine_recipe import ONNXRUNTIME, EnginePlan
 from tokenflow_sdk.engines import Engines, shown_progress
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.scheduler import PAGE_SIZE
@@ -22,7 +22,7 @@ from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = ["BACKENDS", "Candidate", "EngineOptions", "Needs", "choose", "survey"]
 
-BACKENDS = ("auto", "onnxruntime", *FLAVOURS)
+BACKENDS = ("auto", ONNXRUNTIME, *FLAVOURS)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ class EngineOptions:
                 "Give backend='tensorrt' or 'tensorrt-rtx', and build=True.",
             )
 
+    def _plan(self) -> EnginePlan | None:
+        return EnginePlan.from_recipe(self.plan) if isinstance(self.plan, str) else self.plan
+
+    def wants_onnxruntime(self) -> bool:
+        """Whether the backend is onnxruntime, or a plan for CPUs says so.
+
+        Raises:
+            ArgumentError: the backend is TensorRT and the plan is for CPUs.
+        """
+        plan = self._plan()
+        for_cpus = plan is not None and plan.backend == ONNXRUNTIME
+        if for_cpus and self.backend in FLAVOURS:
+            raise ArgumentError(f"The plan is for onnxruntime, not for {self.backend}.", "Leave backend= or plan= out.")
+        return self.backend == ONNXRUNTIME or for_cpus
+
     def engines(self, bundle: Bundle[Any], options: SessionOptions, needs: Needs, backend: str | None = None) -> Engines:
         """The bundle's engines on the GPU that `options` name, for `backend` or another TensorRT.
 
@@ -79,7 +94,7 @@ class EngineOptions:
         """
         if needs.page_size != PAGE_SIZE:
             raise ArgumentError(f"TensorRT engines have pages of {PAGE_SIZE} tokens.", "Leave page_size= out.")
-        plan = EnginePlan.from_recipe(self.plan) if isinstance(self.plan, str) else self.plan or EnginePlan()
+        plan = self._plan() or EnginePlan()
         least, usual, most = plan.batch
         plan = plan.changed(backend=backend or self.backend, batch=(least, usual, max(most, needs.batch)), pages=needs.pages)
         device = int(options.device.partition(":")[2] or 0)
@@ -187,12 +202,16 @@ def choose(
         MissingPackageError, BackendError: what was asked for does not work here.
         EngineBuildError, EngineRefusedError: see `Engines.prepare`.
     """
+    if wanted.wants_onnxruntime():
+        # With `auto` a plan for CPUs said so.
+        cpu = wanted.backend == "auto" and options.device == "auto" and options.providers is None
+        return open_onnxruntime, replace(options, device="cpu") if cpu else options
     if wanted.backend in FLAVOURS:
         engines = wanted.engines(bundle, options, needs)
         with shown_progress() as progress:
             engines.prepare(wanted.build, progress)
         return engines.open, options
-    if wanted.backend == "onnxruntime" or options.providers is not None:
+    if options.providers is not None:
         return open_onnxruntime, options
     best = next((candidate for candidate in survey(bundle, options, wanted, needs) if candidate.usable), None)
     if best is None:

@@ -14,9 +14,10 @@ from rich.table import Table
 from tokenflow_sdk.bundle import Bundle, bundles_in, open_bundle
 from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
+from tokenflow_sdk.cli.verify import verify
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
-from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.engine_recipe import ONNXRUNTIME, EnginePlan
 from tokenflow_sdk.engines import Engines
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 from tokenflow_sdk.tensorrt_module import import_tensorrt
@@ -33,6 +34,10 @@ class _Row:
 def build(arguments: argparse.Namespace) -> int:
     """Build every engine of a bundle that is not in the cache yet."""
     plan = _plan(arguments)
+    if plan.backend == ONNXRUNTIME:
+        stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
+        options = {"backend": ONNXRUNTIME, "recipe": None, "device": "cpu", "threads": None, "batch_limit": 1}
+        return verify(argparse.Namespace(target=None, bundle=arguments.bundle, **options))
     trt = import_tensorrt(plan.backend)
     store = EngineCache(arguments.cache)
     bundles = [open_bundle(path) for path in bundles_in(bundle_name(arguments))]
