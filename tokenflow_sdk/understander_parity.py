@@ -60,8 +60,8 @@ class TokenSteps:
 class UnderstanderReference(TokenSteps):
     """`reference.npz` of a bundle: its steps, and R results of which each is right.
 
-    The first is what the graphs gave. Graphs with int8 weights round what a product reads as well, which engines do not, so that
-    these come out near PyTorch in float32, whose result is the second.
+    The first is what the graphs gave. Graphs with int8 weights round what a product reads as well, which engines do not:
+    they come out near PyTorch in float32, whose result is the second.
 
     hidden: float32 [R, Q, H], Q the tokens of all steps; likeliest: the likeliest token after each, int32 [R, Q].
     """
