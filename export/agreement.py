@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export.precision import FULL_PRECISION, Precision
-from tokenflow_sdk.backends.base import Array, SessionOptions
-from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
-from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.errors import ParityError
-from tokenflow_sdk.kv_cache import PageTable
-from tokenflow_sdk.transformer import PagedTransformer
 
-__all__ = ["MAX_HIDDEN_ERROR", "Agreement", "paged_hidden", "run_graph"]
+__all__ = ["MAX_HIDDEN_ERROR", "Agreement"]
 
 MAX_HIDDEN_ERROR = 1e-3
 """Largest difference accepted from a float32 graph; hidden states are of order one."""
@@ -28,7 +21,6 @@ MIN_COSINE = 0.5
 """Least mean cosine accepted from other precisions: below it the graph is wrong, not coarse."""
 
 Float32 = NDArray[np.float32]
-Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -70,33 +62,3 @@ class Agreement:
                 "Export in fp32 or with --weights int8 if this was fp16 or int4; else with the pinned versions of torch and "
                 "onnxruntime.",
             )
-
-
-def run_graph(bundle: Bundle[Any], name: str, feeds: dict[str, Array], output: str) -> Array:
-    """One output of one graph on the CPU."""
-    entry = bundle.graph(name)
-    with OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
-        return session.run(feeds, [output])[output]
-
-
-def paged_hidden(bundle: Bundle[Any], x: Float32, positions: Int32, visible: Int32, ends: Sequence[int]) -> Float32:
-    """Hidden states float32 [Q, H] of embeddings [1, Q, H], run in steps over pages.
-
-    Args:
-        bundle: with the graphs written.
-        x: embeddings float32 [1, Q, H].
-        positions: int32 [1, Q].
-        visible: int32 [1, Q], how many of its own step's keys each query sees.
-        ends: where each step ends; the last is Q.
-    """
-    config, entry = bundle.config, bundle.graph("transformer")
-    with OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
-        pages = -(-x.shape[1] // 4)
-        paged = PagedTransformer(session, config.layers, config.kv_heads, config.head_dim, pages=pages, page_size=4)
-        table, found = PageTable(paged.pool), []
-        for stop in ends:
-            step = (array[:, table.length : stop] for array in (x, positions, visible))
-            output = paged.step(*step, [table], [table.length], width=pages)
-            paged.store(output, [table])
-            found.append(output.hidden[0])
-    return np.concatenate(found)

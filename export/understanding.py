@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -34,6 +35,7 @@ from export.understanding_graphs import EmbedTokensGraph, HeadGraph
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.errors import CheckpointError
+from tokenflow_sdk.parity import Reference
 
 __all__ = ["export_understanding"]
 
@@ -99,9 +101,12 @@ def export_understanding(
         steps.start("checking the graphs against PyTorch")
         source = {"checkpoint": directory.path.name, "tokenizer": tokenizer.config.variant, "precision": precision.name}
         bundle = Bundle(staging, config, graphs, assets, {}, source | versions())
-        agreement = compare(bundle, directory, model, head_key)
+        codebook = Reference.load(tokenizer).codebook
+        agreement, reference = compare(bundle, directory, model, head_key, codebook, precision)
         agreement.require(precision)
         steps.start("finishing")
+        np.savez(staging / "reference.npz", allow_pickle=False, **vars(reference))
+        assets["reference"] = file_entry(staging / "reference.npz")
         replace(bundle, parity=asdict(agreement)).write_manifest()
     return agreement
 

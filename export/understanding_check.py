@@ -1,64 +1,86 @@
-"""How an exported understanding model compares with PyTorch in float32: text, a picture, and text again."""
+"""How an exported understanding model compares with PyTorch in float32: text, a picture, text again, and single tokens."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export.agreement import Agreement, paged_hidden, run_graph
+from export.agreement import Agreement, Float32
 from export.config import TransformerConfig
 from export.hf_directory import HfDirectory
+from export.precision import Precision
 from export.projector import projector
 from export.transformer import hidden_by_layer
+from tokenflow_sdk.backends.base import SessionOptions
+from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import UnderstanderConfig
+from tokenflow_sdk.paged_parity import run_pieces
+from tokenflow_sdk.transformer import PagedTransformer
+from tokenflow_sdk.understander_parity import (
+    TokenSteps,
+    UnderstanderReference,
+    embed_pieces,
+    greedy_feeds,
+    likeliest_tokens,
+)
 
 __all__ = ["compare"]
 
-_TEXT, _IMAGE = 24, 64
 
-
-def compare(bundle: Bundle[UnderstanderConfig], directory: HfDirectory, model: TransformerConfig, head_key: str) -> Agreement:
-    """A causal sequence in three steps over pages, embedded and scored by the graphs, against eager layers over it at once.
+def compare(
+    bundle: Bundle[UnderstanderConfig],
+    directory: HfDirectory,
+    model: TransformerConfig,
+    head_key: str,
+    codebook: Float32,
+    precision: Precision,
+) -> tuple[Agreement, UnderstanderReference]:
+    """A causal sequence in steps over pages, embedded and scored by the graphs, against eager layers over it at once.
 
     Args:
         bundle: with the graphs written.
         directory, model: the checkpoint.
         head_key: where the head's weight is.
+        codebook: float32 [K, C], the tokenizer's.
+        precision: of the graphs.
+
+    Returns:
+        How they agree, and what an engine must compute.
     """
-    config, rng = bundle.config, np.random.default_rng(0)
-    ids = rng.integers(0, config.vocabulary, (1, 2 * _TEXT), np.int32)
-    features = rng.standard_normal((1, min(_IMAGE, config.image_tokens), config.code_dim), np.float32)
-    text = run_graph(bundle, "embed_text", {"token_ids": ids}, "embeddings")
-    image = run_graph(bundle, "project", {"features": features}, "embeddings")
-    x = np.concatenate([text[:, :_TEXT], image, text[:, _TEXT:]], axis=1).astype(np.float32, copy=False)
-    positions = np.arange(x.shape[1], dtype=np.int32)[None]
-    lengths = (_TEXT, image.shape[1], _TEXT)
-    visible = np.concatenate([np.arange(1, length + 1) for length in lengths])
-    found = paged_hidden(bundle, x, positions, visible[None].astype(np.int32), tuple(np.cumsum(lengths)))
+    config, steps = bundle.config, TokenSteps.random(bundle.config, codebook)
+    with ExitStack() as stack:
+        embedding = {name: stack.enter_context(_open(bundle, name)) for name in ("embed_text", "project")}
+        pieces = [(np.array(embeddings), visible) for embeddings, visible in embed_pieces(embedding, steps)]
+    with _open(bundle, "transformer") as session:
+        hidden = run_pieces(PagedTransformer.of(config, session, -(-len(steps) // 4), page_size=4), pieces, len(steps))
+    with _open(bundle, "head") as session:
+        likeliest = likeliest_tokens(session, hidden, config)
+        logits = session.run(greedy_feeds(hidden, config), ["logits"])["logits"]
 
+    expected = _eager(directory, model, steps)
+    expected_logits = F.linear(expected, directory.tensor(head_key))
+    agreement = Agreement.of(torch.from_numpy(hidden), expected, torch.from_numpy(logits), expected_logits)
+    results = [(hidden, likeliest)]
+    if precision.weights == "int8":
+        results.append((expected.numpy(), expected_logits.argmax(dim=-1).numpy().astype(np.int32)))
+    states, tokens = (np.stack(arrays) for arrays in zip(*results, strict=True))
+    return agreement, UnderstanderReference(**vars(steps), hidden=states, likeliest=tokens)
+
+
+def _eager(directory: HfDirectory, model: TransformerConfig, steps: TokenSteps) -> torch.Tensor:
+    """Hidden states [Q, H]."""
     table = directory.tensor("model.embed_tokens.weight")
-    rows = table[torch.from_numpy(ids[0]).long()]
+    before, after = (torch.from_numpy(ids).long() for ids in (steps.before, np.concatenate([steps.after, steps.answer])))
+    x = torch.cat([table[before], projector(directory)(torch.from_numpy(steps.features)), table[after]])[None]
     del table
-    eager = torch.cat([rows[:_TEXT], projector(directory)(torch.from_numpy(features[0])), rows[_TEXT:]])[None]
-    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None]
-    expected = hidden_by_layer(directory, model, eager, torch.from_numpy(positions), mask)[0]
-    logits = F.linear(expected, directory.tensor(head_key))
-    return Agreement.of(torch.from_numpy(found), expected, torch.from_numpy(_logits(bundle, found)), logits)
+    mask = torch.ones(len(steps), len(steps), dtype=torch.bool).tril()[None]
+    return hidden_by_layer(directory, model, x, torch.arange(len(steps), dtype=torch.int32)[None], mask)[0]
 
 
-def _logits(bundle: Bundle[UnderstanderConfig], hidden: np.ndarray) -> np.ndarray:
-    rows = len(hidden)
-    ones = np.ones(rows, np.float32)
-    feeds = {
-        "hidden": hidden,
-        "seen": np.zeros((rows, 1), np.int32),
-        "penalty": ones,
-        "temperature": ones,
-        "top_k": np.ones(rows, np.int32),
-        "top_p": ones,
-        "noise": np.zeros(rows, np.float32),
-        "ranks": np.arange(1, dtype=np.int32),
-    }
-    return run_graph(bundle, "head", feeds, "logits")
+def _open(bundle: Bundle[UnderstanderConfig], name: str) -> OnnxRuntimeSession:
+    entry = bundle.graph(name)
+    return OnnxRuntimeSession(bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu"))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.mini import MINI
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, bundles_in, find_bundle
+from tokenflow_sdk.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, bundles_in, find_bundle, open_bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.errors import (
     BundleKindError,
@@ -171,6 +171,7 @@ def test_tiny_is_the_embedded_model_wherever_one_stands(tmp_path: Path, monkeypa
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert [bundle_kind(path) for path in bundles_in("tiny")] == ["tokenizer", "generator"]
+    assert [open_bundle(path).config.kind for path in bundles_in("tiny")] == ["tokenizer", "generator"]
     assert find_bundle("./tiny", "tokenizer") == Path("tiny")
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from export.precision import Precision
+from export.precision import Precision, quantize_weights
 from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_sdk.dequantize import dequantize
 
@@ -53,3 +53,26 @@ def test_other_graphs_stay_as_they_are(bundles: dict[str, Path]) -> None:
     before = [node.name for node in model.graph]
     dequantize(model)
     assert [node.name for node in model.graph] == before
+
+
+def test_a_product_may_be_what_the_graph_gives() -> None:
+    """As the logits of a head, which are drawn from as well."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((32, 8)).astype(np.float32)
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        head (float[rows, 32] hidden) => (float[rows, 8] logits, float[rows, 8] likely) <float[32, 8] weight>
+        { logits = MatMul(hidden, weight)
+          likely = Softmax(logits) }""",
+        initializers=[ir.tensor(weight, name="weight")],
+    )
+    feeds = {"hidden": rng.standard_normal((5, 32)).astype(np.float32)}
+    quantize_weights(model, "int8")
+    rounded = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    dequantize(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Softmax"]
+    assert [value.name for value in model.graph.outputs] == ["logits", "likely"]
+    plain = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    exact = feeds["hidden"] @ weight
+    assert 0 < np.abs(plain[0] - exact).mean() < np.abs(rounded[0] - exact).mean()
+    np.testing.assert_allclose(plain[1].sum(axis=1), 1, rtol=1e-5)

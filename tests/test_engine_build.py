@@ -10,24 +10,34 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from export.hf_directory import HfDirectory
+from export.onnx_export import export_graph
+from export.precision import FULL_PRECISION
+from export.understanding import _head_spec
 from tests.conftest import DATA, ROOT
 from tests.fake_gpu import Status, install
 from tests.mini import store_ranges
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig
+from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.engine_build import REVISION, Profile, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import EngineCache
 from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
+from tokenflow_sdk.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.scheduler import PAGE_SIZE
+from tokenflow_sdk.token_scheduler import CHUNK, default_pages
 
 APIS = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "tensorrt_api").glob("*.json"))}
 CLASSES = {
@@ -124,6 +134,29 @@ def test_every_generator_graph_builds(trt, precision, target: str, mini_generato
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_understander_graph_builds(trt, precision, target: str, mini_understander: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    build_all(trt, bundle, EnginePlan(targets=(target,), precision=precision, pages=64), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> None:
+    """As many tokens as Qwen2 has: TensorRT sorts and scatters the most that an answer can ask of it."""
+    vocabulary, width, context = 152_064, 8, 32_768
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((vocabulary, width)).astype(np.float32))
+    config = cast(UnderstanderConfig, SimpleNamespace(width=width, vocabulary=vocabulary))
+    directory = cast(HfDirectory, SimpleNamespace(tensor=lambda key: weight))
+    dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "seen", "window")}
+    with torch.inference_mode():
+        entry = export_graph(_head_spec(directory, config, FULL_PRECISION, "", dims), tmp_path, lambda *_: None)
+    (tmp_path / "half").mkdir()
+    graph = engine_graph(tmp_path / "head.onnx", dtype, tmp_path / "half")
+    profile = Profile({"batch": (1, 1, 8), "seen": (1, 64, context), "window": (1, 64, MAX_TOP_K + TIES)})
+    assert len(build_engine(trt, graph, entry, profile, "sm89")) > vocabulary * width * 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -> None:
     """In float16, its int8 weights included."""
@@ -171,6 +204,28 @@ def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None
     assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
     assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
     assert sizes["slots"] == (9 * config.layers,) * 3
+    for name, entry in bundle.graphs.items():
+        for spec in entry.inputs:
+            assert len(Profile(sizes).shapes(spec)) == 3, name
+
+
+def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> None:
+    """Prompts of any length in pieces, answers of any length and setting, alone and in the largest batch."""
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    config = bundle.config
+    sizes = profile_of(bundle, EnginePlan(batch=(1, 4, 6), pages=9)).sizes
+    assert sizes["batch"] == (1, 4, 6)
+    assert sizes["queries"] == (1, 64, CHUNK)
+    assert sizes["slots"] == (9 * config.layers,) * 3
+    assert sizes["table"] == (1, 4, 9)
+    assert sizes["seen"][2] == config.vocabulary
+    assert sizes["window"][2] == config.vocabulary
+    usual = profile_of(bundle, EnginePlan()).sizes
+    assert usual["table"][2] * PAGE_SIZE == config.context
+    assert usual["slots"][2] == default_pages(config, PAGE_SIZE)
+    large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
+    sizes = profile_of(large, EnginePlan()).sizes
+    assert (sizes["seen"][2], sizes["window"][2], sizes["table"][2]) == (32_768, 3840, default_pages(large.config, PAGE_SIZE))
     for name, entry in bundle.graphs.items():
         for spec in entry.inputs:
             assert len(Profile(sizes).shapes(spec)) == 3, name

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from export.precision import quantize_blocks, quantize_weights
 from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_sdk.errors import MissingPackageError
 from tokenflow_sdk.half import compute_nodes, to_half
@@ -125,3 +126,31 @@ def test_without_onnx_ir_the_extra_is_named(mini_bundles, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     with pytest.raises(MissingPackageError, match=r"tokenflow-sdk\[build\]"):
         to_half(model, "fp16")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_weights_of_4_bits_are_half_too(pinned: bool, tmp_path: Path) -> None:
+    """The exporter writes no type between them and their product."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((32, 8)).astype(np.float32)
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        head (float[rows, 32] hidden) => (float[rows, 8] logits) <float[32, 8] weight>
+        { logits = MatMul(hidden, weight) }""",
+        initializers=[ir.tensor(weight, name="weight")],
+    )
+    quantize_weights(model, "int4")
+    ir.save(model, tmp_path / "int4.onnx")
+    (product,) = (node.name for node in ir.load(tmp_path / "int4.onnx").graph if node.op_type == "MatMul")
+    rewritten = half(tmp_path / "int4.onnx", tmp_path / "half.onnx", (str(product),) if pinned else ())
+    types = {node.op_type: node.outputs[0].dtype for node in rewritten.graph if node.op_type != "Cast"}
+    assert types["DequantizeLinear"] == ir.DataType.FLOAT16
+    assert types["MatMul"] == (ir.DataType.FLOAT if pinned else ir.DataType.FLOAT16)
+    hidden = rng.standard_normal((5, 32)).astype(np.float32)
+    settings = onnxruntime.SessionOptions()
+    # Optimized, it would round what the product reads to 8 bits.
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (found,) = onnxruntime.InferenceSession(tmp_path / "half.onnx", settings).run(None, {"hidden": hidden})
+    q, scales = quantize_blocks(weight)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, hidden @ (q.astype(np.float32) * scales), atol=0.01)

@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import psutil
 import pytest
 
 from tests.conftest import DATA, ROOT
-from tokenflow_sdk import Generator, Tokenizer
+from tests.test_understander import features, pool_is_clean
+from tokenflow_sdk import AnswerParams, Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.base import HostPages
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
 from tokenflow_sdk.engine_cache import EngineCache
@@ -97,7 +99,7 @@ def test_pages_on_the_gpu_are_host_pages() -> None:
 
 
 @pytest.mark.usefixtures("cuda_provider")
-def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generator: Path) -> None:
+def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generator: Path, mini_understander: Path) -> None:
     codes = cpu.encode_array(IMAGES)
     with Tokenizer.from_pretrained(mini_bundle, backend="onnxruntime", device="cuda", batch_limit=4) as gpu:
         assert (gpu.encode_array(IMAGES) == codes).mean() > 0.95
@@ -112,6 +114,9 @@ def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generato
         transformer = generator._running.scheduler.loop.transformer
         assert isinstance(transformer._k, CudaPages)
         assert generator.device == "cuda:0"
+    with Understander.from_pretrained(mini_understander, backend="onnxruntime", device="cuda") as understander:
+        assert isinstance(understander._running.transformer._k, CudaPages)
+        assert understander.answer(features(0), "what?", max_tokens=8).token_ids
 
 
 @pytest.mark.usefixtures("cuda_provider")
@@ -220,6 +225,41 @@ def test_a_generator_is_built_certified_and_repeats_itself(flavour: str, precisi
         assert len(together) == 3
         pool = generator._running.scheduler.loop.transformer.pool
         assert pool.free > pool.pages - 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_understander_is_built_certified_and_answers(flavour: str, precision, mini_understander: Path) -> None:
+    """More questions at once than the engines take; in float32 the first tokens are those of the CPU."""
+    params = AnswerParams(max_tokens=40, stop_ids=())
+    asked = [(features(i % 2), "what? " * (1 + 20 * i)) for i in range(5)]
+    with Understander.from_pretrained(mini_understander, device="cpu", backend="onnxruntime") as on_cpu:
+        expected = [answer.token_ids for answer in on_cpu.answer_batch(asked, params=params)]
+    plan = EnginePlan(precision=precision, batch=(1, 1, 2), pages=200)
+    for cuda_graphs in (False, True):
+        with Understander.from_pretrained(
+            mini_understander, backend=flavour, plan=plan, cuda_graphs=cuda_graphs
+        ) as understander:
+            assert understander.device == "cuda:0"
+            found = [answer.token_ids for answer in understander.answer_batch(asked, params=params)]
+            assert [len(tokens) for tokens in found] == [40] * 5
+            if precision == "fp32":
+                assert sum(a[:5] == b[:5] for a, b in zip(found, expected, strict=True)) >= 4
+            penalised = replace(params, max_tokens=300, repetition_penalty=1.3, temperature=1.5, top_k=288)
+            assert len(understander.answer(features(0), "what?", params=penalised).token_ids) == 300
+            assert pool_is_clean(understander)
+            understander.tokenizer.close()
+
+
+def test_an_understander_changes_over_and_chats_go_on(flavour: str, mini_understander: Path) -> None:
+    options = {"backend": flavour, "plan": EnginePlan(precision="fp32", pages=200), "serve_while_building": True}
+    with Understander.from_pretrained(mini_understander, **options) as understander:  # type: ignore[arg-type]
+        chat = understander.chat(features(0))
+        chat.ask("what?", max_tokens=8)
+        assert understander.wait_for_engines(10 * MINUTES)
+        assert understander.device == "cuda:0"
+        chat.ask("and?", max_tokens=8)
+        assert len(chat.turns) == 2
+        assert pool_is_clean(understander)
 
 
 def test_ten_thousand_calls_leak_nothing(flavour: str, mini_bundle: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tokenflow_sdk.token_prompt import ImageBlock, TokenPrompt
+from tokenflow_sdk.token_prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
 PICTURE, OTHER = (ImageBlock(np.full((3, 2), value, np.float32)) for value in (1, 2))
 
@@ -41,3 +43,24 @@ def test_what_follows_may_be_shared_too() -> None:
     following = history.followed_by([9], shared=False)
     assert following.points == history.points
     assert len(following) == 8
+
+
+BLOCKS = st.lists(
+    st.lists(st.integers(0, 9), max_size=6).map(tuple)
+    | st.integers(0, 5).map(lambda count: ImageBlock(np.arange(2.0 * count, dtype=np.float32).reshape(count, 2)))
+)
+
+
+def rows(blocks: list[Block]) -> list[object]:
+    """Every token and every row of features."""
+    return [
+        row for block in blocks for row in (map(tuple, block.features) if isinstance(block, ImageBlock) else map(int, block))
+    ]
+
+
+@given(BLOCKS, st.integers(0, 40))
+def test_blocks_are_split_anywhere(blocks: list[Block], count: int) -> None:
+    first, rest = split_blocks(blocks, count)
+    assert rows(first) == rows(blocks)[:count]
+    assert rows(rest) == rows(blocks)[count:]
+    assert all(len(block) for block in (*first, *rest))

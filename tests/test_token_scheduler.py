@@ -39,10 +39,14 @@ CONFIG = UnderstanderConfig(
 class FakeGraph(Session):
     """Arrays of the right shapes; the head gives the tokens that it is told to, round robin."""
 
-    def __init__(self, name: str, tokens: Sequence[int] = (1, 2, 3)) -> None:
+    def __init__(self, name: str, tokens: Sequence[int] = (1, 2, 3), most: int | None = None) -> None:
         pages = [TensorSpec("k_pages", "float32", ("slots", "page", 1, 1))] if name == "transformer" else []
         super().__init__(pages, ())
-        self.name, self.tokens, self.calls = name, tokens, 0
+        self.name, self.tokens, self.calls, self.most = name, tokens, 0, most
+        self.shapes: list[tuple[int, ...]] = []
+
+    def largest(self, dim: str) -> int | None:
+        return self.most if dim == "batch" else None
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         self.calls += 1
@@ -59,14 +63,16 @@ class FakeGraph(Session):
             new = np.zeros((1, *hidden.shape[:2], 1, 1), np.float32)
             return {"hidden": hidden, "new_k": new, "new_v": new}
         (array,) = feeds.values()
+        self.shapes.append(array.shape)
         return {"embeddings": np.zeros((*array.shape[:2], 2), np.float32)}
 
     def close(self) -> None:
         pass
 
 
-def scheduler(pages: int, page_size: int = 4, tokens: Sequence[int] = (1, 2, 3)) -> TokenScheduler:
-    graphs: dict[str, Session] = {name: FakeGraph(name, tokens) for name in ("embed_text", "project", "transformer", "head")}
+def scheduler(pages: int, page_size: int = 4, tokens: Sequence[int] = (1, 2, 3), most: int | None = None) -> TokenScheduler:
+    names = ("embed_text", "project", "transformer", "head")
+    graphs: dict[str, Session] = {name: FakeGraph(name, tokens, most) for name in names}
     return TokenScheduler(TokenLoop(CONFIG, graphs, PagedTransformer(graphs["transformer"], 1, 1, 1, pages, page_size)))
 
 
@@ -144,6 +150,65 @@ def test_running_answers_wait_for_a_piece_of_a_long_prompt_at_most() -> None:
     assert steps == 5
     drain(queue, running, newcomer)
     assert is_clean(queue)
+
+
+def test_prompts_are_embedded_in_pieces_too() -> None:
+    """Engines take a piece at most; nothing is embedded twice, and no token is left out."""
+    queue = scheduler(1000)
+    t = turn(1, text=2 * CHUNK, image=3 * CHUNK)
+    queue.submit(t)
+    drain(queue, t)
+    graphs = queue.loop._sessions
+    for name, tokens in (("project", 3 * CHUNK), ("embed_text", 2 + 2 * CHUNK + 5)):
+        shapes = graphs[name].shapes  # type: ignore[attr-defined]
+        assert max(shape[1] for shape in shapes) <= CHUNK
+        assert sum(shape[0] * shape[1] for shape in shapes) == tokens
+    assert is_clean(queue)
+
+
+def test_more_answers_than_an_engine_takes_at_once_take_turns_in_a_step() -> None:
+    queue = scheduler(1000, most=3)
+    turns = [turn(i, max_tokens=20) for i in range(8)]
+    for t in turns:
+        queue.submit(t)
+    while any(t.pending is not None or not t.tokens for t in turns):
+        queue.step()
+    shapes = queue.loop._sessions["embed_text"].shapes  # type: ignore[attr-defined]
+    before = [len(t.tokens) for t in turns]
+    shapes.clear()
+    queue.step()
+    assert shapes == [(3, 1), (3, 1), (2, 1)]
+    assert [len(t.tokens) for t in turns] == [count + 1 for count in before]
+    plain = queue.loop.decode
+    queue.loop.decode = lambda group: 1 / 0 if turns[0] in group else plain(group)  # type: ignore[assignment,method-assign]
+    queue.step()
+    assert [t.error is not None for t in turns] == [True] * 3 + [False] * 5
+    drain(queue, *turns[3:])
+    assert is_clean(queue)
+
+
+def test_only_a_penalty_needs_to_see_the_answer() -> None:
+    queue = scheduler(1000, tokens=(1, 2, 2, 3, 1, 4))
+    seen: list[tuple[list[list[int]], list[float]]] = []
+    head = queue.loop._sessions["head"]
+    plain = head.run
+
+    def noting(feeds, outputs=None):
+        seen.append((feeds["seen"].tolist(), feeds["penalty"].tolist()))
+        return plain(feeds, outputs)
+
+    head.run = noting  # type: ignore[method-assign]
+    for penalty in (1.0, 1.5):
+        t = turn(1)
+        t = replace(t, params=replace(t.params, repetition_penalty=penalty))
+        queue.submit(t)
+        drain(queue, t)
+    without, with_penalty = seen[:6], seen[6:]
+    assert without == [([[0]], [1.0])] * 6
+    assert with_penalty[0] == ([[0]], [1.0])
+    assert [row for ((row,), (penalty,)) in with_penalty[1:] if penalty == 1.5] == [
+        list(dict.fromkeys(t.tokens[:count])) for count in range(1, 6)
+    ]
 
 
 def test_finished_answers_leave_and_stop_tokens_are_no_text() -> None:

@@ -106,7 +106,7 @@ def prompt_of(understander: Understander, pictures: Sequence[np.ndarray], questi
 
 def pool_is_clean(understander: Understander) -> bool:
     """Only the prefix cache holds pages."""
-    scheduler = understander._scheduler
+    scheduler = understander._running.scheduler
     cached = {page for table in scheduler.cache._tables.values() for page in table.pages}
     pool = scheduler.loop.transformer.pool
     return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
@@ -114,7 +114,7 @@ def pool_is_clean(understander: Understander) -> bool:
 
 def recorded(understander: Understander, ask: Callable[[], Any]) -> tuple[Any, list[np.ndarray]]:
     """What `ask` gives, and the logits [B, V] of every step."""
-    head, steps = understander._sessions["head"], []
+    head, steps = understander._running.sessions["head"], []
     plain = head._infer
 
     def spying(feeds, outputs):
@@ -136,7 +136,7 @@ def test_answers_are_transformers_own(geometry: str, page_size: int, references:
     reference = references(geometry)
     with Understander.from_pretrained(reference.bundle, page_size=page_size) as understander:
         for case, question in (("fresh", QUESTIONS[0]), ("shared", QUESTIONS[2]), ("evicted", QUESTIONS[2])):
-            while case == "evicted" and understander._scheduler.cache.evict():
+            while case == "evicted" and understander._running.scheduler.cache.evict():
                 pass
             answer, steps = recorded(understander, lambda q=question: understander.answer(features(0), q, params=FREE))
             prompt = prompt_of(understander, [features(0)], question)
@@ -195,7 +195,7 @@ def test_a_conversation_whose_pages_are_gone_is_read_again(reference: Reference)
         for chat in (kept, lost):
             chat.ask("what?", params=FREE)
         with_pages = kept.ask("and?", params=FREE)
-        while understander._scheduler.cache.evict():
+        while understander._running.scheduler.cache.evict():
             pass
         without = lost.ask("and?", params=FREE)
         assert (without.token_ids, without.cached_tokens) == (with_pages.token_ids, 0)
@@ -240,7 +240,7 @@ def test_the_head_graph_is_its_numpy_twin(understander: Understander) -> None:
         AnswerParams(max_tokens=40, stop_ids=(), temperature=2.0, top_k=288, seed=5),
     ]
     turns = [understander._turn(features(0), "what?", params) for params in settings]
-    loop = understander._scheduler.loop
+    loop = understander._running.scheduler.loop
     plain, orders = loop._draw, []
 
     def noting(given: Sequence[Turn], hidden: np.ndarray) -> None:
@@ -417,12 +417,12 @@ def test_a_failing_step_is_raised_to_those_it_was_for(understander: Understander
     other = understander.stream(features(0), QUESTIONS[0], params=FREE)
     next(other)
     with monkeypatch.context() as patch:
-        patch.setattr(understander._scheduler.loop, "begin", lambda turn, table: 1 / 0)
+        patch.setattr(understander._running.scheduler.loop, "begin", lambda turn, table: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             understander.answer(features(5), "what?")
     assert len(list(other)) > 5
     with monkeypatch.context() as patch:
-        patch.setattr(understander._scheduler.loop, "decode", lambda turns: 1 / 0)
+        patch.setattr(understander._running.scheduler.loop, "decode", lambda turns: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             understander.answer(features(0), "what?")
     assert pool_is_clean(understander)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.config import FileEntry, GeneratorConfig, GraphEntry
+from tokenflow_sdk.config import FileEntry, GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.errors import (
     BundleKindError,
     BundleNotFoundError,
@@ -39,10 +39,16 @@ __all__ = [
     "file_sha256",
     "find_bundle",
     "load_codebook",
+    "open_bundle",
 ]
 
 MANIFEST = "bundle.json"
-KINDS = ("tokenizer", "generator", "understander")
+CONFIGS: tuple[type[TokenizerConfig] | type[GeneratorConfig] | type[UnderstanderConfig], ...] = (
+    TokenizerConfig,
+    GeneratorConfig,
+    UnderstanderConfig,
+)
+KINDS = tuple(config.kind for config in CONFIGS)
 TINY = "tiny"
 """Name of the trained model that comes with the SDK."""
 SCHEMA_VERSION = 1
@@ -236,6 +242,12 @@ def bundle_kind(path: Path) -> str:
     if not isinstance(kind, str):
         raise CorruptBundleError(f"{path / MANIFEST} has no 'kind'.", _AGAIN)
     return kind
+
+
+def open_bundle(path: Path) -> Bundle[Any]:
+    """The bundle there, of whatever kind. Errors as in `Bundle.open`."""
+    kind = bundle_kind(path)
+    return Bundle.open(path, next((config for config in CONFIGS if config.kind == kind), TokenizerConfig))
 
 
 def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:

@@ -11,11 +11,12 @@ from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions
 from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.errors import EngineRefusedError
-from tokenflow_sdk.generator_parity import check_generator
+from tokenflow_sdk.generator_parity import GeneratorReport, check_generator
 from tokenflow_sdk.parity import EIGHT_BIT_PSNR, EXACT, ROUNDED, check_parity
 from tokenflow_sdk.quantize import EightBit
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.transformer import PagedTransformer
+from tokenflow_sdk.understander_parity import UnderstanderReport, check_understander
 
 __all__ = ["Certificate", "certify"]
 
@@ -53,7 +54,8 @@ class Certificate:
                 f"codes agree {share:.2%} teacher-forced ({len(f['flips'])} flips, worst scale {min(f['agreement']):.2%}), "
                 f"decode {decoded}, semantic cosine {f['semantic_cosine']:.5f}"
             )
-        return f"hidden states cosine {f['hidden_cosine']:.5f}, likeliest code the same at {f['same_code']:.1%}"
+        choice = "code" if "same_code" in f else "token"
+        return f"hidden states cosine {f['hidden_cosine']:.5f}, likeliest {choice} the same at {f[f'same_{choice}']:.1%}"
 
     def require(self, what: str) -> None:
         """Raises:
@@ -78,10 +80,10 @@ def certify(
     """Run a bundle's reference on sessions opened by `open_session`, and close them.
 
     Args:
-        bundle: a tokenizer's or a generator's.
+        bundle: a tokenizer's or a language model's.
         open_session: gives the engines to judge.
         precision: of the engines; the bars of half precision allow for rounding.
-        pages, page_size: of a generator's pool.
+        pages, page_size: of a language model's pool.
         decoder: 8 bits of a tokenizer's decoder, which is then judged by a bar of its own.
 
     Raises:
@@ -94,18 +96,19 @@ def certify(
         if decoder is not None:
             bars = replace(bars, decode_psnr=EIGHT_BIT_PSNR)
         return Certificate(tuple(report.failures(bars)), report.to_json())
-    return _certify_generator(bundle, open_session, pages, page_size)
+    return _certify_language_model(bundle, open_session, pages, page_size)
 
 
-def _certify_generator(bundle: Bundle[GeneratorConfig], open_session: OpenSession, pages: int, page_size: int) -> Certificate:
-    config = bundle.config
+def _certify_language_model(bundle: Bundle[Any], open_session: OpenSession, pages: int, page_size: int) -> Certificate:
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for name, entry in bundle.graphs.items():
             path = bundle.path / entry.files[0].name
             sessions[name] = stack.enter_context(open_session(path, entry, SessionOptions()))
-        transformer = PagedTransformer(
-            sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
-        )
-        report = check_generator(bundle, sessions, transformer, load_codebook(bundle))
+        transformer = PagedTransformer.of(bundle.config, sessions["transformer"], pages, page_size)
+        report: GeneratorReport | UnderstanderReport
+        if isinstance(bundle.config, GeneratorConfig):
+            report = check_generator(bundle, sessions, transformer, load_codebook(bundle))
+        else:
+            report = check_understander(bundle, sessions, transformer)
     return Certificate(tuple(report.failures()), asdict(report))

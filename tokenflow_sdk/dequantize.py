@@ -45,6 +45,9 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
     old, result = last.outputs[0], plain.outputs[0]
     result.name, result.shape, result.type = old.name, old.shape, old.type
     old.name = None
+    for index, output in enumerate(model.graph.outputs):
+        if output is old:
+            model.graph.outputs[index] = result
     ir.convenience.replace_all_uses_with(old, result)
     model.graph.remove(last, safe=True)
 

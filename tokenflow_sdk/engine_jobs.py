@@ -13,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tokenflow_sdk import token_scheduler
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig
+from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.engine_build import REVISION, Profile, Progress, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
@@ -91,9 +92,15 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
 
     Raises:
         MissingPackageError, BackendError: the plan names no target, and there is no GPU or no way to ask it.
-        EngineBuildError: the plan wants a decoder in 8 bits for which the bundle has no ranges, or fp8 where a GPU has none.
+        EngineBuildError: the bundle has no reference; or the plan wants a decoder in 8 bits for which the bundle has no ranges,
+            or fp8 where a GPU has none.
         CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
     """
+    if "reference" not in bundle.assets:
+        raise EngineBuildError(
+            f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
+            "Export it again with `python -m export`, or use backend='onnxruntime'.",
+        )
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
     cuda = None if plan.targets else _gpu_here(plan, device)
     targets = plan.targets if cuda is None else (cuda.architecture,)
@@ -214,31 +221,48 @@ def _precision_key(precision: str, pinned: tuple[str, ...], ranges: Ranges | Non
 
 
 def pool_pages(config: object, plan: EnginePlan) -> int:
-    """Pages of a generator's pool, which its engine is built for; 0 for a tokenizer."""
-    if not isinstance(config, GeneratorConfig):
-        return 0
-    return plan.pages or default_pages(config, PAGE_SIZE)
+    """Pages of a language model's pool, which its engine is built for; 0 for a tokenizer."""
+    if isinstance(config, GeneratorConfig):
+        return plan.pages or default_pages(config, PAGE_SIZE)
+    if isinstance(config, UnderstanderConfig):
+        return plan.pages or token_scheduler.default_pages(config, PAGE_SIZE)
+    return 0
 
 
 def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
     """Sizes of everything that varies in a bundle's graphs, for the batches of a plan."""
     config = bundle.config
-    least, usual, most = plan.batch
     if isinstance(config, TokenizerConfig):
         return Profile({"batch": plan.batch})
-    assert isinstance(config, GeneratorConfig)
+    slots = config.layers * pool_pages(config, plan)
+    pool = {"slots": (slots, slots, slots), "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)}
+    return Profile(pool | (_drawing if isinstance(config, GeneratorConfig) else _answering)(config, plan))
+
+
+def _drawing(config: GeneratorConfig, plan: EnginePlan) -> dict[str, tuple[int, int, int]]:
+    least, usual, most = plan.batch
     longest = config.prefix_length + 1
     table = -(-(config.prefix_length + config.n_codes) // PAGE_SIZE)
-    slots = config.layers * pool_pages(config, plan)
     window = min(MAX_TOP_K + TIES, config.codebook_size)
-    return Profile(
-        {
-            # A picture has two rows, with and without its prompt.
-            "batch": (least, 2 * usual, 2 * most),
-            "queries": (1, min(64, longest), max(longest, config.patch_nums[-1] ** 2)),
-            "table": (1, table // 2 or 1, table),
-            "slots": (slots, slots, slots),
-            "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE),
-            "window": (1, min(608, window), window),
-        }
-    )
+    return {
+        # A picture has two rows, with and without its prompt.
+        "batch": (least, 2 * usual, 2 * most),
+        "queries": (1, min(64, longest), max(longest, config.patch_nums[-1] ** 2)),
+        "table": (1, table // 2 or 1, table),
+        "window": (1, min(608, window), window),
+    }
+
+
+def _answering(config: UnderstanderConfig, plan: EnginePlan) -> dict[str, tuple[int, int, int]]:
+    piece = min(token_scheduler.CHUNK, config.context)
+    # No row can be longer than the pool, whatever the model reads.
+    table = min(-(-config.context // PAGE_SIZE), pool_pages(config, plan))
+    seen, window = min(config.context, config.vocabulary), min(MAX_TOP_K + TIES, config.vocabulary)
+    return {
+        "batch": plan.batch,
+        "queries": (1, min(64, piece), piece),
+        "table": (1, table // 2 or 1, table),
+        # An answer's different tokens, for a penalty: never more than fit.
+        "seen": (1, min(64, seen), seen),
+        "window": (1, min(64, window), window),
+    }

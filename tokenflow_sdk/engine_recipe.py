@@ -28,8 +28,8 @@ class EnginePlan:
         precision: of convolutions and products; see `tokenflow_sdk.half` for what stays in float32.
         decoder: 8 bits for a tokenizer's decoder, `int8` or `fp8`; needs what `python -m export calibrate` measures. None: as
             `precision` says.
-        batch: least (1), usual and most pictures in a call.
-        pages: of a generator's key/value pool; 0 holds eight pictures.
+        batch: least (1), usual and most pictures in a call, or answers that an understander gives at once.
+        pages: of a language model's key/value pool; 0 holds eight pictures, or eight questions about pictures.
         workspace_gb: scratch memory an engine may use; 0: no limit.
 
     Raises:

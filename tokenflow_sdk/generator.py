@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions, open_onnxruntime
-from tokenflow_sdk.backends.swapping import EngineSwap
+from tokenflow_sdk.backends.choice import EngineOptions
 from tokenflow_sdk.bundle import Bundle, find_bundle, load_codebook
 from tokenflow_sdk.codes import Codes
 from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.pairing import require_tokenizer, tokenizer_of
+from tokenflow_sdk.paged_model import PagedModel, Running
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scale_loop import ScaleLoop
 from tokenflow_sdk.scheduler import PAGE_SIZE, Request, Scheduler, default_pages
@@ -69,7 +66,7 @@ class Generation:
         return self.tokenizer.decode_batch(self.codes)
 
 
-class Generator:
+class Generator(PagedModel[GeneratorConfig, Scheduler]):
     """Draws pictures from text, as the released TokenFlow text-to-image model does (arXiv 2412.03069, spec section 4).
 
     Make one with `from_pretrained`. Requests may come from several threads; live requests at the same scale share steps.
@@ -84,17 +81,8 @@ class Generator:
         page_size: int = PAGE_SIZE,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
-        if page_size < 1 or (pages is not None and pages < 1):
-            raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
-        require_tokenizer(tokenizer, bundle.config, bundle.path)
-        self.bundle = bundle
-        self.tokenizer = tokenizer
-        self._options, self._pages, self._page_size = options, pages, page_size
         self._prompts = PromptEncoder(bundle.path / bundle.asset("tokenizer").name, bundle.config)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._swap: EngineSwap | None = None
-        self._running = _Running(bundle, options, open_session, pages, page_size)
+        super().__init__(bundle, tokenizer, options, pages, page_size, open_session)
 
     @classmethod
     def from_pretrained(
@@ -128,36 +116,17 @@ class Generator:
             CodebookMismatchError: the tokenizer has another codebook.
             BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
-        from tokenflow_sdk.backends.choice import EngineOptions, Needs, choose
-
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
         bundle = Bundle.open(find_bundle(name, GeneratorConfig.kind), GeneratorConfig)
-        bundle.verify()
         wanted = EngineOptions(backend, plan, build, serve_while_building, 1, cuda_graphs)
-        tokenizer = tokenizer_of(bundle, tokenizer, options, wanted)
-        needs = Needs(pages=pages, page_size=page_size)
-        if not serve_while_building:
-            open_session, options = choose(bundle, options, wanted, needs)
-            return cls(bundle, tokenizer, options, pages, page_size, open_session)
-        engines = wanted.engines(bundle, options, needs)
-        generator = cls(bundle, tokenizer, options, pages, page_size)
-        generator._swap = EngineSwap(engines.prepare, lambda: generator._move(engines.open))
-        return generator
+        return cls._open_pretrained(bundle, tokenizer, options, wanted, pages, page_size)
 
-    @property
-    def config(self) -> GeneratorConfig:
-        """Sizes of this generator."""
-        return self.bundle.config
+    @staticmethod
+    def _default_pages(config: GeneratorConfig, page_size: int) -> int:
+        return default_pages(config, page_size)
 
-    @property
-    def device(self) -> str:
-        """Where the transformer runs, e.g. `cpu` or `cuda:0`."""
-        return self._running.sessions["transformer"].device
-
-    @property
-    def token_forwards(self) -> int:
-        """Tokens run through the transformer so far."""
-        return self._running.scheduler.loop.transformer.token_forwards
+    def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> Scheduler:
+        return Scheduler(ScaleLoop(self.config, sessions, transformer, load_codebook(self.bundle)))
 
     def stream(
         self,
@@ -222,23 +191,6 @@ class Generator:
         params = self._params(preset, cfg_scale, seed, params)
         return self._drain([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
 
-    def wait_for_engines(self, timeout: float | None = None) -> bool:
-        """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
-        done = self._swap is None or self._swap.wait(timeout)
-        return self.tokenizer.wait_for_engines(timeout) and done
-
-    def close(self) -> None:
-        """Free the engines, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""
-        with self._lock:
-            self._closed = True
-            self._running.close()
-
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
     def _params(
         self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
     ) -> SamplingParams:
@@ -254,7 +206,7 @@ class Generator:
         return Request(self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict), params, n)
 
     def _stream(self, request: Request) -> Iterator[GeneratedScale]:
-        with self._requests([request]) as running:
+        with self._submitted([request]) as running:
             for scale in range(1, len(self.config.patch_nums) + 1):
                 self._advance(running, request, scale)
                 yield GeneratedScale(scale, self._codes(request, scale), self.tokenizer)
@@ -262,7 +214,7 @@ class Generator:
     def _drain(self, requests: Sequence[Request]) -> list[Generation]:
         began = perf_counter()
         count, timings = len(self.config.patch_nums), [deque[float]() for _ in requests]
-        with self._requests(requests) as running:
+        with self._submitted(requests) as running:
             for scale in range(1, count + 1):
                 for request, times in zip(requests, timings, strict=True):
                     self._advance(running, request, scale)
@@ -272,27 +224,7 @@ class Generator:
             for request, times in zip(requests, timings, strict=True)
         ]
 
-    @contextmanager
-    def _requests(self, requests: Sequence[Request]) -> Iterator[_Running]:
-        """Requests from their submission until they end, on the engines that are current now."""
-        with self._lock:
-            self._check_open()
-            running = self._running
-            running.users += 1
-        try:
-            with self._lock:
-                for request in requests:
-                    running.scheduler.submit(request)
-            yield running
-        finally:
-            with self._lock:
-                for request in requests:
-                    running.scheduler.remove(request)
-                running.users -= 1
-                if running is not self._running and not running.users:
-                    running.close()
-
-    def _advance(self, running: _Running, request: Request, scale: int) -> None:
+    def _advance(self, running: Running[Scheduler], request: Request, scale: int) -> None:
         """Run steps, whoever they are for, until `request` has drawn `scale` scales."""
         while request.scale < scale:
             with self._lock:
@@ -302,49 +234,5 @@ class Generator:
                 if request.scale < scale:
                     running.scheduler.step()
 
-    def _move(self, open_session: OpenSession) -> None:
-        """Run new requests on other engines; those under way end where they began."""
-        running = _Running(self.bundle, self._options, open_session, self._pages, self._page_size)
-        with self._lock:
-            old, self._running = self._running, running
-            if not old.users:
-                old.close()
-            if self._closed:
-                running.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ArgumentError("This Generator is closed.", "Make a new one with Generator.from_pretrained.")
-
     def _codes(self, request: Request, scales: int) -> tuple[Codes, ...]:
         return tuple(self.tokenizer.codes(np.concatenate(picture.codes[:scales])) for picture in request.pictures)
-
-
-class _Running:
-    """Sessions of all graphs, and the requests on them. Not safe for several threads: its owner locks."""
-
-    def __init__(
-        self,
-        bundle: Bundle[GeneratorConfig],
-        options: SessionOptions,
-        open_session: OpenSession,
-        pages: int | None,
-        page_size: int,
-    ) -> None:
-        config = bundle.config
-        self.users = 0
-        """Calls whose requests are here."""
-        self.sessions: dict[str, Session] = {
-            name: open_session(bundle.path / entry.files[0].name, entry, options) for name, entry in bundle.graphs.items()
-        }
-        # An engine is built for pools of one size.
-        slots = self.sessions["transformer"].largest("slots")
-        pages = slots // config.layers if slots else pages or default_pages(config, page_size)
-        transformer = PagedTransformer(
-            self.sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
-        )
-        self.scheduler = Scheduler(ScaleLoop(config, self.sessions, transformer, load_codebook(bundle)))
-
-    def close(self) -> None:
-        for session in self.sessions.values():
-            session.close()

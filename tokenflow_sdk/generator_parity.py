@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,14 +12,12 @@ from numpy.typing import NDArray
 from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.errors import CorruptBundleError
-from tokenflow_sdk.kv_cache import PageTable
+from tokenflow_sdk.paged_parity import hidden_agreement, load_reference, missed_bars, run_pieces
 from tokenflow_sdk.sampling import TIES
 from tokenflow_sdk.transformer import PagedTransformer
 
 __all__ = ["GeneratorReference", "GeneratorReport", "Steps", "check_generator", "embed_steps", "likeliest_codes", "run_steps"]
 
-MIN_COSINE, MIN_SAME = 0.99, 0.9
 _PROMPT, _BLOCK = 48, 64
 
 Float32 = NDArray[np.float32]
@@ -59,13 +56,7 @@ class GeneratorReference:
         """Raises:
         CorruptBundleError: the file is damaged.
         """
-        path = bundle.path / bundle.asset("reference").name
-        bundle.verify(bundle.asset("reference"))
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-                return cls(**{key: arrays[key] for key in arrays.files})
-        except (ValueError, TypeError, OSError) as error:
-            raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
+        return load_reference(bundle, cls)
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,7 @@ class GeneratorReport:
 
     def failures(self) -> list[str]:
         """Which bars are missed, in words; empty when all hold. A difference that is not a number misses them."""
-        checks = [
-            (self.hidden_cosine >= MIN_COSINE, f"hidden states have a cosine of {self.hidden_cosine:.4f}"),
-            (self.same_code >= MIN_SAME, f"the likeliest code is the same at only {self.same_code:.1%} of positions"),
-        ]
-        return [text for holds, text in checks if not holds]
+        return missed_bars(self.hidden_cosine, self.same_code, "code")
 
     def to_json(self) -> dict[str, Any]:
         """For certificates."""
@@ -110,16 +97,8 @@ def embed_steps(sessions: Mapping[str, Session], codebook: Float32, steps: Steps
 
 def run_steps(transformer: PagedTransformer, prompt: Tensor, scale: Tensor) -> Float32:
     """Hidden states [P + Q, H] of a causal prompt and of a bidirectional scale over its pages."""
-    table, found = PageTable(transformer.pool), []
-    width = -(-(prompt.shape[1] + scale.shape[1]) // transformer.pool.page_size)
-    seen = np.arange(1, prompt.shape[1] + 1), np.full(scale.shape[1], scale.shape[1])
-    for embeddings, visible in zip((prompt, scale), seen, strict=True):
-        positions = np.arange(table.length, table.length + len(visible), dtype=np.int32)[None]
-        output = transformer.step(embeddings, positions, visible.astype(np.int32)[None], [table], [table.length], width)
-        found.append(np.array(output.hidden, np.float32)[0])
-        transformer.store(output, [table])
-    table.release()
-    return np.concatenate(found)
+    seen = np.arange(1, prompt.shape[1] + 1, dtype=np.int32), np.full(scale.shape[1], scale.shape[1], np.int32)
+    return run_pieces(transformer, [(prompt, seen[0]), (scale, seen[1])], prompt.shape[1] + scale.shape[1])
 
 
 def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
@@ -149,9 +128,5 @@ def check_generator(
     steps = Steps(reference.token_ids, reference.code_indices)
     hidden = run_steps(transformer, *embed_steps(sessions, codebook, steps))
     codes = likeliest_codes(sessions["sample"], hidden)
-    norms = np.linalg.norm(hidden, axis=1) * np.linalg.norm(reference.hidden, axis=1)
-    return GeneratorReport(
-        hidden_error=float(np.abs(hidden - reference.hidden).max()),
-        hidden_cosine=float(((hidden * reference.hidden).sum(axis=1) / np.maximum(norms, 1e-12)).min()),
-        same_code=float((codes == reference.likeliest).mean()),
-    )
+    error, cosine = hidden_agreement(hidden, reference.hidden)
+    return GeneratorReport(error, cosine, same_code=float((codes == reference.likeliest).mean()))

@@ -27,6 +27,8 @@ _FOLLOWING = re.compile(
     "Resize|Gather|Identity|DepthToSpace|SpaceToDepth|Flatten"
 )
 """Computed in half where everything they read is half already, so that no norm or softmax is rounded on its way."""
+_WEIGHTS = "DequantizeLinear"
+"""Makes the weights of a product from int4. In half itself: engines fuse it with the product where nothing is between."""
 _EXACT_AFTER = ("latent", "logits")
 """Tensors whose consumers decide codes."""
 
@@ -122,12 +124,14 @@ class _Rewriter:
         following = (
             _FOLLOWING.fullmatch(node.op_type) is not None and bool(read) and all(value.dtype == self.half for value in read)
         )
-        wanted = self.half if not pinned and (node.op_type in _COMPUTE or following) else self.full
+        weights = node.op_type == _WEIGHTS
+        wanted = self.half if not pinned and (node.op_type in _COMPUTE or following or weights) else self.full
         for index, value in enumerate(inputs):
             if value is not None and value.dtype in floats and value.dtype != wanted:
                 node.replace_input_with(index, self._cast(value, wanted))
         for value in node.outputs:
-            if value.dtype in floats:
+            # The exporter does not say which type int4 weights become.
+            if value.dtype in floats or weights:
                 value.type = self.ir.TensorType(wanted)
 
     def settle_outputs(self) -> None:

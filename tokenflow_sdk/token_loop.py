@@ -12,19 +12,16 @@ from time import perf_counter
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.base import Session
+from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.config import UnderstanderConfig
 from tokenflow_sdk.kv_cache import PageTable
 from tokenflow_sdk.sampling import TIES, uniform
-from tokenflow_sdk.token_prompt import Block, ImageBlock, TokenPrompt
+from tokenflow_sdk.token_prompt import Block, ImageBlock, TokenPrompt, split_blocks
 from tokenflow_sdk.token_sampling import AnswerParams
 from tokenflow_sdk.transformer import PagedTransformer
 
 __all__ = ["TokenLoop", "Turn"]
-
-Float32 = NDArray[np.float32]
 
 
 @dataclass(eq=False)
@@ -38,8 +35,8 @@ class Turn:
     began: float
     """When it was asked, in seconds of `perf_counter`."""
     table: PageTable | None = None
-    pending: Float32 | None = None
-    """Embeddings [Q, H] of the prompt's tokens that are still to run; None before and after."""
+    pending: list[Block] | None = None
+    """What of the prompt is still to run; None before and after."""
     tokens: list[int] = field(default_factory=list)
     timings: list[float] = field(default_factory=list)
     """Seconds from the beginning to each token, and to the one that ended it."""
@@ -48,6 +45,11 @@ class Turn:
     finish: Literal["stop", "length"] | None = None
     error: BaseException | None = None
     """Why it cannot go on: a step that it shared failed."""
+
+    @property
+    def unread(self) -> int:
+        """Tokens in `pending`."""
+        return sum(map(len, self.pending or ()))
 
     @property
     def most_stored(self) -> int:
@@ -75,20 +77,9 @@ class TokenLoop:
         self._sessions = sessions
 
     def begin(self, turn: Turn, table: PageTable) -> None:
-        """Embed what `table` does not hold of the prompt yet; it ends where a block ends."""
+        """Go on after what `table` holds of the prompt already."""
         turn.table, turn.cached = table, table.length
-        blocks, skipped = list(turn.prompt.blocks), 0
-        while skipped < table.length:
-            skipped += len(blocks.pop(0))
-        turn.pending = np.concatenate([self._embed(block) for block in blocks])
-
-    def _embed(self, block: Block) -> Float32:
-        if isinstance(block, ImageBlock):
-            found = self._sessions["project"].run({"features": block.features[None]})["embeddings"]
-        else:
-            found = self._sessions["embed_text"].run({"token_ids": np.asarray([block], np.int32)})["embeddings"]
-        embeddings: Float32 = found[0].astype(np.float32, copy=False)
-        return embeddings
+        turn.pending = split_blocks(turn.prompt.blocks, table.length)[1]
 
     def prefill(self, turn: Turn, count: int) -> None:
         """Run the next `count` tokens of the prompt; after its last, draw the first token of the answer.
@@ -97,11 +88,11 @@ class TokenLoop:
             PagesExhausted: the pool has too few free pages; the turn must then be given up.
         """
         assert turn.table is not None and turn.pending is not None
-        embeddings, turn.pending = turn.pending[:count], turn.pending[count:]
-        hidden = self._step(embeddings[None], [turn.table])
-        if not len(turn.pending):
+        blocks, turn.pending = split_blocks(turn.pending, count)
+        hidden = self._step(self._embed(blocks), [turn.table])
+        if not turn.pending:
             turn.pending = None
-            self._draw([turn], hidden[:, -1])
+            self._draw([turn], hidden[-1:])
 
     def decode(self, turns: Sequence[Turn]) -> None:
         """One more token for each answer.
@@ -110,36 +101,46 @@ class TokenLoop:
             PagesExhausted: the pool has too few free pages; the turns must then be given up.
         """
         ids = np.asarray([[turn.tokens[-1]] for turn in turns], np.int32)
-        embeddings = self._sessions["embed_text"].run({"token_ids": ids})["embeddings"].astype(np.float32, copy=False)
-        hidden = self._step(embeddings, [turn.table for turn in turns if turn.table is not None])
-        self._draw(turns, hidden[:, 0])
+        embeddings = self._sessions["embed_text"].run_resident({"token_ids": ids})["embeddings"]
+        self._draw(turns, self._step(embeddings, [turn.table for turn in turns if turn.table is not None]))
 
-    def _step(self, embeddings: Float32, tables: Sequence[PageTable]) -> Float32:
-        """Embeddings [B, Q, H] after what the tables hold -> hidden states [B, Q, H]; stored."""
-        batch, length, _ = embeddings.shape
+    def _embed(self, blocks: Sequence[Block]) -> Tensor:
+        """Embeddings [1, Q, H] of a piece of a prompt: of one block where its graph left them, of several on the host."""
+        if len(blocks) == 1:
+            return self._embed_block(blocks[0])
+        # Copied one by one: two texts come out of the same graph.
+        return np.concatenate([np.array(self._embed_block(block)) for block in blocks], axis=1)
+
+    def _embed_block(self, block: Block) -> Tensor:
+        if isinstance(block, ImageBlock):
+            return self._sessions["project"].run_resident({"features": block.features[None]})["embeddings"]
+        return self._sessions["embed_text"].run_resident({"token_ids": np.asarray([block], np.int32)})["embeddings"]
+
+    def _step(self, embeddings: Tensor, tables: Sequence[PageTable]) -> Tensor:
+        """Embeddings [B, Q, H] after what the tables hold -> hidden states [B * Q, H], where the graph left them; stored."""
+        batch, length, width = embeddings.shape
         context = [table.length for table in tables]
         own = np.arange(length, dtype=np.int32)
         output = self.transformer.step(
-            np.ascontiguousarray(embeddings),
+            embeddings,
             np.asarray(context, np.int32)[:, None] + own,
             np.broadcast_to(own + np.int32(1), (batch, length)).copy(),
             tables,
             context,
             width=max(1, *(len(table.pages) for table in tables)),
         )
-        hidden = np.asarray(output.hidden, np.float32)
         self.transformer.store(output, tables)
-        return hidden
+        return output.hidden.reshape(batch * length, width)
 
-    def _draw(self, turns: Sequence[Turn], hidden: Float32) -> None:
+    def _draw(self, turns: Sequence[Turn], hidden: Tensor) -> None:
         """The next token of each answer from hidden states [B, H]."""
         params = [turn.params for turn in turns]
-        # The penalty falls on the answer's own tokens; rows are filled up with one of them.
-        seen = [list(dict.fromkeys(turn.tokens)) or [0] for turn in turns]
+        # A penalty falls on the answer's own tokens; rows are filled up with one of them.
+        seen = [list(dict.fromkeys(t.tokens)) if t.tokens and t.params.repetition_penalty != 1 else [0] for t in turns]
         longest = max(map(len, seen))
         top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
-        feeds = {
-            "hidden": np.ascontiguousarray(hidden),
+        feeds: dict[str, Tensor] = {
+            "hidden": hidden,
             "seen": np.asarray([ids + ids[:1] * (longest - len(ids)) for ids in seen], np.int32),
             "penalty": np.asarray([t.params.repetition_penalty if t.tokens else 1 for t in turns], np.float32),
             "temperature": np.asarray([1 if p.greedy else p.temperature for p in params], np.float32),

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Block", "ImageBlock", "TokenPrompt"]
+__all__ = ["Block", "ImageBlock", "TokenPrompt", "split_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,3 +62,21 @@ class TokenPrompt:
         """This prompt and then some tokens; `shared` says whether all of it may be met again."""
         blocks = (*self.blocks, tuple(ids))
         return TokenPrompt(blocks, (*self.shared, len(blocks)) if shared else self.shared)
+
+
+def split_blocks(blocks: Sequence[Block], count: int) -> tuple[list[Block], list[Block]]:
+    """The first `count` tokens of some blocks, and the rest; neither has empty blocks."""
+    first: list[Block] = []
+    rest: list[Block] = []
+    for block in blocks:
+        taken = min(len(block), count)
+        count -= taken
+        if taken:
+            first.append(_part(block, slice(0, taken)))
+        if taken < len(block):
+            rest.append(_part(block, slice(taken, None)))
+    return first, rest
+
+
+def _part(block: Block, tokens: slice) -> Block:
+    return ImageBlock(block.features[tokens]) if isinstance(block, ImageBlock) else block[tokens]

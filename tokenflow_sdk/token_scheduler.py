@@ -80,9 +80,9 @@ class TokenScheduler:
             self._admit()
         for turn in [turn for turn in self._live if turn.pending is not None]:
             self._run([turn], self._prefill)
-        answering = [turn for turn in self._live if turn.pending is None]
-        if answering:
-            self._run(answering, self._decode)
+        answering, most = [turn for turn in self._live if turn.pending is None], self.loop.transformer.max_rows
+        for start in range(0, len(answering), most):
+            self._run(answering[start : start + most], self._decode)
 
     def _admit(self) -> None:
         """Begin the turn that has waited longest, if it fits."""
@@ -101,8 +101,8 @@ class TokenScheduler:
 
     def _prefill(self, turns: Sequence[Turn]) -> None:
         (turn,) = turns
-        assert turn.table is not None and turn.pending is not None
-        read, count = turn.table.length, min(CHUNK, len(turn.pending))
+        assert turn.table is not None
+        read, count = turn.table.length, min(CHUNK, turn.unread)
         self._make_room([turn.table], count)
         self.loop.prefill(turn, count)
         for length, digest in turn.prompt.points:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.base import Session, Tensor
+from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.kv_cache import PagePool, PageTable
 
 __all__ = ["PagedTransformer", "StepOutput"]
@@ -53,6 +54,13 @@ class PagedTransformer:
         shape = (layers, pages, page_size, kv_heads, head_dim)
         dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))
         self._k, self._v = session.make_pages(shape, dtype), session.make_pages(shape, dtype)
+
+    @classmethod
+    def of(cls, config: GeneratorConfig | UnderstanderConfig, session: Session, pages: int, page_size: int) -> PagedTransformer:
+        """For a model of these sizes. An engine is built for a pool of one size and has that instead of `pages`."""
+        slots = session.largest("slots")
+        pages = slots // config.layers if slots else pages
+        return cls(session, config.layers, config.kv_heads, config.head_dim, pages, page_size)
 
     @property
     def page_bytes(self) -> int:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions, open_onnxruntime
+from tokenflow_sdk.backends.choice import EngineOptions
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.chat_text import ChatText
 from tokenflow_sdk.config import UnderstanderConfig
-from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.pairing import require_tokenizer, tokenizer_of
+from tokenflow_sdk.paged_model import PagedModel, Running
 from tokenflow_sdk.picture_features import Picture, PictureFeatures
 from tokenflow_sdk.scheduler import PAGE_SIZE
 from tokenflow_sdk.token_loop import TokenLoop, Turn
@@ -25,6 +23,9 @@ from tokenflow_sdk.token_sampling import AnswerParams
 from tokenflow_sdk.token_scheduler import TokenScheduler, default_pages
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.transformer import PagedTransformer
+
+if TYPE_CHECKING:
+    from tokenflow_sdk.engine_recipe import EnginePlan
 
 __all__ = ["Answer", "Chat", "Understander"]
 
@@ -47,7 +48,7 @@ class Answer:
     params: AnswerParams
 
 
-class Understander:
+class Understander(PagedModel[UnderstanderConfig, TokenScheduler]):
     """Answers questions about pictures, as TokenFlow models in the LLaVA layout do (arXiv 2412.03069, spec section 5).
 
     Make one with `from_pretrained`. Questions may come from several threads; answers that run at once share steps.
@@ -62,24 +63,9 @@ class Understander:
         page_size: int = PAGE_SIZE,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
-        config = bundle.config
-        if page_size < 1 or (pages is not None and pages < 1):
-            raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
-        require_tokenizer(tokenizer, config, bundle.path)
-        self.bundle = bundle
-        self.tokenizer = tokenizer
-        self._sessions: dict[str, Session] = {
-            name: open_session(bundle.path / entry.files[0].name, entry, options) for name, entry in bundle.graphs.items()
-        }
-        pages = pages or default_pages(config, page_size)
-        transformer = PagedTransformer(
-            self._sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, page_size
-        )
-        self._features = PictureFeatures(tokenizer, config)
-        self._text = ChatText(bundle.path / bundle.asset("tokenizer").name, config.template)
-        self._scheduler = TokenScheduler(TokenLoop(config, self._sessions, transformer))
-        self._lock = threading.Lock()
-        self._closed = False
+        self._features = PictureFeatures(tokenizer, bundle.config)
+        self._text = ChatText(bundle.path / bundle.asset("tokenizer").name, bundle.config.template)
+        super().__init__(bundle, tokenizer, options, pages, page_size, open_session)
 
     @classmethod
     def from_pretrained(
@@ -92,6 +78,11 @@ class Understander:
         threads: int | None = None,
         pages: int | None = None,
         page_size: int = PAGE_SIZE,
+        backend: str = "auto",
+        plan: EnginePlan | str | None = None,
+        build: bool = True,
+        serve_while_building: bool = False,
+        cuda_graphs: bool = False,
     ) -> Understander:
         """Open an understander bundle, verify its files, and load its graphs.
 
@@ -100,31 +91,25 @@ class Understander:
             tokenizer: the tokenizer of its pictures; None looks where the bundle was exported with it.
             device, providers, threads: as in `Tokenizer.from_pretrained`.
             pages: pages in the pool; None holds eight questions about eight pictures.
-            page_size: tokens in a page.
+            page_size: tokens in a page; TensorRT engines take the default only.
+            backend, plan, build, serve_while_building, cuda_graphs: see `tokenflow_sdk.backends.choice.EngineOptions`.
 
         Raises:
             BundleError, MissingPackageError, ArgumentError: see `tokenflow_sdk.errors`.
             CodebookMismatchError: the tokenizer has another codebook.
+            BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
         options = SessionOptions(device, None if providers is None else tuple(providers), threads)
         bundle = Bundle.open(find_bundle(name, UnderstanderConfig.kind), UnderstanderConfig)
-        bundle.verify()
-        return cls(bundle, tokenizer_of(bundle, tokenizer, options), options, pages, page_size)
+        wanted = EngineOptions(backend, plan, build, serve_while_building, 1, cuda_graphs)
+        return cls._open_pretrained(bundle, tokenizer, options, wanted, pages, page_size)
 
-    @property
-    def config(self) -> UnderstanderConfig:
-        """Sizes of this model."""
-        return self.bundle.config
+    @staticmethod
+    def _default_pages(config: UnderstanderConfig, page_size: int) -> int:
+        return default_pages(config, page_size)
 
-    @property
-    def device(self) -> str:
-        """Where the transformer runs, e.g. `cpu` or `cuda:0`."""
-        return self._sessions["transformer"].device
-
-    @property
-    def token_forwards(self) -> int:
-        """Tokens run through the transformer so far."""
-        return self._scheduler.loop.transformer.token_forwards
+    def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> TokenScheduler:
+        return TokenScheduler(TokenLoop(self.config, sessions, transformer))
 
     def answer(
         self,
@@ -188,50 +173,30 @@ class Understander:
         """A conversation about some pictures. Errors about them as in `answer`."""
         return Chat(self, pictures)
 
-    def close(self) -> None:
-        """Free the engines, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""
-        with self._lock:
-            self._closed = True
-            for session in self._sessions.values():
-                session.close()
-
-    def __enter__(self) -> Understander:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
     def _turn(self, pictures: Picture | Sequence[Picture], question: str, params: AnswerParams) -> Turn:
         began = perf_counter()
         return self._checked(Turn(self._text.first(self._features.of_all(pictures), question), params, False, began))
 
     def _checked(self, turn: Turn) -> Turn:
-        self._scheduler.check(turn)
+        self._running.scheduler.check(turn)
         return turn
 
     def _pieces(self, turn: Turn) -> Iterator[str]:
         text = self._text.stream()
-        try:
-            self._submit(turn)
+        with self._submitted([turn]) as running:
             for count in range(1, turn.params.max_tokens + 1):
-                self._advance(turn, count)
+                self._advance(running, turn, count)
                 if len(turn.tokens) < count:
                     break
                 if piece := text.push(turn.tokens[count - 1]):
                     yield piece
             if rest := text.flush():
                 yield rest
-        finally:
-            self._remove([turn])
 
     def _drain(self, turns: Sequence[Turn]) -> list[Answer]:
-        try:
+        with self._submitted(turns) as running:
             for turn in turns:
-                self._submit(turn)
-            for turn in turns:
-                self._advance(turn, turn.params.max_tokens)
-        finally:
-            self._remove(turns)
+                self._advance(running, turn, turn.params.max_tokens)
         return [self._answer(turn) for turn in turns]
 
     def _answer(self, turn: Turn) -> Answer:
@@ -247,17 +212,7 @@ class Understander:
             params=turn.params,
         )
 
-    def _submit(self, turn: Turn) -> None:
-        with self._lock:
-            self._check_open()
-            self._scheduler.submit(turn)
-
-    def _remove(self, turns: Iterable[Turn]) -> None:
-        with self._lock:
-            for turn in turns:
-                self._scheduler.remove(turn)
-
-    def _advance(self, turn: Turn, count: int) -> None:
+    def _advance(self, running: Running[TokenScheduler], turn: Turn, count: int) -> None:
         """Run steps, whoever they are for, until `turn` has `count` tokens or is finished."""
         while turn.finish is None and len(turn.tokens) < count:
             with self._lock:
@@ -265,11 +220,7 @@ class Understander:
                 if turn.error is not None:
                     raise turn.error
                 if turn.finish is None and len(turn.tokens) < count:
-                    self._scheduler.step()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ArgumentError("This Understander is closed.", "Make a new one with Understander.from_pretrained.")
+                    running.scheduler.step()
 
 
 class Chat:

@@ -42,8 +42,12 @@ def test_arrays_go_there_and_back_and_their_memory_is_freed(gpu: FakeCuda) -> No
     assert (there.ndim, there.nbytes) == (3, 96)
     np.testing.assert_array_equal(np.asarray(there), array)
     np.testing.assert_array_equal(np.asarray(there[1:3], np.float64), array[1:3])
+    flat = there.reshape(12, 2)
+    np.testing.assert_array_equal(np.asarray(flat[-1:]), array.reshape(12, 2)[-1:])
+    with pytest.raises(AssertionError):
+        there.reshape(5, 5)
     part = there[2:]
-    del there
+    del there, flat
     np.testing.assert_array_equal(part.numpy(), array[2:])
     del part
     gc.collect()

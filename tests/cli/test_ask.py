@@ -25,6 +25,7 @@ def test_a_picture_and_its_codes_get_the_same_answer(
     mini_understander: Path, mini_bundle: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     settings = ("--bundle", mini_understander, "--max-tokens", 12, "--temperature", 0.7, "--top-p", 0.9, "--seed", 3)
+    settings = (*settings, "--backend", "onnxruntime")
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         tokenizer.encode("photo.png").save("photo.tfc")
     printed = []
@@ -74,6 +75,7 @@ def test_info_of_an_understander(mini_understander: Path, capsys: pytest.Capture
         "pages of 16 tokens, 2.0 KB each; a picture takes 1 pages (2.0 KB); the default pool has 264",
         "likeliest token the same at 100.0% of positions",
         "logits float32[batch, 288]",
+        "runs on onnxruntime, CPU",
     ):
         assert part in out
 

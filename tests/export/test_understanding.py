@@ -30,6 +30,7 @@ from tokenflow_sdk import AnswerParams, Tokenizer, Understander
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.errors import CheckpointError, ParityError
+from tokenflow_sdk.understander_parity import UnderstanderReference
 
 SIDES = (1, 2)
 FEATURES = np.random.default_rng(0).standard_normal((4, 40)).astype(np.float32)
@@ -61,6 +62,9 @@ def test_the_bundle_says_what_the_directory_says(checkpoint: Path, tokenizer: Bu
     assert bundle.parity["hidden_error"] < 1e-4
     assert bundle.parity["same_code"] == 1.0
     bundle.verify()
+    reference = UnderstanderReference.load(bundle)
+    assert (reference.features.shape, reference.hidden.shape, reference.likeliest.shape) == ((4, 40), (1, 56, 32), (1, 56))
+    assert len(reference) == 56
 
 
 @pytest.mark.parametrize("precision", [Precision("fp32", "int8"), Precision("fp16", "int4")], ids=str)
@@ -73,6 +77,11 @@ def test_fewer_bits_are_smaller_and_measured(
     assert sizes["head"] < 288 * 32 * 4 / 2 + 12_000
     assert bundle.parity["hidden_cosine"] > 0.9
     assert bundle.parity["overlap"] > 0.7
+    reference = UnderstanderReference.load(bundle)
+    assert len(reference.hidden) == len(reference.likeliest) == (2 if precision.weights == "int8" else 1)
+    if precision.weights == "int8":
+        own, exact = reference.hidden
+        assert float(np.abs(own - exact).max()) == pytest.approx(bundle.parity["hidden_error"], rel=1e-3)
     with Understander.from_pretrained(out, tokenizer=Tokenizer(tokenizer)) as understander:
         params = AnswerParams(max_tokens=8, stop_ids=())
         alone = understander.answer(FEATURES, "what?", params=params)

@@ -45,6 +45,10 @@ class DeviceArray(ABC):
         """Some of the first axis, not copied."""
 
     @abstractmethod
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same numbers in another shape, not copied. Every size must be given."""
+
+    @abstractmethod
     def numpy(self) -> Array:
         """A copy on the host."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -242,6 +243,10 @@ class CudaArray(DeviceArray):
         return CudaArray(
             self.cuda, self.pointer + start * pitch, (max(0, stop - start), *self.shape[1:]), self.dtype, self._owner
         )
+
+    def reshape(self, *shape: int) -> CudaArray:
+        assert math.prod(shape) == math.prod(self.shape)
+        return CudaArray(self.cuda, self.pointer, shape, self.dtype, self._owner)
 
     def numpy(self) -> Array:
         found: Array = np.empty(self.shape, self.dtype)

@@ -11,11 +11,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tokenflow_sdk.bundle import Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.bundle import Bundle, bundles_in, open_bundle
 from tokenflow_sdk.certificate import Certificate
 from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
 from tokenflow_sdk.cli.verify import verify
-from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
 from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engine_recipe import ONNXRUNTIME, EnginePlan
@@ -41,10 +40,7 @@ def build(arguments: argparse.Namespace) -> int:
         return verify(argparse.Namespace(target=None, bundle=arguments.bundle, **options))
     trt = import_tensorrt(plan.backend)
     store = EngineCache(arguments.cache)
-    bundles = [
-        Bundle.open(path, GeneratorConfig if bundle_kind(path) == GeneratorConfig.kind else TokenizerConfig)
-        for path in bundles_in(bundle_name(arguments))
-    ]
+    bundles = [open_bundle(path) for path in bundles_in(bundle_name(arguments))]
     for bundle in bundles:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, plan, trt)]

@@ -85,7 +85,12 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
         )
     with stderr.status(f"opening {arguments.bundle}"):
         return Understander.from_pretrained(
-            arguments.bundle, tokenizer=arguments.tokenizer, device=arguments.device, threads=arguments.threads
+            arguments.bundle,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            threads=arguments.threads,
+            backend=arguments.backend,
+            plan=arguments.recipe,
         )
 
 

@@ -141,6 +141,7 @@ def _understander_info(bundle: Bundle[UnderstanderConfig]) -> None:
     _print_pages(bundle, -(-c.image_tokens // PAGE_SIZE), token_scheduler.default_pages(c, PAGE_SIZE))
     _print_check(bundle.parity, "token")
     _print_provenance(bundle.provenance)
+    _print_choice(bundle)
 
 
 def _print_pages(bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], taken: int, pages: int) -> None:

@@ -136,7 +136,7 @@ def _add_asking(words: _Words) -> None:
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         asking.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: %(default)s)")
     _tokenizer(asking)
-    _engine(asking, what="the understander", default="there is none", engines=False)
+    _engine(asking, what="the understander", default="there is none")
 
 
 def _add_measuring(words: _Words) -> None:
@@ -168,11 +168,15 @@ def _add_building(words: _Words) -> None:
         choices=get_args(EightBit),
         help="a tokenizer's decoder in 8 bits, fp8 from sm89 on; run `python -m export calibrate` first (default: --precision)",
     )
-    building.add_argument("--batch", metavar="N,N,N", help="least, usual and most pictures in a call (default: 1,1,8)")
+    building.add_argument(
+        "--batch", metavar="N,N,N", help="least, usual and most pictures or answers in a call (default: 1,1,8)"
+    )
     building.add_argument(
         "--target", dest="architectures", metavar="SM,SM", help="architectures to build for, e.g. sm86,sm89 (tensorrt-rtx only)"
     )
-    building.add_argument("--pages", type=int, metavar="N", help="pages of a generator's pool (default: eight pictures)")
+    building.add_argument(
+        "--pages", type=int, metavar="N", help="pages of a language model's pool (default: eight pictures or questions)"
+    )
     building.add_argument("--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use")
     _cache(building)
 
@@ -208,14 +212,13 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny", engines: bool = True) -> None:
+def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny") -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a hub id (default: {default})")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    if engines:
-        text = "auto takes the fastest that works and needs no building (default)"
-        group.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
-        group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
+    text = "auto takes the fastest that works and needs no building (default)"
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
+    group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(
         "--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)"

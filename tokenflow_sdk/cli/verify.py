@@ -11,10 +11,10 @@ from rich.table import Table
 
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.choice import EngineOptions, Needs
-from tokenflow_sdk.bundle import Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.bundle import bundle_kind, bundles_in, open_bundle
 from tokenflow_sdk.certificate import certify
 from tokenflow_sdk.cli.engine import bundle_name, open_tokenizer, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.parity import check_parity
 from tokenflow_sdk.tensorrt_module import FLAVOURS
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -28,8 +28,8 @@ def verify(arguments: argparse.Namespace) -> int:
         arguments.target, arguments.bundle = str(path), None
         if arguments.backend in FLAVOURS:
             _verify_engines(path, arguments)
-        elif bundle_kind(path) == GeneratorConfig.kind:
-            _verify_generator(path, arguments)
+        elif bundle_kind(path) in (GeneratorConfig.kind, UnderstanderConfig.kind):
+            _verify_language_model(path, arguments)
         else:
             with open_tokenizer(arguments) as tokenizer:
                 _verify_tokenizer(tokenizer)
@@ -53,11 +53,11 @@ def _verify_tokenizer(tokenizer: Tokenizer) -> None:
     report.require(str(tokenizer.bundle.path))
 
 
-def _verify_generator(path: Path, arguments: argparse.Namespace) -> None:
+def _verify_language_model(path: Path, arguments: argparse.Namespace) -> None:
     """The graphs here against what they gave where they were exported."""
     from tokenflow_sdk.backends.base import open_onnxruntime
 
-    bundle = Bundle.open(path, GeneratorConfig)
+    bundle = open_bundle(path)
     options = SessionOptions(arguments.device, None, arguments.threads)
     with ExitStack() as stack:
         stack.enter_context(stderr.status(f"running {path}"))
@@ -68,7 +68,7 @@ def _verify_generator(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def _verify_engines(path: Path, arguments: argparse.Namespace) -> None:
-    bundle = Bundle.open(path, GeneratorConfig if bundle_kind(path) == GeneratorConfig.kind else TokenizerConfig)
+    bundle = open_bundle(path)
     wanted = EngineOptions(arguments.backend, arguments.recipe, build=False)
     engines = wanted.engines(bundle, SessionOptions(arguments.device), Needs(arguments.batch_limit))
     with stderr.status(f"running {path} on {arguments.backend}"):
