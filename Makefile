@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint bench tiny-data tiny clean
+.PHONY: help install demo test test-slow test-gpu lint bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -68,6 +68,9 @@ bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes bench
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
 	@$(BIN)/python benchmarks/generator_vs_eager.py
 	@$(BIN)/python benchmarks/understander_vs_transformers.py
+
+bench-gpu: .venv-gpu/.ready ## the GPU here, with TensorRT and onnxruntime, against PyTorch; writes benchmarks/results/
+	@.venv-gpu/bin/python benchmarks/on_gpu.py --variant clipb_256,siglip_384
 
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny

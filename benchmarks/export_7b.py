@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from tokenizer_vs_eager import machine
-
+from benchmarks.common import machine
 from tests.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
 SIZES = {

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from tokenizer_vs_eager import machine, peak_resident
-
+from benchmarks.common import machine, peak_resident
 from export.hf_directory import HfDirectory
 from tests.generation_oracle import UncachedGenerator
 from tests.mini_generator import PATCH_NUMS_16, codebook, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.sampling import PRESETS, SamplingParams
 
@@ -60,12 +62,23 @@ def main() -> None:
     print(text)
 
 
-def measure(directory: Path, arguments: argparse.Namespace) -> dict:
-    shapes = generator_shapes(SIZES, TEXT + 4, CODES, PATCH_NUMS_16)
-    checkpoint = write_checkpoint(directory / "hf", SIZES, shapes, TEXT, CODES)
-    bundle = export_quietly(checkpoint, tokenizer_bundle(directory / "tok", PATCH_NUMS_16, CODES), directory / "bundle")
+def standin(directory: Path, sizes: Mapping[str, float]) -> tuple[Path, Bundle[TokenizerConfig]]:
+    """A checkpoint of these sizes with random weights, and the bundle of the tokenizer it draws for."""
+    shapes = generator_shapes(sizes, TEXT + 4, CODES, PATCH_NUMS_16)
+    checkpoint = write_checkpoint(directory / "hf", sizes, shapes, TEXT, CODES)
+    return checkpoint, tokenizer_bundle(directory / "tokenizer", PATCH_NUMS_16, CODES)
+
+
+def random_prompts(length: int, text: int = TEXT) -> tuple[list[int], list[int]]:
+    """Ids, of a vocabulary of `text`, of a prompt, `length` with its BOS, and of a negative prompt."""
     rng = np.random.default_rng(0)
-    prompt, negative = rng.integers(3, TEXT, arguments.prompt - 1).tolist(), rng.integers(3, TEXT, 40).tolist()
+    return rng.integers(3, text, length - 1).tolist(), rng.integers(3, text, 40).tolist()
+
+
+def measure(directory: Path, arguments: argparse.Namespace) -> dict:
+    checkpoint, tokenizer = standin(directory, SIZES)
+    bundle = export_quietly(checkpoint, tokenizer, directory / "bundle")
+    prompt, negative = random_prompts(arguments.prompt)
     before = peak_resident()
     with Generator.from_pretrained(bundle, device="cpu", threads=arguments.threads) as generator:
         generator.generate(prompt, negative_prompt=negative, preset="fast", seed=0)

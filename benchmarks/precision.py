@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from generator_vs_eager import CODES, SIZES, TEXT
-from tokenizer_vs_eager import machine
-
+from benchmarks.common import machine
+from benchmarks.generator_vs_eager import SIZES, standin
 from export.precision import FULL_PRECISION, Precision
-from tests.mini_generator import PATCH_NUMS_16, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.mini_generator import export_quietly
 from tokenflow_sdk.backends.base import Session, SessionOptions
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.bundle import Bundle
@@ -57,8 +56,7 @@ def main() -> None:
 
 
 def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
-    checkpoint = write_checkpoint(directory / "hf", SIZES, generator_shapes(SIZES, TEXT + 4, CODES, PATCH_NUMS_16), TEXT, CODES)
-    tokenizer = tokenizer_bundle(directory / "tokenizer", PATCH_NUMS_16, CODES)
+    checkpoint, tokenizer = standin(directory, SIZES)
     sessions, rows = {}, {}
     for precision in PRECISIONS:
         out = export_quietly(checkpoint, tokenizer, directory / precision.name.replace(" ", "_"), precision)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,8 @@ import onnx_ir as ir
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import machine, peak_resident, prepare, random_codes
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(peak_memory(arguments, *arguments.memory_of)))
         return
-    prepare(arguments)
+    prepare(arguments.variant, arguments.checkpoint, arguments.bundle)
     times = timings(arguments)
     memory = {graph: memory_figures(arguments, graph) for graph in ("encode", "decode")}
     report = {"variant": arguments.variant, "threads": arguments.threads, "rounds": arguments.rounds} | machine()
@@ -52,16 +53,6 @@ def main() -> None:
     text = as_markdown(report)
     arguments.out.with_suffix(".md").write_text(text)
     print(text)
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    def export(*words: object) -> None:
-        subprocess.run([sys.executable, "-m", "export", *map(str, words)], cwd=ROOT, check=True)
-
-    if not arguments.checkpoint.exists():
-        export("standin", "--variant", arguments.variant, "--out", arguments.checkpoint)
-    if not arguments.bundle.exists():
-        export("tokenizer", "--checkpoint", arguments.checkpoint, "--variant", arguments.variant, "--out", arguments.bundle)
 
 
 def eager_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, Callable[[], object]]:
@@ -92,10 +83,6 @@ def runtime_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str
     tokenizer = Tokenizer.from_pretrained(arguments.bundle, device="cpu", threads=arguments.threads)
     codes = random_codes(tokenizer.config)
     return {"encode": lambda: tokenizer.encode_array(images), "decode": lambda: tokenizer.decode_array(codes)}
-
-
-def random_codes(config) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, config.codebook_size, (1, config.n_codes), np.int32)
 
 
 def one_picture(arguments: argparse.Namespace) -> np.ndarray:
@@ -141,12 +128,6 @@ def peak_memory(arguments: argparse.Namespace, side: str, graph: str) -> dict[st
     return {"bytes": peak_resident() - before}
 
 
-def peak_resident() -> int:
-    """Of this process since it was executed; getrusage would carry the parent's peak over."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def memory_figures(arguments: argparse.Namespace, graph: str) -> dict[str, int]:
     figures = {}
     for side in ("eager", "runtime"):
@@ -180,25 +161,6 @@ def live_activations(model: ir.Model) -> int:
         largest = max(largest, live)
         live -= sum(size.get(value, 0) for value in ends.get(position, ()))
     return largest
-
-
-def machine() -> dict[str, str]:
-    import onnxruntime
-    import torch
-
-    model = next((line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": model,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def cpu_lines() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    return info.read_text().splitlines() if info.exists() else []
 
 
 def as_markdown(report: dict) -> str:

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from tokenizer_vs_eager import machine
-
+from benchmarks.common import machine
 from export.precision import FULL_PRECISION, Precision
 from tests.mini_generator import tokenizer_bundle
 from tests.mini_understander import BASE, export_quietly, reference_model, reference_projector, write_checkpoint

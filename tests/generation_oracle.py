@@ -23,9 +23,9 @@ class UncachedGenerator:
     leave out.
     """
 
-    def __init__(self, checkpoint: HfDirectory, config: GeneratorConfig, codebook: np.ndarray) -> None:
-        self.config, self.codebook = config, torch.from_numpy(codebook)
-        self.weights = {key: checkpoint.tensor(key) for key in checkpoint.shapes}
+    def __init__(self, checkpoint: HfDirectory, config: GeneratorConfig, codebook: np.ndarray, device: str = "cpu") -> None:
+        self.config, self.device, self.codebook = config, device, torch.from_numpy(codebook).to(device)
+        self.weights = {key: checkpoint.tensor(key).to(device) for key in checkpoint.shapes}
         with torch.device("meta"):
             self.transformer = Transformer(transformer_config(checkpoint, "output"))
         state = {key: self.weights[f"model.{key}"] for key in self.transformer.state_dict()}
@@ -38,7 +38,7 @@ class UncachedGenerator:
     def generate(self, prompt: Sequence[int], negative: Sequence[int], params: SamplingParams, number: int = 0) -> np.ndarray:
         """Code indices int32 [L] of one picture."""
         sides, codes, blocks = self.config.patch_nums, [], []
-        f_hat = torch.zeros(self.codebook.shape[1], 1, 1)
+        f_hat = torch.zeros(self.codebook.shape[1], 1, 1, device=self.device)
         for scale, side in enumerate(sides):
             if scale:
                 f_hat = self._resize(f_hat + self._rows(codes[-1], sides[scale - 1]), side)
@@ -49,8 +49,10 @@ class UncachedGenerator:
                     blocks = [*blocks[: scale - 1], inputs]
                 logits = self._guided(prompt, negative, blocks, side * side, guidance(params.cfg_scale, scale, len(sides)))
                 noise = uniform(params.seed, number, scale, refinement, side * side)
+                # A GPU has finished when its logits are here.
+                values = logits.float().cpu().numpy()
                 began = perf_counter()
-                row = draw(logits.numpy(), step.top_k, step.top_p, noise)
+                row = draw(values, step.top_k, step.top_p, noise)
                 self.draw_seconds += perf_counter() - began
                 if refinement == 0:
                     first_inputs = inputs
@@ -64,7 +66,7 @@ class UncachedGenerator:
     ) -> torch.Tensor:
         c, head = self.config, self.weights["lm_head.weight"]
         x, mask = zip(*(self._sequence(ids, blocks) for ids in (prompt, negative)), strict=True)
-        positions = torch.arange(x[0].shape[0])[None].expand(2, -1)
+        positions = torch.arange(x[0].shape[0], device=self.device)[None].expand(2, -1)
         hidden = self.transformer(torch.stack(x), positions, torch.stack(mask))[:, -count:]
         self.token_forwards += 2 * x[0].shape[0]
         logits = F.linear(hidden, head)
@@ -76,16 +78,17 @@ class UncachedGenerator:
         c, table, levels = self.config, self.weights["model.embed_tokens.weight"], self.weights["model.lvl_embed.weight"]
         tokens = [c.bos_id, *ids][: c.max_prompt]
         pads = c.max_prompt - len(tokens)
-        text = F.embedding(torch.tensor([0] * pads + tokens + list(c.image_start_ids)), table) + levels[0]
+        row = torch.tensor([0] * pads + tokens + list(c.image_start_ids), device=self.device)
+        text = F.embedding(row, table) + levels[0]
         text[-1] += self.weights["model.pos_1LC"][0]
         x = torch.cat([text, *blocks])
-        mask = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        mask = torch.ones(len(x), len(x), dtype=torch.bool, device=self.device).tril()
         start = len(text)
         for block in blocks:
             mask[start : start + len(block), start : start + len(block)] = True
             start += len(block)
         mask[:, :pads] = False
-        mask[:pads, :pads] = torch.eye(pads, dtype=torch.bool)
+        mask[:pads, :pads] = torch.eye(pads, dtype=torch.bool, device=self.device)
         return x, mask
 
     def _embed(self, f_hat: torch.Tensor, scale: int) -> torch.Tensor:
@@ -97,7 +100,7 @@ class UncachedGenerator:
         return x + weights["model.lvl_embed.weight"][scale + 1] + weights["model.pos_1LC"][place : place + len(x)]
 
     def _rows(self, codes: np.ndarray, side: int) -> torch.Tensor:
-        return self.codebook[torch.from_numpy(codes).long()].T.reshape(-1, side, side)
+        return self.codebook[torch.from_numpy(codes).long().to(self.device)].T.reshape(-1, side, side)
 
     @staticmethod
     def _resize(x: torch.Tensor, side: int) -> torch.Tensor:

@@ -116,6 +116,7 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "test-gpu",
         "lint",
         "bench",
+        "bench-gpu",
         "tiny-data",
         "tiny",
         "clean",

@@ -33,7 +33,8 @@ class RmsNorm(nn.Module):
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., head_dim / 2] of integer positions [...]."""
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    inverse = 1.0 / theta**exponents
     angles = positions[..., None].float() * inverse
     return angles.cos(), angles.sin()
 

@@ -1,0 +1,56 @@
+"""What the benchmarks share: the models they run, the machine they run on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tokenflow_sdk.config import TokenizerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
+    """Make the checkpoint, of stand-in weights, and the bundle, where they are not there."""
+
+    def export(*words: object) -> None:
+        subprocess.run([sys.executable, "-m", "export", *map(str, words)], cwd=ROOT, check=True)
+
+    if not checkpoint.exists():
+        export("standin", "--variant", variant, "--out", checkpoint)
+    if not bundle.exists():
+        export("tokenizer", "--checkpoint", checkpoint, "--variant", variant, "--out", bundle)
+
+
+def random_codes(config: TokenizerConfig) -> np.ndarray:
+    """int32 [1, L]."""
+    return np.random.default_rng(0).integers(0, config.codebook_size, (1, config.n_codes), np.int32)
+
+
+def peak_resident() -> int:
+    """Of this process since it was executed; getrusage would carry the parent's peak over."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def machine() -> dict[str, str]:
+    import onnxruntime
+    import torch
+
+    model = next((line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": model,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def cpu_lines() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
