@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspecting.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's")
     inspecting.add_argument("graph", choices=("encode", "decode", "semantic", "features"))
-    inspecting.add_argument("--precision", choices=("fp32", "fp16"), default="fp16", help="default: %(default)s")
+    inspecting.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: %(default)s")
     inspecting.add_argument(
         "--backend", choices=("onnxruntime", "tensorrt", "tensorrt-rtx"), default="onnxruntime", help="default: %(default)s"
     )
@@ -285,7 +285,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     reference = Reference.load(bundle)
     feed = bundle.graph(arguments.graph).inputs[0].name
     feeds = {feed: (reference.images if feed == "images" else reference.code_indices)[:1]}
-    found = inspect_graph(bundle, arguments.graph, feeds, arguments.precision == "fp16", arguments.backend)
+    found = inspect_graph(bundle, arguments.graph, feeds, arguments.precision, arguments.backend)
     worst = set(sorted(found, key=lambda drift: drift.relative, reverse=True)[: arguments.top])
     print(f"{arguments.graph} in {arguments.precision} on {arguments.backend} against fp32 in onnxruntime:")
     print(f"  {len(found)} tensors in common; of these the {len(worst)} that differ most, in the order of the graph")

@@ -35,8 +35,8 @@ __all__ = ["GeneratorFinding", "search_generator"]
 @dataclass(frozen=True)
 class GeneratorFinding:
     """What a search found over `positions` of the bundle's stored steps. `plain` and `report` compare with float32 engines
-    (the same weights, nothing rounded), with nothing pinned and with what is: `pinned` nodes of the transformer, of `nodes` that
-    could be. `certificate`: what engines would get."""
+    (the same weights, nothing rounded), with nothing pinned and with what is: `pinned` nodes of the transformer, of `nodes`
+    that could be. `certificate`: what engines would get."""
 
     positions: int
     plain: GeneratorReport

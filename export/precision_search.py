@@ -74,10 +74,11 @@ def search(
     if not score.failures:
         return ()
     groups = [tuple(map(str, group)) for group in np.array_split(np.array(nodes, dtype=object), min(GROUPS, len(nodes)))]
-    ranked = sorted(groups, key=lambda group: (rank or measure)(group).error)
+    # Those that leave something that is not a number come last.
+    ranked = np.argsort([(rank or measure)(group).error for group in groups], kind="stable")
     pinned: tuple[str, ...] = ()
-    for group in ranked:
-        pinned += group
+    for index in ranked:
+        pinned += groups[index]
         score = measure(pinned)
         if not score.failures:
             return pinned

@@ -148,19 +148,19 @@ class _Trial:
             return self._run_graph(graph, opening, self.rows[graph][:count], _GRAPHS[graph][1:])[0]
 
     def judge(self, graph: str, found: NDArray[Any]) -> Score:
-        """`found`: of the first pictures, or of all."""
+        """`found`: of the first pictures, or of all. What is not a number, after an overflow, misses the bars."""
         if graph == "encode":
             shares = zip(self.bundle.config.patch_nums, self._agreement(found), strict=True)
             low = tuple(f"{side} x {side}: {share:.2%}" for side, share in shares if share < self.bar)
             return Score(float(np.square(found - self.exact["encode"][: len(found)]).mean()), low)
         if graph == "decode":
             decibels = self._decode_psnr(found)
-            return Score(-decibels, (f"{decibels:.1f} dB",) if decibels < ROUNDED.decode_psnr else ())
+            return Score(-decibels, () if decibels >= ROUNDED.decode_psnr else (f"{decibels:.1f} dB",))
         if graph == "semantic":
             cosine = self._semantic_cosine(found)
-            return Score(-cosine, (f"a cosine of {cosine:.5f}",) if cosine < ROUNDED.semantic_cosine else ())
+            return Score(-cosine, () if cosine >= ROUNDED.semantic_cosine else (f"a cosine of {cosine:.5f}",))
         error = self._features_error(found)
-        return Score(error, (f"an error of {error:.1e}",) if error > ROUNDED.features_error else ())
+        return Score(error, () if error <= ROUNDED.features_error else (f"an error of {error:.1e}",))
 
     def quality(self, found: dict[str, NDArray[Any]]) -> Quality:
         """Of results for all pictures, by graph."""
@@ -197,10 +197,10 @@ class _Trial:
         return forced_agreement(latents, self.codes[: len(latents)], self.codebook, self.bundle.config)
 
     def _decode_psnr(self, pictures: NDArray[np.uint8]) -> float:
-        return min(psnr(a, b) for a, b in zip(pictures, self.exact["decode"], strict=False))
+        return float(np.min([psnr(a, b) for a, b in zip(pictures, self.exact["decode"], strict=False)]))
 
     def _semantic_cosine(self, rows: NDArray[np.float32]) -> float:
-        return min(mean_cosine(a, b) for a, b in zip(rows, self.exact["semantic"], strict=False))
+        return float(np.min([mean_cosine(a, b) for a, b in zip(rows, self.exact["semantic"], strict=False)]))
 
     def _features_error(self, rows: NDArray[np.float32]) -> float:
         return float(np.abs(rows - self.exact["features"][: len(rows)]).max())
