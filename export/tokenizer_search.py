@@ -39,8 +39,8 @@ _GRAPHS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """`agreement` is teacher-forced, one share a scale; `decode_psnr` (dB) and `semantic_cosine` are the least of a picture,
-    `features_error` the largest."""
+    """`agreement` is teacher-forced, one share a scale. Over the same pictures and those of the bundle's reference,
+    `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
 
     agreement: tuple[float, ...]
     decode_psnr: float
@@ -131,24 +131,27 @@ class _Trial:
         self, bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], bar: float, precision: HalfType, steps: Steps
     ) -> None:
         self.bundle, self.bar, self.precision, self.steps = bundle, bar, precision, steps
-        self.codebook = Reference.load(bundle).codebook
+        reference = Reference.load(bundle)
+        self.codebook = reference.codebook
         steps.start("float32", total=1)
         latents, codes = self._run_graph("encode", open_onnxruntime, images, ("latent", "code_indices"))
         self.codes: NDArray[np.int32] = codes
-        self.rows = dict.fromkeys(_GRAPHS, codes) | {"encode": images}
+        # Certificates are given by the reference, whose drawn pictures can be worse than any photo.
+        judged = np.concatenate([codes, reference.code_indices])
+        self.rows = dict.fromkeys(_GRAPHS, judged) | {"encode": images}
         self.exact = {"encode": latents}
         for graph in ("decode", "semantic", "features"):
-            (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, codes, _GRAPHS[graph][1:])
+            (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, judged, _GRAPHS[graph][1:])
 
     def run(self, graph: str, pinned: Collection[str], count: int | None = None) -> NDArray[Any]:
-        """What a graph gives for the first `count` pictures, or all."""
+        """What a graph gives for the first `count` of its rows, or all."""
         self.steps.start(f"{graph} in {self.precision}, {len(pinned)} pinned", total=1)
         with tempfile.TemporaryDirectory() as work:
             opening = emulated_sessions(self.bundle, self.precision, Path(work), {graph: pinned})
             return self._run_graph(graph, opening, self.rows[graph][:count], _GRAPHS[graph][1:])[0]
 
     def judge(self, graph: str, found: NDArray[Any]) -> Score:
-        """`found`: of the first pictures, or of all. What is not a number, after an overflow, misses the bars."""
+        """`found`: of the first rows, or of all. What is not a number, after an overflow, misses the bars."""
         if graph == "encode":
             shares = zip(self.bundle.config.patch_nums, self._agreement(found), strict=True)
             low = tuple(f"{side} x {side}: {share:.2%}" for side, share in shares if share < self.bar)
@@ -163,7 +166,7 @@ class _Trial:
         return Score(error, () if error <= ROUNDED.features_error else (f"an error of {error:.1e}",))
 
     def quality(self, found: dict[str, NDArray[Any]]) -> Quality:
-        """Of results for all pictures, by graph."""
+        """Of results for all rows, by graph."""
         return Quality(
             self._agreement(found["encode"]),
             self._decode_psnr(found["decode"]),
