@@ -116,7 +116,8 @@ def store_pinned(
     bundle: Bundle[Any], precision: HalfType, pinned: Mapping[str, Sequence[str]], figures: Mapping[str, Any]
 ) -> None:
     """Write the nodes to pin in one precision, by graph, and what was measured; what is there of others stays."""
-    lists = {}
+    # As it is now: another precision may have been stored since `bundle` was opened.
+    bundle, lists = Bundle.open(bundle.path, type(bundle.config)), {}
     if PINNED in bundle.assets:
         entry = bundle.asset(PINNED)
         bundle.verify(entry)

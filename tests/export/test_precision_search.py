@@ -90,9 +90,10 @@ def test_what_is_found_is_stored_where_engines_are_built(bundle_copy: Path, caps
 
 
 def test_precisions_are_stored_beside_each_other(bundle_copy: Path) -> None:
-    store_pinned(Bundle.open(bundle_copy, TokenizerConfig), "bf16", {"encode": ("a", "b"), "decode": ()}, {"pictures": 3})
-    store_pinned(Bundle.open(bundle_copy, TokenizerConfig), "fp16", {"decode": ("c",)}, {"pictures": 4})
-    store_pinned(Bundle.open(bundle_copy, TokenizerConfig), "fp16", {"decode": ("d",)}, {"pictures": 5})
+    opened = Bundle.open(bundle_copy, TokenizerConfig)
+    store_pinned(opened, "bf16", {"encode": ("a", "b"), "decode": ()}, {"pictures": 3})
+    store_pinned(opened, "fp16", {"decode": ("c",)}, {"pictures": 4})
+    store_pinned(opened, "fp16", {"decode": ("d",)}, {"pictures": 5})
     bundle = Bundle.open(bundle_copy, TokenizerConfig)
     bundle.verify()
     assert pinned_nodes(bundle, "bf16") == {"encode": ("a", "b")}
