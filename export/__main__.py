@@ -18,6 +18,7 @@ from tokenflow_sdk.images import pictures_in
 
 if TYPE_CHECKING:
     from export.agreement import Agreement
+    from export.progress import Steps
 
 _EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub")
 
@@ -83,10 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     _language_model(understanding, "the bundle of the tokenizer whose codes it reads")
     understanding.set_defaults(run=_run_understanding)
     searching = commands.add_parser(
-        "precision-search", help="which nodes of a tokenizer must stay in float32 for half-precision engines"
+        "precision-search", help="what half precision costs, and which nodes must stay in float32 for engines in it"
     )
-    searching.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's; what is found is stored in it")
-    searching.add_argument("--images", required=True, type=Path, metavar="DIR", help="photos to measure on")
+    searching.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="a tokenizer's or a generator's; findings are stored in it"
+    )
+    searching.add_argument(
+        "--precision", choices=("fp16", "bf16"), default="fp16", help="of the engines (default: %(default)s)"
+    )
+    searching.add_argument("--images", type=Path, metavar="DIR", help="photos to measure a tokenizer on")
     searching.add_argument("--crops", type=int, default=24, metavar="N", help="crops of them (default: %(default)s)")
     searching.add_argument(
         "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
@@ -110,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspecting.add_argument("bundle", type=Path, metavar="BUNDLE", help="a tokenizer's")
     inspecting.add_argument("graph", choices=("encode", "decode", "semantic", "features"))
-    inspecting.add_argument("--precision", choices=("fp32", "fp16"), default="fp16", help="default: %(default)s")
+    inspecting.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: %(default)s")
     inspecting.add_argument(
         "--backend", choices=("onnxruntime", "tensorrt", "tensorrt-rtx"), default="onnxruntime", help="default: %(default)s"
     )
@@ -190,27 +196,47 @@ def _run_language_model(arguments: argparse.Namespace, export: Callable[..., Agr
 
 
 def _run_precision_search(arguments: argparse.Namespace) -> None:
-    from export.precision_search import crops, search_bundle
     from export.progress import Steps
+    from tokenflow_sdk.bundle import bundle_kind
+
+    if arguments.crops < 1 or not 0 < arguments.bar <= 1:
+        raise ArgumentError(
+            f"--crops {arguments.crops} and --bar {arguments.bar} measure nothing.", "Give 1 or more, and 0 to 1."
+        )
+    search = _search_generator if bundle_kind(arguments.bundle) == "generator" else _search_tokenizer
+    with Steps() as steps:
+        lines = search(arguments, steps)
+    print("\n".join(lines))
+
+
+def _search_generator(arguments: argparse.Namespace, steps: Steps) -> list[str]:
+    from export.generator_search import search_generator
+    from tokenflow_sdk.bundle import Bundle
+    from tokenflow_sdk.config import GeneratorConfig
+
+    if arguments.images is not None:
+        raise ArgumentError("A generator is measured on the steps that its bundle carries.", "Leave --images out.")
+    bundle = Bundle.open(arguments.bundle, GeneratorConfig)
+    bundle.verify()
+    found = search_generator(bundle, arguments.precision, steps)
+    return [f"{bundle.path} in {arguments.precision}, {found.positions} positions:", *found.lines()]
+
+
+def _search_tokenizer(arguments: argparse.Namespace, steps: Steps) -> list[str]:
+    from export.precision_search import crops
+    from export.tokenizer_search import search_tokenizer
     from tokenflow_sdk.bundle import Bundle
     from tokenflow_sdk.config import TokenizerConfig
 
     bundle = Bundle.open(arguments.bundle, TokenizerConfig)
     bundle.verify()
-    if arguments.crops < 1 or not 0 < arguments.bar <= 1:
-        raise ArgumentError(
-            f"--crops {arguments.crops} and --bar {arguments.bar} measure nothing.", "Give 1 or more, and 0 to 1."
-        )
+    if arguments.images is None:
+        raise ArgumentError("A tokenizer is measured on photos.", "Give a directory of them as --images.")
     photos = pictures_in(arguments.images)
-    with Steps() as steps:
-        images = crops(photos, arguments.crops, bundle.config.image_size)
-        found = search_bundle(bundle, images, arguments.bar, steps)
-    print(f"{bundle.path} in fp16 against fp32, {found.pictures} crops of {len(photos)} photos:")
-    for side, share in zip(bundle.config.patch_nums, found.agreement, strict=True):
-        print(f"  {f'{side} x {side}':>8}  {share:8.3%} of {side * side * found.pictures:,} codes")
-    print(f"  decoded pictures agree to {found.decode_psnr:.1f} dB at least")
-    for graph, names in found.pinned.items():
-        print(f"  {graph}: {len(names)} nodes pinned to float32")
+    images = crops(photos, arguments.crops, bundle.config.image_size)
+    found = search_tokenizer(bundle, images, arguments.bar, arguments.precision, steps)
+    title = f"{bundle.path} in {arguments.precision} against fp32, {found.pictures} crops of {len(photos)} photos:"
+    return [title, *found.lines(bundle.config.patch_nums)]
 
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
@@ -259,7 +285,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     reference = Reference.load(bundle)
     feed = bundle.graph(arguments.graph).inputs[0].name
     feeds = {feed: (reference.images if feed == "images" else reference.code_indices)[:1]}
-    found = inspect_graph(bundle, arguments.graph, feeds, arguments.precision == "fp16", arguments.backend)
+    found = inspect_graph(bundle, arguments.graph, feeds, arguments.precision, arguments.backend)
     worst = set(sorted(found, key=lambda drift: drift.relative, reverse=True)[: arguments.top])
     print(f"{arguments.graph} in {arguments.precision} on {arguments.backend} against fp32 in onnxruntime:")
     print(f"  {len(found)} tensors in common; of these the {len(worst)} that differ most, in the order of the graph")

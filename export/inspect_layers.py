@@ -1,7 +1,7 @@
 """Where two ways of running a graph drift apart, tensor by tensor, with Polygraphy: for whoever works on engines.
 
 The first way is always the bundle's float32 graph in onnxruntime. The second is the graph as engines get it, in half precision
-say, in onnxruntime or in TensorRT.
+say: in onnxruntime, rounded as engines round (`export.emulate`), or in TensorRT.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.emulate import emulated_graph
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.engine_build import engine_graph
+from tokenflow_sdk.engine_recipe import Precision
 from tokenflow_sdk.errors import MissingPackageError
 from tokenflow_sdk.tensorrt_module import require_installed
 
@@ -36,7 +39,7 @@ class Drift:
 
 
 def inspect_graph(
-    bundle: Bundle[TokenizerConfig], graph: str, feeds: dict[str, NDArray[Any]], half: bool, backend: Backend
+    bundle: Bundle[TokenizerConfig], graph: str, feeds: dict[str, NDArray[Any]], precision: Precision, backend: Backend
 ) -> list[Drift]:
     """Every tensor that exists in both, in the order of the graph.
 
@@ -44,7 +47,7 @@ def inspect_graph(
         bundle: a tokenizer's.
         graph: one of its graphs.
         feeds: its inputs, with a batch of 1: every tensor between is kept.
-        half: whether the second way is in float16.
+        precision: of the second way.
         backend: what runs it.
 
     Raises:
@@ -55,7 +58,7 @@ def inspect_graph(
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     try:
         from polygraphy import constants
-        from polygraphy.backend.onnx import ModifyOutputs, OnnxFromPath
+        from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
         from polygraphy.comparator import Comparator
         from polygraphy.logger import G_LOGGER
@@ -66,17 +69,18 @@ def inspect_graph(
     G_LOGGER.module_severity = G_LOGGER.ERROR
     path = bundle.path / bundle.graph(graph).files[0].name
 
-    def in_onnxruntime(file: Path, name: str) -> Any:
-        marked = ModifyOutputs(OnnxFromPath(str(file)), outputs=constants.MARK_ALL)
-        return OnnxrtRunner(SessionFromOnnx(_serialized(marked), providers=["cpu"]), name=name)
+    def in_onnxruntime(file: Path, name: str, outputs: Any = constants.MARK_ALL) -> Any:
+        marked = ModifyOutputs(OnnxFromPath(str(file)), outputs=outputs)
+        return OnnxrtRunner(SessionFromOnnx(BytesFromOnnx(marked), providers=["cpu"]), name=name)
 
+    half = None if precision == "fp32" else precision
     with tempfile.TemporaryDirectory() as work:
-        second = engine_graph(path, "fp16" if half else None, Path(work))
         if backend == "onnxruntime":
-            runner = in_onnxruntime(second, "second")
+            second = path if half is None else emulated_graph(path, half, Path(work))
+            runner = in_onnxruntime(second, "second", _tensors(second))
         else:
             require_installed(backend)
-            runner = _in_tensorrt(second, feeds)
+            runner = _in_tensorrt(engine_graph(path, half, Path(work)), feeds)
         results = Comparator.run([in_onnxruntime(path, "first"), runner], data_loader=[feeds])
     (_, (first,)), (_, (other,)) = results.items()
     return [
@@ -86,10 +90,10 @@ def inspect_graph(
     ]
 
 
-def _serialized(marked: Any) -> Any:
-    from polygraphy.backend.onnx import BytesFromOnnx
-
-    return BytesFromOnnx(marked)
+def _tensors(graph: Path) -> list[str]:
+    """Names of the float32 tensors that a graph computes."""
+    values = (value for node in ir.load(graph).graph for value in node.outputs)
+    return [str(value.name) for value in values if value.dtype == ir.DataType.FLOAT]
 
 
 def _in_tensorrt(graph: Path, feeds: dict[str, NDArray[Any]]) -> Any:

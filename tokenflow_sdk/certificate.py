@@ -64,7 +64,7 @@ class Certificate:
         if self.failures:
             raise EngineRefusedError(
                 f"{what} is refused: {'; '.join(self.failures)}.",
-                "Build with --precision fp32 (or bf16) and without --decoder, let `python -m export precision-search` find "
+                "Build with --precision fp32 and without --decoder, let `python -m export precision-search` find "
                 "what to keep in float32, or use backend='onnxruntime'.",
             )
 

@@ -16,7 +16,17 @@ from tokenflow_sdk.paged_parity import hidden_agreement, load_reference, missed_
 from tokenflow_sdk.sampling import TIES
 from tokenflow_sdk.transformer import PagedTransformer
 
-__all__ = ["GeneratorReference", "GeneratorReport", "Steps", "check_generator", "embed_steps", "likeliest_codes", "run_steps"]
+__all__ = [
+    "GeneratorReference",
+    "GeneratorReport",
+    "Steps",
+    "check_generator",
+    "compare_generators",
+    "embed_steps",
+    "likeliest_codes",
+    "run_generator",
+    "run_steps",
+]
 
 _PROMPT, _BLOCK = 48, 64
 
@@ -50,6 +60,11 @@ class GeneratorReference:
     code_indices: Int32
     hidden: Float32
     likeliest: Int32
+
+    @property
+    def steps(self) -> Steps:
+        """What was run."""
+        return Steps(self.token_ids, self.code_indices)
 
     @classmethod
     def load(cls, bundle: Bundle[GeneratorConfig]) -> GeneratorReference:
@@ -116,6 +131,25 @@ def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
     return found
 
 
+def run_generator(
+    sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32, steps: Steps
+) -> GeneratorReference:
+    """What some sessions make of steps.
+
+    Raises:
+        BackendError: an engine cannot be run.
+    """
+    hidden = run_steps(transformer, *embed_steps(sessions, codebook, steps))
+    codes = likeliest_codes(sessions["sample"], hidden)
+    return GeneratorReference(steps.token_ids, steps.code_indices, hidden, codes)
+
+
+def compare_generators(found: GeneratorReference, expected: GeneratorReference) -> GeneratorReport:
+    """How two results of the same steps differ."""
+    error, cosine = hidden_agreement(found.hidden, expected.hidden)
+    return GeneratorReport(error, cosine, same_code=float((found.likeliest == expected.likeliest).mean()))
+
+
 def check_generator(
     bundle: Bundle[GeneratorConfig], sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32
 ) -> GeneratorReport:
@@ -125,8 +159,4 @@ def check_generator(
         CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
     """
     reference = GeneratorReference.load(bundle)
-    steps = Steps(reference.token_ids, reference.code_indices)
-    hidden = run_steps(transformer, *embed_steps(sessions, codebook, steps))
-    codes = likeliest_codes(sessions["sample"], hidden)
-    error, cosine = hidden_agreement(hidden, reference.hidden)
-    return GeneratorReport(error, cosine, same_code=float((codes == reference.likeliest).mean()))
+    return compare_generators(run_generator(sessions, transformer, codebook, reference.steps), reference)

@@ -33,6 +33,7 @@ __all__ = [
     "Reference",
     "check_parity",
     "forced_agreement",
+    "mean_cosine",
     "scale_cells",
 ]
 
@@ -254,7 +255,7 @@ def check_parity(
         errors.append(float(np.abs(features - reference.features[i]).max()))
         semantic = tokenizer.semantic(stored)
         semantic_errors.append(float(np.abs(semantic - reference.semantic[i]).max()))
-        cosines.append(_cosine(semantic, reference.semantic[i]))
+        cosines.append(mean_cosine(semantic, reference.semantic[i]))
         decoded = tokenizer.decode_array(expected[None])[0]
         psnrs.append(psnr(decoded, reference.decoded[i]))
         ssims.append(ssim(decoded, reference.decoded[i]))
@@ -275,6 +276,6 @@ def check_parity(
     )
 
 
-def _cosine(a: Float32, b: Float32) -> float:
-    """Mean cosine of the rows."""
+def mean_cosine(a: Float32, b: Float32) -> float:
+    """Mean cosine of the rows of two float32 [..., N, D]."""
     return float(np.mean((a * b).sum(axis=-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)))

@@ -20,8 +20,8 @@ from export.models.tokenizer import to_pixels, to_unit_range
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = ["Codec", "Side", "TorchCodec", "engine_plan", "load_eager", "sdk_sides", "torch_sides"]
 

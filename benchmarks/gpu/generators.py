@@ -27,11 +27,11 @@ from tokenflow_sdk.backends.choice import EngineOptions, choose
 from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.certificate import certify
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry
-from tokenflow_sdk.engine_build import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, EngineRefusedError
 from tokenflow_sdk.pairing import tokenizer_of
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
+from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = ["PRESETS", "Drawing", "measure_generator", "standin_generator"]
 

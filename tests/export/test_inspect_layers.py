@@ -17,10 +17,13 @@ CODES = {"code_indices": np.random.default_rng(0).integers(0, 500, (1, 30), np.i
 
 def test_half_precision_drifts_and_float32_does_not(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle, TokenizerConfig)
-    half = inspect_graph(bundle, "decode", CODES, half=True, backend="onnxruntime")
+    half = inspect_graph(bundle, "decode", CODES, precision="fp16", backend="onnxruntime")
     assert len(half) > 20
     assert 1e-5 < max(drift.relative for drift in half) < 0.1
-    same = inspect_graph(bundle, "decode", CODES, half=False, backend="onnxruntime")
+    coarser = inspect_graph(bundle, "decode", CODES, precision="bf16", backend="onnxruntime")
+    assert [drift.name for drift in coarser] == [drift.name for drift in half]
+    assert 4 * max(drift.relative for drift in half) < max(drift.relative for drift in coarser) < 0.5
+    same = inspect_graph(bundle, "decode", CODES, precision="fp32", backend="onnxruntime")
     assert len(same) >= len(half)
     assert max(drift.relative for drift in same) == 0
 
@@ -35,4 +38,4 @@ def test_the_command_shows_the_worst(mini_bundle: Path, capsys: pytest.CaptureFi
 def test_without_polygraphy_the_extra_is_named(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     with pytest.raises(MissingPackageError, match=r"tokenflow-sdk\[inspect\]"):
-        inspect_graph(Bundle.open(mini_bundle, TokenizerConfig), "decode", CODES, half=True, backend="onnxruntime")
+        inspect_graph(Bundle.open(mini_bundle, TokenizerConfig), "decode", CODES, precision="fp16", backend="onnxruntime")

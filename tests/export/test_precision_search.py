@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.__main__ import main
-from export.precision_search import Score, crops, search
+from export.precision_search import Score, crops, search, store_pinned
 from tests.conftest import ROOT
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
@@ -40,6 +40,28 @@ def test_pinning_stops_as_soon_as_it_is_good_enough(costs: list[float], share: f
         assert measure([node for node in pinned if node not in last]).failures
 
 
+def test_groups_that_leave_no_numbers_are_pinned_last() -> None:
+    """Two nodes overflow: neither alone mends it, and a third costs a little."""
+
+    def measure(pinned: Collection[str]) -> Score:
+        if not {"b", "c"} <= set(pinned):
+            return Score(float("nan") if "e" not in pinned else 9.0, ("overflow",))
+        return Score(1.0, ())
+
+    assert search(list("abcde"), measure, "It") == ("e", "a", "b", "c")
+
+
+def test_groups_may_be_compared_on_less() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def rank(pinned: Collection[str]) -> Score:
+        seen.append(tuple(pinned))
+        return Score(0.0 if "b" in pinned else 1.0, ("ignored",))
+
+    assert search(["a", "b"], lambda pinned: Score(0.0, () if "b" in pinned else ("low",)), "It", rank) == ("b",)
+    assert seen == [("a",), ("b",)]
+
+
 def test_no_choice_of_nodes_may_be_good_enough() -> None:
     with pytest.raises(ParityError, match="It misses its bars.*: 1 dB.*--precision fp32"):
         search(["a", "b"], lambda pinned: Score(1.0, ("1 dB",)), "It")
@@ -63,6 +85,21 @@ def test_what_is_found_is_stored_where_engines_are_built(bundle_copy: Path, caps
     assert bundle.parity["fp16"]["decode_psnr"] > 45
     assert pinned_nodes(bundle, "fp16") == {}
     assert main([*words, "--bar", "1.1"]) == 2
+    assert main(words[:2]) == 2
+    assert "Give a directory of them as --images" in capsys.readouterr().err
+
+
+def test_precisions_are_stored_beside_each_other(bundle_copy: Path) -> None:
+    opened = Bundle.open(bundle_copy, TokenizerConfig)
+    store_pinned(opened, "bf16", {"encode": ("a", "b"), "decode": ()}, {"pictures": 3})
+    store_pinned(opened, "fp16", {"decode": ("c",)}, {"pictures": 4})
+    store_pinned(opened, "fp16", {"decode": ("d",)}, {"pictures": 5})
+    bundle = Bundle.open(bundle_copy, TokenizerConfig)
+    bundle.verify()
+    assert pinned_nodes(bundle, "bf16") == {"encode": ("a", "b")}
+    assert pinned_nodes(bundle, "fp16") == {"decode": ("d",)}
+    assert (bundle.parity["bf16"], bundle.parity["fp16"]) == ({"pictures": 3}, {"pictures": 5})
+    assert "agreement" in bundle.parity
 
 
 def test_pinned_nodes_make_another_engine(bundle_copy: Path) -> None:

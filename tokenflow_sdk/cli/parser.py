@@ -162,7 +162,11 @@ def _add_building(words: _Words) -> None:
     building.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
     building.add_argument("--recipe", metavar="NAME|FILE", help=f"settings for a device: {', '.join(recipe_names())}")
     building.add_argument("--backend", choices=sorted(FLAVOURS), help="default: tensorrt-rtx")
-    building.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp16")
+    building.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        help="default: fp16; bf16 is as large and less exact, for generators with numbers beyond float16's 65,504",
+    )
     building.add_argument(
         "--decoder",
         choices=get_args(EightBit),
