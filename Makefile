@@ -70,7 +70,8 @@ bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes bench
 	@$(BIN)/python benchmarks/understander_vs_transformers.py
 
 bench-gpu: .venv-gpu/.ready ## the GPU here, with TensorRT and onnxruntime, against PyTorch; writes benchmarks/results/
-	@.venv-gpu/bin/python benchmarks/on_gpu.py --variant clipb_256,siglip_384
+	@.venv-gpu/bin/python benchmarks/on_gpu.py
+	@.venv-gpu/bin/python benchmarks/on_gpu.py --variant siglip_384 --graphs encode --parts tokenizer
 
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny

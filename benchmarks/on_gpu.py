@@ -1,6 +1,6 @@
 """What an NVIDIA GPU makes of tokenflow-sdk: speed, memory, results and roofline, against PyTorch, in one run.
 
-    make bench-gpu                                          # installs everything, then both released tokenizers and a generator
+    make bench-gpu                                          # installs everything, runs the next two
     python benchmarks/on_gpu.py                             # clipb_256 and a generator, random weights
     python benchmarks/on_gpu.py --variant siglip_384 --graphs encode --parts tokenizer
     python benchmarks/on_gpu.py --checkpoint tokenflow_clipb_32k_enhanced.pt --bundle bundles/released
@@ -12,7 +12,8 @@ takes long: exporting, building TensorRT engines (kept in the user's cache) and 
 
 Results come first. Each side encodes and decodes crops of a photo, and is compared with onnxruntime on the CPU; where
 tokenflow-sdk misses a bar of its precision, the run stops with status 1, and nothing is written. A side that is not installed,
-or fails, is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md.
+or fails, is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md,
+for other variants than clipb_256 with their names in that of the file.
 
 Do not use the GPU for anything else meanwhile: time and memory would show it.
 """
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from rich.console import Console
 
-from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, GeneratorSizes, Request
+from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, VARIANT, GeneratorSizes, Request
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, ParityError, TokenFlowError
 
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--threads", type=int, help="of whatever runs on the CPU (default: every core)")
     what.add_argument("--out", type=Path, help="OUT.json and OUT.md (default: benchmarks/results/gpu_CARD; on a CPU: none)")
     tokenizer = parser.add_argument_group("tokenizers")
-    tokenizer.add_argument("--variant", default="clipb_256", help="one or more, with commas (default: %(default)s)")
+    tokenizer.add_argument("--variant", default=VARIANT, help="one or more, with commas (default: %(default)s)")
     tokenizer.add_argument("--checkpoint", type=Path, help="default: checkpoints/VARIANT.pt, random weights if it is not there")
     tokenizer.add_argument("--bundle", type=Path, help="default: bundles/VARIANT, exported if it is not there")
     tokenizer.add_argument("--graphs", default=",".join(GRAPHS), help="default: %(default)s")

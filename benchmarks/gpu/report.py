@@ -13,13 +13,12 @@ from tokenflow_sdk.files import write_atomic
 __all__ = ["add_rates", "as_markdown", "write"]
 
 
-def add_rates(report: dict[str, Any]) -> None:
-    """Write into each row of a tokenizer what it achieved: FLOP/s, and their share of a plain product of the same type."""
-    for tokenizer in report["tokenizers"]:
-        for row in tokenizer["rows"]:
-            if "median_s" in row:
-                row["flop_per_s"] = tokenizer["flops"][row["graph"]] * row["pictures_per_s"]
-                row["share_of_product"] = row["flop_per_s"] / report["products"][row["dtype"]]
+def add_rates(tokenizer: Mapping[str, Any], products: Mapping[str, float]) -> None:
+    """Write into each row of a tokenizer what it achieved: FLOP/s, and their share of those of a product of its type."""
+    for row in tokenizer["rows"]:
+        if "median_s" in row:
+            row["flop_per_s"] = tokenizer["flops"][row["graph"]] * row["pictures_per_s"]
+            row["share_of_product"] = row["flop_per_s"] / products[row["dtype"]]
 
 
 def write(report: Mapping[str, Any], out: Path) -> tuple[Path, Path]:

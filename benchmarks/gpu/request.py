@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["CPU_SIDES", "DTYPES", "GRAPHS", "PARTS", "SIDES", "TITLES", "TORCH", "Dtype", "GeneratorSizes", "Request"]
+__all__ = [
+    "CPU_SIDES",
+    "DTYPES",
+    "GRAPHS",
+    "PARTS",
+    "SIDES",
+    "TITLES",
+    "TORCH",
+    "VARIANT",
+    "Dtype",
+    "GeneratorSizes",
+    "Request",
+]
 
 Dtype = Literal["float32", "float16"]
 
@@ -26,6 +38,8 @@ TORCH = ("torch", "torch-fp16", "compile")
 CPU_SIDES = ("torch", "onnxruntime")
 PARTS = ("tokenizer", "generator")
 GRAPHS = ("encode", "decode")
+VARIANT = "clipb_256"
+"""Measured where none is named."""
 
 
 @dataclass(frozen=True)

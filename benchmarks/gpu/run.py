@@ -12,11 +12,11 @@ from benchmarks.common import ROOT, prepare
 from benchmarks.gpu.device import Device, open_device, product_rate, versions
 from benchmarks.gpu.generators import Drawing, measure_generator, standin_generator
 from benchmarks.gpu.report import add_rates, as_markdown, write
-from benchmarks.gpu.request import DTYPES, Request
+from benchmarks.gpu.request import DTYPES, VARIANT, Request
 from benchmarks.gpu.timing import Pace, bar, console
 from benchmarks.gpu.tokenizers import Work, measure_tokenizer
 
-__all__ = ["measure", "run"]
+__all__ = ["run"]
 
 
 def run(request: Request) -> None:
@@ -27,38 +27,49 @@ def run(request: Request) -> None:
         ParityError: tokenflow-sdk computes something wrong; nothing is written.
     """
     device = open_device(request.device, request.threads)
-    report = measure(request, device)
-    print(as_markdown(report))
+    report = _empty_report(request, device)
+    try:
+        _measure(report, request, device)
+    finally:
+        # Of a run that fails in the end, what it had measured is shown, though not written.
+        if report["tokenizers"] or report["generator"]:
+            print(as_markdown(report))
     out = request.out
     if out is None and device.on_gpu:
-        out = ROOT / "benchmarks" / "results" / f"gpu_{device.slug}"
+        others = "" if request.variants == (VARIANT,) else "_".join(("", *request.variants))
+        out = ROOT / "benchmarks" / "results" / f"gpu_{device.slug}{others}"
     if out is not None:
         console.print(f"written: {', '.join(map(str, write(report, out)))}", markup=False, soft_wrap=True)
 
 
-def measure(request: Request, device: Device) -> dict[str, Any]:
-    """Everything that is written; see `run`."""
-    pace = Pace(request.rounds, request.seconds)
-    work = Work(device, request.sides, request.graphs, request.batches, pace, request.threads)
-    report: dict[str, Any] = {
+def _empty_report(request: Request, device: Device) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    return {
         "command": request.command,
         "device": device.about(),
         "versions": versions(),
-        "pace": {"rounds": pace.rounds, "seconds": pace.seconds},
+        "pace": {"rounds": request.rounds, "seconds": request.seconds},
         "product_size": request.product_size,
         "products": {},
         "tokenizers": [],
         "generator": None,
     }
+
+
+def _measure(report: dict[str, Any], request: Request, device: Device) -> None:
+    """Fill a report in."""
+    pace = Pace(request.rounds, request.seconds)
+    work = Work(device, request.sides, request.graphs, request.batches, pace, request.threads)
     for dtype in sorted({DTYPES[side] for side in request.sides}, reverse=True):
         with bar(f"a plain product in {dtype}"):
             report["products"][dtype] = product_rate(device, dtype, request.product_size)
     if "tokenizer" in request.parts:
-        report["tokenizers"] = [_tokenizer(request, variant, work) for variant in request.variants]
-        add_rates(report)
+        for variant in request.variants:
+            found = _tokenizer(request, variant, work)
+            add_rates(found, report["products"])
+            report["tokenizers"].append(found)
     if "generator" in request.parts:
         report["generator"] = _generator(request, work)
-    return report
 
 
 def _tokenizer(request: Request, variant: str, work: Work) -> dict[str, Any]:

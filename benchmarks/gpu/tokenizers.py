@@ -27,7 +27,7 @@ __all__ = ["Work", "measure_tokenizer", "result"]
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured. `sides` are keys of `codecs.TITLES`, `threads` those of a CPU call."""
+    """What is measured. `sides` are keys of `request.TITLES`, `threads` those of a CPU call."""
 
     device: Device
     sides: tuple[str, ...]
@@ -107,7 +107,7 @@ class _Graph:
         """Open each side, and run every batch once: what it takes of memory, whether it can."""
         for side in sides:
             why = missing.get(side.key)
-            with bar(f"{self.variant}: {self.name}, warming up {side.title}"):
+            with bar(f"{self.variant}: {self.name}, warming up {side.title}", shown=not side.builds):
                 if why is None:
                     before = self.work.device.used()
                     try:
@@ -130,12 +130,13 @@ class _Graph:
                 call()
             except Exception as error:
                 self._why[batch, side.key] = say_why(error)
-                device.release()
             else:
                 used = device.used()
                 held = None if used is None or before is None else used - before
                 self._memory[batch, side.key] = held if side.ours else device.peak()
                 self._calls[batch][side.key] = call
+        # What PyTorch keeps for later would be missing to the others.
+        device.release()
 
     def _call(self, codec: Codec, data: NDArray[np.generic]) -> Call:
         run = codec.encode_array if self.name == "encode" else codec.decode_array

@@ -222,6 +222,22 @@ def test_nothing_is_written_on_a_cpu_unless_told(words: Words, capsys: pytest.Ca
     assert sorted(results.iterdir()) == before
 
 
+@pytest.mark.parametrize(("variant", "name"), [("clipb_256", "gpu_nvidia-test-card"), ("x,y", "gpu_nvidia-test-card_x_y")])
+def test_a_card_has_files_of_its_own(variant: str, name: str, machine, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "_measure", lambda report, request, device: None)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    assert main(["--variant", variant]) == 0
+    assert {path.name for path in (tmp_path / "benchmarks" / "results").iterdir()} == {f"{name}.json", f"{name}.md"}
+
+
+def test_what_was_measured_before_it_failed_is_shown(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--sides", "onnxruntime", "--graphs", "encode", "--generator", str(tmp_path / "nowhere")]
+    assert main(["--device", "cpu", *words, *quick]) == 2
+    assert "encode: " in capsys.readouterr().out
+    assert not list(tmp_path.glob("made*"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
