@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     searching.add_argument("--images", type=Path, metavar="DIR", help="photos to measure a tokenizer on")
     searching.add_argument("--crops", type=int, default=24, metavar="N", help="crops of them (default: %(default)s)")
     searching.add_argument(
+        "--decoded", type=int, metavar="N", help="how many of them are decoded too, which takes the longest (default: all)"
+    )
+    searching.add_argument(
         "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
     )
     searching.set_defaults(run=_run_precision_search)
@@ -203,6 +206,8 @@ def _run_precision_search(arguments: argparse.Namespace) -> None:
         raise ArgumentError(
             f"--crops {arguments.crops} and --bar {arguments.bar} measure nothing.", "Give 1 or more, and 0 to 1."
         )
+    if arguments.decoded is not None and not 1 <= arguments.decoded <= arguments.crops:
+        raise ArgumentError(f"--decoded {arguments.decoded} is not of the {arguments.crops} crops.", "Give 1 to --crops.")
     search = _search_generator if bundle_kind(arguments.bundle) == "generator" else _search_tokenizer
     with Steps() as steps:
         lines = search(arguments, steps)
@@ -234,7 +239,7 @@ def _search_tokenizer(arguments: argparse.Namespace, steps: Steps) -> list[str]:
         raise ArgumentError("A tokenizer is measured on photos.", "Give a directory of them as --images.")
     photos = pictures_in(arguments.images)
     images = crops(photos, arguments.crops, bundle.config.image_size)
-    found = search_tokenizer(bundle, images, arguments.bar, arguments.precision, steps)
+    found = search_tokenizer(bundle, images, arguments.bar, arguments.precision, steps, arguments.decoded)
     title = f"{bundle.path} in {arguments.precision} against fp32, {found.pictures} crops of {len(photos)} photos:"
     return [title, *found.lines(bundle.config.patch_nums)]
 

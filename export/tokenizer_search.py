@@ -39,8 +39,8 @@ _GRAPHS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """`agreement` is teacher-forced, one share a scale. Over the same pictures and those of the bundle's reference,
-    `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
+    """`agreement` is teacher-forced, one share a scale. Over the same pictures (or those of them that were decoded) and the bundle's
+    reference, `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
 
     agreement: tuple[float, ...]
     decode_psnr: float
@@ -87,7 +87,12 @@ class TokenizerFinding:
 
 
 def search_tokenizer(
-    bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], bar: float, precision: HalfType, steps: Steps
+    bundle: Bundle[TokenizerConfig],
+    images: NDArray[np.uint8],
+    bar: float,
+    precision: HalfType,
+    steps: Steps,
+    decoded: int | None = None,
 ) -> TokenizerFinding:
     """Search all graphs, and store what was found in the bundle, where `tokenflow build` looks.
 
@@ -97,11 +102,12 @@ def search_tokenizer(
         bar: least teacher-forced agreement in any scale.
         precision: of the engines.
         steps: shows progress.
+        decoded: how many of the images are decoded too, which takes the longest; None: all.
 
     Raises:
         ParityError: no choice of nodes is good enough, or engines would be refused even so.
     """
-    trial = _Trial(bundle, images, bar, precision, steps)
+    trial = _Trial(bundle, images, bar, precision, steps, decoded)
     names = {graph: compute_nodes(ir.load(bundle.path / bundle.graph(graph).files[0].name)) for graph in _GRAPHS}
     plain: dict[str, Any] = {}
     found: dict[str, Any] = {}
@@ -128,7 +134,13 @@ class _Trial:
     """Runs a tokenizer's graphs as engines would compute them, and compares with float32."""
 
     def __init__(
-        self, bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], bar: float, precision: HalfType, steps: Steps
+        self,
+        bundle: Bundle[TokenizerConfig],
+        images: NDArray[np.uint8],
+        bar: float,
+        precision: HalfType,
+        steps: Steps,
+        decoded: int | None,
     ) -> None:
         self.bundle, self.bar, self.precision, self.steps = bundle, bar, precision, steps
         reference = Reference.load(bundle)
@@ -137,11 +149,11 @@ class _Trial:
         latents, codes = self._run_graph("encode", open_onnxruntime, images, ("latent", "code_indices"))
         self.codes: NDArray[np.int32] = codes
         # Certificates are given by the reference, whose drawn pictures can be worse than any photo.
-        judged = np.concatenate([codes, reference.code_indices])
-        self.rows = dict.fromkeys(_GRAPHS, judged) | {"encode": images}
+        judged, pictures = (np.concatenate([rows, reference.code_indices]) for rows in (codes, codes[:decoded]))
+        self.rows = {"encode": images, "decode": pictures, "semantic": judged, "features": judged}
         self.exact = {"encode": latents}
         for graph in ("decode", "semantic", "features"):
-            (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, judged, _GRAPHS[graph][1:])
+            (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, self.rows[graph], _GRAPHS[graph][1:])
 
     def run(self, graph: str, pinned: Collection[str], count: int | None = None) -> NDArray[Any]:
         """What a graph gives for the first `count` of its rows, or all."""

@@ -76,7 +76,9 @@ def test_crops_are_of_the_asked_size_and_always_the_same() -> None:
 
 def test_what_is_found_is_stored_where_engines_are_built(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["precision-search", str(bundle_copy), "--images", str(EXAMPLES), "--crops", "2"]
-    assert main(words) == 0
+    assert main([*words, "--decoded", "3"]) == 2
+    assert "--decoded 3 is not of the 2 crops" in capsys.readouterr().err
+    assert main([*words, "--decoded", "1"]) == 0
     out = capsys.readouterr().out
     assert "4 x 4" in out
     bundle = Bundle.open(bundle_copy, TokenizerConfig)
