@@ -65,6 +65,7 @@ def test_no_such_recipe() -> None:
 def test_a_plan_is_stored_with_its_engines_and_read_again() -> None:
     plan = EnginePlan("tensorrt", ("sm86",), "fp32", "int8", (1, 2, 4), 70, 1.5)
     stored = json.loads(json.dumps(plan.to_json()))
+    assert stored == plan.to_json()
     assert EnginePlan.from_json(stored) == plan.changed(targets=())
     assert EnginePlan.from_json(stored | {"sparsity": True}) is None
     assert EnginePlan.from_json(stored | {"precision": "fp4"}) is None

@@ -104,7 +104,8 @@ class EnginePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the targets: an engine is for one, and its key says which."""
-        return asdict(replace(self, targets=()))
+        values = asdict(replace(self, targets=()))
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def covers(self, batch: int, pages: int | None) -> bool:
         """Whether its engines take so many pictures in a call, and have so many pages (None: any)."""
