@@ -167,6 +167,6 @@ def sdk_sides(bundle: Bundle[TokenizerConfig], device: Device, batches: Sequence
 
 
 def engine_plan(flavour: str, batches: Sequence[int]) -> EnginePlan:
-    """Float16 engines for these batches; the middle one is what they are tuned for."""
+    """Float16 engines for up to the largest of these batches, tuned for the middle one."""
     ascending = sorted(batches)
-    return EnginePlan(backend=flavour, batch=(ascending[0], ascending[len(ascending) // 2], ascending[-1]))
+    return EnginePlan(backend=flavour, batch=(1, ascending[len(ascending) // 2], ascending[-1]))

@@ -155,7 +155,7 @@ def test_on_a_card(words: Words, drawing: Words, machine: tuple[FakeCuda, FakeTe
         assert rows["tensorrt"]["memory_bytes"] > 0
         assert rows["compile"]["why"] == "RuntimeError: no compiler here"
         assert "no CUDA provider" in rows["onnxruntime"]["why"]
-        assert "not installed" in rows["tensorrt-rtx"]["why"]
+        assert rows["tensorrt-rtx"]["why"].startswith("tensorrt-rtx cannot be imported")
     drawn = by_side(report["generator"]["rows"], preset="fast", pictures=2)
     assert "compile" not in drawn
     assert drawn["tensorrt"]["memory_bytes"] > 0
