@@ -39,7 +39,7 @@ _GRAPHS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """`agreement` is teacher-forced, one share a scale. Over the same pictures (or those of them that were decoded) and the bundle's
+    """`agreement` is teacher-forced, one share a scale. Over the same pictures (or those that were decoded) and the bundle's
     reference, `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
 
     agreement: tuple[float, ...]
