@@ -54,7 +54,7 @@ CLASSES = {
     "cache": "IRuntimeCache",
 }
 TARGETS = ["sm80", "sm86", "sm89", "sm120"]
-EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm80"), ("fp16", "sm89"), ("fp16", "sm120")]
+EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm120")]
 BUILDS = [
     pytest.param(precision, target, marks=[] if (precision, target) in EVERY_DAY else pytest.mark.slow)
     for precision in ("fp32", "fp16")
@@ -156,7 +156,9 @@ def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> 
     assert len(build_engine(trt, graph, entry, profile, "sm89")) > vocabulary * width * 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [target if target == "sm89" else pytest.param(target, marks=pytest.mark.slow) for target in TARGETS]
+)
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -> None:
     """In float16, its int8 weights included."""
@@ -371,9 +373,7 @@ swap = EngineSwap(lambda: job.run(trt, cache, lambda name, share: started.set())
 started.wait()
 print("building", flush=True)
 """
-    status, said = stop(script, tmp_path / "cache", None)
-    assert status == 0
-    assert "decode.onnx was given up, because the program ended" in said
+    assert stop(script, tmp_path / "cache", None)[0] == 0
     assert list((tmp_path / "cache").glob("*.engine")) == []
 
 

@@ -11,6 +11,10 @@ import pytest
 
 from tests.conftest import DATA, ROOT
 from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.base import open_onnxruntime
+from tokenflow_sdk.bundle import Bundle, find_bundle
+from tokenflow_sdk.certificate import certify
+from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.images import psnr
 from tokenflow_sdk.parity import check_parity
 
@@ -55,9 +59,23 @@ def test_the_graphs_are_the_trained_model(tokenizer: Tokenizer) -> None:
     assert check_parity(tokenizer).failures() == []
 
 
-def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator) -> None:
-    codes = generator.generate("a red apple", seed=7, preset="fast").codes[0]
-    assert (np.asarray(codes) == EXPECTED["red_apple_fast_7"]).mean() > 0.99
+def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator, tokenizer: Tokenizer) -> None:
+    """To the code on one machine. Other processors round differently, and what differs once is drawn on: there the coarse
+    scales are the same, and the picture is nearer than that of any other seed."""
+    codes, again, other = (generator.generate("a red apple", seed=seed, preset="fast").codes[0] for seed in (7, 7, 8))
+    assert codes == again
+    expected = EXPECTED["red_apple_fast_7"]
+    np.testing.assert_array_equal(codes.indices[:57], expected[:57])
+    drawn, stored, different = tokenizer.decode_array(np.stack([codes.indices, expected, other.indices]).astype(np.int32))
+    assert psnr(drawn, stored) > psnr(different, stored) + 3
+
+
+def test_integer_products_do_not_overflow() -> None:
+    """Processors without VNNI add pairs of 8-bit products in 16 bits; there onnxruntime's default gave a cosine of 0.998."""
+    bundle = Bundle.open(find_bundle("tiny", "generator"), GeneratorConfig)
+    found = certify(bundle, open_onnxruntime, "fp32", 64, 16)
+    assert found.figures["hidden_cosine"] > 0.9999
+    assert found.figures["same_code"] >= 0.98
 
 
 def test_seeds_draw_different_pictures(generator: Generator) -> None:
