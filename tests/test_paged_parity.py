@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.test_token_scheduler import FakeGraph
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, load_reference
 from tokenflow_sdk.config import UnderstanderConfig
 from tokenflow_sdk.errors import CorruptBundleError, PagesExhausted
-from tokenflow_sdk.paged_parity import hidden_agreement, load_reference, missed_bars, run_pieces
+from tokenflow_sdk.paged_parity import hidden_agreement, missed_bars, run_pieces
 from tokenflow_sdk.transformer import PagedTransformer
 from tokenflow_sdk.understander_parity import UnderstanderReference
 

@@ -7,6 +7,7 @@ checked against the SHA-256 in `bundle.json` before an engine sees it. docs/bund
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -39,6 +40,7 @@ __all__ = [
     "file_sha256",
     "find_bundle",
     "load_codebook",
+    "load_reference",
     "open_bundle",
 ]
 
@@ -68,6 +70,7 @@ class _Config(Protocol):
 
 
 C = TypeVar("C", bound=_Config)
+R = TypeVar("R")
 
 
 def file_sha256(path: Path) -> str:
@@ -218,6 +221,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "Upgrade with `pip install --upgrade tokenflow-sdk`.",
         )
     return dict(data)
+
+
+def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
+    """A bundle's `reference.npz` as the dataclass `kind`, whose fields are its arrays.
+
+    Raises:
+        CorruptBundleError: the bundle has none, or it is damaged.
+    """
+    path = bundle.path / bundle.asset("reference").name
+    bundle.verify(bundle.asset("reference"))
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return kind(**{key: arrays[key] for key in arrays.files})
+    except (ValueError, TypeError, OSError) as error:
+        raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
 
 
 def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.base import Session, Tensor
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, load_reference
 from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.paged_parity import hidden_agreement, load_reference, missed_bars, run_pieces
+from tokenflow_sdk.paged_parity import hidden_agreement, missed_bars, run_pieces
 from tokenflow_sdk.sampling import TIES
 from tokenflow_sdk.transformer import PagedTransformer
 

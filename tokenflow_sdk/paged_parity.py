@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.base import Tensor
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.kv_cache import PageTable
 from tokenflow_sdk.transformer import PagedTransformer
 
-__all__ = ["Piece", "hidden_agreement", "load_reference", "missed_bars", "run_pieces"]
+__all__ = ["Piece", "hidden_agreement", "missed_bars", "run_pieces"]
 
 MIN_COSINE, MIN_SAME = 0.99, 0.9
 
 Float32 = NDArray[np.float32]
 Piece = tuple[Tensor, NDArray[np.int32]]
 """Embeddings [1, Q, H], and how many of the step's own keys each query sees, int32 [Q]."""
-R = TypeVar("R")
-
-
-def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
-    """A bundle's `reference.npz` as the dataclass `kind`, whose fields are its arrays.
-
-    Raises:
-        CorruptBundleError: the bundle has none, or it is damaged.
-    """
-    path = bundle.path / bundle.asset("reference").name
-    bundle.verify(bundle.asset("reference"))
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return kind(**{key: arrays[key] for key in arrays.files})
-    except (ValueError, TypeError, OSError) as error:
-        raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
 
 
 def run_pieces(transformer: PagedTransformer, pieces: Iterable[Piece], total: int) -> Float32:

@@ -7,7 +7,6 @@ two best codes are equally near, so each is reported with the distance between t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, load_reference
 from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.errors import CorruptBundleError, ParityError
+from tokenflow_sdk.errors import ParityError
 from tokenflow_sdk.images import psnr, ssim
 from tokenflow_sdk.resize import area_matrix, bicubic_matrix
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -86,13 +85,7 @@ class Reference:
         """Raises:
         CorruptBundleError: the file is damaged.
         """
-        path = bundle.path / bundle.asset("reference").name
-        bundle.verify(bundle.asset("reference"))
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-                return cls(**{key: arrays[key] for key in arrays.files})
-        except (ValueError, TypeError, OSError) as error:
-            raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
+        return load_reference(bundle, cls)
 
 
 @dataclass(frozen=True)
