@@ -92,14 +92,20 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
 
     Raises:
         MissingPackageError, BackendError: the plan names no target, and there is no GPU or no way to ask it.
-        EngineBuildError: the bundle has no reference; or the plan wants a decoder in 8 bits for which the bundle has no ranges,
-            or fp8 where a GPU has none.
+        EngineBuildError: the bundle has no reference, or was exported in float16 and the plan wants another precision; or the
+            plan wants a decoder in 8 bits for which the bundle has no ranges, or fp8 where a GPU has none.
         CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
     """
     if "reference" not in bundle.assets:
         raise EngineBuildError(
             f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
             "Export it again with `python -m export`, or use backend='onnxruntime'.",
+        )
+    halved = any(spec.dtype == "float16" for entry in bundle.graphs.values() for spec in entry.inputs)
+    if halved and plan.precision != "fp16":
+        raise EngineBuildError(
+            f"{bundle.path} was exported in float16, so its engines cannot be in {plan.precision}.",
+            "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
         )
     profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
     cuda = None if plan.targets else _gpu_here(plan, device)

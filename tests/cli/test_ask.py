@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "python -m export understanding" in out
     assert "tokenflow ask photo.tfc" in out
+
+
+def test_bench_times_answers(mini_understander: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", mini_understander, "--batch", "1,2", "--repeat", 1, "--json", "figures.json") == 0
+    rows = json.loads(Path("figures.json").read_text())["bundles"][0]["rows"]
+    names = ["first token, new picture", "first token, picture seen before", "32 tokens, picture seen before"]
+    assert [(row["name"], row["batch"]) for row in rows] == [(name, batch) for batch in (1, 2) for name in names]
+    assert all(0 < row["median_s"] <= row["worst_s"] for row in rows)
+    out = capsys.readouterr().out
+    assert "16 tokens a picture by 1 layers" in out
+    assert "answers/s" in out

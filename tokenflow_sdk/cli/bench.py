@@ -1,4 +1,4 @@
-"""`tokenflow bench`: time a bundle on this machine, every graph of a tokenizer or every preset of a generator."""
+"""`tokenflow bench`: time a bundle on this machine, every graph of a tokenizer, every preset of a generator, answers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from rich.table import Table
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle import bundle_kind, bundles_in
-from tokenflow_sdk.cli.engine import bundle_name, open_generator, open_tokenizer, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.cli.engine import bundle_name, open_generator, open_tokenizer, open_understander, stderr, stdout
+from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generator import Generator
 from tokenflow_sdk.sampling import PRESETS
+from tokenflow_sdk.token_sampling import AnswerParams
 from tokenflow_sdk.tokenizer import Tokenizer
+from tokenflow_sdk.understander import Understander
 
 __all__ = ["bench"]
 
 _PROMPT = 16
 """Ids in the prompt that a generator is timed with, BOS included."""
+_QUESTION, _TOKENS = "What is in this picture?", 32
+"""What an understander is timed with, and how long its answers are."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,17 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is timed: what `calls` are called, a title, where it runs, and calls by name, of a batch size."""
+    """What is timed: what `calls` are called and make, a title, where it runs, and calls by name, of a batch size."""
 
     unit: str
+    made: str
     title: str
     device: str
     calls: Mapping[str, Callable[[int], object]]
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Median and worst time by batch size: of every graph of a tokenizer, of every preset of a generator."""
+    """Median and worst time by batch size: of every graph of a tokenizer, of every preset of a generator, of answers."""
     batches = _batches(arguments.batch)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
@@ -66,13 +71,13 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _bench_one(path: Path, arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str, object]:
     """Time one bundle and print its table; the figures for --json."""
-    opener = _open_generator if bundle_kind(path) == GeneratorConfig.kind else _open_tokenizer
+    opener = _OPENERS.get(bundle_kind(path), _open_tokenizer)
     with ExitStack() as stack:
         began = perf_counter()
         subject = opener(arguments, stack)
         loading = perf_counter() - began
         rows = _time(subject.calls, batches, arguments.repeat)
-    table = Table(subject.unit, "batch", "median ms", "worst ms", "pictures/s", title=subject.title)
+    table = Table(subject.unit, "batch", "median ms", "worst ms", f"{subject.made}/s", title=subject.title)
     for row in rows:
         figures = (f"{row.median_s * 1e3:.1f}", f"{row.worst_s * 1e3:.1f}", f"{row.batch / row.median_s:.2f}")
         table.add_row(row.name, str(row.batch), *figures)
@@ -100,7 +105,9 @@ def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], 
 
 def _open_tokenizer(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
     tokenizer = stack.enter_context(open_tokenizer(arguments)).load()
-    return _Subject("graph", f"{tokenizer.config.variant} on {tokenizer.device}", tokenizer.device, _calls(tokenizer))
+    return _Subject(
+        "graph", "pictures", f"{tokenizer.config.variant} on {tokenizer.device}", tokenizer.device, _calls(tokenizer)
+    )
 
 
 def _open_generator(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
@@ -111,11 +118,36 @@ def _open_generator(arguments: argparse.Namespace, stack: ExitStack) -> _Subject
     title = (
         f"{c.n_codes} codes a picture by {c.layers} layers, width {c.width}, a prompt of {_PROMPT} ids, on {generator.device}"
     )
-    return _Subject("preset", title, generator.device, calls)
+    return _Subject("preset", "pictures", title, generator.device, calls)
 
 
 def _draw(generator: Generator, prompt: Sequence[int], preset: str, n: int) -> None:
     generator.generate(prompt, n=n, preset=preset, seed=0)
+
+
+def _open_understander(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
+    understander = stack.enter_context(open_understander(arguments))
+    c, rng = understander.config, np.random.default_rng(0)
+
+    def pictures(count: int) -> list[np.ndarray]:
+        return [rng.standard_normal((c.image_tokens, c.code_dim), np.float32) for _ in range(count)]
+
+    seen = pictures(max(_batches(arguments.batch)))
+    calls = {
+        "first token, new picture": lambda batch: _answer(understander, pictures(batch), 1),
+        "first token, picture seen before": lambda batch: _answer(understander, seen[:batch], 1),
+        f"{_TOKENS} tokens, picture seen before": lambda batch: _answer(understander, seen[:batch], _TOKENS),
+    }
+    title = f"{c.image_tokens} tokens a picture by {c.layers} layers, width {c.width}, on {understander.device}"
+    return _Subject("answer", "answers", title, understander.device, calls)
+
+
+def _answer(understander: Understander, pictures: Sequence[np.ndarray], tokens: int) -> None:
+    params = AnswerParams(max_tokens=tokens, stop_ids=())
+    understander.answer_batch([(picture, _QUESTION) for picture in pictures], params=params)
+
+
+_OPENERS = {GeneratorConfig.kind: _open_generator, UnderstanderConfig.kind: _open_understander}
 
 
 def _calls(tokenizer: Tokenizer) -> dict[str, Callable[[int], object]]:

@@ -77,15 +77,16 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
     Raises:
         ArgumentError: no bundle was named; none comes with the SDK.
     """
-    if arguments.bundle is None:
+    name = getattr(arguments, "target", None) or arguments.bundle
+    if name is None:
         raise ArgumentError(
             "No model that answers questions comes with the SDK, and --bundle names none.",
             "Export one with `python -m export understanding --checkpoint DIR --tokenizer bundles/siglip_384 "
             "--out bundles/chat` and give --bundle bundles/chat.",
         )
-    with stderr.status(f"opening {arguments.bundle}"):
+    with stderr.status(f"opening {name}"):
         return Understander.from_pretrained(
-            arguments.bundle,
+            name,
             tokenizer=arguments.tokenizer,
             device=arguments.device,
             threads=arguments.threads,

@@ -145,7 +145,7 @@ def _add_measuring(words: _Words) -> None:
     _engine(checking)
 
     timing = _command(
-        words, "bench", bench.bench, "time a bundle on this machine: a tokenizer's graphs, or a generator's presets"
+        words, "bench", bench.bench, "time a bundle on this machine: a tokenizer's graphs, a generator's presets, or answers"
     )
     timing.add_argument("target", nargs="?", metavar="BUNDLE")
     timing.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
