@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,32 @@ def peak_resident() -> int:
     """Of this process since it was executed; getrusage would carry the parent's peak over."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def watch(command: list[str]) -> dict[str, float]:
+    """Run a command to its end. Peaks of its resident memory in bytes: all of it, and without mapped files, which the system
+    can drop at any time."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    peaks, done = {"peak_resident": 0, "peak_anonymous": 0}, threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.2):
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                return
+            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.endswith("kB")}
+            peaks["peak_resident"] = max(peaks["peak_resident"], sizes.get("VmRSS", 0))
+            peaks["peak_anonymous"] = max(peaks["peak_anonymous"], sizes.get("RssAnon", 0))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    status = process.wait()
+    done.set()
+    thread.join()
+    if status:
+        raise SystemExit(status)
+    return dict(peaks)
 
 
 def machine() -> dict[str, str]:

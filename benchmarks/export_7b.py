@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import threading
 from pathlib import Path
 from time import perf_counter
 
@@ -22,7 +20,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import machine
+from benchmarks.common import machine, watch
 from tests.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
 SIZES = {
@@ -88,32 +86,6 @@ def write_random(directory: Path, layers: int) -> None:
             where |= dict.fromkeys(shard, name)
             shard = {}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-
-
-def watch(command: list[str]) -> dict[str, float]:
-    """Run a command to its end. Peaks of its resident memory in bytes: all of it, and without mapped files, which the system
-    can drop at any time."""
-    process = subprocess.Popen(command, cwd=ROOT)
-    peaks, done = {"peak_resident": 0, "peak_anonymous": 0}, threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.2):
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:
-                return
-            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.endswith("kB")}
-            peaks["peak_resident"] = max(peaks["peak_resident"], sizes.get("VmRSS", 0))
-            peaks["peak_anonymous"] = max(peaks["peak_anonymous"], sizes.get("RssAnon", 0))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    status = process.wait()
-    done.set()
-    thread.join()
-    if status:
-        raise SystemExit(status)
-    return dict(peaks)
 
 
 def draw(bundle: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 
 from tokenflow_sdk import Tokenizer
 
+_FIGURES = pytest.StashKey[list[str]]()
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +59,20 @@ def mini_understander(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactor
     model, projector = reference_model(SMALLEST), reference_projector(SMALLEST["hidden_size"])
     checkpoint = write_checkpoint(directory / "hf", SMALLEST, model, projector)
     return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), directory / "chat")
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """What is appended is printed after the tests, whatever is captured."""
+    return request.config.stash.setdefault(_FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(_FIGURES, [])
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import resource
@@ -11,14 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter, sleep
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import engine_builds
 from export.checkpoints import load_model, read_state_dict
 from export.config import VARIANTS
 from export.standin import standin_arrays
@@ -68,29 +66,19 @@ def full_size(readme_export: tuple[Path, int]) -> Iterator[Tokenizer]:
         yield tokenizer
 
 
-def build_for_tensorrt_rtx(bundle: Path, cache: Path) -> str:
-    """The command, in a process of its own; what it printed, with the time and the peak memory."""
+def build_for_tensorrt_rtx(bundle: Path, figures: list[str]) -> None:
+    """Every graph in float16, without a GPU, by the command."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
-    words = ["build", bundle, "--target", "sm86", "--batch", "1,1,2", "--cache", cache]
-    began = perf_counter()
-    peak = 0
-    with psutil.Popen(
-        [sys.executable, "-m", "tokenflow_sdk.cli", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE
-    ) as process:
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, process.memory_info().rss)
-            sleep(0.05)
-        out = process.stdout.read().decode()
-    assert process.returncode == 0
-    return f"{out}\n{perf_counter() - began:.0f} s, peak {peak / 1e9:.1f} GB"
+    found = engine_builds.build(bundle, "fp16", "sm86")
+    assert sorted(found.engines) == ["decode", "encode", "features", "semantic"]
+    figures.append(
+        f"{Bundle.open(bundle, TokenizerConfig).config.variant}: engines in fp16 for sm86 built in {found.seconds:.0f} s, "
+        f"peak memory {found.peak_resident / 1e9:.1f} GB"
+    )
 
 
-def test_every_graph_builds_for_tensorrt_rtx(readme_export: tuple[Path, int], tmp_path: Path) -> None:
-    """In float16, without a GPU, by the command; time and peak memory are printed (pytest -s)."""
-    out = build_for_tensorrt_rtx(readme_export[0], tmp_path)
-    assert out.count("built in") == 4
-    sys.stdout.write(out)
+def test_every_graph_builds_for_tensorrt_rtx(readme_export: tuple[Path, int], figures: list[str]) -> None:
+    build_for_tensorrt_rtx(readme_export[0], figures)
 
 
 def test_half_precision_agrees_on_real_crops(readme_export: tuple[Path, int], tmp_path: Path) -> None:
@@ -152,7 +140,7 @@ def test_exporting_takes_less_than_four_times_the_checkpoints_memory(readme_expo
 
 
 @pytest.mark.parametrize("variant", ["clipb_224", "vitamin_256", "siglip_384"])
-def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path) -> None:
+def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path, figures: list[str]) -> None:
     """The export checks itself; the runtime then repeats the check from the files alone, on a photo's crop as well."""
     config = VARIANTS[variant]
     state = {key: torch.from_numpy(array) for key, array in standin_arrays(config)}
@@ -167,4 +155,4 @@ def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path) -> None:
         assert (found == codes[0].numpy()).mean() > 0.99
         assert psnr(tokenizer.decode_array(codes.int().numpy())[0], model.decode(codes)[0].numpy()) >= 55
     if variant == "siglip_384":
-        sys.stdout.write(build_for_tensorrt_rtx(bundle, tmp_path / "engines"))
+        build_for_tensorrt_rtx(bundle, figures)
