@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_gpu import FakeCuda, FakeTensorRT, install
 from tokenflow_sdk import Tokenizer
 
 _FIGURES = pytest.StashKey[list[str]]()
@@ -59,6 +60,13 @@ def mini_understander(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactor
     model, projector = reference_model(SMALLEST), reference_projector(SMALLEST["hidden_size"])
     checkpoint = write_checkpoint(directory / "hf", SMALLEST, model, projector)
     return export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), directory / "chat")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, FakeTensorRT]:
+    """A GPU, TensorRT, and an empty engine cache."""
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
+    return install(monkeypatch)
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ tests/fake_gpu.py pretends to be TensorRT and CUDA; the SDK's side of every call
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +17,9 @@ from rich.console import Console
 from export.calibrate import magnitudes
 from export.precision_search import store
 from export.progress import Steps
-from tests.fake_gpu import FakeCuda, FakeTensorRT, Status, install
 from tests.mini import store_ranges
+from tests.on_engines import FP32, IMAGES, on_engines, records
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.backends.base import SessionOptions
-from tokenflow_sdk.backends.choice import EngineOptions, survey
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TokenizerConfig
@@ -40,24 +36,6 @@ from tokenflow_sdk.errors import (
     OutputError,
 )
 from tokenflow_sdk.parity import EIGHT_BIT_PSNR, Reference
-
-FP32 = EnginePlan(backend="tensorrt", precision="fp32", batch=(1, 2, 8))
-IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, FakeTensorRT]:
-    """A GPU, TensorRT, and an empty engine cache."""
-    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
-    return install(monkeypatch)
-
-
-def on_engines(bundle: Path, **options: object) -> Tokenizer:
-    return Tokenizer.from_pretrained(bundle, **({"backend": "tensorrt", "plan": FP32} | options))  # type: ignore[arg-type]
-
-
-def records() -> list[dict]:
-    return [json.loads(path.read_bytes()) for path in sorted(EngineCache().directory.glob("*.json"))]
 
 
 def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
@@ -172,66 +150,6 @@ def test_stale_engines_are_built_again_and_never_loaded(machine, damage: str, mi
     assert len(machine[1].builds) == 8
 
 
-def test_auto_never_builds_and_uses_what_is_there(machine, mini_bundle: Path) -> None:
-    plan = EnginePlan(batch=(1, 1, 8))
-    with Tokenizer.from_pretrained(mini_bundle, plan=plan) as tokenizer:
-        tokenizer.load("features")
-        assert tokenizer.device == "cpu"
-    assert machine[1].builds == []
-    on_engines(mini_bundle, plan=plan).close()
-    with Tokenizer.from_pretrained(mini_bundle, plan=plan) as tokenizer:
-        tokenizer.load("features")
-        assert tokenizer.device == "cuda:0"
-    with Tokenizer.from_pretrained(mini_bundle, plan=plan, device="cpu") as tokenizer:
-        tokenizer.load("features")
-        assert tokenizer.device == "cpu"
-
-
-def test_engines_are_found_however_they_were_built(machine, mini_bundle: Path) -> None:
-    """Built ahead by some settings, opened without naming them."""
-    ahead = EnginePlan("tensorrt", precision="fp32", batch=(1, 2, 4), workspace_gb=1)
-    on_engines(mini_bundle, plan=ahead).close()
-    for backend in ("tensorrt", "auto"):
-        with Tokenizer.from_pretrained(mini_bundle, backend=backend, batch_limit=4, build=False) as tokenizer:
-            assert tokenizer.load("features").device == "cuda:0"
-            assert tokenizer._session("features").largest("batch") == 4
-    with Tokenizer.from_pretrained(mini_bundle, batch_limit=5) as tokenizer:
-        assert tokenizer.load("features").device == "cpu"
-    assert len(machine[1].builds) == 4
-    half = EnginePlan("tensorrt", batch=(1, 1, 6))
-    on_engines(mini_bundle, plan=half).close()
-    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        assert tokenizer.load("features")._session("features").largest("batch") == 6
-    machine[1].broken.add("decode")
-    assert not Engines(Bundle.open(mini_bundle, TokenizerConfig), half).recertify().passed
-    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        assert tokenizer.load("features")._session("features").largest("batch") == 4
-    assert len(machine[1].builds) == 8
-
-
-def test_a_generators_engines_are_found_by_their_pages_too(machine, mini_generator: Path) -> None:
-    bundle = Bundle.open(mini_generator, GeneratorConfig)
-    Engines(bundle, EnginePlan("tensorrt", precision="fp32", pages=70)).prepare()
-    for pages, device in ((None, "cuda:0"), (70, "cuda:0"), (90, "cpu")):
-        with Generator.from_pretrained(mini_generator, pages=pages) as generator:
-            assert generator.device == device
-
-
-def test_a_plan_for_cpus_runs_there_and_builds_nothing(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    on_engines(mini_bundle, plan=EnginePlan(batch=(1, 1, 8))).close()
-    with Tokenizer.from_pretrained(mini_bundle, plan="cpu") as tokenizer:
-        assert tokenizer.load("features").device == "cpu"
-    assert main(["build", str(mini_bundle), "--recipe", "cpu"]) == 0
-    out = capsys.readouterr().out
-    assert "nothing is built for onnxruntime" in out
-    assert "files and numbers are right" in out
-    assert len(machine[1].builds) == 4
-    with pytest.raises(ArgumentError, match="for onnxruntime, not for tensorrt"):
-        on_engines(mini_bundle, plan="cpu")
-    assert main(["build", str(mini_bundle), "--recipe", "cpu", "--precision", "fp16"]) == 2
-    assert "runs a bundle's graphs as they are" in capsys.readouterr().err
-
-
 def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Path) -> None:
     machine[0].gpus = 2
     with on_engines(mini_bundle, device="cuda:1") as tokenizer:
@@ -239,102 +157,6 @@ def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Pa
         assert tokenizer.device == "cuda:1"
     assert machine[1].built_on == [1] * 4
     assert machine[0].current == 0
-
-
-def test_engines_in_a_directory_that_cannot_be_written_are_compared_at_each_start(
-    machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).prepare()
-    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values():
-        EngineCache().certify(job.key, {})
-
-    def refuse(path: Path, data: bytes) -> None:
-        raise OutputError(f"{path} cannot be written: Read-only file system.", "Choose another output.")
-
-    monkeypatch.setattr("tokenflow_sdk.engine_cache.write_atomic", refuse)
-    for _ in range(2):
-        with caplog.at_level(logging.WARNING), on_engines(mini_bundle, build=False) as tokenizer:
-            tokenizer.encode_array(IMAGES[:1])
-        assert "The comparison is repeated at the next start" in caplog.text
-        caplog.clear()
-    machine[1].broken.add("decode")
-    with pytest.raises(EngineRefusedError):
-        on_engines(mini_bundle, build=False)
-
-
-def test_info_shows_what_was_built_and_how_it_compares(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(mini_bundle)]) == 0
-    assert "compared with the reference" not in capsys.readouterr().out
-    on_engines(mini_bundle).close()
-    Engines(Bundle.open(mini_bundle, TokenizerConfig), EnginePlan("tensorrt")).prepare()
-    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), EnginePlan("tensorrt")).jobs.values():
-        EngineCache().certify(job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "figures": {}})
-    assert main(["info", str(mini_bundle)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "runs on tensorrt" in out
-    assert "codes agree 100.00% teacher-forced" in out
-    assert "decoded pictures agree to 20.0 dB only" in out
-    assert "decode, encode, features, semantic" in out
-
-
-def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(mini_bundle, TokenizerConfig)
-
-    def reasons(device: str = "auto") -> dict[str, tuple[bool, str]]:
-        return {c.title: (c.usable, c.why) for c in survey(bundle, SessionOptions(device), EngineOptions(plan=FP32))}
-
-    assert "no engine built yet for encode" in reasons()["tensorrt"][1]
-    assert reasons()["onnxruntime, CPU"] == (True, "always works")
-    machine[1].broken.add("decode")
-    with pytest.raises(EngineRefusedError):
-        on_engines(mini_bundle)
-    assert "were refused: decoded pictures" in reasons()["tensorrt"][1]
-    machine[0].status = Status(35)
-    assert "no usable GPU" in reasons()["tensorrt"][1]
-    assert set(reasons("cpu")) == {"onnxruntime, OpenVINO", "onnxruntime, CPU"}
-
-
-def test_serving_goes_on_while_engines_are_built(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls before, during and after the change all succeed with the same codes; builds wait for the first of them."""
-    go, prepare = threading.Event(), Engines.prepare
-    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
-    with on_engines(mini_bundle, serve_while_building=True) as tokenizer:
-        expected = tokenizer.encode_array(IMAGES)
-        assert tokenizer.device == "cpu"
-        assert not tokenizer.wait_for_engines(0)
-        found: list[np.ndarray] = []
-        stop = threading.Event()
-
-        def serve() -> None:
-            while not stop.is_set():
-                found.append(tokenizer.encode_array(IMAGES))
-
-        threads = [threading.Thread(target=serve) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        go.set()
-        assert tokenizer.wait_for_engines(120)
-        assert tokenizer.device == "cuda:0"
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert found
-        for codes in (*found, tokenizer.encode_array(IMAGES)):
-            np.testing.assert_array_equal(codes, expected)
-        tokenizer.load("decode")
-        assert tokenizer.device == "cuda:0"
-
-
-def test_serving_goes_on_without_engines_that_fail(
-    machine, mini_bundle: Path, caplog: pytest.LogCaptureFixture, tokenizer: Tokenizer
-) -> None:
-    machine[1].broken.add("encode")
-    with caplog.at_level(logging.WARNING), on_engines(mini_bundle, serve_while_building=True) as serving:
-        with pytest.raises(EngineRefusedError):
-            serving.wait_for_engines(120)
-        np.testing.assert_array_equal(serving.encode_array(IMAGES), tokenizer.encode_array(IMAGES))
-        assert serving.device == "cpu"
-    assert "Going on without TensorRT engines" in caplog.text
 
 
 def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) -> None:
@@ -352,26 +174,6 @@ def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) ->
         assert pool.pages == 70
     figures = [record["certificate"]["figures"] for record in records() if record["key"]["graph"] == "transformer"]
     assert figures[0]["same_code"] == 1
-
-
-def test_a_generator_changes_over_between_requests(machine, mini_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, prepare = threading.Event(), Engines.prepare
-    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
-    plan = EnginePlan(precision="fp32", pages=200)
-    options = {"backend": "tensorrt", "plan": plan, "serve_while_building": True}
-    with Generator.from_pretrained(mini_generator, **options) as generator:  # type: ignore[arg-type]
-        stream = generator.stream("w3", seed=3, preset="fast")
-        first = next(stream)
-        old = generator._running
-        go.set()
-        assert generator.wait_for_engines(120)
-        assert (generator.device, old.users) == ("cuda:0", 1)
-        begun = [first, *stream]
-        assert old.users == 0
-        again = generator.generate("w3", seed=3, preset="fast")
-        assert begun[-1].codes == again.codes
-    with Generator.from_pretrained(mini_generator, backend="onnxruntime") as alone:
-        assert alone.generate("w3", seed=3, preset="fast").codes == again.codes
 
 
 def test_wrong_options_and_missing_packages_are_named(machine, mini_bundle: Path, mini_generator: Path, monkeypatch) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.fake_gpu import FakeCuda, FakeTensorRT, install
 from tests.test_understander import features
 from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.base import SessionOptions, open_onnxruntime
@@ -22,13 +21,6 @@ from tokenflow_sdk.engines import Engines
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 PLAN = EnginePlan(precision="fp32", pages=150)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, FakeTensorRT]:
-    """A GPU, TensorRT, and an empty engine cache."""
-    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
-    return install(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from export.precision import Precision
-from tests.fake_gpu import FakeCuda, FakeTensorRT, install
 from tests.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
 from tests.test_understander import features, pool_is_clean
 from tokenflow_sdk import Answer, AnswerParams, Understander
@@ -41,13 +40,6 @@ FREE = AnswerParams(max_tokens=40, stop_ids=())
 GRAPHS = ["embed_text", "head", "project", "transformer"]
 LONG = "tell me all about the other thing. " * 12
 """Longer than a piece of a prompt."""
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, FakeTensorRT]:
-    """A GPU, TensorRT, and an empty engine cache."""
-    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
-    return install(monkeypatch)
 
 
 @pytest.fixture(scope="module")
