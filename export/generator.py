@@ -97,7 +97,7 @@ def export_generator(
         steps.start("checking the transformer against PyTorch")
         source = {"checkpoint": directory.path.name, "tokenizer": tokenizer.config.variant, "precision": precision.name}
         bundle = Bundle(staging, config, graphs, assets, {}, source | versions())
-        agreement, reference = compare(bundle, directory, model_config, image_head(directory, config), codebook)
+        agreement, reference = compare(bundle, directory, model_config, image_head(directory, config), codebook, precision)
         agreement.require(precision)
         steps.start("finishing")
         np.savez(staging / "reference.npz", allow_pickle=False, **vars(reference))

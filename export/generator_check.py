@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from export.agreement import Agreement, Float32
 from export.config import TransformerConfig
 from export.hf_directory import HfDirectory
+from export.precision import Precision, round_columns
 from export.transformer import hidden_by_layer
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
@@ -24,7 +25,12 @@ __all__ = ["compare"]
 
 
 def compare(
-    bundle: Bundle[GeneratorConfig], directory: HfDirectory, model: TransformerConfig, head: Tensor, codebook: Float32
+    bundle: Bundle[GeneratorConfig],
+    directory: HfDirectory,
+    model: TransformerConfig,
+    head: Tensor,
+    codebook: Float32,
+    precision: Precision,
 ) -> tuple[Agreement, GeneratorReference]:
     """A causal prompt and then a bidirectional block over its pages, against eager layers over both at once.
 
@@ -33,9 +39,10 @@ def compare(
         directory, model: the checkpoint.
         head: float32 [K, H].
         codebook: float32 [K, 40].
+        precision: of the graphs.
 
     Returns:
-        How they agree, and what the graphs computed.
+        How they agree, and what an engine must compute.
     """
     steps = Steps.random(bundle.config)
     with ExitStack() as stack:
@@ -45,15 +52,18 @@ def compare(
     mask = torch.ones(total, total, dtype=torch.bool).tril()
     mask[count:, count:] = True
     x = torch.from_numpy(np.concatenate([prompt, scale], axis=1))
-    expected = hidden_by_layer(directory, model, x, torch.arange(total, dtype=torch.int32)[None], mask[None])[0]
+    positions = torch.arange(total, dtype=torch.int32)[None]
+    expected = hidden_by_layer(directory, model, x, positions, mask[None])[0]
     with _open(bundle, "transformer") as session:
         paged = PagedTransformer(session, config.layers, config.kv_heads, config.head_dim, pages=-(-total // 4), page_size=4)
-        hidden = run_steps(paged, prompt, scale)
-    with _open(bundle, "sample") as session:
-        likeliest = likeliest_codes(session, hidden)
-    found = torch.from_numpy(hidden)
+        right = [run_steps(paged, prompt, scale)]
+    found = torch.from_numpy(right[0])
     agreement = Agreement.of(found, expected, F.linear(found, head), F.linear(expected, head))
-    return agreement, GeneratorReference(steps.token_ids, steps.code_indices, hidden, likeliest)
+    if precision.weights == "int8":
+        right.append(hidden_by_layer(directory, model, x, positions, mask[None], round_columns)[0].numpy())
+    with _open(bundle, "sample") as session:
+        likeliest = [likeliest_codes(session, hidden) for hidden in right]
+    return agreement, GeneratorReference(steps.token_ids, steps.code_indices, np.stack(right), np.stack(likeliest))
 
 
 def _open(bundle: Bundle[GeneratorConfig], name: str) -> OnnxRuntimeSession:

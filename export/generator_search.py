@@ -29,7 +29,7 @@ from tokenflow_sdk.onnx_graph import load_graph
 from tokenflow_sdk.scheduler import PAGE_SIZE
 from tokenflow_sdk.transformer import PagedTransformer
 
-__all__ = ["GeneratorFinding", "search_generator"]
+__all__ = ["GeneratorFinding", "open_exact", "search_generator"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def search_generator(bundle: Bundle[GeneratorConfig], precision: HalfType, steps
         )
     stored = GeneratorReference.load(bundle)
     steps.start("float32")
-    exact = _run(bundle, _open_exact, stored)
+    exact = _run(bundle, open_exact, stored)
     reports = []
 
     def measure(pinned: Collection[str]) -> Score:
@@ -93,7 +93,7 @@ def search_generator(bundle: Bundle[GeneratorConfig], precision: HalfType, steps
     with tempfile.TemporaryDirectory() as work:
         opening = emulated_sessions(bundle, precision, Path(work), {"transformer": pinned})
         certificate = certify(bundle, opening, precision, _pages(stored), PAGE_SIZE)
-    finding = GeneratorFinding(len(stored.hidden), reports[0], reports[-1], pinned, len(nodes), certificate)
+    finding = GeneratorFinding(stored.hidden.shape[1], reports[0], reports[-1], pinned, len(nodes), certificate)
     store_pinned(bundle, precision, {"transformer": pinned}, {"positions": finding.positions} | finding.report.to_json())
     return finding
 
@@ -116,10 +116,10 @@ def _run(bundle: Bundle[GeneratorConfig], opening: OpenSession, stored: Generato
 
 
 def _pages(stored: GeneratorReference) -> int:
-    return -(-len(stored.hidden) // PAGE_SIZE)
+    return -(-stored.hidden.shape[1] // PAGE_SIZE)
 
 
-def _open_exact(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+def open_exact(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
     """A graph as float32 engines compute it: integer products only become plain ones."""
     with tempfile.TemporaryDirectory() as work:
         return open_onnxruntime(engine_graph(path, None, Path(work)), entry, options)

@@ -89,6 +89,15 @@ def export_graph(
 
 
 def _trace(spec: GraphSpec) -> ir.Model:
+    program = _capture(spec)
+    if spec.read is not None:
+        attach_weights(program.model, spec.read)
+        program.optimize()
+    return program.model
+
+
+def _capture(spec: GraphSpec) -> torch.onnx.ONNXProgram:
+    """The graph; without values where the module has none."""
     # The exporter logs that torchvision is absent, as it should be, and warns of its own internals.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -104,11 +113,8 @@ def _trace(spec: GraphSpec) -> ir.Model:
             verbose=False,
             optimize=spec.read is None,
         )
-        assert program is not None
-        if spec.read is not None:
-            attach_weights(program.model, spec.read)
-            program.optimize()
-    return program.model
+    assert program is not None
+    return program
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:

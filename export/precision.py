@@ -32,6 +32,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_columns",
     "quantize_weights",
+    "round_columns",
     "use_matmul",
 ]
 
@@ -119,6 +120,12 @@ def quantize_columns(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
     """weight [in, out] -> int8 [in, out] and scales float32 [out], with weight about q * scale."""
     scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-12)) / np.float32(127)
     return np.rint(weight / scale).astype(np.int8), scale
+
+
+def round_columns(weight: Tensor) -> Tensor:
+    """A product's weight [out, in], float32, as int8 leaves it: what engines without integer products multiply with."""
+    q, scale = quantize_columns(weight.T.numpy())
+    return torch.from_numpy(q * scale).T
 
 
 def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:

@@ -6,7 +6,7 @@ the graph gathers the pages that each row's block table names, appends the step'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -167,21 +167,40 @@ def _reader(directory: HfDirectory) -> ReadWeight:
     return read
 
 
-def hidden_by_layer(directory: HfDirectory, config: TransformerConfig, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """What eager PyTorch computes in float32, as `Transformer.forward`, with one layer in memory at a time."""
+def hidden_by_layer(
+    directory: HfDirectory,
+    config: TransformerConfig,
+    x: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    rounded: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What eager PyTorch computes in float32, as `Transformer.forward`, with one layer in memory at a time.
+
+    Args:
+        directory, config: the checkpoint.
+        x: embeddings [B, Q, H].
+        positions: int32 [B, Q].
+        mask: bool [B, Q, Q].
+        rounded: applied to the weight [out, in] of each product.
+    """
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
     bias = score_bias(mask)
     for index in range(config.layers):
         with torch.device("meta"):
             layer = Layer(config)
-        x, _, _ = _load(layer, directory, f"model.layers.{index}.")(x, cos, sin, None, bias)
+        x, _, _ = _load(layer, directory, f"model.layers.{index}.", rounded)(x, cos, sin, None, bias)
     with torch.device("meta"):
         norm = RmsNorm(config.width, config.norm_eps)
     result: Tensor = _load(norm, directory, "model.norm.")(x)
     return result
 
 
-def _load(module: torch.nn.Module, directory: HfDirectory, prefix: str) -> torch.nn.Module:
+def _load(
+    module: torch.nn.Module, directory: HfDirectory, prefix: str, rounded: Callable[[Tensor], Tensor] | None = None
+) -> torch.nn.Module:
     weights = {key: directory.tensor(prefix + key) for key in module.state_dict()}
+    if rounded is not None:
+        weights = {key: rounded(weight) if weight.ndim == 2 else weight for key, weight in weights.items()}
     module.load_state_dict(weights, strict=True, assign=True)
     return module.eval().requires_grad_(False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from export.agreement import Agreement, Float32
 from export.config import TransformerConfig
 from export.hf_directory import HfDirectory
-from export.precision import Precision
+from export.precision import Precision, round_columns
 from export.projector import projector
 from export.transformer import hidden_by_layer
 from tokenflow_sdk.backends.base import SessionOptions
@@ -61,24 +63,33 @@ def compare(
         likeliest = likeliest_tokens(session, hidden, config)
         logits = session.run(greedy_feeds(hidden, config), ["logits"])["logits"]
 
-    expected = _eager(directory, model, steps)
-    expected_logits = F.linear(expected, directory.tensor(head_key))
-    agreement = Agreement.of(torch.from_numpy(hidden), expected, torch.from_numpy(logits), expected_logits)
+    head = directory.tensor(head_key)
+    x = _embeddings(directory, steps)
+    expected = _eager(directory, model, x)
+    agreement = Agreement.of(torch.from_numpy(hidden), expected, torch.from_numpy(logits), F.linear(expected, head))
     results = [(hidden, likeliest)]
     if precision.weights == "int8":
-        results.append((expected.numpy(), expected_logits.argmax(dim=-1).numpy().astype(np.int32)))
+        expected = _eager(directory, model, x, round_columns)
+        chosen = F.linear(expected, round_columns(head)).argmax(dim=-1)
+        results.append((expected.numpy(), chosen.numpy().astype(np.int32)))
     states, tokens = (np.stack(arrays) for arrays in zip(*results, strict=True))
     return agreement, UnderstanderReference(**vars(steps), hidden=states, likeliest=tokens)
 
 
-def _eager(directory: HfDirectory, model: TransformerConfig, steps: TokenSteps) -> torch.Tensor:
-    """Hidden states [Q, H]."""
+def _embeddings(directory: HfDirectory, steps: TokenSteps) -> Tensor:
+    """Of all tokens, [1, Q, H]."""
     table = directory.tensor("model.embed_tokens.weight")
     before, after = (torch.from_numpy(ids).long() for ids in (steps.before, np.concatenate([steps.after, steps.answer])))
-    x = torch.cat([table[before], projector(directory)(torch.from_numpy(steps.features)), table[after]])[None]
-    del table
-    mask = torch.ones(len(steps), len(steps), dtype=torch.bool).tril()[None]
-    return hidden_by_layer(directory, model, x, torch.arange(len(steps), dtype=torch.int32)[None], mask)[0]
+    return torch.cat([table[before], projector(directory)(torch.from_numpy(steps.features)), table[after]])[None]
+
+
+def _eager(
+    directory: HfDirectory, model: TransformerConfig, x: Tensor, rounded: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Hidden states [Q, H] of embeddings [1, Q, H]."""
+    count = x.shape[1]
+    mask = torch.ones(count, count, dtype=torch.bool).tril()[None]
+    return hidden_by_layer(directory, model, x, torch.arange(count, dtype=torch.int32)[None], mask, rounded)[0]
 
 
 def _open(bundle: Bundle[UnderstanderConfig], name: str) -> OnnxRuntimeSession:

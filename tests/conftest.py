@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,20 @@ from tokenflow_sdk import Tokenizer
 _FIGURES = pytest.StashKey[list[str]]()
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each module is traced once by whichever test process exports it first."""
+    from export import onnx_export
+    from tests.shared_traces import SharedTraces
+
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    directory.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_capture", SharedTraces(onnx_export._capture, directory))
+        yield
 
 
 @pytest.fixture(scope="session")

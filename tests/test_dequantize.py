@@ -7,9 +7,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from export.generator_search import open_exact
 from export.precision import Precision, quantize_weights
 from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.certificate import certify
+from tokenflow_sdk.config import GeneratorConfig
 from tokenflow_sdk.dequantize import dequantize
+from tokenflow_sdk.generator_parity import GeneratorReference
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,17 @@ def test_integer_products_become_plain_ones_that_are_nearer_to_float32(bundles: 
     paths = (bundles["fp32"] / "transformer.onnx", bundles["int8"] / "transformer.onnx", tmp_path / "plain.onnx")
     exact, rounded, plain = (onnxruntime.InferenceSession(path).run(None, feeds)[0] for path in paths)
     assert 0 < np.abs(plain - exact).mean() < np.abs(rounded - exact).mean()
+
+
+def test_engines_reach_a_result_of_the_reference(bundles: dict[str, Path]) -> None:
+    """The graphs' own result is coarser than what engines compute from the same weights."""
+    bundle = Bundle.open(bundles["int8"], GeneratorConfig)
+    certificate = certify(bundle, open_exact, "fp32", pages=8, page_size=16)
+    assert certificate.figures["hidden_error"] < 1e-4
+    assert certificate.figures["same_code"] == 1
+    own, exact = GeneratorReference.load(bundle).hidden
+    assert np.abs(own - exact).max() > 1e-2
+    assert GeneratorReference.load(Bundle.open(bundles["fp32"], GeneratorConfig)).hidden.shape[0] == 1
 
 
 def test_other_graphs_stay_as_they_are(bundles: dict[str, Path]) -> None:

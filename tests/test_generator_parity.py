@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from export.onnx_export import file_entry
 from tokenflow_sdk import Generator
 from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.config import GeneratorConfig
@@ -16,6 +18,7 @@ from tokenflow_sdk.generator_parity import (
     GeneratorReport,
     Steps,
     check_generator,
+    compare_generators,
     embed_steps,
     likeliest_codes,
     run_steps,
@@ -44,10 +47,33 @@ def test_other_hidden_states_are_found_out(generator: Generator) -> None:
     embeddings = embed_steps(running.sessions, load_codebook(bundle), steps)
     hidden = run_steps(running.scheduler.loop.transformer, *embeddings)
     reference = GeneratorReference.load(bundle)
-    np.testing.assert_allclose(hidden, reference.hidden, atol=1e-4)
-    np.testing.assert_array_equal(likeliest_codes(running.sessions["sample"], hidden), reference.likeliest)
+    np.testing.assert_allclose(hidden, reference.hidden[0], atol=1e-4)
+    np.testing.assert_array_equal(likeliest_codes(running.sessions["sample"], hidden), reference.likeliest[0])
     other = likeliest_codes(running.sessions["sample"], np.roll(hidden, 1, axis=1))
-    assert (other == reference.likeliest).mean() < 0.5
+    assert (other == reference.likeliest[0]).mean() < 0.5
+
+
+def test_results_must_be_of_the_same_positions(generator: Generator, tmp_path: Path) -> None:
+    reference = GeneratorReference.load(generator.bundle)
+    arrays = vars(reference) | {"hidden": reference.hidden[0]}
+    np.savez(tmp_path / "reference.npz", **arrays)
+    entry = file_entry(tmp_path / "reference.npz")
+    with pytest.raises(CorruptBundleError, match=r"no reference file: hidden states \(\d+, 32\) with.*Export the bundle again"):
+        GeneratorReference.load(replace(generator.bundle, path=tmp_path, assets={"reference": entry}))
+
+
+def test_the_nearest_of_several_right_results_counts(generator: Generator) -> None:
+    own = GeneratorReference.load(generator.bundle)
+
+    def report_with(hidden: list[np.ndarray], likeliest: list[np.ndarray]) -> GeneratorReport:
+        return compare_generators(own, replace(own, hidden=np.stack(hidden), likeliest=np.stack(likeliest)))
+
+    states, codes = own.hidden[0], own.likeliest[0]
+    assert report_with([-states, states], [codes - 1, codes]).failures() == []
+    assert report_with([states, -states], [codes, codes - 1]).failures() == []
+    # Each result is whole: hidden states of one and codes of another are no agreement.
+    assert len(report_with([states, -states], [codes - 1, codes]).failures()) == 1
+    assert len(report_with([-states, -states], [codes, codes]).failures()) == 1
 
 
 def test_every_bar_is_checked() -> None:

@@ -61,7 +61,7 @@ class UnderstanderReference(TokenSteps):
     """`reference.npz` of a bundle: its steps, and R results of which each is right.
 
     The first is what the graphs gave. Graphs with int8 weights round what a product reads as well, which engines do not:
-    they come out near PyTorch in float32, whose result is the second.
+    the second is float32 arithmetic on the same weights.
 
     hidden: float32 [R, Q, H], Q the tokens of all steps; likeliest: the likeliest token after each, int32 [R, Q].
     """
