@@ -52,7 +52,7 @@ test: $(VENV)/.dev ## the everyday tests, minutes
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-gpu: .venv-gpu/.ready ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
 	@# Two runs: both TensorRTs name the same classes, so that one process may not hold both.

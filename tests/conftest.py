@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 from tests.fake_gpu import FakeCuda, FakeTensorRT, install
 from tokenflow_sdk import Tokenizer
 
-_FIGURES = pytest.StashKey[list[str]]()
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 
@@ -85,17 +85,22 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeCuda, 
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> list[str]:
-    """What is appended is printed after the tests, whatever is captured."""
-    return request.config.stash.setdefault(_FIGURES, [])
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Print a line after the tests, whatever is captured."""
+    return partial(record_property, "figure")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = config.stash.get(_FIGURES, [])
-    if lines:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    found = [
+        text
+        for report in terminalreporter.getreports("passed")
+        for name, text in report.user_properties
+        if name == "figure" and report.when == "call"
+    ]
+    if found:
         terminalreporter.section("figures")
-        for line in lines:
-            terminalreporter.write_line(line)
+        for text in found:
+            terminalreporter.write_line(text)
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ import torch
 from export.onnx_export import GraphSpec
 
 
+LARGEST = 64 * 2**20
+"""Bytes of weights; modules of released sizes are traced each time."""
+
+
 class _Description(pickle.Pickler):
     """A pickle that tells modules apart, and holds digests in the place of tensors."""
 
@@ -51,6 +55,8 @@ class SharedTraces:
         self.without_weights: dict[str, ir.Model] = {}
 
     def __call__(self, spec: GraphSpec) -> Any:
+        if spec.read is None and sum(value.nbytes for value in spec.module.state_dict().values()) > LARGEST:
+            return self.capture(spec)
         digest = _digest(spec)
         return self._on_disk(digest, spec) if spec.read is None else self._here(digest, spec)
 

@@ -1,0 +1,39 @@
+"""Released sizes, stand-in weights: every other variant the whole way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.checkpoints import load_model
+from export.config import VARIANTS
+from export.standin import standin_arrays
+from tests.conftest import ROOT
+from tests.export.test_full_size import build_for_tensorrt_rtx
+from tests.mini import export_mini
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.images import psnr
+from tokenflow_sdk.parity import check_parity
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["clipb_224", "vitamin_256", "siglip_384"])
+def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
+    """The export checks itself; the runtime then repeats the check from the files alone, on a photo's crop as well."""
+    config = VARIANTS[variant]
+    state = {key: torch.from_numpy(array) for key, array in standin_arrays(config)}
+    model = load_model(state, config)
+    bundle = export_mini(model, tmp_path / variant)
+    with Tokenizer.from_pretrained(bundle) as tokenizer, torch.inference_mode():
+        report = check_parity(tokenizer)
+        assert report.failures() == []
+        photo = tokenizer.preprocess(ROOT / "examples" / "chelsea.jpg")
+        codes, _ = model.encode(torch.from_numpy(photo)[None])
+        found = tokenizer.encode_array(photo[None])[0]
+        assert (found == codes[0].numpy()).mean() > 0.99
+        assert psnr(tokenizer.decode_array(codes.int().numpy())[0], model.decode(codes)[0].numpy()) >= 55
+    if variant == "siglip_384":
+        build_for_tensorrt_rtx(bundle, figure)
