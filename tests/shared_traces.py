@@ -20,7 +20,6 @@ import torch
 
 from export.onnx_export import GraphSpec
 
-
 LARGEST = 64 * 2**20
 """Bytes of weights; modules of released sizes are traced each time."""
 
