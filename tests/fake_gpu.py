@@ -184,6 +184,8 @@ class FakeTensorRT(ModuleType):
         self.broken: set[str] = set()
         self.builds: list[str] = []
         self.contexts_left = 1000
+        self.profiles_taken = 1000
+        """Of an engine; others are refused."""
         self.binds = 0
 
     def Builder(self, log):  # noqa: N802
@@ -217,12 +219,12 @@ class FakeBuilder:
     def create_builder_config(self):
         config = SimpleNamespace(
             progress_monitor=None,
-            profile=None,
+            profiles=[],
             set_memory_pool_limit=lambda *_: None,
             clear_flag=lambda flag: None,
             set_compute_capability=lambda capability, index: None,
         )
-        config.add_optimization_profile = lambda profile: setattr(config, "profile", profile.shapes)
+        config.add_optimization_profile = lambda profile: config.profiles.append(profile.shapes)
         return config
 
     def create_optimization_profile(self):
@@ -235,12 +237,12 @@ class FakeBuilder:
         if config.progress_monitor is not None:
             config.progress_monitor.phase_start("building", None, 1)
             config.progress_monitor.step_complete("building", 0)
-        return make_plan(self.trt, network.path, config.profile)
+        return make_plan(self.trt, network.path, config.profiles)
 
 
-def make_plan(trt: FakeTensorRT, graph: Path, profile: dict[str, Any]) -> bytes:
+def make_plan(trt: FakeTensorRT, graph: Path, profiles: list[dict[str, Any]]) -> bytes:
     """An engine: its version, its name and limits, the graph."""
-    about = json.dumps({"name": graph.stem, "profile": profile}).encode()
+    about = json.dumps({"name": graph.stem, "profiles": profiles}).encode()
     return b"\n".join([MAGIC + trt.__version__.encode(), about, onnx.load(graph).SerializeToString()])
 
 
@@ -248,7 +250,7 @@ class FakeEngine:
     device_memory_size_v2 = 10**6
 
     def __init__(self, trt: FakeTensorRT, about: dict[str, Any], model: bytes) -> None:
-        self.trt, self.name, self.profile = trt, about["name"], about["profile"]
+        self.trt, self.name, self.profiles = trt, about["name"], about["profiles"]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(model, settings)
@@ -261,7 +263,11 @@ class FakeEngine:
         return self.types[name]
 
     def get_tensor_profile_shape(self, name: str, profile: int):
-        return tuple(map(tuple, self.profile[name]))
+        return tuple(map(tuple, self.profiles[profile][name]))
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.profiles)
 
     def create_execution_context(self, settings: Any = None):
         if self.trt.contexts_left == 0:
@@ -307,11 +313,20 @@ class FakeTensorRTRTX(FakeTensorRT):
 
 class FakeContext:
     def __init__(self, engine: FakeEngine, settings: Any) -> None:
-        self.engine, self.settings, self.shapes, self.addresses = engine, settings, {}, {}
+        self.engine, self.settings, self.shapes, self.addresses, self.profile = engine, settings, {}, {}, 0
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert stream in self.engine.trt.cuda.streams
+        self.shapes = {}
+        self.profile = profile
+        return profile < min(self.engine.num_optimization_profiles, self.engine.trt.profiles_taken)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = tuple(shape)
-        return True
+        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        fits = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        if fits:
+            self.shapes[name] = tuple(shape)
+        return fits
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         sizes = {

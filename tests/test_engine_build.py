@@ -28,7 +28,7 @@ from tokenflow_sdk.cli import main
 from tokenflow_sdk.config import GeneratorConfig, TensorSpec, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.engine_build import REVISION, Profile, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import EngineCache
-from tokenflow_sdk.engine_jobs import engine_jobs, profile_of
+from tokenflow_sdk.engine_jobs import engine_jobs, profiles_of
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
 from tokenflow_sdk.sampling import MAX_TOP_K, TIES
@@ -149,7 +149,7 @@ def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> 
     (tmp_path / "half").mkdir()
     graph = engine_graph(tmp_path / "head.onnx", dtype, tmp_path / "half")
     profile = Profile({"batch": (1, 1, 8), "seen": (1, 64, context), "window": (1, 64, MAX_TOP_K + TIES)})
-    assert len(build_engine(trt, graph, entry, profile, "sm89")) > vocabulary * width * 2
+    assert len(build_engine(trt, graph, entry, [profile], "sm89")) > vocabulary * width * 2
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,9 @@ def test_a_decoder_in_8_bits_builds_in_every_precision(trt, precision, dtype, mi
 def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
     """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
     bundle = Bundle.open(mini_generator, GeneratorConfig)
-    config, sizes = bundle.config, profile_of(bundle, EnginePlan(batch=(1, 2, 4), pages=9)).sizes
+    config = bundle.config
+    (profile,) = profiles_of(bundle, EnginePlan(batch=(1, 2, 4), pages=9))
+    sizes = profile.sizes
     assert sizes["batch"] == (1, 4, 8)
     assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
     assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
@@ -208,25 +210,52 @@ def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None
 
 
 def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> None:
-    """Prompts of any length in pieces, answers of any length and setting, alone and in the largest batch."""
+    """Prompts of any length in pieces, one at a time; answers of any length and setting, alone and in the largest batch."""
     bundle = Bundle.open(mini_understander, UnderstanderConfig)
     config = bundle.config
-    sizes = profile_of(bundle, EnginePlan(batch=(1, 4, 6), pages=9)).sizes
-    assert sizes["batch"] == (1, 4, 6)
-    assert sizes["queries"] == (1, 64, CHUNK)
-    assert sizes["slots"] == (9 * config.layers,) * 3
-    assert sizes["table"] == (1, 4, 9)
-    assert sizes["seen"][2] == config.vocabulary
-    assert sizes["window"][2] == config.vocabulary
-    usual = profile_of(bundle, EnginePlan()).sizes
+    tokens, pieces = (profile.sizes for profile in profiles_of(bundle, EnginePlan(batch=(1, 4, 6), pages=9)))
+    assert (tokens["batch"], tokens["queries"]) == ((1, 4, 6), (1, 1, 1))
+    assert (pieces["batch"], pieces["queries"]) == ((1, 1, 1), (1, CHUNK, CHUNK))
+    for sizes in (tokens, pieces):
+        assert sizes["slots"] == (9 * config.layers,) * 3
+        assert sizes["table"] == (1, 4, 9)
+        assert sizes["seen"][2] == config.vocabulary
+        assert sizes["window"][2] == config.vocabulary
+    usual = profiles_of(bundle, EnginePlan())[0].sizes
     assert usual["table"][2] * PAGE_SIZE == config.context
     assert usual["slots"][2] == default_pages(config, PAGE_SIZE)
     large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
-    sizes = profile_of(large, EnginePlan()).sizes
-    assert (sizes["seen"][2], sizes["window"][2], sizes["table"][2]) == (32_768, 3840, default_pages(large.config, PAGE_SIZE))
-    for name, entry in bundle.graphs.items():
-        for spec in entry.inputs:
-            assert len(Profile(sizes).shapes(spec)) == 3, name
+    for profile in profiles_of(large, EnginePlan()):
+        sizes = profile.sizes
+        found = (sizes["seen"][2], sizes["window"][2], sizes["table"][2])
+        assert found == (32_768, 3840, default_pages(large.config, PAGE_SIZE))
+        for name, entry in bundle.graphs.items():
+            for spec in entry.inputs:
+                assert len(profile.shapes(spec)) == 3, name
+
+
+def test_an_engine_has_no_more_profiles_than_it_needs(machine, mini_understander: Path, mini_generator: Path) -> None:
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    jobs = {job.key.graph: job for job in engine_jobs(bundle, EnginePlan("tensorrt"), machine[1])}
+    assert {name: len(job.profiles) for name, job in jobs.items()} == {
+        "embed_text": 2,
+        "project": 2,
+        "transformer": 2,
+        "head": 1,
+    }
+    (head,) = jobs["head"].profiles
+    assert head.sizes["batch"] == EnginePlan().batch
+    assert set(head.sizes) == {"batch", "seen", "window"}
+    for job in engine_jobs(Bundle.open(mini_generator, GeneratorConfig), EnginePlan("tensorrt"), machine[1]):
+        assert len(job.profiles) == 1
+
+
+def test_profiles_contain_each_other() -> None:
+    wide, narrow = Profile({"batch": (1, 2, 8), "queries": (1, 1, 9)}), Profile({"batch": (1, 8, 8), "queries": (2, 2, 2)})
+    assert narrow.within(wide)
+    assert narrow.within(narrow)
+    assert not wide.within(narrow)
+    assert not Profile({"batch": (1, 1, 9), "queries": (1, 1, 1)}).within(wide)
 
 
 def test_a_profile_must_be_whole_and_ordered() -> None:
@@ -287,9 +316,9 @@ def test_what_tensorrt_refuses_is_an_error_and_never_an_engine(fake: FakeTrt, wo
     entry = Bundle.open(mini_bundle, TokenizerConfig).graph("features")
     profile = Profile({"batch": (1, 1, 1)})
     with pytest.raises(EngineBuildError, match=words):
-        build_engine(fake, mini_bundle / "features.onnx", entry, profile, workspace=2**20)
+        build_engine(fake, mini_bundle / "features.onnx", entry, [profile], workspace=2**20)
     with pytest.raises(ArgumentError, match="cannot build for 'sm86'.*machine with that GPU"):
-        build_engine(FakeTrt(), mini_bundle / "features.onnx", entry, profile, target="sm86")
+        build_engine(FakeTrt(), mini_bundle / "features.onnx", entry, [profile], target="sm86")
 
 
 def test_without_a_gpu_or_a_target_there_is_nothing_to_build_for(

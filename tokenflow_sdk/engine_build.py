@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from tokenflow_sdk.tensorrt_module import Heard, log_of, started
 __all__ = [
     "REVISION",
     "Profile",
+    "Range",
     "build_engine",
     "engine_graph",
 ]
@@ -35,6 +36,7 @@ REVISION = "1"
 """Of everything here and in the passes that decides what an engine of a given graph is: a new one makes all engines stale."""
 
 Range = tuple[int, int, int]
+"""Least, usual and largest size."""
 Shapes = tuple[tuple[int, ...], ...]
 """Least, usual and largest."""
 Progress = Callable[[str, float], None]
@@ -62,6 +64,16 @@ class Profile:
             return tuple(tuple(dim if isinstance(dim, int) else self.sizes[dim][i] for dim in spec.shape) for i in range(3))
         except KeyError as error:
             raise ArgumentError(f"The profile says nothing about {error} of {spec}.", "Give its sizes.") from None
+
+    def of(self, entry: GraphEntry) -> Profile:
+        """What concerns a graph."""
+        return Profile({dim: self.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
+
+    def within(self, other: Profile) -> bool:
+        """Whether `other` allows everything that this one does."""
+        return all(
+            other.sizes[name][0] <= least and most <= other.sizes[name][2] for name, (least, _, most) in self.sizes.items()
+        )
 
     @property
     def canonical(self) -> str:
@@ -103,7 +115,7 @@ def build_engine(
     trt: Any,
     graph: Path,
     entry: GraphEntry,
-    profile: Profile,
+    profiles: Sequence[Profile],
     target: str | None = None,
     workspace: int | None = None,
     progress: Progress | None = None,
@@ -117,7 +129,7 @@ def build_engine(
         trt: the module, from `import_tensorrt`.
         graph: the `.onnx` file, its external data beside it.
         entry: its inputs.
-        profile: sizes of varying dimensions.
+        profiles: sizes of varying dimensions; a call must fit one of them.
         target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that is there.
         workspace: bytes of scratch memory the engine may use; None: no limit.
         progress: told how far the build is.
@@ -130,7 +142,7 @@ def build_engine(
     """
     cancelled = threading.Event()
     monitor = _make_monitor(trt, progress, cancelled)
-    shapes = {spec.name: profile.shapes(spec) for spec in entry.inputs}
+    shapes = [{spec.name: profile.shapes(spec) for spec in entry.inputs} for profile in profiles]
 
     def work() -> bytes:
         # A build is for the GPU of the thread that it runs on.
@@ -187,9 +199,9 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
 
 
 def _configured(
-    trt: Any, builder: Any, shapes: Mapping[str, Shapes], target: str | None, workspace: int | None, monitor: Any
+    trt: Any, builder: Any, profiles: Sequence[Mapping[str, Shapes]], target: str | None, workspace: int | None, monitor: Any
 ) -> Any:
-    """A builder's configuration: shapes of the inputs, target, memory."""
+    """A builder's configuration: shapes of the inputs by profile, target, memory."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -197,10 +209,11 @@ def _configured(
         _set_target(trt, config, target)
     # Without this float32 products are rounded to 10 bits on recent GPUs.
     config.clear_flag(trt.BuilderFlag.TF32)
-    optimization = builder.create_optimization_profile()
-    for name, limits in shapes.items():
-        optimization.set_shape(name, *limits)
-    config.add_optimization_profile(optimization)
+    for shapes in profiles:
+        optimization = builder.create_optimization_profile()
+        for name, limits in shapes.items():
+            optimization.set_shape(name, *limits)
+        config.add_optimization_profile(optimization)
     config.progress_monitor = monitor
     return config
 

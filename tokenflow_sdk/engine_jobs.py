@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from tokenflow_sdk import token_scheduler
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.engine_build import REVISION, Profile, Progress, build_engine, engine_graph
+from tokenflow_sdk.engine_build import REVISION, Profile, Progress, Range, build_engine, engine_graph
 from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engine_recipe import EnginePlan
 from tokenflow_sdk.errors import BackendError, CorruptBundleError, EngineBuildError, OutputError
@@ -33,7 +33,7 @@ __all__ = [
     "engine_jobs",
     "pinned_nodes",
     "pool_pages",
-    "profile_of",
+    "profiles_of",
 ]
 
 PINNED = "pinned"
@@ -51,7 +51,7 @@ class EngineJob:
     graph: Path
     entry: GraphEntry
     key: EngineKey
-    profile: Profile
+    profiles: tuple[Profile, ...]
     plan: EnginePlan
     pinned: tuple[str, ...] = ()
     ranges: Ranges | None = None
@@ -84,7 +84,7 @@ class EngineJob:
         graph = engine_graph(self.graph, None if plan.precision == "fp32" else plan.precision, work, self.pinned, self.ranges)
         workspace = int(plan.workspace_gb * 2**30) or None
         target = self.key.target if plan.targets else None
-        return build_engine(trt, graph, self.entry, self.profile, target, workspace, progress, self.cuda)
+        return build_engine(trt, graph, self.entry, self.profiles, target, workspace, progress, self.cuda)
 
 
 def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
@@ -107,7 +107,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
             f"{bundle.path} was exported in float16, so its engines cannot be in {plan.precision}.",
             "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
         )
-    profile, pins = profile_of(bundle, plan), pinned_nodes(bundle, plan.precision)
+    profiles, pins = profiles_of(bundle, plan), pinned_nodes(bundle, plan.precision)
     cuda = None if plan.targets else _gpu_here(plan, device)
     targets = plan.targets if cuda is None else (cuda.architecture,)
     ranges = None
@@ -116,7 +116,8 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
         ranges = decoder_ranges(bundle, plan.decoder)
     for target in targets:
         for name, entry in bundle.graphs.items():
-            own = Profile({dim: profile.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
+            own = _needed([profile.of(entry) for profile in profiles])
+            sizes = " ".join(profile.canonical for profile in own)
             key = EngineKey(
                 graph=name,
                 graph_sha256=graph_digest(entry),
@@ -125,7 +126,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 version=str(trt.__version__),
                 target=target,
                 precision=_precision_key(plan.precision, pins.get(name, ()), ranges),
-                profile=hashlib.sha256(f"{own.canonical} {plan.workspace_gb}".encode()).hexdigest()[:16],
+                profile=hashlib.sha256(f"{sizes} {plan.workspace_gb}".encode()).hexdigest()[:16],
             )
             yield EngineJob(
                 bundle.path / entry.files[0].name,
@@ -235,17 +236,31 @@ def pool_pages(config: object, plan: EnginePlan) -> int:
     return 0
 
 
-def profile_of(bundle: Bundle[Any], plan: EnginePlan) -> Profile:
-    """Sizes of everything that varies in a bundle's graphs, for the batches of a plan."""
+def profiles_of(bundle: Bundle[Any], plan: EnginePlan) -> tuple[Profile, ...]:
+    """Sizes of everything that varies in a bundle's graphs, for the batches of a plan.
+
+    More than one where not everything varies with everything else: an engine's working memory is for the largest sizes of a
+    profile together, and each has kernels of its own.
+    """
     config = bundle.config
     if isinstance(config, TokenizerConfig):
-        return Profile({"batch": plan.batch})
+        return (Profile({"batch": plan.batch}),)
     slots = config.layers * pool_pages(config, plan)
     pool = {"slots": (slots, slots, slots), "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)}
-    return Profile(pool | (_drawing if isinstance(config, GeneratorConfig) else _answering)(config, plan))
+    steps = [_drawing(config, plan)] if isinstance(config, GeneratorConfig) else _answering(config, plan)
+    return tuple(Profile(pool | step) for step in steps)
 
 
-def _drawing(config: GeneratorConfig, plan: EnginePlan) -> dict[str, tuple[int, int, int]]:
+def _needed(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """Without those that an earlier or larger one makes superfluous."""
+    kept: list[Profile] = []
+    for profile in profiles:
+        if not any(profile.within(other) for other in kept):
+            kept = [*(other for other in kept if not other.within(profile)), profile]
+    return tuple(kept)
+
+
+def _drawing(config: GeneratorConfig, plan: EnginePlan) -> dict[str, Range]:
     least, usual, most = plan.batch
     longest = config.prefix_length + 1
     table = -(-(config.prefix_length + config.n_codes) // PAGE_SIZE)
@@ -259,16 +274,18 @@ def _drawing(config: GeneratorConfig, plan: EnginePlan) -> dict[str, tuple[int, 
     }
 
 
-def _answering(config: UnderstanderConfig, plan: EnginePlan) -> dict[str, tuple[int, int, int]]:
+def _answering(config: UnderstanderConfig, plan: EnginePlan) -> list[dict[str, Range]]:
+    """Steps of one token for every answer, which come most often, and pieces of one prompt."""
     piece = min(token_scheduler.CHUNK, config.context)
     # No row can be longer than the pool, whatever the model reads.
     table = min(-(-config.context // PAGE_SIZE), pool_pages(config, plan))
     seen, window = min(config.context, config.vocabulary), min(MAX_TOP_K + TIES, config.vocabulary)
-    return {
-        "batch": plan.batch,
-        "queries": (1, min(64, piece), piece),
+    both = {
         "table": (1, table // 2 or 1, table),
         # An answer's different tokens, for a penalty: never more than fit.
         "seen": (1, min(64, seen), seen),
         "window": (1, min(64, window), window),
     }
+    tokens: dict[str, Range] = {"batch": plan.batch, "queries": (1, 1, 1)}
+    pieces: dict[str, Range] = {"batch": (1, 1, 1), "queries": (1, piece, piece)}
+    return [both | tokens, both | pieces]

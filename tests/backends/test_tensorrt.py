@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.tensorrt import TensorRTSession
-from tokenflow_sdk.bundle import Bundle
+from tokenflow_sdk.bundle import Bundle, open_bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.engine_build import Profile
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 Machine = tuple[FakeCuda, FakeTensorRT]
 RNG = np.random.default_rng(0)
+PROFILES = (Profile({"batch": (1, 2, 8)}),)
 
 
 @pytest.fixture
@@ -30,10 +32,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return install(monkeypatch)
 
 
-def session(machine: Machine, bundle: Path, name: str, device: int = 0, **options: object) -> TensorRTSession:
-    entry = Bundle.open(bundle, TokenizerConfig).graph(name)
-    profile = Profile({"batch": (1, 2, 8)})
-    plan = make_plan(machine[1], bundle / f"{name}.onnx", {spec.name: profile.shapes(spec) for spec in entry.inputs})
+def session(
+    machine: Machine,
+    bundle: Path,
+    name: str,
+    device: int = 0,
+    profiles: Sequence[Profile] = PROFILES,
+    **options: object,
+) -> TensorRTSession:
+    entry = open_bundle(bundle).graph(name)
+    shapes = [{spec.name: profile.shapes(spec) for spec in entry.inputs} for profile in profiles]
+    plan = make_plan(machine[1], bundle / f"{name}.onnx", shapes)
     return TensorRTSession(plan, name, entry, machine[1], Cuda(device), **options)  # type: ignore[arg-type]
 
 
@@ -113,6 +122,38 @@ def test_lanes_run_at_once(machine: Machine, mini_bundle: Path) -> None:
             np.testing.assert_array_equal(found[i], row)
 
 
+def test_each_call_runs_by_a_profile_that_it_fits(machine: Machine, mini_understander: Path) -> None:
+    """One token of many texts, or many tokens of one; nothing in between."""
+    profiles = [Profile({"batch": (1, 2, 4), "queries": (1, 1, 1)}), Profile({"batch": (1, 1, 1), "queries": (1, 8, 9)})]
+    entry = open_bundle(mini_understander).graph("embed_text")
+    expected = OnnxRuntimeSession(mini_understander / "embed_text.onnx", entry, SessionOptions(device="cpu", threads=1))
+
+    def texts(batch: int, queries: int) -> dict[str, np.ndarray]:
+        return {"token_ids": RNG.integers(0, 200, (batch, queries), np.int32)}
+
+    with session(machine, mini_understander, "embed_text", profiles=profiles) as engine:
+        assert (engine.largest("batch"), engine.largest("queries"), engine.largest("pages")) == (4, 9, None)
+        assert machine[1].contexts_left == 1000 - 2
+        kept = []
+        for batch, queries in ((1, 9), (4, 1), (1, 1), (1, 5), (3, 1), (1, 9)):
+            feeds = texts(batch, queries)
+            right = expected.run(feeds)["embeddings"]
+            np.testing.assert_array_equal(engine.run(feeds)["embeddings"], right)
+            kept.append((engine.run_resident(feeds)["embeddings"], right))
+        # Results of one profile lie apart from those of the other.
+        for found, right in kept[-2:]:
+            np.testing.assert_array_equal(np.asarray(found), right)
+        with pytest.raises(ArgumentError, match="built for batch from 1 to 4, not 5"):
+            engine.run(texts(5, 1))
+        with pytest.raises(ArgumentError, match="built for queries from 1 to 9, not 10"):
+            engine.run(texts(1, 10))
+        with pytest.raises(ArgumentError, match="built for queries from 1 to 1, not 2"):
+            engine.run(texts(2, 2))
+    machine[1].profiles_taken = 1
+    with pytest.raises(BackendError, match="does not take the shapes.*tokenflow build"):
+        session(machine, mini_understander, "embed_text", profiles=profiles)
+
+
 def test_closing_frees_everything(machine: Machine, mini_bundle: Path) -> None:
     engine = session(machine, mini_bundle, "encode", lanes=2)
     engine.run(images(2))
@@ -126,7 +167,7 @@ def test_closing_frees_everything(machine: Machine, mini_bundle: Path) -> None:
 def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = machine[1]
     with session(machine, mini_bundle, "encode") as engine:
-        with pytest.raises(ArgumentError, match="encode was built for a batch of 1 to 8, not 9.*batch_limit= of at most 8"):
+        with pytest.raises(ArgumentError, match="encode was built for batch from 1 to 8, not 9.*batch_limit= of at most 8"):
             engine.run(images(9))
         monkeypatch.setattr("tests.fake_gpu.FakeContext.execute_async_v3", lambda self, stream: False)
         with pytest.raises(BackendError, match="TensorRT failed to run encode"):

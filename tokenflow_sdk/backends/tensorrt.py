@@ -1,6 +1,7 @@
 """TensorRT and TensorRT-RTX: a serialized engine as a `Session`. One class for both, by the API that they share.
 
 A session has one or more lanes: an execution context with a stream and memory of its own, so that as many calls run at once.
+An engine may have several optimization profiles, each for calls of other shapes; every one has lanes of its own.
 Results may stay on the GPU (`run_resident`) and be fed to another session there.
 """
 
@@ -26,6 +27,8 @@ __all__ = ["TensorRTSession"]
 
 T = TypeVar("T")
 
+_REBUILD = "Build it again on this machine with `tokenflow build BUNDLE`; if memory ran out, free some first."
+
 
 class TensorRTSession(Session):
     """One engine.
@@ -36,7 +39,7 @@ class TensorRTSession(Session):
         entry: what bundle.json says of the graph's inputs and outputs.
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
-        lanes: calls that may run at once; each has its own working memory.
+        lanes: calls of a profile that may run at once; each has its own working memory.
         cuda_graphs: replay calls with shapes seen before as one launch. Saves launch time where a call is short.
         kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
 
@@ -64,11 +67,8 @@ class TensorRTSession(Session):
                 [_typed(trt, self._engine, spec) for spec in entry.inputs],
                 [_typed(trt, self._engine, spec) for spec in entry.outputs],
             )
-            self._limits = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
-            self._lanes = [self._make_lane() for _ in range(lanes)]
-        self._idle: queue.LifoQueue[Lane] = queue.LifoQueue()
-        for lane in self._lanes:
-            self._idle.put(lane)
+            self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
+            self._lanes = [self._make_lane(profile) for profile in self._profiles for _ in range(lanes)]
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
@@ -79,11 +79,11 @@ class TensorRTSession(Session):
             raise BackendError(
                 f"The engine of {self._name} does not load in {trt.__name__} {trt.__version__}: "
                 f"{'; '.join(heard.errors) or 'it was built for another version or GPU'}.",
-                "Build it again on this machine with `tokenflow build BUNDLE`; if memory ran out, free some first.",
+                _REBUILD,
             )
         return engine
 
-    def _make_lane(self) -> Lane:
+    def _make_lane(self, profile: _Profile) -> Lane:
         context = _make_context(self._trt, self._engine, self._graphs, self._kernels)
         if context is None:
             size = self._engine.device_memory_size_v2
@@ -92,20 +92,21 @@ class TensorRTSession(Session):
                 "Open fewer graphs or lanes, build with a smaller --batch, or free memory of other processes.",
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
-        return Lane(self._cuda, context, self.inputs, self.outputs, replay)
+        try:
+            lane = Lane(self._cuda, context, self.inputs, self.outputs, replay, profile.number)
+        except Refused:
+            raise BackendError(
+                f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
+            ) from None
+        profile.idle.put(lane)
+        return lane
 
     @property
     def device(self) -> str:
         return f"cuda:{self._cuda.device}"
 
     def largest(self, dim: str) -> int | None:
-        found = [
-            most
-            for spec in self.inputs
-            for name, most in zip(spec.shape, self._limits[spec.name][2], strict=True)
-            if name == dim
-        ]
-        return min(found, default=None)
+        return max((profile.sizes[dim][1] for profile in self._profiles if dim in profile.sizes), default=None)
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
@@ -117,8 +118,8 @@ class TensorRTSession(Session):
         return self._on_lane(feeds, lambda lane: lane.run_resident(feeds, outputs))
 
     def _on_lane(self, feeds: Mapping[str, Tensor], run: Callable[[Lane], Sequence[T]]) -> Sequence[T]:
-        self._check_limits(feeds)
-        lane = self._idle.get()
+        idle = self._fitting(feeds).idle
+        lane = idle.get()
         try:
             with self._cuda.active(), self._log.listen() as heard:
                 return run(lane)
@@ -128,19 +129,31 @@ class TensorRTSession(Session):
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
-            self._idle.put(lane)
+            idle.put(lane)
 
-    def _check_limits(self, feeds: Mapping[str, Tensor]) -> None:
-        for spec in self.inputs:
-            least, _, most = self._limits[spec.name]
-            for dim, low, size, high in zip(spec.shape, least, feeds[spec.name].shape, most, strict=True):
-                if not low <= size <= high:
-                    raise ArgumentError(
-                        f"The engine of {self._name} was built for a {dim} of {low} to {high}, not {size}.",
-                        f"Use a batch_limit= of at most {high}, or build another with `tokenflow build --batch`."
-                        if dim == "batch"
-                        else "Build it again with a profile that holds it (`tokenflow build`).",
-                    )
+    def _fitting(self, feeds: Mapping[str, Tensor]) -> _Profile:
+        """The first profile that a call fits.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+        sizes = {dim: size for spec in self.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)}
+        misses = []
+        for profile in self._profiles:
+            missed = {dim: limits for dim, limits in profile.sizes.items() if not limits[0] <= sizes[dim] <= limits[1]}
+            if not missed:
+                return profile
+            misses.append(missed)
+        # Of the profile that is nearest: fewest sizes missed, and of those the widest.
+        (dim, (low, high)), *_ = min(
+            misses, key=lambda missed: (len(missed), -max(limits[1] for limits in missed.values()))
+        ).items()
+        raise ArgumentError(
+            f"The engine of {self._name} was built for {dim} from {low} to {high}, not {sizes[dim]}.",
+            f"Use a batch_limit= of at most {high}, or build another with `tokenflow build --batch`."
+            if dim == "batch"
+            else "Build it again with a profile that holds it (`tokenflow build`).",
+        )
 
     def close(self) -> None:
         with self._cuda.active():
@@ -148,8 +161,24 @@ class TensorRTSession(Session):
                 self._kernels.save()
             for lane in self._lanes:
                 lane.close()
-            self._lanes, self._kernels = [], None
+            self._lanes, self._profiles, self._kernels = [], [], None
             self._engine = self._runtime = None
+
+
+class _Profile:
+    """One of an engine's optimization profiles, and its lanes that are not busy. `sizes`: least and largest of each dimension
+    that varies."""
+
+    def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
+        self.number = number
+        self.idle: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self.sizes: dict[str, tuple[int, int]] = {}
+        for spec in inputs:
+            least, _, most = engine.get_tensor_profile_shape(spec.name, number)
+            for dim, low, high in zip(spec.shape, least, most, strict=True):
+                if isinstance(dim, str):
+                    first = self.sizes.get(dim, (low, high))
+                    self.sizes[dim] = max(low, first[0]), min(high, first[1])
 
 
 class _Kernels:

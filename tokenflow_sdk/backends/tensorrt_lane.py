@@ -25,10 +25,20 @@ class Refused(Exception):  # noqa: N818 - never reaches a user
 
 
 class Lane:
-    """A context, its stream and its memory. Used by one call at a time."""
+    """A context, its stream and its memory, for calls of one of the engine's profiles. Used by one call at a time.
+
+    Raises:
+        Refused: TensorRT refuses the profile.
+    """
 
     def __init__(
-        self, cuda: Cuda, context: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], replay: bool
+        self,
+        cuda: Cuda,
+        context: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        replay: bool,
+        profile: int = 0,
     ) -> None:
         self._cuda, self._context, self._inputs, self._outputs = cuda, context, inputs, outputs
         self._stream = Stream(cuda)
@@ -37,6 +47,11 @@ class Lane:
         self._addresses: dict[str, int] = {}
         self._bound: dict[str, tuple[int, ...]] = {}
         self._replay = Replay(cuda, self._stream) if replay else None
+        # The first one is chosen by itself.
+        if profile:
+            if not context.set_optimization_profile_async(profile, self._stream.handle):
+                raise Refused
+            self._stream.synchronize()
 
     def run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str]) -> list[Array]:
         """Run the engine and wait; copies of the outputs in `fetch`.
