@@ -145,9 +145,8 @@ class TensorRTSession(Session):
                 return profile
             misses.append(missed)
         # Of the profile that is nearest: fewest sizes missed, and of those the widest.
-        (dim, (low, high)), *_ = min(
-            misses, key=lambda missed: (len(missed), -max(limits[1] for limits in missed.values()))
-        ).items()
+        nearest = min(misses, key=lambda missed: (len(missed), -max(high for _, high in missed.values())))
+        dim, (low, high) = next(iter(nearest.items()))
         raise ArgumentError(
             f"The engine of {self._name} was built for {dim} from {low} to {high}, not {sizes[dim]}.",
             f"Use a batch_limit= of at most {high}, or build another with `tokenflow build --batch`."
