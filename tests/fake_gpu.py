@@ -44,8 +44,11 @@ class FakeCuda(ModuleType):
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
         self.gpus, self.status, self.memory, self.capability = 1, OK, 2**33, (8, 9)
+        self.model = b"NVIDIA Fake 4090\0"
         self.current = 0
         """The calling thread's GPU; the machine has one thread."""
+        self.contexts: set[int] = set()
+        """GPUs that the process uses."""
         self.device_memory: dict[int, Any] = {}
         self.host_memory: dict[int, Any] = {}
         self.streams: set[int] = set()
@@ -66,13 +69,17 @@ class FakeCuda(ModuleType):
         return (self.status, self.gpus if self.status == 0 else None)
 
     def cudaGetDeviceProperties(self, device: int):  # noqa: N802
-        return (self.status, SimpleNamespace(major=self.capability[0], minor=self.capability[1]))
+        return (self.status, SimpleNamespace(major=self.capability[0], minor=self.capability[1], name=self.model))
+
+    def cuDevicePrimaryCtxGetState(self, device: int):  # noqa: N802
+        return (OK, 0, int(device in self.contexts))
 
     def cudaGetDevice(self):  # noqa: N802
         return (OK, self.current)
 
     def cudaSetDevice(self, device: int):  # noqa: N802
         self.current = device
+        self.contexts.add(device)
         return (OK,)
 
     def cudaMemGetInfo(self):  # noqa: N802
@@ -184,6 +191,7 @@ class FakeTensorRT(ModuleType):
         self.broken: set[str] = set()
         self.builds: list[str] = []
         self.contexts_left = 1000
+        self.capturable = True
         self.profiles_taken = 1000
         """Of an engine; others are refused."""
         self.binds = 0
@@ -304,6 +312,7 @@ class FakeTensorRTRTX(FakeTensorRT):
     """One that compiles kernels at a context's first run of some shapes, and replays graphs by itself."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
     IRuntimeCache = FakeCache
 
     def __init__(self, cuda: FakeCuda, version: str = "1.7.fake") -> None:
@@ -314,6 +323,8 @@ class FakeTensorRTRTX(FakeTensorRT):
 class FakeContext:
     def __init__(self, engine: FakeEngine, settings: Any) -> None:
         self.engine, self.settings, self.shapes, self.addresses, self.profile = engine, settings, {}, {}, 0
+        self.state, self.ready = 0, -1
+        """Of shapes and addresses, counted; and which of them was run without capturing."""
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream in self.engine.trt.cuda.streams
@@ -326,6 +337,7 @@ class FakeContext:
         fits = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
         if fits:
             self.shapes[name] = tuple(shape)
+            self.state += 1
         return fits
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -342,6 +354,7 @@ class FakeContext:
         assert address % ALIGNMENT == 0
         self.engine.trt.binds += 1
         self.addresses[name] = address
+        self.state += 1
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -351,15 +364,18 @@ class FakeContext:
             self.engine.trt.compiled += kernel not in self.settings.cache.kernels
             self.settings.cache.kernels.add(kernel)
         if stream in cuda.capturing:
+            assert self.ready == self.state, "captured right after a change"
             cuda.capturing[stream].append(work)
-        else:
-            work()
+            return self.engine.trt.capturable
+        self.ready = self.state
+        work()
         return True
 
     def _work(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]):
-        session = self.engine.session
+        session, state = self.engine.session, self.state
 
         def run() -> None:
+            assert self.state == state, "a CUDA graph of other shapes or addresses was launched"
             feeds = {node.name: self._view(addresses[node.name], shapes[node.name], node.name) for node in session.get_inputs()}
             for node, value in zip(session.get_outputs(), session.run(None, feeds), strict=True):
                 view = self._view(addresses[node.name], value.shape, node.name)
@@ -381,9 +397,10 @@ def install(monkeypatch: Any) -> tuple[FakeCuda, FakeTensorRT]:
     trt = FakeTensorRT(cuda)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTensorRTRTX(cuda))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", cuda)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     package = ModuleType("cuda.bindings")
-    package.runtime = cuda  # type: ignore[attr-defined]
+    package.runtime = package.driver = cuda  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     return cuda, trt

@@ -106,6 +106,7 @@ def _certify_language_model(bundle: Bundle[Any], open_session: OpenSession, page
             path = bundle.path / entry.files[0].name
             sessions[name] = stack.enter_context(open_session(path, entry, SessionOptions()))
         transformer = PagedTransformer.of(bundle.config, sessions["transformer"], pages, page_size)
+        stack.callback(transformer.close)
         report: GeneratorReport | UnderstanderReport
         if isinstance(bundle.config, GeneratorConfig):
             report = check_generator(bundle, sessions, transformer, load_codebook(bundle))

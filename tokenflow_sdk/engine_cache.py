@@ -64,8 +64,8 @@ class EngineKey:
     """What an engine depends on; a difference in any of it is another engine.
 
     `graph_sha256` as `graph_digest`; `revision` of what the SDK makes of it; `flavour` tensorrt or tensorrt-rtx and its full
-    `version`; `system` operating system and processor; `target` the GPU architecture (sm86); `precision` with its pinned nodes;
-    `profile` shapes, canonical.
+    `version`; `system` operating system and processor; `target` the GPU architecture (sm86); `gpu` its model, where engines are
+    for that alone, else empty; `precision` with its pinned nodes; `profile` shapes, canonical.
     """
 
     graph: str
@@ -76,6 +76,7 @@ class EngineKey:
     target: str
     precision: str
     profile: str
+    gpu: str = ""
     system: str = f"{platform.system()}-{platform.machine()}".lower()
 
     @property

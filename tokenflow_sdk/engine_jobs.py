@@ -126,6 +126,8 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 version=str(trt.__version__),
                 target=target,
                 precision=_precision_key(plan.precision, pins.get(name, ()), ranges),
+                # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
+                gpu=cuda.model if cuda is not None and plan.backend == "tensorrt" else "",
                 profile=hashlib.sha256(f"{sizes} {plan.workspace_gb}".encode()).hexdigest()[:16],
             )
             yield EngineJob(

@@ -51,6 +51,7 @@ class Running(Generic[S]):
     def close(self) -> None:
         for session in self.sessions.values():
             session.close()
+        self.transformer.close()
 
 
 class PagedModel(ABC, Generic[C, S]):

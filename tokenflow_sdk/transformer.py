@@ -62,6 +62,11 @@ class PagedTransformer:
         pages = slots // config.layers if slots else pages
         return cls(session, config.layers, config.kv_heads, config.head_dim, pages, page_size)
 
+    def close(self) -> None:
+        """Free the pages. The session stays open."""
+        for pages in (self._k, self._v):
+            pages.close()
+
     @property
     def page_bytes(self) -> int:
         """Memory of one page, keys and values of all layers."""

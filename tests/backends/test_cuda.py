@@ -77,6 +77,21 @@ def test_pages_are_host_pages(gpu: FakeCuda, data: st.DataObject) -> None:
         np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))
 
 
+def test_closed_pages_are_given_back_whoever_holds_them(gpu: FakeCuda) -> None:
+    pages = CudaPages(Cuda(), (2, 3, 4, 1, 2), np.dtype(np.float32))
+    pages.put(on_device(Cuda(), np.ones((2, 1, 1, 1, 2), np.float32)), 0, np.array([1]), np.array([0]))
+    gc.collect()
+    # What a copy under way reads is held until it has been waited for.
+    assert len(gpu.device_memory) == 2
+    assert np.asarray(pages.slots).sum() == 4
+    gc.collect()
+    assert len(gpu.device_memory) == 1
+    for _ in range(2):
+        pages.close()
+    gc.collect()
+    assert (gpu.device_memory, gpu.streams) == ({}, set())
+
+
 def test_machines_without_a_gpu_say_what_is_missing(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no GPU 3 here, only 1.*cuda:0"):
         Cuda(3)
@@ -109,8 +124,12 @@ def test_a_failing_call_is_named(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_another_gpu_of_the_application_stays_its_own(gpu: FakeCuda) -> None:
-    """Whatever is done on GPU 1, the calling thread's GPU is the one it was."""
+    """Whatever is done on GPU 1, the calling thread's GPU is the one it was. One that nobody used stays unused."""
     gpu.gpus, used = 2, []
+    with Cuda(1).active():
+        pass
+    assert (gpu.current, gpu.contexts) == (1, {1})
+    gpu.cudaSetDevice(0)
     cuda = Cuda(1)
     for name in ("cudaMalloc", "cudaFree", "cudaMemcpy2DAsync", "cudaStreamCreateWithFlags", "cudaMemcpy"):
         plain = getattr(gpu, name)

@@ -84,6 +84,10 @@ class Pages(ABC):
     def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         """Token i of `new` [layers, B, Q, kv_heads, head_dim], row `row`, to place `offsets[i]` of page `pages[i]`."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free the memory; nothing else works afterwards. Closing twice is fine."""
+
 
 class HostPages(Pages):
     """Pages in NumPy."""
@@ -101,6 +105,9 @@ class HostPages(Pages):
 
     def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         self._array[:, pages, offsets] = np.asarray(new)[:, row]
+
+    def close(self) -> None:
+        self._array = np.zeros((0, 0, *self.shape[2:]), self.dtype)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Cuda:
     def __init__(self, device: int = 0) -> None:
         try:
             self.runtime: Any = importlib.import_module("cuda.bindings.runtime")
+            self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise MissingPackageError(
                 f"Using a GPU needs cuda-python, which is not installed ({error}).", "Run `pip install cuda-python`."
@@ -46,16 +47,22 @@ class Cuda:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """This GPU as the calling thread's, and then again the one it had: applications use several."""
+        """This GPU as the calling thread's, and then again the one it had: applications use several.
+
+        One that the process does not use is not put back: that would take hundreds of megabytes of it.
+        """
         before = self.call("cudaGetDevice")
-        if before == self.device:
-            yield
-            return
         self.call("cudaSetDevice", self.device)
         try:
             yield
         finally:
-            self.call("cudaSetDevice", before)
+            if before != self.device and self._in_use(before):
+                self.call("cudaSetDevice", before)
+
+    def _in_use(self, device: int) -> bool:
+        """Whether this process has a context on a GPU."""
+        status, _, active = self._driver.cuDevicePrimaryCtxGetState(device)
+        return int(status) == 0 and bool(active)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the CUDA runtime; what it returns beside its status.
@@ -76,6 +83,12 @@ class Cuda:
         """`sm89`, as engines are built for."""
         properties = self.call("cudaGetDeviceProperties", self.device)
         return f"sm{properties.major}{properties.minor}"
+
+    @property
+    def model(self) -> str:
+        """`NVIDIA L4`."""
+        name = self.call("cudaGetDeviceProperties", self.device).name
+        return (name.split(b"\0")[0].decode(errors="replace") if isinstance(name, bytes) else str(name)).strip()
 
     def copy_from_device(self, array: Array, pointer: int) -> None:
         """Fill a host array; waits for it."""
@@ -262,28 +275,33 @@ class CudaPages(Pages):
         self._cuda = cuda
         with cuda.active():
             self._stream = Stream(cuda)
-            self._buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
-            self._stream.zero(self._buffer.pointer, self._buffer.size)
+            buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
+            self._stream.zero(buffer.pointer, buffer.size)
         layers, pages, self._page_size, heads, dim = shape
         self._token = heads * dim * dtype.itemsize
         self._layer = pages * self._page_size * self._token
+        self._base = buffer.pointer
         self._pending = True
-        self._slots = CudaArray(cuda, self._buffer.pointer, (layers * pages, *shape[2:]), dtype, self._buffer)
+        self._sources: list[Tensor] = []
+        """What copies under way read."""
+        self._slots: CudaArray | None = CudaArray(cuda, buffer.pointer, (layers * pages, *shape[2:]), dtype, buffer)
 
     @property
     def slots(self) -> Tensor:
         """Waits for copies that are under way."""
+        assert self._slots is not None
         if self._pending:
             with self._cuda.active():
                 self._stream.synchronize()
             self._pending = False
+            self._sources.clear()
         return self._slots
 
     def copy(self, source: int, target: int) -> None:
         page = self._page_size * self._token
-        base = self._buffer.pointer
+        places = self._base + target * page, self._base + source * page
         with self._cuda.active():
-            self._stream.copy_rows(base + target * page, self._layer, base + source * page, self._layer, page, self.shape[0])
+            self._stream.copy_rows(places[0], self._layer, places[1], self._layer, page, self.shape[0])
         self._pending = True
 
     def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
@@ -292,14 +310,23 @@ class CudaPages(Pages):
         with self._cuda.active():
             for first, place, length in _runs(pages * self._page_size + offsets):
                 self._stream.copy_rows(
-                    self._buffer.pointer + place * self._token,
+                    self._base + place * self._token,
                     self._layer,
                     new.pointer + (row * count + first) * self._token,
                     batch * count * self._token,
                     length * self._token,
                     self.shape[0],
                 )
+        self._sources.append(new)
         self._pending = True
+
+    def close(self) -> None:
+        if self._slots is not None:
+            with suppress(BackendError), self._cuda.active():
+                self._stream.synchronize()
+            self._stream.close()
+            self._sources.clear()
+            self._slots = None
 
 
 def _runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,10 @@ class OnnxRuntimeSession(Session):
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name in outputs:
             binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        # onnxruntime makes its GPU the thread's, and leaves it so.
+        with nullcontext() if self._cuda is None else self._cuda.active():
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         return binding
 
     def close(self) -> None:

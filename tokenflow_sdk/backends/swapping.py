@@ -57,13 +57,18 @@ class SwappingSession(Session):
         finally:
             with self._lock:
                 self._calls[session] -= 1
-                last = not self._calls[session] and self._calls.pop(session) == 0 and session is not self._current
+                left = not self._calls[session] and self._calls.pop(session) == 0
+                last = left and (self._closed or session is not self._current)
             if last:
                 session.close()
 
     def close(self) -> None:
-        self._closed = True
-        self._current.close()
+        """The engine is closed now, or after the last call under way."""
+        with self._lock:
+            self._closed = True
+            idle = not self._calls.get(self._current)
+        if idle:
+            self._current.close()
 
 
 class EngineSwap:

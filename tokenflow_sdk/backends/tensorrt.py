@@ -40,7 +40,7 @@ class TensorRTSession(Session):
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
         lanes: calls of a profile that may run at once; each has its own working memory.
-        cuda_graphs: replay calls with shapes seen before as one launch. Saves launch time where a call is short.
+        cuda_graphs: launch a call as one where it is like the one before it. Saves launch time where a call is short.
         kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
 
     Raises:
@@ -68,7 +68,10 @@ class TensorRTSession(Session):
                 [_typed(trt, self._engine, spec) for spec in entry.outputs],
             )
             self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
-            self._lanes = [self._make_lane(profile) for profile in self._profiles for _ in range(lanes)]
+            self._lanes = lanes
+            for profile in self._profiles:
+                for _ in range(lanes):
+                    profile.idle.put(self._make_lane(profile))
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
@@ -84,7 +87,8 @@ class TensorRTSession(Session):
         return engine
 
     def _make_lane(self, profile: _Profile) -> Lane:
-        context = _make_context(self._trt, self._engine, self._graphs, self._kernels)
+        settings = _settings(self._trt, self._engine, self._graphs, self._kernels, self.inputs)
+        context = self._engine.create_execution_context(*([] if settings is None else [settings]))
         if context is None:
             size = self._engine.device_memory_size_v2
             raise BackendError(
@@ -93,13 +97,12 @@ class TensorRTSession(Session):
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
         try:
-            lane = Lane(self._cuda, context, self.inputs, self.outputs, replay, profile.number)
+            keeps = (settings, self._kernels, self._engine)
+            return Lane(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
         except Refused:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
             ) from None
-        profile.idle.put(lane)
-        return lane
 
     @property
     def device(self) -> str:
@@ -120,6 +123,9 @@ class TensorRTSession(Session):
     def _on_lane(self, feeds: Mapping[str, Tensor], run: Callable[[Lane], Sequence[T]]) -> Sequence[T]:
         idle = self._fitting(feeds).idle
         lane = idle.get()
+        if lane is None:
+            idle.put(None)
+            raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
             with self._cuda.active(), self._log.listen() as heard:
                 return run(lane)
@@ -155,22 +161,27 @@ class TensorRTSession(Session):
         )
 
     def close(self) -> None:
+        """Waits for calls under way; later ones are refused. Closing twice is fine."""
+        lanes, self._lanes = self._lanes, 0
         with self._cuda.active():
-            if self._kernels is not None and self._lanes:
+            idle = [profile.idle.get() for profile in self._profiles for _ in range(lanes)]
+            if self._kernels is not None:
                 self._kernels.save()
-            for lane in self._lanes:
-                lane.close()
-            self._lanes, self._profiles, self._kernels = [], [], None
-            self._engine = self._runtime = None
+            for lane in idle:
+                if lane is not None:
+                    lane.close()
+            self._kernels = self._engine = self._runtime = None
+        for profile in self._profiles if lanes else ():
+            profile.idle.put(None)
 
 
 class _Profile:
-    """One of an engine's optimization profiles, and its lanes that are not busy. `sizes`: least and largest of each dimension
-    that varies."""
+    """One of an engine's optimization profiles. `idle`: its lanes that are not busy; None in it: closed. `sizes`: least and
+    largest of each dimension that varies."""
 
     def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
         self.number = number
-        self.idle: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Lane | None] = queue.LifoQueue()
         self.sizes: dict[str, tuple[int, int]] = {}
         for spec in inputs:
             least, _, most = engine.get_tensor_profile_shape(spec.name, number)
@@ -210,17 +221,21 @@ class _Kernels:
                 write_atomic(self._path, data)
 
 
-def _make_context(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None) -> Any:
-    """An execution context, or None where memory is short. TensorRT-RTX replays graphs by itself when told to."""
-    replays = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
-    if not replays and kernels is None:
-        return engine.create_execution_context()
+def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None, inputs: Sequence[TensorSpec]) -> Any:
+    """What TensorRT-RTX makes execution contexts with; None for full TensorRT, which has no such settings."""
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return None
     settings = engine.create_runtime_config()
-    if replays:
+    # Its default changes kernels behind running calls: results would differ from those that were certified, and from one call
+    # to the next. Batches are few, so each gets its own kernels; the sizes of language models' steps are not.
+    strategies = trt.DynamicShapesKernelSpecializationStrategy
+    varying = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if varying == {"batch"} else strategies.NONE
+    if cuda_graphs:
         settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     if kernels is not None:
         kernels.attach(settings)
-    return engine.create_execution_context(settings)
+    return settings
 
 
 def _typed(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:

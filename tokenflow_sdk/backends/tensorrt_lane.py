@@ -1,9 +1,10 @@
-"""A lane of a TensorRT session: an execution context with a stream, memory of its own, and perhaps CUDA graphs."""
+"""A lane of a TensorRT session: an execution context with a stream, memory of its own, and perhaps a CUDA graph."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,12 @@ import numpy as np
 from tokenflow_sdk.backends.base import Array, Tensor
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, DeviceBuffer, PinnedBuffer, Stream
 from tokenflow_sdk.config import TensorSpec
+from tokenflow_sdk.errors import BackendError
 
 __all__ = ["Lane", "Refused"]
 
 _ALIGNMENT = 256
 """Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
-_CAPTURED = 16
-"""CUDA graphs that a lane keeps, one for each set of shapes and addresses."""
 
 
 class Refused(Exception):  # noqa: N818 - never reaches a user
@@ -26,6 +26,14 @@ class Refused(Exception):  # noqa: N818 - never reaches a user
 
 class Lane:
     """A context, its stream and its memory, for calls of one of the engine's profiles. Used by one call at a time.
+
+    Args:
+        cuda: the GPU.
+        context: TensorRT's.
+        inputs, outputs: of the engine.
+        replay: as `Replay`.
+        profile: number of the profile.
+        keeps: what the context needs, and must not outlive.
 
     Raises:
         Refused: TensorRT refuses the profile.
@@ -39,6 +47,7 @@ class Lane:
         outputs: Sequence[TensorSpec],
         replay: bool,
         profile: int = 0,
+        keeps: object = None,
     ) -> None:
         self._cuda, self._context, self._inputs, self._outputs = cuda, context, inputs, outputs
         self._stream = Stream(cuda)
@@ -47,6 +56,8 @@ class Lane:
         self._addresses: dict[str, int] = {}
         self._bound: dict[str, tuple[int, ...]] = {}
         self._replay = Replay(cuda, self._stream) if replay else None
+        # After the context, as attributes are dropped in this order.
+        self._keeps = keeps
         # The first one is chosen by itself.
         if profile:
             if not context.set_optimization_profile_async(profile, self._stream.handle):
@@ -87,7 +98,7 @@ class Lane:
         self._stream.synchronize()
         if self._replay is not None:
             self._replay.clear()
-        self._context = None
+        self._context = self._keeps = None
         self._device.clear()
         self._host.clear()
         self._stream.close()
@@ -120,13 +131,15 @@ class Lane:
 
     def _room(self, name: str, size: int) -> DeviceBuffer:
         """The tensor's device memory, at least `size` bytes; never shrinks."""
-        if name not in self._device or self._device[name].size < size:
-            self._device[name] = DeviceBuffer(self._cuda, size)
+        old = self._device.get(name)
+        if old is None or old.size < size:
+            self._device[name] = DeviceBuffer(self._cuda, _grown(old, size))
         return self._device[name]
 
     def _staging(self, name: str, size: int) -> PinnedBuffer:
-        if name not in self._host or self._host[name].size < size:
-            self._host[name] = PinnedBuffer(self._cuda, size)
+        old = self._host.get(name)
+        if old is None or old.size < size:
+            self._host[name] = PinnedBuffer(self._cuda, _grown(old, size))
         return self._host[name]
 
     def _execute(self) -> None:
@@ -142,44 +155,66 @@ class Lane:
 
 
 class Replay:
-    """CUDA graphs of a lane: a call seen for the second time is captured, and launched as one from then on.
+    """The CUDA graph of a lane: a call like the one before it is captured, and launched as one from then on.
 
-    The first time is left alone because TensorRT may still allocate and choose then.
+    A graph holds for its context as it was when captured, so a call of other shapes or addresses ends it. The first call after
+    such a change is left alone, because TensorRT allocates and chooses then. Source: TensorRT's guide on CUDA graphs.
     """
 
     def __init__(self, cuda: Cuda, stream: Stream) -> None:
         self._cuda, self._stream = cuda, stream
-        self._seen: OrderedDict[Any, Any] = OrderedDict()
+        self._key: Any = None
+        self._graph: Any = None
+        self._refused = False
+        """Capturing failed; everything is enqueued from then on."""
 
-    def run(self, key: Any, enqueue: Any) -> None:
-        if key not in self._seen:
+    def run(self, key: object, enqueue: Callable[[], None]) -> None:
+        """Enqueue, or launch what doing so recorded.
+
+        Args:
+            key: of the shapes and addresses of the call.
+            enqueue: gives the call to the stream.
+        """
+        if key != self._key:
+            self.clear()
+            self._key = key
             enqueue()
-            self._seen[key] = None
-            if len(self._seen) > _CAPTURED:
-                self._destroy(self._seen.popitem(last=False)[1])
             return
-        self._seen.move_to_end(key)
-        if self._seen[key] is None:
-            self._seen[key] = self._capture(enqueue)
-        self._stream.launch(self._seen[key])
-
-    def _capture(self, enqueue: Any) -> Any:
-        self._stream.begin_capture()
-        try:
+        if self._graph is None and not self._refused:
+            self._graph = self._capture(enqueue)
+        if self._graph is None:
             enqueue()
+        else:
+            self._stream.launch(self._graph)
+
+    def _capture(self, enqueue: Callable[[], None]) -> Any:
+        """What `enqueue` does as a CUDA graph; None where that cannot be recorded."""
+        recorded = None
+        try:
+            self._stream.begin_capture()
+            try:
+                enqueue()
+            finally:
+                recorded = self._stream.end_capture()
+            return self._cuda.call("cudaGraphInstantiate", recorded, 0)
+        except (Refused, BackendError) as error:
+            self._refused = True
+            logging.getLogger("tokenflow_sdk").warning("Going on without CUDA graphs: %s", error or "TensorRT refuses")
+            return None
         finally:
-            graph = self._stream.end_capture()
-        executable = self._cuda.call("cudaGraphInstantiate", graph, 0)
-        self._cuda.call("cudaGraphDestroy", graph)
-        return executable
+            if recorded is not None:
+                with suppress(BackendError):
+                    self._cuda.call("cudaGraphDestroy", recorded)
 
     def clear(self) -> None:
-        while self._seen:
-            self._destroy(self._seen.popitem()[1])
+        graph, self._graph, self._key = self._graph, None, None
+        if graph is not None:
+            self._cuda.call("cudaGraphExecDestroy", graph)
 
-    def _destroy(self, executable: Any) -> None:
-        if executable is not None:
-            self._cuda.call("cudaGraphExecDestroy", executable)
+
+def _grown(old: DeviceBuffer | PinnedBuffer | None, size: int) -> int:
+    """Bytes of a buffer for `size`: the first exactly, a larger one with room, so that what grows by a little fits a while."""
+    return size if old is None else size + size // 4
 
 
 def _bytes(shape: tuple[int, ...], spec: TensorSpec) -> int:
