@@ -32,7 +32,7 @@ __all__ = [
     "engine_graph",
 ]
 
-REVISION = "1"
+REVISION = "2"
 """Of everything here and in the passes that decides what an engine of a given graph is: a new one makes all engines stale."""
 
 Range = tuple[int, int, int]

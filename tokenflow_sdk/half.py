@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from tokenflow_sdk.onnx_graph import import_onnx_ir
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _FOLLOWING = re.compile(
 """Computed in half where everything they read is half already, so that no norm or softmax is rounded on its way."""
 _WEIGHTS = "DequantizeLinear"
 """Makes the weights of a product from int4. In half itself: engines fuse it with the product where nothing is between."""
+_LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.3895313892515355e38}
+"""Finite numbers of each type."""
 _EXACT_AFTER = ("latent", "logits")
 """Tensors whose consumers decide codes."""
 
@@ -138,15 +142,44 @@ class _Rewriter:
     def settle_outputs(self) -> None:
         """Give graph outputs the types they had: float32, except new keys and values, which go where the pages are."""
         for index, value in enumerate(list(self.graph.outputs)):
-            wanted = self.half if value.name in ("new_k", "new_v") else self.full
+            paged = value.name in ("new_k", "new_v")
+            wanted = self.half if paged else self.full
             if value.dtype in (self.half, self.full) and value.dtype != wanted:
-                name = value.name
-                value.name = f"{name}_half"
-                cast = self.ir.node("Cast", [value], {"to": wanted}, name=f"{name}_cast")
-                self.graph.append(cast)
-                result = cast.outputs[0]
-                result.name, result.shape, result.type = name, value.shape, self.ir.TensorType(wanted)
-                self.graph.outputs[index] = result
+                self._append_output(index, "Cast", [value], {"to": wanted})
+            if paged:
+                self._keep_finite(index)
+
+    def _keep_finite(self, index: int) -> None:
+        """Numbers beyond the type's become its largest, and NaN becomes 0. Others may be given the page afterwards, and what
+        they do not see is multiplied by 0, which is 0 for finite numbers only."""
+        value = self.graph.outputs[index]
+        most = _LARGEST[self.half.name]
+        numbers = {"zero": 0.0, "least": -most, "largest": most}
+        zero, least, largest = (self._constant(f"{value.name}_{name}", number) for name, number in numbers.items())
+        missing = self.ir.node("IsNaN", [value], name=f"{value.name}_is_nan")
+        self.graph.append(missing)
+        missing.outputs[0].name, missing.outputs[0].shape = f"{value.name}_nan", value.shape
+        missing.outputs[0].type = self.ir.TensorType(self.ir.DataType.BOOL)
+        self._append_output(index, "Where", [missing.outputs[0], zero, value], {})
+        self._append_output(index, "Clip", [self.graph.outputs[index], least, largest], {})
+
+    def _constant(self, name: str, number: float) -> ir.Value:
+        tensor = self.ir.tensor(np.asarray(number, self.half.numpy()), name=name)
+        value: ir.Value = self.ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=self.ir.TensorType(self.half))
+        self.graph.register_initializer(value)
+        return value
+
+    def _append_output(self, index: int, operator: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> None:
+        """Let an output of the graph be what a node makes of it, under its name."""
+        old = self.graph.outputs[index]
+        name = old.name
+        old.name = f"{name}_before_{operator.lower()}"
+        node = self.ir.node(operator, inputs, attributes, name=f"{name}_{operator.lower()}")
+        self.graph.append(node)
+        result = node.outputs[0]
+        result.name, result.shape = name, old.shape
+        result.type = self.ir.TensorType(attributes["to"]) if operator == "Cast" else old.type
+        self.graph.outputs[index] = result
 
     def _cast(self, value: ir.Value, wanted: Any) -> ir.Value:
         key = (str(value.name), wanted)
