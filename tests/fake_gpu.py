@@ -47,7 +47,7 @@ class FakeCuda(ModuleType):
         self.model = b"NVIDIA Fake 4090\0"
         self.current = 0
         """The calling thread's GPU; the machine has one thread."""
-        self.contexts: set[int] = set()
+        self.contexts = {0}
         """GPUs that the process uses."""
         self.device_memory: dict[int, Any] = {}
         self.host_memory: dict[int, Any] = {}

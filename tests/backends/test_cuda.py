@@ -126,6 +126,7 @@ def test_a_failing_call_is_named(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch)
 def test_another_gpu_of_the_application_stays_its_own(gpu: FakeCuda) -> None:
     """Whatever is done on GPU 1, the calling thread's GPU is the one it was. One that nobody used stays unused."""
     gpu.gpus, used = 2, []
+    gpu.contexts.clear()
     with Cuda(1).active():
         pass
     assert (gpu.current, gpu.contexts) == (1, {1})
