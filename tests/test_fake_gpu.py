@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,3 +24,14 @@ def test_the_suite_for_gpus_runs(words: str) -> None:
     assert set(re.findall(r"SKIPPED.*: (.*)", done.stdout)) <= {
         "this onnxruntime has no CUDA provider; install onnxruntime-gpu"
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_gpu_that_is_missing_is_a_failure_where_it_is_needed(needed: bool) -> None:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TOKENFLOW_NEED_GPU": "1" if needed else ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "memory_that_is_not_there", "tests/test_on_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == int(needed), done.stdout[-3000:]
+    # With what mends it.
+    assert re.search(r"no usable GPU here.*device='cpu'|pip install cuda-bindings", done.stdout)

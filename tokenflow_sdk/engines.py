@@ -39,7 +39,7 @@ class Engines:
         cuda_graphs: see `TensorRTSession`.
 
     Raises:
-        MissingPackageError: TensorRT or cuda-python is not installed.
+        MissingPackageError: TensorRT or cuda-bindings is not installed.
         BackendError: there is no usable GPU.
         EngineBuildError: the plan's decoder cannot be built, see `engine_jobs`.
     """

@@ -22,7 +22,7 @@ from tokenflow_sdk.errors import ArgumentError, BackendError
 
 __all__ = ["Device", "Gpu", "open_device", "product_rate", "versions"]
 
-_PACKAGES = ("tokenflow-sdk", "torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-python", "numpy")
+_PACKAGES = ("tokenflow-sdk", "torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy")
 _PRODUCTS = 10
 """In one timed stretch, so that starting and waiting do not show."""
 

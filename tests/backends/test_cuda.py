@@ -98,13 +98,13 @@ def test_machines_without_a_gpu_say_what_is_missing(gpu: FakeCuda, monkeypatch: 
     gpu.status = Status(35)
     with pytest.raises(BackendError, match="no usable GPU here.*InsufficientDriver.*update the NVIDIA driver"):
         Cuda()
-    with pytest.raises(BackendError, match="cuda-python<13"):
+    with pytest.raises(BackendError, match="580 or newer.*cuda-bindings<13"):
         Cuda()
     gpu.status = Status(100)
     with pytest.raises(BackendError, match="cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES hides none"):
         Cuda()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(MissingPackageError, match="pip install cuda-python"):
+    with pytest.raises(MissingPackageError, match="pip install cuda-bindings"):
         Cuda()
 
 
@@ -197,7 +197,7 @@ CALLS = {
 
 def test_every_call_is_one_that_the_real_bindings_take() -> None:
     """They check names and types before they find that there is no driver."""
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     if int(runtime.cudaGetDeviceCount()[0]) == 0:
         pytest.skip(
             "there is a GPU here, on which made-up addresses would be used; tests/test_on_gpu.py calls them with real ones"

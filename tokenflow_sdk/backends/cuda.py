@@ -1,4 +1,4 @@
-"""GPU memory through cuda-python: buffers, copies, streams, and key/value pages. No PyTorch, no kernels of our own."""
+"""GPU memory through cuda-bindings: buffers, copies, streams, and key/value pages. No PyTorch, no kernels of our own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cuda:
         device: its number.
 
     Raises:
-        MissingPackageError: cuda-python is not installed.
+        MissingPackageError: cuda-bindings is not installed.
         BackendError: there is no such GPU, or its driver is missing or too old.
     """
 
@@ -36,7 +36,7 @@ class Cuda:
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise MissingPackageError(
-                f"Using a GPU needs cuda-python, which is not installed ({error}).", "Run `pip install cuda-python`."
+                f"Using a GPU needs cuda-bindings, which is not installed ({error}).", "Run `pip install cuda-bindings`."
             ) from None
         self.device = device
         status, count = self.runtime.cudaGetDeviceCount()
@@ -104,8 +104,8 @@ class Cuda:
 
 _DRIVER = "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU), or use device='cpu'."
 _USABLE = {
-    "cudaErrorInsufficientDriver": "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU). cuda-python 13 needs "
-    "one for CUDA 13; `pip install 'cuda-python<13'` serves older ones. Or use device='cpu'.",
+    "cudaErrorInsufficientDriver": "Install or update the NVIDIA driver (`nvidia-smi` must list the GPU). cuda-bindings 13 "
+    "needs 580 or newer (CUDA 13); `pip install 'cuda-bindings<13'` serves older ones. Or use device='cpu'.",
     "cudaErrorNoDevice": "See whether `nvidia-smi` lists the GPU and CUDA_VISIBLE_DEVICES hides none, or use device='cpu'.",
 }
 """What mends each reason for which no GPU can be used."""

@@ -211,7 +211,7 @@ def _warn_of_cpu(wanted: list[Provider]) -> None:
 
 
 def _memory_of(index: int) -> Cuda | None:
-    """The GPU's memory, where cuda-python is there to reach it; without it, pages cross at every step."""
+    """The GPU's memory, where cuda-bindings is there to reach it; without it, pages cross at every step."""
     try:
         return Cuda(index)
     except MissingPackageError:
