@@ -10,10 +10,11 @@
 Checkpoints and bundles that are not there are made, with random weights: time does not depend on their values. The first run
 takes long: exporting, building TensorRT engines (kept in the user's cache) and torch.compile take minutes each.
 
-Results come first. Each side encodes and decodes crops of a photo, and is compared with onnxruntime on the CPU; where
-tokenflow-sdk misses a bar of its precision, the run stops with status 1, and nothing is written. A side that is not installed,
-or fails, is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md,
-for other variants than clipb_256 with their names in that of the file.
+Results come first. Each side encodes and decodes crops of a photo, in every size of batch, and is compared with onnxruntime
+on the CPU; where it misses a bar of its precision, its row says so and it is not timed. A side that is not installed, or fails,
+is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md, for other
+variants than clipb_256 with their names in that of the file. What can be measured is written always; where results are wrong or
+a part failed, the status is 1.
 
 Do not use the GPU for anything else meanwhile: time and memory would show it.
 """
@@ -32,24 +33,23 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 
 from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, VARIANT, GeneratorSizes, Request
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError, ParityError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 wrong results, 2 the user can mend it, 130 interrupted."""
+    """Exit status: 0 done, 1 wrong results or not everything measured, 2 nothing can be measured, 130 interrupted."""
     console = Console(stderr=True, highlight=False)
     try:
-        _run(_parser().parse_args(argv), sys.argv[1:] if argv is None else argv)
-    except ParityError as error:
-        console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
-        return 1
+        problems = _run(_parser().parse_args(argv), sys.argv[1:] if argv is None else argv)
     except TokenFlowError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted; nothing was written", style="yellow")
         return 130
-    return 0
+    for sentence in problems:
+        console.print(f"error: {sentence}", style="bold red", soft_wrap=True, markup=False)
+    return 1 if problems else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     what.add_argument("--rounds", type=int, default=50, help="most timed calls of a side (default: %(default)s)")
     what.add_argument("--seconds", type=float, default=30, help="of one comparison, from when on five calls do (default: 30)")
-    what.add_argument("--matmul", type=int, default=8192, help="rows of the product that is the roofline (default: 8192)")
+    what.add_argument(
+        "--matmul", type=int, default=8192, help="rows of the matrices that show the device's peaks (default: 8192)"
+    )
     what.add_argument("--threads", type=int, help="of whatever runs on the CPU (default: every core)")
     what.add_argument("--out", type=Path, help="OUT.json and OUT.md (default: benchmarks/results/gpu_CARD; on a CPU: none)")
     tokenizer = parser.add_argument_group("tokenizers")
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, words: list[str]) -> None:
+def _run(arguments: argparse.Namespace, words: list[str]) -> list[str]:
     request = _request(arguments, shlex.join(["python", "benchmarks/on_gpu.py", *words]))
     try:
         from benchmarks.gpu.run import run
@@ -92,7 +94,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> None:
             f"This benchmark needs a package that is not installed ({error}).",
             "Run `make bench-gpu`, which installs everything into .venv-gpu.",
         ) from error
-    run(request)
+    return run(request)
 
 
 def _request(arguments: argparse.Namespace, command: str) -> Request:

@@ -32,6 +32,7 @@ __all__ = [
     "Reference",
     "check_parity",
     "forced_agreement",
+    "judge_codes",
     "mean_cosine",
     "scale_cells",
 ]
@@ -205,10 +206,11 @@ def _flips(
     return flips
 
 
-def _judge_codes(
+def judge_codes(
     picture: int, reference: Reference, config: TokenizerConfig, codes: NDArray[np.int32], latent: Float32
 ) -> list[Flip]:
-    """Flips of the latent, teacher-forced, and of the engine's own search in the first scale that leaves the reference."""
+    """Flips of an engine's latent [40, g, g], teacher-forced, and of its own codes [L] in the first scale that leaves the
+    reference, for a picture of the reference."""
     expected = reference.code_indices[picture]
     forced = np.concatenate([nearest for _, nearest in scale_cells(latent, reference.codebook, config, expected)])
     flips = _flips(picture, reference, config, forced.astype(np.int32), [True] * len(config.patch_nums))
@@ -241,7 +243,7 @@ def check_parity(
     for i in range(len(reference.images)):
         image, expected = reference.images[i : i + 1], reference.code_indices[i]
         codes = tokenizer.encode_array(image)[0]
-        flips += _judge_codes(i, reference, config, codes, tokenizer.latent(image)[0])
+        flips += judge_codes(i, reference, config, codes, tokenizer.latent(image)[0])
         equal.append(float((codes == expected).mean()))
         stored = tokenizer.codes(expected)
         features = tokenizer.features(stored).T.reshape(reference.features[i].shape)

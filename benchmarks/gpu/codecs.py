@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.request import DTYPES, TITLES, TORCH, Dtype
+from benchmarks.gpu.timing import console, say_why
 from export.checkpoints import load_model, read_state_dict, recognise
 from export.models import TokenFlowTokenizer
 from export.models.tokenizer import to_pixels, to_unit_range
@@ -21,9 +24,34 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
 from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.errors import TokenFlowError
 from tokenflow_sdk.tensorrt_module import FLAVOURS
 
-__all__ = ["Codec", "Side", "TorchCodec", "engine_plan", "load_eager", "sdk_sides", "torch_sides"]
+__all__ = [
+    "Codec",
+    "Side",
+    "TorchCodec",
+    "engine_plan",
+    "half_copy",
+    "lacks_memory",
+    "load_eager",
+    "sdk_sides",
+    "torch_sides",
+    "with_largest",
+]
+
+T = TypeVar("T")
+
+_ROUNDED_PARTS = (
+    *("scaling_layer", "encoder_vqkd", "encode_task_layer", "encoder", "quant_conv"),
+    *("post_quant_conv", "decoder"),
+)
+"""Of a model, what runs in float16 where anything does."""
+_NO_MEMORY = re.compile(
+    r"out of (device )?memory|has no [\d,]+ MB left|(fail|unable)\w* to allocate|OutOfMemory|MemoryAllocation|ALLOC_FAILED|"
+    "bad_alloc",
+    re.IGNORECASE,
+)
 
 
 class Codec(Protocol):
@@ -39,10 +67,10 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do it, by its name in `TITLES`; `open` gives what does it."""
+    """One way to do it, by its name in `TITLES`; `open` gives what does it, for batches of up to so many pictures."""
 
     key: str
-    open: Callable[[], Codec]
+    open: Callable[[int], Codec]
 
     @property
     def title(self) -> str:
@@ -67,38 +95,37 @@ class Side:
 class TorchCodec:
     """`export.models`, with pictures as u8 and codes as int32 crossing to the device and back, as in an engine.
 
-    In half precision the encoders and the decoder run under autocast; the codebook search and the last step to pixels stay
-    float32, as they do in engines.
-
     Args:
-        model: on the device already; several may share one.
+        model: on the device already; several may share one. Of one from `half_copy` encoders and decoder run in float16; the
+            codebook search and the last step to pixels stay float32, as they do in engines.
         config: of the bundle it is compared with.
         device: where.
-        half: autocast to float16.
         compiled: through torch.compile, which must take each function whole, for every batch by itself.
     """
 
-    def __init__(
-        self, model: TokenFlowTokenizer, config: TokenizerConfig, device: Device, half: bool = False, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: TokenFlowTokenizer, config: TokenizerConfig, device: Device, compiled: bool = False) -> None:
         self.config = config
-        self._model, self._device, self._half = model, device, half
+        self._model, self._device = model, device
+        self._half = model.quant_conv.weight.dtype == torch.float16
         wrap = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else (lambda function: function)
         self._encode, self._decode = wrap(self.encode_there), wrap(self.decode_there)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of what encodes and decodes."""
+        modules = [getattr(self._model, name) for name in (*_ROUNDED_PARTS, "quantize")]
+        return sum(weight.nbytes for module in modules for weight in module.state_dict().values())
+
     def encode_there(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u8 [B, H, W, 3] -> code indices int32 [B, L] and latent float32 [B, 40, g, g], on the device."""
-        with self._autocast():
-            latent = self._model.latent(to_unit_range(images))
-        latent = latent.float()
+        latent = self._model.latent(self._rounded(to_unit_range(images))).float()
         return self._model.quantize.encode(latent)[0].to(torch.int32), latent
 
     def decode_there(self, code_indices: torch.Tensor) -> torch.Tensor:
         """Code indices int32 [B, L] -> u8 [B, H, W, 3], on the device."""
         model = self._model
         pixel = model.quantize.decode(code_indices)[:, model.config.semantic_dim :]
-        with self._autocast():
-            picture = model.decoder(model.post_quant_conv(pixel))
+        picture = model.decoder(model.post_quant_conv(self._rounded(pixel)))
         return to_pixels(model._resized(picture.float(), model.config.image_size))
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -120,8 +147,8 @@ class TorchCodec:
     def _sent(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device.torch)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.torch.type, torch.float16, enabled=self._half)
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float16, memory_format=torch.channels_last) if self._half else x
 
 
 def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowTokenizer:
@@ -135,35 +162,69 @@ def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowToken
     return load_model(state, config).to(device.torch)
 
 
-def torch_sides(model: TokenFlowTokenizer, config: TokenizerConfig, device: Device) -> list[Side]:
-    """PyTorch's. Each codec is made once, because it compiles once."""
+def half_copy(model: TokenFlowTokenizer) -> TokenFlowTokenizer:
+    """Encoders and decoder in float16, convolutions with channels last, which is what tensor cores read. The rest is shared."""
+    shared = {id(module): module for module in (model.quantize, model.decoder_vqkd, model.decode_task_layer)}
+    copied = deepcopy(model, shared)
+    for name in _ROUNDED_PARTS:
+        getattr(copied, name).to(torch.float16, memory_format=torch.channels_last)
+    return copied
+
+
+def torch_sides(load: Callable[[], TokenFlowTokenizer], config: TokenizerConfig, device: Device) -> list[Side]:
+    """PyTorch's, of a model that is loaded when the first is opened. Each codec is made once, because it compiles once."""
+    exact = cache(load)
+    half = cache(lambda: half_copy(exact()))
     made = {
-        "torch": TorchCodec(model, config, device),
-        "torch-fp16": TorchCodec(model, config, device, half=True),
-        "compile": TorchCodec(model, config, device, half=True, compiled=True),
+        "torch": cache(lambda: TorchCodec(exact(), config, device)),
+        "torch-fp16": cache(lambda: TorchCodec(half(), config, device)),
+        "compile": cache(lambda: TorchCodec(half(), config, device, compiled=True)),
     }
     return [Side(key, partial(_same, codec)) for key, codec in made.items()]
 
 
-def _same(codec: TorchCodec) -> TorchCodec:
-    return codec
+def _same(codec: Callable[[], TorchCodec], _: int) -> TorchCodec:
+    return codec()
 
 
 def sdk_sides(bundle: Bundle[TokenizerConfig], device: Device, batches: Sequence[int], threads: int | None) -> list[Side]:
-    """tokenflow-sdk's. Engines are built where the cache has none, for these batches."""
+    """tokenflow-sdk's. Engines are built where the cache has none, for those of these batches that are not too large."""
 
-    def onnxruntime() -> Tokenizer:
+    def onnxruntime(largest: int) -> Tokenizer:
         # On a CPU one picture at a time is the fastest.
-        limit = max(batches) if device.on_gpu else 1
+        limit = largest if device.on_gpu else 1
         return Tokenizer.from_pretrained(
             bundle.path, device=device.sdk, threads=threads, batch_limit=limit, backend="onnxruntime"
         )
 
-    def engines(flavour: str) -> Tokenizer:
-        plan, limit = engine_plan(flavour, batches), max(batches)
-        return Tokenizer.from_pretrained(bundle.path, device=device.sdk, backend=flavour, plan=plan, batch_limit=limit)
+    def engines(flavour: str, largest: int) -> Tokenizer:
+        plan = engine_plan(flavour, [batch for batch in batches if batch <= largest])
+        return Tokenizer.from_pretrained(bundle.path, device=device.sdk, backend=flavour, plan=plan, batch_limit=largest)
 
     return [Side("onnxruntime", onnxruntime), *(Side(flavour, partial(engines, flavour)) for flavour in FLAVOURS)]
+
+
+def with_largest(sizes: Sequence[int], attempt: Callable[[int], T], device: Device) -> T:
+    """What an attempt gives for the largest of ascending sizes; where it lacks memory, for the next smaller one.
+
+    Raises:
+        Exception: what the last attempt raised.
+    """
+    *smaller, largest = sizes
+    try:
+        return attempt(largest)
+    except Exception as error:
+        if not smaller or not lacks_memory(error):
+            raise
+        console.print(f"no memory for {largest} pictures at once; trying {smaller[-1]}: {say_why(error)}", markup=False)
+    device.clear()
+    return with_largest(smaller, attempt, device)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """As far as its words tell."""
+    text = error.message if isinstance(error, TokenFlowError) else str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text) is not None
 
 
 def engine_plan(flavour: str, batches: Sequence[int]) -> EnginePlan:

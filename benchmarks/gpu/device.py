@@ -1,4 +1,5 @@
-"""The device that is measured: what it is, waiting for it, its memory, and what it reaches in a plain matrix product.
+"""The device that is measured: what it is, waiting for it, its memory, and what it reaches in a plain matrix product
+and a plain copy.
 
 It is opened before any session is: the CUDA libraries that come with PyTorch then serve onnxruntime as well.
 """
@@ -11,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -20,10 +22,10 @@ import torch
 from benchmarks.common import machine
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["Device", "Gpu", "open_device", "product_rate", "versions"]
+__all__ = ["Device", "Gpu", "copy_rate", "open_device", "product_rate", "versions"]
 
 _PACKAGES = ("tokenflow-sdk", "torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy")
-_PRODUCTS = 10
+_REPEATS = 10
 """In one timed stretch, so that starting and waiting do not show."""
 
 
@@ -57,6 +59,10 @@ class Device:
 
     def used(self) -> int | None:
         """Bytes of its memory that are taken, by whomever; None where that is not asked for."""
+        return None
+
+    def allocated(self) -> int | None:
+        """Bytes that PyTorch's allocator has given away."""
         return None
 
     def reset_peak(self) -> None:
@@ -124,6 +130,9 @@ class Gpu(Device):
         free, total = torch.cuda.mem_get_info(self.index)
         return total - free
 
+    def allocated(self) -> int | None:
+        return torch.cuda.memory_allocated(self.index)
+
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.index)
 
@@ -146,27 +155,32 @@ def open_device(name: str, threads: int | None = None) -> Device:
     return Device(threads) if name == "cpu" else Gpu(int(found[1] or 0))
 
 
-def product_rate(device: Device, dtype: str, size: int, stretches: int = 5) -> float:
-    """FLOP/s of a product of two square matrices, a multiply-add counting as two: the median of some stretches.
-
-    Args:
-        device: where.
-        dtype: `float32` (without TF32) or `float16`.
-        size: rows of each matrix.
-        stretches: timed ones, of ten products each; one more warms up.
-    """
+def product_rate(device: Device, dtype: str, size: int) -> float:
+    """FLOP/s of a product of two square matrices of `size` rows, a multiply-add counting as two. In `float32` (without TF32) or
+    `float16`, whose products PyTorch adds in float32."""
     a, b = (torch.randn(size, size, device=device.torch).to(getattr(torch, dtype)) for _ in range(2))
-    out, seconds = torch.empty_like(a), []
+    out = torch.empty_like(a)
+    return 2 * size**3 / _seconds(device, lambda: torch.matmul(a, b, out=out))
+
+
+def copy_rate(device: Device, size: int) -> float:
+    """Bytes/s, read and written ones together, of copying a float32 matrix of `size` rows within the device."""
+    a = torch.randn(size, size, device=device.torch)
+    out = torch.empty_like(a)
+    return 2 * a.nbytes / _seconds(device, lambda: out.copy_(a))
+
+
+def _seconds(device: Device, call: Callable[[], object], stretches: int = 5) -> float:
+    """Of one call: the median of some stretches of ten; one more stretch warms up."""
+    seconds = []
     for number in range(stretches + 1):
         device.synchronize()
         began = perf_counter()
-        for _ in range(_PRODUCTS):
-            torch.matmul(a, b, out=out)
+        for _ in range(_REPEATS):
+            call()
         device.synchronize()
         seconds += [perf_counter() - began] if number else []
-    del a, b, out
-    device.release()
-    return 2 * size**3 * _PRODUCTS / median(seconds)
+    return median(seconds) / _REPEATS
 
 
 def versions() -> dict[str, str]:

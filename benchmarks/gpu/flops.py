@@ -1,4 +1,4 @@
-"""Floating-point operations of a bundle's graph, counted node by node; a multiply-add counts as two.
+"""Floating-point operations of a bundle's graph, counted node by node; a multiply-add counts as two. And its weights.
 
 Products and convolutions are counted, as `torch.utils.flop_counter` does; what works element by element, and the lookups and
 reductions of the codebook search, are not.
@@ -14,13 +14,16 @@ import onnx_ir as ir
 
 from tokenflow_sdk.errors import CorruptBundleError
 
-__all__ = ["count_flops", "node_flops"]
+__all__ = ["count_flops", "count_weights", "node_flops"]
 
 _UNCOUNTED = (
     *("Attention", "ConvInteger", "DeformConv", "DFT", "Einsum", "GRU", "LSTM", "MatMulInteger", "QLinearConv"),
     *("QLinearMatMul", "RNN", "If", "Loop", "Scan"),
 )
 """They hold products too. No bundle has them; a count that left them out would be too small."""
+
+
+_PLACES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 def count_flops(path: Path, batch: int = 1) -> int:
@@ -30,6 +33,12 @@ def count_flops(path: Path, batch: int = 1) -> int:
         CorruptBundleError: a shape is missing, or a node is of a kind that cannot be counted.
     """
     return sum(node_flops(node) for node in _with_shapes(path, batch).graph)
+
+
+def count_weights(path: Path) -> int:
+    """Numbers in a graph's weights. Whole numbers of 32 and 64 bits are sizes and places, and are left out."""
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    return sum(prod(weight.dims) for weight in stored if weight.data_type not in _PLACES)
 
 
 def node_flops(node: ir.Node) -> int:

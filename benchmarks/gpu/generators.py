@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.generator_vs_eager import SIZES, random_prompts, standin
-from benchmarks.gpu.codecs import engine_plan
-from benchmarks.gpu.comparison import require_right
+from benchmarks.gpu.codecs import engine_plan, lacks_memory, with_largest
 from benchmarks.gpu.request import TITLES, TORCH, GeneratorSizes
-from benchmarks.gpu.timing import Call, alternate, bar, say_why
+from benchmarks.gpu.timing import Call, alternate, bar, outcome
 from benchmarks.gpu.tokenizers import Work, result
 from export.hf_directory import HfDirectory
 from tests.generation_oracle import UncachedGenerator
@@ -27,7 +26,7 @@ from tokenflow_sdk.backends.choice import EngineOptions, choose
 from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.certificate import certify
 from tokenflow_sdk.config import GeneratorConfig, GraphEntry
-from tokenflow_sdk.errors import ArgumentError, EngineRefusedError
+from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.pairing import tokenizer_of
 from tokenflow_sdk.sampling import SamplingParams
 from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
@@ -69,21 +68,27 @@ class SdkArtist:
 class TorchArtist:
     """The whole sequence at every pass, as upstream; drawing codes from logits, in plain NumPy here, does not count."""
 
-    def __init__(
-        self,
-        oracle: UncachedGenerator,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        prompts: tuple[list[int], list[int]],
-    ) -> None:
-        self._oracle, self._autocast, self._prompts = oracle, autocast, prompts
+    def __init__(self, oracle: UncachedGenerator, prompts: tuple[list[int], list[int]]) -> None:
+        self._oracle, self._prompts = oracle, prompts
 
     def draw(self, params: SamplingParams, n: int) -> tuple[NDArray[np.int32], float]:
         if n != 1:
             raise ArgumentError("The PyTorch side draws one picture at a time.", "Compare with its row of one picture.")
         self._oracle.draw_seconds = 0.0
-        with self._autocast():
-            codes = self._oracle.generate(*self._prompts, params)
+        codes = self._oracle.generate(*self._prompts, params)
         return codes[None], self._oracle.draw_seconds
+
+
+class HalfGenerator(UncachedGenerator):
+    """The transformer and the head in float16; what is made of codes, and the drawing, stay float32."""
+
+    def __init__(self, checkpoint: HfDirectory, config: GeneratorConfig, codebook: NDArray[np.float32], device: str) -> None:
+        super().__init__(checkpoint, config, codebook, device)
+        for key in self.transformer.state_dict():
+            del self.weights[f"model.{key}"]
+        self.transformer.half()
+        self.transformer.register_forward_pre_hook(lambda _, inputs: (inputs[0].half(), *inputs[1:]))
+        self.weights["lm_head.weight"] = self.weights["lm_head.weight"].half()
 
 
 def standin_generator(directory: Path, sizes: GeneratorSizes) -> tuple[Path, Path]:
@@ -99,24 +104,25 @@ def standin_generator(directory: Path, sizes: GeneratorSizes) -> tuple[Path, Pat
         return checkpoint, export_quietly(checkpoint, tokenizer, directory / "bundle")
 
 
-def measure_generator(drawing: Drawing, work: Work) -> dict[str, Any]:
-    """Figures of one generator.
+def measure_generator(found: dict[str, Any], drawing: Drawing, work: Work) -> None:
+    """Fill in the figures of one generator. What was measured stays in `found` when a later step fails.
 
     Raises:
         BundleError: the bundle cannot be used.
-        ParityError: a side of tokenflow-sdk computes something else than its bundle's reference.
     """
     bundle = Bundle.open(drawing.bundle, GeneratorConfig)
+    c = bundle.config
     keys = [key for key in work.sides if key != "compile"]
     with _Drawn(bundle, drawing, work) as drawn:
+        found |= {"width": c.width, "layers": c.layers, "codes": c.n_codes, "prompt": drawing.prompt}
+        found |= {"parity": drawn.parity, "rows": []}
         for key in keys:
-            with bar(f"generator: loading and comparing {TITLES[key]}", shown=key not in FLAVOURS):
+            with bar(f"generator: loading, comparing and warming up {TITLES[key]}", shown=key not in FLAVOURS):
                 drawn.open(key)
-        require_right(drawn.parity, "the generator")
-        rows = [row for preset in PRESETS for n in drawing.pictures for row in drawn.rows(keys, preset, n)]
-        c = bundle.config
-        about = {"width": c.width, "layers": c.layers, "codes": c.n_codes, "prompt": drawing.prompt}
-        return about | {"parity": drawn.parity, "rows": rows}
+        for preset in PRESETS:
+            for n in drawing.pictures:
+                for row in drawn.rows(keys, preset, n):
+                    found["rows"].append(row)
 
 
 class _Drawn:
@@ -126,10 +132,11 @@ class _Drawn:
         self.bundle, self.drawing, self.work = bundle, drawing, work
         self.parity: dict[str, dict[str, Any]] = {}
         self._prompts = random_prompts(drawing.prompt, bundle.config.image_token_start)
-        self._eager: UncachedGenerator | None = None
         self._artists: dict[str, Artist] = {}
-        self._before: dict[str, int | None] = {}
-        self._why: dict[str, str] = {}
+        self._codes: dict[tuple[str, int, str], NDArray[np.int32]] = {}
+        """What was drawn, by preset, pictures and side."""
+        self._notes: dict[tuple[str, int, str], dict[str, Any]] = {}
+        """What a row says besides times, or instead of them."""
         self._open = ExitStack()
 
     def __enter__(self) -> _Drawn:
@@ -139,72 +146,92 @@ class _Drawn:
         self._open.close()
 
     def open(self, key: str) -> None:
-        """Open a side and, if it is tokenflow-sdk's, compare it with the bundle's reference."""
-        try:
-            self._artists[key] = self._torch(key) if key in TORCH else self._sdk(key)
-        except EngineRefusedError as error:
-            self.parity[key] = {"failures": [error.message]}
-        except Exception as error:
-            self._why[key] = say_why(error)
-            self.work.device.release()
+        """Open a side, compare it with the bundle's reference if it is tokenflow-sdk's, and draw everything once.
 
-    def _sdk(self, key: str) -> SdkArtist:
-        plan = engine_plan(key, self.drawing.pictures) if key in FLAVOURS else None
+        Memory is read before the next side is opened, and without what PyTorch keeps for later.
+        """
+        note: dict[str, Any] = {}
+        try:
+            with_largest(self.drawing.pictures, partial(self._open_side, key), self.work.device)
+        except Exception as error:
+            note = outcome(error)
+        self.work.device.release()
+        if failures := self.parity.get(key, {}).get("failures"):
+            note = {"wrong": "; ".join(failures)}
+        if note:
+            self._notes |= {(preset, n, key): note for preset in PRESETS for n in self.drawing.pictures}
+
+    def _open_side(self, key: str, largest: int) -> None:
+        """Raises:
+        Exception: it cannot be opened, or lacks the memory for the fewest pictures.
+        """
+        with ExitStack() as opened:
+            artist, before = self._torch(key) if key in TORCH else self._sdk(key, largest, opened)
+            if artist is None:
+                return
+            for n in self.drawing.pictures:
+                for preset in PRESETS:
+                    if n > largest:
+                        note: dict[str, Any] = {"why": f"no memory for {n} pictures at once"}
+                    else:
+                        note = self._warm_up(key, artist, preset, n, before)
+                        note |= {"largest_batch": largest} if largest < self.drawing.pictures[-1] else {}
+                    self._notes[preset, n, key] = note
+            self._artists[key] = artist
+            self._open.push(opened.pop_all())
+
+    def _warm_up(self, key: str, artist: Artist, preset: str, n: int, before: int | None) -> dict[str, Any]:
+        device = self.work.device
+        device.reset_peak()
+        try:
+            codes, _ = artist.draw(SamplingParams.preset(preset, seed=_SEED), n)
+        except Exception as error:
+            if n == self.drawing.pictures[0] and lacks_memory(error):
+                raise
+            return outcome(error)
+        self._codes[preset, n, key] = codes
+        held = device.peak() if key in TORCH else device.used()
+        return {"memory_bytes": None if held is None or before is None else held - before}
+
+    def _sdk(self, key: str, largest: int, opened: ExitStack) -> tuple[SdkArtist | None, int | None]:
+        """What draws, None where results are wrong, and what was used of the device before."""
+        pictures = [n for n in self.drawing.pictures if n <= largest]
+        plan = engine_plan(key, pictures) if key in FLAVOURS else None
         options = SessionOptions(self.work.device.sdk, None, self.work.threads)
         open_session, options = choose(self.bundle, options, EngineOptions(key, plan))
         pages = default_pages(self.bundle.config, PAGE_SIZE)
         certificate = certify(self.bundle, _on(open_session, options), "fp16" if plan else "fp32", pages, PAGE_SIZE)
         self.parity[key] = {**certificate.figures, "failures": list(certificate.failures)}
-        self._before[key] = self.work.device.used()
+        if not certificate.passed:
+            return None, None
+        before = self.work.device.used()
         # It only says whose codes they are: no graph of it is opened.
-        tokenizer = self._open.enter_context(self._tokenizer())
+        tokenizer = opened.enter_context(self._tokenizer())
         generator = Generator(self.bundle, tokenizer, options, open_session=open_session)
-        return SdkArtist(self._open.enter_context(generator), *self._prompts)
+        return SdkArtist(opened.enter_context(generator), *self._prompts), before
 
     def _tokenizer(self) -> Tokenizer:
         return tokenizer_of(self.bundle, None, SessionOptions("cpu"), EngineOptions("onnxruntime"))
 
-    def _torch(self, key: str) -> TorchArtist:
+    def _torch(self, key: str) -> tuple[TorchArtist, int | None]:
+        """What draws, and what PyTorch's allocator had given away before."""
         if self.drawing.checkpoint is None:
             raise ArgumentError("PyTorch needs the checkpoint of the bundle.", "Give it with --generator-checkpoint.")
-        where = self.work.device.torch
-        if self._eager is None:
-            checkpoint, codebook = HfDirectory(self.drawing.checkpoint), load_codebook(self.bundle)
-            self._eager = UncachedGenerator(checkpoint, self.bundle.config, codebook, str(where))
-
-        def autocast() -> torch.autocast:
-            return torch.autocast(where.type, torch.float16, enabled=key == "torch-fp16")
-
-        return TorchArtist(self._eager, autocast, self._prompts)
+        device, kind = self.work.device, HalfGenerator if key == "torch-fp16" else UncachedGenerator
+        before = device.allocated()
+        oracle = kind(HfDirectory(self.drawing.checkpoint), self.bundle.config, load_codebook(self.bundle), str(device.torch))
+        return TorchArtist(oracle, self._prompts), before
 
     def rows(self, keys: Sequence[str], preset: str, n: int) -> Iterator[dict[str, Any]]:
-        """Draw once with each side, then time them against each other; a row for each side."""
-        params, work = SamplingParams.preset(preset, seed=_SEED), self.work
-        codes: dict[str, NDArray[np.int32]] = {}
-        memory: dict[str, int | None] = {}
-        why = dict(self._why)
-        with bar(f"generator: {preset}, warming up with {n}"):
-            for key, artist in self._artists.items():
-                try:
-                    codes[key], memory[key] = self._warm_up(key, artist, params, n)
-                except Exception as error:
-                    why[key] = say_why(error)
-                    work.device.release()
-        calls = {key: _call(self._artists[key], params, n) for key in codes}
-        with bar(f"generator: {preset}, timing {n}", work.pace.rounds + 1) as advance:
-            found = alternate(calls, work.device.synchronize, work.pace, advance)
+        """Time the sides against each other; a row for each."""
+        codes = {key: self._codes[preset, n, key] for key in self._artists if (preset, n, key) in self._codes}
+        calls = {key: _call(self._artists[key], SamplingParams.preset(preset, seed=_SEED), n) for key in codes}
+        pace = self.work.pace
+        with bar(f"generator: {preset}, timing {n}", pace.rounds + 1) as advance:
+            found = alternate(calls, self.work.device.synchronize, pace, advance)
         for key in keys:
-            figures = result(found.get(key) or why[key], n, memory.get(key))
+            figures = result(found.get(key), n, self._notes[preset, n, key])
             yield {"preset": preset, "pictures": n, "side": key} | figures | _equal(codes, key)
-
-    def _warm_up(self, key: str, artist: Artist, params: SamplingParams, n: int) -> tuple[NDArray[np.int32], int | None]:
-        device = self.work.device
-        device.reset_peak()
-        codes, _ = artist.draw(params, n)
-        if key not in self._before:
-            return codes, device.peak()
-        used, before = device.used(), self._before[key]
-        return codes, None if used is None or before is None else used - before
 
 
 def _on(open_session: OpenSession, options: SessionOptions) -> OpenSession:

@@ -10,15 +10,45 @@ from typing import Any
 from benchmarks.gpu.request import TITLES
 from tokenflow_sdk.files import write_atomic
 
-__all__ = ["add_rates", "as_markdown", "write"]
+__all__ = ["add_roofline", "as_markdown", "problems", "write"]
+
+_WIDTHS = {"float32": 4, "float16": 2}
+"""Bytes of a number."""
 
 
-def add_rates(tokenizer: Mapping[str, Any], products: Mapping[str, float]) -> None:
-    """Write into each row of a tokenizer what it achieved: FLOP/s, and their share of those of a product of its type."""
-    for row in tokenizer["rows"]:
-        if "median_s" in row:
-            row["flop_per_s"] = tokenizer["flops"][row["graph"]] * row["pictures_per_s"]
-            row["share_of_product"] = row["flop_per_s"] / products[row["dtype"]]
+def add_roofline(report: Mapping[str, Any]) -> None:
+    """Write into each row of the tokenizers what it achieved, and what the measured peaks would allow: FLOP/s, the seconds that
+    are attainable, what bounds them, and their share of the median. Without the peaks, nothing."""
+    peaks = _roof(report)
+    for tokenizer in report["tokenizers"]:
+        for row in tokenizer.get("rows", ()):
+            flops, weights = (tokenizer[name].get(row["graph"]) for name in ("flops", "weights"))
+            if "median_s" not in row or flops is None or row["dtype"] not in peaks or "copy" not in peaks:
+                continue
+            row["flop_per_s"] = flops * row["pictures_per_s"]
+            bounds = {
+                "product": flops * row["batch"] / peaks[row["dtype"]],
+                "weights": weights * _WIDTHS[row["dtype"]] / peaks["copy"],
+            }
+            row["bound"] = max(bounds, key=lambda name: bounds[name])
+            row["attainable_s"] = bounds[row["bound"]]
+            row["share_of_attainable"] = row["attainable_s"] / row["median_s"]
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """What is wrong in a run, in sentences: sides with wrong results, parts that failed."""
+    found = []
+    for name, part in [(t["variant"], t) for t in report["tokenizers"]] + [("the generator", report["generator"] or {})]:
+        reasons = dict.fromkeys(f"{TITLES[row['side']]}: {row['wrong']}" for row in part.get("rows", ()) if "wrong" in row)
+        if reasons:
+            found.append(f"WRONG RESULTS of {name}, which were not timed. {' | '.join(reasons)}. Report this with the figures.")
+    return found + [f"Not everything was measured: {failed['part']}: {failed['why']}" for failed in report["failed"]]
+
+
+def _roof(report: Mapping[str, Any]) -> dict[str, float]:
+    """The better of both times that a peak was measured: what was reached once is no more than what can be."""
+    measured = [peak for moment in report["peaks"].values() for peak in moment.items()]
+    return {name: max(rate for other, rate in measured if other == name) for name, _ in measured}
 
 
 def write(report: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
@@ -37,7 +67,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     sections = [*_head(report)]
     for tokenizer in report["tokenizers"]:
         sections += _tokenizer(tokenizer)
-    if report["generator"] is not None:
+    if (report["generator"] or {}).get("rows"):
         sections += _generator(report["generator"])
     return "\n".join([*sections, *_notes(report)]) + "\n"
 
@@ -47,11 +77,12 @@ def _head(report: Mapping[str, Any]) -> Iterable[str]:
     details = (
         [str(device["architecture"]), f"driver {device['driver']}", f"CUDA {device['cuda']}"] if "driver" in device else []
     )
+    wrong = [f"**{sentence}**" for sentence in problems(report)]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    products = [f"{rate / 1e12:,.2f} TFLOP/s in {dtype}" for dtype, rate in report["products"].items()]
     yield from (
         f"# tokenflow-sdk against PyTorch: {device['name']}",
         "",
+        *(line for sentence in wrong for line in (sentence, "")),
         f"{', '.join([device['name'], *details])}; {versions}.",
         "",
         f"    {report['command']}",
@@ -60,29 +91,69 @@ def _head(report: Mapping[str, Any]) -> Iterable[str]:
         "least five, where they take long), after warming up. Pictures start as u8 and codes end as int32 on the host, or the "
         "other way round, on every side. Float32 is without TF32.",
         "",
-        f"A plain product of two {report['product_size']:,} x {report['product_size']:,} matrices in PyTorch reaches, in this "
-        f"run, {' and '.join(products)}: what the last column is a share of.",
+        "What PyTorch reaches on this device, measured in this run, before and after everything else:",
+        "",
+        *_table(("", "before", "after")),
+        *(_row([_peak_name(name, report["product_size"]), *_peak(report, name)], 3) for name in _roof(report)),
+        "",
+        "The roofline of a row is the larger of two times: its work at the rate of the product of its type, and its weights, "
+        "read once, at the rate of the copy. `attainable` is that time, with what bounds it, and `reached` its share of the "
+        "median. PyTorch's product of float16 adds in float32, so kernels that add in float16 may exceed 100 %.",
     )
+
+
+def _peak_name(name: str, size: int) -> str:
+    what = (
+        "copy of one matrix of float32, TB/s read and written"
+        if name == "copy"
+        else f"product of two matrices of {name}, TFLOP/s"
+    )
+    return f"{what} ({size:,} x {size:,})"
+
+
+def _peak(report: Mapping[str, Any], name: str) -> Iterable[str]:
+    for moment in ("before", "after"):
+        rate = report["peaks"].get(moment, {}).get(name)
+        yield "" if rate is None else f"{rate / 1e12:,.2f}"
 
 
 def _tokenizer(found: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", f"## {found['variant']}")
-    for graph, flops in found["flops"].items():
-        yield from (
-            "",
-            f"{graph}: {flops / 1e9:,.2f} GFLOP a picture, {flops / 2e9:,.2f} G multiply-adds, counted in the graph.",
-            "",
-            *_table(("batch", "side", "median", "p95", "pictures/s", "memory", "TFLOP/s", "of product")),
-        )
-        for row in found["rows"]:
+    rows = found.get("rows", ())
+    for graph in dict.fromkeys(row["graph"] for row in rows):
+        yield ""
+        if graph in found["flops"]:
+            flops, weights = found["flops"][graph], found["weights"][graph]
+            yield (
+                f"{graph}: {flops / 1e9:,.2f} GFLOP a picture, {flops / 2e9:,.2f} G multiply-adds, {weights / 1e6:,.1f} M "
+                "weights, counted in the graph."
+            )
+        else:
+            yield f"{graph}: its work could not be counted."
+        yield ""
+        yield from _table(("batch", "side", "median", "p95", "pictures/s", "memory", "TFLOP/s", "attainable", "reached"))
+        for row in rows:
             if row["graph"] == graph:
-                rates = () if "why" in row else (f"{row['flop_per_s'] / 1e12:.2f}", f"{row['share_of_product']:.0%}")
-                yield _row([str(row["batch"]), TITLES[row["side"]], *_figures(row), *rates], 8)
-    yield from ("", "Results against onnxruntime on the CPU, on four crops of a photo:", "")
-    yield from _table(("side", "equal codes", "teacher-forced", "decoded"))
-    for key, figures in found["parity"].items():
+                yield _row([str(row["batch"]), _title(row), *_figures(row), *_roofline(row)], 9)
+    if found.get("parity"):
+        yield from ("", "Results against onnxruntime on the CPU, on four crops of a photo:", "")
+        yield from _table(("side", "equal codes", "teacher-forced", "decoded", "bars missed"))
+    for key, figures in found.get("parity", {}).items():
         decoded = "identical" if figures["decode_psnr"] is None else f"{figures['decode_psnr']:.1f} dB"
-        yield _row([TITLES[key], f"{figures['equal_codes']:.2%}", f"{figures['agreement']:.2%}", decoded], 4)
+        missed = "; ".join(figures["failures"])
+        yield _row([TITLES[key], f"{figures['equal_codes']:.2%}", f"{figures['agreement']:.2%}", decoded, missed], 5)
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    held = f" (for at most {row['largest_batch']} at once: more do not fit)" if "largest_batch" in row else ""
+    return f"{TITLES[row['side']]}{held}"
+
+
+def _roofline(row: Mapping[str, Any]) -> Sequence[str]:
+    if "flop_per_s" not in row:
+        return ()
+    attainable = f"{row['attainable_s'] * 1e3:,.2f} ms ({row['bound']})"
+    return f"{row['flop_per_s'] / 1e12:.2f}", attainable, f"{row['share_of_attainable']:.0%}"
 
 
 def _generator(found: Mapping[str, Any]) -> Iterable[str]:
@@ -98,7 +169,7 @@ def _generator(found: Mapping[str, Any]) -> Iterable[str]:
     )
     for row in found["rows"]:
         equal = (f"{row['equal_codes']:.1%}",) if "equal_codes" in row else ("",)
-        yield _row([row["preset"], str(row["pictures"]), TITLES[row["side"]], *_figures(row), *equal], 8)
+        yield _row([row["preset"], str(row["pictures"]), _title(row), *_figures(row), *equal], 8)
     yield ""
     for key, figures in found["parity"].items():
         yield (
@@ -111,10 +182,10 @@ def _notes(report: Mapping[str, Any]) -> Iterable[str]:
     yield from (
         "",
         "Memory of tokenflow-sdk is what the device has less of, by cudaMemGetInfo, once a side is open and has run: weights, "
-        "working memory, and what its engine keeps for later. Memory of PyTorch is the peak of its allocator "
-        "(torch.cuda.max_memory_allocated): all weights of the model, and what is alive at once. Work is counted alike for "
-        "all sides, from the bundle's graph: a multiply-add is two. Equal codes is lower than teacher-forced agreement "
-        "because one code that differs changes all finer scales.",
+        "working memory, and what its engine keeps for later. Memory of PyTorch is weights, and the peak of its allocator "
+        "(torch.cuda.max_memory_allocated) in a call over what was allocated before: what is alive at once. Work is counted "
+        "alike for all sides, from the bundle's graph: a multiply-add is two. Equal codes is lower than teacher-forced "
+        "agreement because one code that differs changes all finer scales.",
     )
     if "memory_bytes" not in report["device"]:
         yield from ("", "This run was on a CPU, to try the benchmark out: no memory is measured.")
@@ -122,6 +193,8 @@ def _notes(report: Mapping[str, Any]) -> Iterable[str]:
 
 def _figures(row: Mapping[str, Any]) -> Sequence[str]:
     """Four cells, or one that says why there are none."""
+    if "wrong" in row:
+        return (f"WRONG RESULTS, not timed: {row['wrong'].replace('|', '/')}",)
     if "why" in row:
         return (f"not available: {row['why'].replace('|', '/')}",)
     memory = "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:,.0f} MB"

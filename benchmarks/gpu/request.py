@@ -24,7 +24,7 @@ Dtype = Literal["float32", "float16"]
 
 TITLES = {
     "torch": "PyTorch eager, float32",
-    "torch-fp16": "PyTorch autocast, float16",
+    "torch-fp16": "PyTorch eager, float16",
     "compile": "torch.compile, float16",
     "onnxruntime": "tokenflow-sdk, onnxruntime, float32",
     "tensorrt": "tokenflow-sdk, TensorRT, float16",

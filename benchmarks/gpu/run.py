@@ -1,45 +1,53 @@
-"""A whole run: the device, its roofline, the tokenizers, the generator, the report."""
+"""A whole run: the device, its peaks, the tokenizers, the generator, the report."""
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import ROOT, prepare
-from benchmarks.gpu.device import Device, open_device, product_rate, versions
+from benchmarks.gpu.device import Device, copy_rate, open_device, product_rate, versions
 from benchmarks.gpu.generators import Drawing, measure_generator, standin_generator
-from benchmarks.gpu.report import add_rates, as_markdown, write
+from benchmarks.gpu.report import add_roofline, as_markdown, problems, write
 from benchmarks.gpu.request import DTYPES, VARIANT, Request
-from benchmarks.gpu.timing import Pace, bar, console
+from benchmarks.gpu.timing import Pace, bar, console, say_why
 from benchmarks.gpu.tokenizers import Work, measure_tokenizer
+from tokenflow_sdk.errors import BundleError, TokenFlowError
 
 __all__ = ["run"]
 
 
-def run(request: Request) -> None:
-    """Measure, print, and write.
+def run(request: Request) -> list[str]:
+    """Measure, print, and write. A part that fails ends alone: the others are measured, and what it had is written too.
+
+    Returns:
+        What went wrong, in sentences.
 
     Raises:
-        TokenFlowError: something is missing or cannot be used.
-        ParityError: tokenflow-sdk computes something wrong; nothing is written.
+        TokenFlowError: there is no such device, or the results cannot be written.
     """
     device = open_device(request.device, request.threads)
     report = _empty_report(request, device)
     try:
         _measure(report, request, device)
     finally:
-        # Of a run that fails in the end, what it had measured is shown, though not written.
-        if report["tokenizers"] or report["generator"]:
+        # Of a run that is interrupted, what it had measured is shown, though not written.
+        measured = _rows(report) > 0
+        if measured:
             print(as_markdown(report))
     out = request.out
     if out is None and device.on_gpu:
         others = "" if request.variants == (VARIANT,) else "_".join(("", *request.variants))
         out = ROOT / "benchmarks" / "results" / f"gpu_{device.slug}{others}"
-    if out is not None:
+    if out is not None and measured:
         console.print(f"written: {', '.join(map(str, write(report, out)))}", markup=False, soft_wrap=True)
+    return problems(report)
 
 
 def _empty_report(request: Request, device: Device) -> dict[str, Any]:
@@ -50,34 +58,68 @@ def _empty_report(request: Request, device: Device) -> dict[str, Any]:
         "versions": versions(),
         "pace": {"rounds": request.rounds, "seconds": request.seconds},
         "product_size": request.product_size,
-        "products": {},
+        "peaks": {"before": {}, "after": {}},
         "tokenizers": [],
         "generator": None,
+        "failed": [],
     }
+
+
+def _rows(report: dict[str, Any]) -> int:
+    return sum(len(part.get("rows", ())) for part in (*report["tokenizers"], report["generator"] or {}))
 
 
 def _measure(report: dict[str, Any], request: Request, device: Device) -> None:
     """Fill a report in."""
     pace = Pace(request.rounds, request.seconds)
     work = Work(device, request.sides, request.graphs, request.batches, pace, request.threads)
+    with _part(report, "the peaks before"):
+        _peaks(report["peaks"]["before"], request, device)
+    for variant in request.variants if "tokenizer" in request.parts else ():
+        found: dict[str, Any] = {"variant": variant}
+        report["tokenizers"].append(found)
+        with _part(report, variant):
+            _tokenizer(found, request, work)
+    if "generator" in request.parts:
+        report["generator"] = {}
+        with _part(report, "the generator"):
+            _generator(report["generator"], request, work)
+    with _part(report, "the peaks after"):
+        _peaks(report["peaks"]["after"], request, device)
+    add_roofline(report)
+
+
+@contextmanager
+def _part(report: dict[str, Any], name: str) -> Iterator[None]:
+    """Write down that it failed, and go on."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, TokenFlowError) else say_why(error)
+        report["failed"].append({"part": name, "why": why})
+
+
+def _peaks(found: dict[str, float], request: Request, device: Device) -> None:
     for dtype in sorted({DTYPES[side] for side in request.sides}, reverse=True):
         with bar(f"a plain product in {dtype}"):
-            report["products"][dtype] = product_rate(device, dtype, request.product_size)
-    if "tokenizer" in request.parts:
-        for variant in request.variants:
-            found = _tokenizer(request, variant, work)
-            add_rates(found, report["products"])
-            report["tokenizers"].append(found)
-    if "generator" in request.parts:
-        report["generator"] = _generator(request, work)
+            found[dtype] = product_rate(device, dtype, request.product_size)
+    with bar("a plain copy"):
+        found["copy"] = copy_rate(device, request.product_size)
+    device.clear()
 
 
-def _tokenizer(request: Request, variant: str, work: Work) -> dict[str, Any]:
+def _tokenizer(found: dict[str, Any], request: Request, work: Work) -> None:
+    variant: str = found["variant"]
     checkpoint = request.checkpoint or ROOT / "checkpoints" / f"{variant}.pt"
     bundle = request.bundle or ROOT / "bundles" / variant
-    prepare(variant, checkpoint, bundle)
     try:
-        return measure_tokenizer(variant, checkpoint, bundle, work)
+        prepare(variant, checkpoint, bundle)
+    except subprocess.CalledProcessError as error:
+        raise BundleError(
+            f"`python -m export {error.cmd[3]}` of {variant} ended with status {error.returncode}.", "It says why above."
+        ) from error
+    try:
+        measure_tokenizer(found, checkpoint, bundle, work)
     finally:
         if "compile" in work.sides:
             # It keeps the model, and counts what it has compiled of a function.
@@ -85,10 +127,11 @@ def _tokenizer(request: Request, variant: str, work: Work) -> dict[str, Any]:
         work.device.clear()
 
 
-def _generator(request: Request, work: Work) -> dict[str, Any]:
+def _generator(found: dict[str, Any], request: Request, work: Work) -> None:
     if request.generator is not None:
         drawing = Drawing(request.generator, request.generator_checkpoint, request.prompt, request.pictures)
-        return measure_generator(drawing, work)
+        measure_generator(found, drawing, work)
+        return
     with tempfile.TemporaryDirectory(prefix="tokenflow-") as directory:
         checkpoint, bundle = standin_generator(Path(directory), request.sizes)
-        return measure_generator(Drawing(bundle, checkpoint, request.prompt, request.pictures), work)
+        measure_generator(found, Drawing(bundle, checkpoint, request.prompt, request.pictures), work)

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenflow_sdk.errors import TokenFlowError
+from tokenflow_sdk.errors import EngineRefusedError, TokenFlowError
 
-__all__ = ["Call", "Pace", "Times", "alternate", "bar", "console", "say_why"]
+__all__ = ["Call", "Pace", "Times", "alternate", "bar", "console", "outcome", "say_why"]
 
 Call = Callable[[], float]
 """Does the work and waits for it; gives the seconds of it that do not count."""
@@ -88,11 +88,16 @@ def _timed(call: Call, synchronize: Callable[[], None]) -> float:
     return perf_counter() - began - left_out
 
 
+def outcome(error: Exception) -> dict[str, str]:
+    """What a row says of a side that has no figures: `wrong`, or `why` there are none."""
+    return {"wrong": error.message} if isinstance(error, EngineRefusedError) else {"why": say_why(error)}
+
+
 def say_why(error: Exception) -> str:
     """One line for a table. What is no error that a user can mend is shown in full on the terminal as well."""
     if isinstance(error, TokenFlowError):
         return error.message
-    console.print("A side failed, and is left out:", markup=False)
+    console.print("This failed:", markup=False)
     traceback.print_exception(error, file=sys.stderr)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

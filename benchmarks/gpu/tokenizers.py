@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu.codecs import Codec, Side, load_eager, sdk_sides, torch_sides
-from benchmarks.gpu.comparison import compare, reference_of, require_right, require_same_weights
+from benchmarks.gpu.codecs import Codec, Side, TorchCodec, lacks_memory, load_eager, sdk_sides, torch_sides, with_largest
+from benchmarks.gpu.comparison import batch_failures, compare, reference_of, require_same_weights
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.flops import count_flops
-from benchmarks.gpu.request import TORCH
-from benchmarks.gpu.timing import Call, Pace, Times, alternate, bar, say_why
+from benchmarks.gpu.flops import count_flops, count_weights
+from benchmarks.gpu.timing import Call, Pace, Times, alternate, bar, outcome
 from tokenflow_sdk.bundle import Bundle
 from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.errors import EngineRefusedError
 from tokenflow_sdk.parity import Reference
 
 __all__ = ["Work", "measure_tokenizer", "result"]
@@ -37,64 +36,70 @@ class Work:
     threads: int | None = None
 
 
-def measure_tokenizer(variant: str, checkpoint: Path, bundle_path: Path, work: Work) -> dict[str, Any]:
-    """Figures of one tokenizer.
+def measure_tokenizer(found: dict[str, Any], checkpoint: Path, bundle_path: Path, work: Work) -> None:
+    """Fill in the figures of one tokenizer. What was measured stays in `found` when a later step fails.
+
+    Args:
+        found: `variant` is its name; gets `parity`, `flops`, `weights` and `rows`.
 
     Raises:
         CheckpointError, BundleError: the files cannot be used, or do not belong together.
-        ParityError: a side of tokenflow-sdk computes something else.
     """
+    variant: str = found["variant"]
+    found |= {"parity": {}, "flops": {}, "weights": {}, "rows": []}
     bundle = Bundle.open(bundle_path, TokenizerConfig)
     sides = _sides(variant, checkpoint, bundle, work)
     with bar(f"{variant}: the reference, in onnxruntime on the CPU"):
         reference = reference_of(bundle, work.threads)
-    parity, missing = _compare_all(variant, sides, reference)
-    if "torch" in parity:
-        require_same_weights(parity["torch"], checkpoint, bundle_path)
-    require_right(parity, variant)
-    rows = []
-    for graph in work.graphs:
-        with _Graph(graph, variant, reference, work) as measured:
-            measured.load(sides, missing)
-            rows += measured.rows(sides)
-    flops = {graph: count_flops(bundle.path / bundle.graph(graph).files[0].name) for graph in work.graphs}
-    return {"variant": variant, "flops": flops, "parity": parity, "rows": rows}
-
-
-def _sides(variant: str, checkpoint: Path, bundle: Bundle[TokenizerConfig], work: Work) -> list[Side]:
-    sides = sdk_sides(bundle, work.device, work.batches, work.threads)
-    if set(TORCH) & set(work.sides):
-        model = load_eager(checkpoint, variant, work.device)
-        sides = torch_sides(model, bundle.config, work.device) + sides
-    return [side for side in sides if side.key in work.sides]
-
-
-def _compare_all(variant: str, sides: Sequence[Side], reference: Reference) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """By key: figures of those that work, and why the others do not."""
-    parity: dict[str, dict[str, Any]] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, dict[str, str]] = {}
     for side in sides:
         # Engines that are built show how far they are by themselves.
         with bar(f"{variant}: comparing {side.title}", shown=not side.builds):
-            try:
-                with closing(side.open()) as codec:
-                    parity[side.key] = compare(side, codec, reference)
-            except EngineRefusedError as error:
-                parity[side.key] = {"failures": [error.message]}
-            except Exception as error:
-                missing[side.key] = say_why(error)
-    return parity, missing
+            missing[side.key] = _compare(side, found["parity"], reference, work)
+        if side.key == "torch" and side.key in found["parity"]:
+            require_same_weights(found["parity"]["torch"], checkpoint, bundle_path)
+    for graph in work.graphs:
+        with _Graph(graph, variant, reference, work) as measured:
+            measured.load(sides, missing)
+            for row in measured.rows(sides):
+                found["rows"].append(row)
+        path = bundle.path / bundle.graph(graph).files[0].name
+        found["flops"][graph], found["weights"][graph] = count_flops(path), count_weights(path)
+
+
+def _sides(variant: str, checkpoint: Path, bundle: Bundle[TokenizerConfig], work: Work) -> list[Side]:
+    load = partial(load_eager, checkpoint, variant, work.device)
+    sides = [
+        *torch_sides(load, bundle.config, work.device),
+        *sdk_sides(bundle, work.device, work.batches, work.threads),
+    ]
+    return [side for side in sides if side.key in work.sides]
+
+
+def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: Reference, work: Work) -> dict[str, str]:
+    """Write a side's figures into `parity`, and give what its rows have to say instead of times, if anything."""
+
+    def attempt(largest: int) -> dict[str, Any]:
+        with closing(side.open(largest)) as codec:
+            return compare(side, codec, reference)
+
+    try:
+        parity[side.key] = with_largest(work.batches, attempt, work.device)
+    except Exception as error:
+        return outcome(error)
+    failures = parity[side.key]["failures"]
+    return {"wrong": "; ".join(failures)} if failures else {}
 
 
 class _Graph:
     """One graph, with the sides that can run it open until it is closed."""
 
     def __init__(self, name: str, variant: str, reference: Reference, work: Work) -> None:
-        self.name, self.variant, self.work = name, variant, work
+        self.name, self.variant, self.reference, self.work = name, variant, reference, work
         self._data = reference.images if name == "encode" else reference.code_indices
         self._calls: dict[int, dict[str, Call]] = {batch: {} for batch in work.batches}
-        self._memory: dict[tuple[int, str], int | None] = {}
-        self._why: dict[tuple[int, str], str] = {}
+        self._notes: dict[tuple[int, str], dict[str, Any]] = {}
+        """By batch and side: what its row says besides times, or instead of them."""
         self._open = ExitStack()
 
     def __enter__(self) -> _Graph:
@@ -103,40 +108,57 @@ class _Graph:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def load(self, sides: Sequence[Side], missing: dict[str, str]) -> None:
-        """Open each side, and run every batch once: what it takes of memory, whether it can."""
+    def load(self, sides: Sequence[Side], missing: Mapping[str, dict[str, str]]) -> None:
+        """Open each side that is not missing, and run every batch: can it, what does it take of memory, is it right?"""
         for side in sides:
-            why = missing.get(side.key)
+            note = missing[side.key]
             with bar(f"{self.variant}: {self.name}, warming up {side.title}", shown=not side.builds):
-                if why is None:
-                    before = self.work.device.used()
+                if not note:
                     try:
-                        codec = self._open.enter_context(closing(side.open()))
+                        with_largest(self.work.batches, partial(self._open_side, side), self.work.device)
                     except Exception as error:
-                        why = say_why(error)
-                    else:
-                        self._warm_up(side, codec, before)
-            if why is not None:
-                self._why |= {(batch, side.key): why for batch in self.work.batches}
+                        note = outcome(error)
+                # What PyTorch keeps for later would be missing to the others.
+                self.work.device.release()
+            if note:
+                self._notes |= {(batch, side.key): note for batch in self.work.batches}
 
-    def _warm_up(self, side: Side, codec: Codec, before: int | None) -> None:
-        device = self.work.device
-        for batch in self.work.batches:
-            call = self._call(codec, np.resize(self._data, (batch, *self._data.shape[1:])))
-            try:
-                # The first call tries kernels out, which takes memory of its own.
-                call()
-                device.reset_peak()
-                call()
-            except Exception as error:
-                self._why[batch, side.key] = say_why(error)
-            else:
-                used = device.used()
-                held = None if used is None or before is None else used - before
-                self._memory[batch, side.key] = held if side.ours else device.peak()
-                self._calls[batch][side.key] = call
-        # What PyTorch keeps for later would be missing to the others.
-        device.release()
+    def _open_side(self, side: Side, largest: int) -> None:
+        """Raises:
+        Exception: it cannot be opened, or lacks the memory for its smallest batch.
+        """
+        with ExitStack() as opened:
+            before = self.work.device.used()
+            codec = opened.enter_context(closing(side.open(largest)))
+            for batch in self.work.batches:
+                if batch > largest:
+                    note: dict[str, Any] = {"why": f"no memory for {batch} pictures at once"}
+                else:
+                    note = self._warm_up(side, codec, batch, before)
+                    note |= {"largest_batch": largest} if largest < self.work.batches[-1] else {}
+                self._notes[batch, side.key] = note
+            self._open.push(opened.pop_all())
+
+    def _warm_up(self, side: Side, codec: Codec, batch: int, before: int | None) -> dict[str, Any]:
+        device, call = self.work.device, self._call(codec, np.resize(self._data, (batch, *self._data.shape[1:])))
+        try:
+            # Kernels are chosen or compiled within the first call of a batch, which takes time and memory of its own. None
+            # changes later: cuDNN and torch.compile have chosen then, TensorRT chose when it built, and tokenflow-sdk does
+            # not let TensorRT-RTX compile behind running calls. The second call shows what is needed from then on.
+            call()
+            device.reset_peak()
+            allocated = device.allocated()
+            call()
+            memory = _memory(codec, device, before, allocated)
+            failures = batch_failures(side, codec, self.name, batch, self.reference)
+        except Exception as error:
+            if batch == self.work.batches[0] and lacks_memory(error):
+                raise
+            return outcome(error)
+        if failures:
+            return {"wrong": f"{self.name} in batches of {batch}: {'; '.join(failures)}"}
+        self._calls[batch][side.key] = call
+        return {"memory_bytes": memory}
 
     def _call(self, codec: Codec, data: NDArray[np.generic]) -> Call:
         run = codec.encode_array if self.name == "encode" else codec.decode_array
@@ -155,19 +177,36 @@ class _Graph:
             with bar(title, work.pace.rounds + 1) as advance:
                 found = alternate(self._calls[batch], work.device.synchronize, work.pace, advance)
             for side in sides:
-                times = found.get(side.key) or self._why[batch, side.key]
                 place = {"graph": self.name, "batch": batch, "side": side.key, "dtype": side.dtype}
-                yield place | result(times, batch, self._memory.get((batch, side.key)))
+                yield place | result(found.get(side.key), batch, self._notes[batch, side.key])
 
 
-def result(times: Times | str, pictures: int, memory: int | None) -> dict[str, Any]:
-    """What a row says of a side: its figures, or why it has none."""
+def _memory(codec: Codec, device: Device, before: int | None, allocated: int | None) -> int | None:
+    """Bytes that a side holds. Of PyTorch, whose sides share an allocator: its weights, and what a call has on top at most.
+
+    Args:
+        codec: has just been called.
+        device: where.
+        before: what was used of the device before the side was opened.
+        allocated: what PyTorch's allocator had given away before the call.
+    """
+    if isinstance(codec, TorchCodec):
+        peak = device.peak()
+        return None if peak is None or allocated is None else codec.weight_bytes + peak - allocated
+    used = device.used()
+    return None if used is None or before is None else used - before
+
+
+def result(times: Times | str | None, pictures: int, note: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of a side: its figures, or why it has none. `note` is what warming it up showed."""
     if isinstance(times, str):
         return {"why": times}
+    if times is None:
+        return dict(note)
     return {
         "median_s": times.median,
         "p95_s": times.p95,
         "calls": len(times.seconds),
         "pictures_per_s": pictures / times.median,
-        "memory_bytes": memory,
+        **note,
     }

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.generator_vs_eager import random_prompts
-from benchmarks.gpu.codecs import TorchCodec, engine_plan
+from benchmarks.gpu.codecs import TorchCodec, engine_plan, half_copy, lacks_memory, torch_sides, with_largest
+from benchmarks.gpu.comparison import batch_failures, compare, reference_of
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.generators import HalfGenerator
 from export.hf_directory import HfDirectory
 from tests.generation_oracle import UncachedGenerator
 from tests.mini import mini_model
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle import Bundle, load_codebook
 from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.errors import BackendError
 from tokenflow_sdk.images import psnr
+from tokenflow_sdk.sampling import SamplingParams
 
 KINDS = ("clip", "siglip", "vitamin")
 
@@ -39,7 +46,7 @@ def test_float32_is_the_reference_model(tokenizer: Tokenizer) -> None:
 
 def test_half_precision_rounds_but_decides_in_float32(tokenizer: Tokenizer) -> None:
     model, images = mini_model("clip"), pictures(tokenizer.config, 1)
-    exact, half = TorchCodec(model, tokenizer.config, Device()), TorchCodec(model, tokenizer.config, Device(), half=True)
+    exact, half = (TorchCodec(made, tokenizer.config, Device()) for made in (model, half_copy(model)))
     latent = half.latent(images)
     assert latent.dtype == np.float32
     assert 0 < np.abs(latent - exact.latent(images)).max() < 0.05
@@ -48,6 +55,99 @@ def test_half_precision_rounds_but_decides_in_float32(tokenizer: Tokenizer) -> N
     np.testing.assert_array_equal(half.encode_array(images), searched)
     codes = exact.encode_array(images)
     assert 40 < psnr(half.decode_array(codes), exact.decode_array(codes)) < np.inf
+
+
+def test_half_precision_passes_the_bars_of_half_precision(tokenizer: Tokenizer) -> None:
+    reference = reference_of(tokenizer.bundle, 1)
+    model = mini_model("clip")
+    for side in torch_sides(lambda: model, tokenizer.config, Device())[:2]:
+        codec = side.open(1)
+        assert compare(side, codec, reference)["failures"] == []
+        for graph in ("encode", "decode"):
+            assert batch_failures(side, codec, graph, 3, reference) == []
+
+
+class Watch(TorchDispatchMode):
+    """What convolutions read, and how many tensors are converted or copied to another layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.converted = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.convolution.default:
+            self.read.append(arguments[:2])
+        self.converted += function is torch.ops.aten._to_copy.default
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_has_its_weights_ready(kind: str) -> None:
+    """In float16, channels last, converted once: a call converts what goes in and comes out."""
+    half = half_copy(mini_model(kind))
+    codec = TorchCodec(half, None, Device())  # type: ignore[arg-type]
+    with torch.no_grad(), Watch() as watch:
+        codes, _ = codec.encode_there(torch.from_numpy(pictures(half.config, 1)))
+        codec.decode_there(codes)
+    assert {tensor.dtype for tensors in watch.read for tensor in tensors} == {torch.float16}
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for _, weight in watch.read)
+    assert len(watch.read) > 20 > watch.converted
+
+
+def test_a_half_copy_shares_what_stays_float32() -> None:
+    model = mini_model("clip")
+    half = half_copy(model)
+    assert half.quantize is model.quantize
+    assert model.decoder.conv_in.weight.dtype == torch.float32
+    weights = sum(weight.nbytes for weight in model.quantize.state_dict().values())
+    exact, rounded = (TorchCodec(made, None, Device()).weight_bytes for made in (model, half))  # type: ignore[arg-type]
+    assert exact - weights == 2 * (rounded - weights) > 0
+
+
+def test_half_precision_of_a_generator(mini_generator: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    parts = HfDirectory(mini_generator.parent / "hf"), bundle.config, load_codebook(bundle)
+    half, exact = HalfGenerator(*parts, "cpu"), UncachedGenerator(*parts)
+    assert {weight.dtype for weight in half.transformer.parameters()} == {torch.float16}
+    prompts, params = random_prompts(8, bundle.config.image_token_start), SamplingParams.preset("fast", seed=5)
+    assert (half.generate(*prompts, params) == exact.generate(*prompts, params)).mean() > 0.5
+
+
+def test_the_next_smaller_batch_where_memory_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[int] = []
+
+    def attempt(largest: int) -> str:
+        tried.append(largest)
+        if largest > 1:
+            raise BackendError("GPU 0 has no 4,321 MB left that encode works in.", "Free some.")
+        return "done"
+
+    assert with_largest((1, 8, 32), attempt, Device()) == "done"
+    assert tried == [32, 8, 1]
+    with pytest.raises(BackendError, match="4,321 MB"):
+        with_largest((8, 32), attempt, Device())
+    assert "no memory for 32 pictures at once; trying 8" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        with_largest((1, 8), lambda largest: largest // 0, Device())
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (MemoryError(), True),
+        (BackendError("GPU 0 has no 4,321 MB left (1 of 8,000 MB are free).", ""), True),
+        (BackendError("onnxruntime failed: Failed to allocate memory for requested buffer of size 5", ""), True),
+        (BackendError("onnxruntime failed: CUBLAS_STATUS_ALLOC_FAILED", ""), True),
+        (BackendError("GPU 0: cudaMalloc failed (cudaErrorMemoryAllocation).", ""), True),
+        (BackendError("TensorRT failed to run encode: Error Code 2: OutOfMemory", ""), True),
+        (BackendError("TensorRT failed to run encode: it does not say why.", "If memory ran out, use smaller batches."), False),
+        (ValueError("no"), False),
+    ],
+)
+def test_what_lacks_memory(error: Exception, lacks: bool) -> None:
+    assert lacks_memory(error) is lacks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +183,8 @@ def test_torch_compile_takes_it_whole(kind: str, monkeypatch: pytest.MonkeyPatch
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: whole(function, backend="eager", **options))
     model = mini_model(kind)
-    plain, traced = (TorchCodec(model, None, Device(), half=True, compiled=compiled) for compiled in (False, True))  # type: ignore[arg-type]
+    half = half_copy(model)
+    plain, traced = (TorchCodec(half, None, Device(), compiled=compiled) for compiled in (False, True))  # type: ignore[arg-type]
     for count in (1, 2):
         images = pictures(model.config, count)
         codes = plain.encode_array(images)

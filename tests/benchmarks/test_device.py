@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import device as devices
-from benchmarks.gpu.device import Device, Gpu, open_device, product_rate, versions
+from benchmarks.gpu.device import Device, Gpu, copy_rate, open_device, product_rate, versions
 from tests.benchmarks.test_timing import Clock
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
@@ -28,6 +28,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         "mem_get_info": lambda index: (5 * GIB, 8 * GIB),
         "synchronize": lambda index: setattr(seen, "waits", seen.waits + 1),
         "reset_peak_memory_stats": lambda index: setattr(seen, "resets", seen.resets + 1),
+        "memory_allocated": lambda index: 23,
         "max_memory_allocated": lambda index: 123,
         "empty_cache": lambda: setattr(seen, "emptied", seen.emptied + 1),
     }
@@ -50,7 +51,7 @@ def test_a_card(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.used() == 3 * GIB
     gpu.synchronize()
     gpu.reset_peak()
-    assert gpu.peak() == 123
+    assert (gpu.allocated(), gpu.peak()) == (23, 123)
     gpu.clear()
     assert (card.waits, card.resets, card.emptied) == (1, 1, 1)
     about = gpu.about()
@@ -99,7 +100,7 @@ def test_no_such_device(name: str) -> None:
 def test_a_cpu_has_no_memory_to_ask_for() -> None:
     cpu = open_device("cpu")
     assert not cpu.on_gpu
-    assert (cpu.used(), cpu.peak(), cpu.sdk) == (None, None, "cpu")
+    assert (cpu.used(), cpu.allocated(), cpu.peak(), cpu.sdk) == (None, None, None, "cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -109,6 +110,14 @@ def test_the_rate_of_a_product(dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(devices, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(Device, "synchronize", lambda self: clock.synchronize())
     assert product_rate(Device(), dtype, 24) == 10 * 2 * 24**3 / 0.25
+
+
+def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of four bytes is read and written."""
+    clock = Clock()
+    monkeypatch.setattr(devices, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(Device, "synchronize", lambda self: clock.synchronize())
+    assert copy_rate(Device(), 24) == 10 * 2 * 4 * 24**2 / 0.25
 
 
 def test_versions_name_what_is_installed() -> None:

@@ -2,17 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d, conv_transpose2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.flops import count_flops
+from benchmarks.gpu.flops import count_flops, count_weights
 from export.graphs import DecodeGraph, EncodeGraph
 from tests.mini import mini_model
 from tokenflow_sdk.errors import CorruptBundleError
@@ -124,6 +125,27 @@ def test_a_shape_that_depends_on_values_is_an_error(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "graph.onnx", nodes, {"x": (4, 4), "w": (5, 2)}, "y", 2)
     with pytest.raises(CorruptBundleError, match="which shape y of product has"):
         count_flops(graph)
+
+
+def test_weights_of_a_graph(tmp_path: Path) -> None:
+    """Those of every float and 8-bit type; no shapes."""
+    kinds = {"w": np.float32, "h": np.float16, "q": np.int8, "shape": np.int64}
+    stored = [numpy_helper.from_array(np.ones((3, 5), kind), name) for name, kind in kinds.items()]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="node")
+    path = write_graph(tmp_path / "graph.onnx", [node], {"x": ("batch", 3)}, "y", 2)
+    proto = onnx.load(path)
+    proto.graph.initializer.extend(stored)
+    onnx.save(proto, path)
+    assert count_weights(path) == 3 * 15
+
+
+@pytest.mark.parametrize("kind", ["clip"])
+def test_weights_of_a_model(kind: str, mini_bundle: Path) -> None:
+    """The graph folds what it can, and has both halves of the codebook in one."""
+    model = mini_model(kind)
+    parts = (model.decoder, model.post_quant_conv)
+    counted = sum(weight.numel() for part in parts for weight in part.parameters())
+    assert counted == pytest.approx(count_weights(mini_bundle / "decode.onnx"), rel=0.05)
 
 
 def test_weights_are_not_read(mini_bundle: Path, tmp_path: Path) -> None:
