@@ -48,7 +48,8 @@ _ROUNDED_PARTS = (
 )
 """Of a model, what runs in float16 where anything does."""
 _NO_MEMORY = re.compile(
-    r"out of (device )?memory|has no [\d,]+ MB left|(fail|unable)\w* to allocate|OutOfMemory|MemoryAllocation|ALLOC_FAILED|bad_alloc",
+    r"out of (device )?memory|has no [\d,]+ MB left|(fail|unable)\w* to allocate|"
+    "OutOfMemory|MemoryAllocation|ALLOC_FAILED|bad_alloc",
     re.IGNORECASE,
 )
 
