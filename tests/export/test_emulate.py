@@ -159,11 +159,12 @@ def check_node_by_node(graph: Path, dtype: HalfType, feeds: dict[str, np.ndarray
     ir.save(model, work / "marked.onnx", external_data="marked.onnx.data")
     session = onnxruntime.InferenceSession(work / "marked.onnx")
     tensors = dict(zip((value.name for value in session.get_outputs()), session.run(None, feeds), strict=True)) | feeds
-    tensors |= {name: value.const_value.numpy() for name, value in typed.graph.initializers.items()}
+    weights = {name: value.const_value.numpy() for name, value in typed.graph.initializers.items()}
+    halves = {name for name, value in typed.graph.initializers.items() if value.dtype == IR[dtype]}
+    tensors |= {name: array.astype(np.float32) if name in halves else array for name, array in weights.items()}
     judged = 0
     for node in typed.graph:
-        halves = [value for value in node.outputs if value.dtype == IR[dtype]]
-        if not halves:
+        if not any(value.dtype == IR[dtype] for value in node.outputs):
             continue
         proto = ir.to_proto(node)
         if node.op_type == "Cast":
