@@ -96,7 +96,7 @@ def as_markdown(builds: Sequence[Build]) -> str:
     lines = [
         "# Engines built at full size, without a GPU",
         "",
-        f"{where}. `python benchmarks/engine_builds.py`.",
+        f"{where}. `{' '.join(['python benchmarks/engine_builds.py', *sys.argv[1:]])}`.",
         "",
         "| bundle | precision | target | time | peak memory | without mapped files | engines |",
         "| --- | --- | --- | --- | --- | --- | --- |",
