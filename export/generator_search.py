@@ -68,7 +68,7 @@ def search_generator(bundle: Bundle[GeneratorConfig], precision: HalfType, steps
         ArgumentError: the bundle was exported in float16.
         ParityError: no choice of nodes is good enough.
     """
-    if any(spec.dtype == "float16" for entry in bundle.graphs.values() for spec in entry.inputs):
+    if bundle.in_half:
         raise ArgumentError(
             f"{bundle.path} was exported in float16, so there is no float32 to compare with.",
             "Export it with --dtype fp32, and with --weights int8 if it is large.",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_gpu import FakeCuda, FakeTensorRT, install
+from tests.fake_cuda import FakeCuda
+from tests.fake_gpu import FakeTensorRT, install
 from tokenflow_sdk import Tokenizer
 
 DATA = Path(__file__).parent / "data"

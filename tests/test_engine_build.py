@@ -21,7 +21,8 @@ from export.onnx_export import export_graph
 from export.precision import FULL_PRECISION
 from export.understanding import _head_spec
 from tests.conftest import DATA, ROOT
-from tests.fake_gpu import Status, install
+from tests.fake_cuda import Status
+from tests.fake_gpu import install
 from tests.mini import store_ranges
 from tokenflow_sdk.bundle import Bundle, find_bundle
 from tokenflow_sdk.cli import main

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from tests.fake_gpu import FakeCuda, FakeTensorRT, install
+from tests.fake_cuda import FakeCuda
+from tests.fake_gpu import FakeTensorRT, install
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 from tokenflow_sdk.tensorrt_module import import_tensorrt, log_of
 

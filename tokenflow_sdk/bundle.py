@@ -97,6 +97,11 @@ class Bundle(Generic[C]):
     parity: Mapping[str, Any]
     provenance: Mapping[str, Any]
 
+    @property
+    def in_half(self) -> bool:
+        """Whether it was exported in float16, so that nothing of it is known in float32."""
+        return any(spec.dtype == "float16" for entry in self.graphs.values() for spec in entry.inputs)
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: type[C]) -> Bundle[C]:
         """Read and check `bundle.json`; that every file is there and has its size. Hashes are checked by `verify`.

@@ -80,6 +80,11 @@ class EngineKey:
     system: str = f"{platform.system()}-{platform.machine()}".lower()
 
     @property
+    def place(self) -> tuple[str, str, str, str]:
+        """Where engines run that differ in nothing else: TensorRT and GPU."""
+        return self.flavour, self.version, self.target, self.gpu
+
+    @property
     def digest(self) -> str:
         """32 hex digits: the file name."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]

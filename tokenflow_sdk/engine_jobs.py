@@ -101,8 +101,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
             f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
             "Export it again with `python -m export`, or use backend='onnxruntime'.",
         )
-    halved = any(spec.dtype == "float16" for entry in bundle.graphs.values() for spec in entry.inputs)
-    if halved and plan.precision != "fp16":
+    if bundle.in_half and plan.precision != "fp16":
         raise EngineBuildError(
             f"{bundle.path} was exported in float16, so its engines cannot be in {plan.precision}.",
             "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
@@ -110,6 +109,8 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
     profiles, pins = profiles_of(bundle, plan), pinned_nodes(bundle, plan.precision)
     cuda = None if plan.targets else _gpu_here(plan, device)
     targets = plan.targets if cuda is None else (cuda.architecture,)
+    # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
+    gpu = cuda.model if cuda is not None and plan.backend == "tensorrt" else ""
     ranges = None
     if plan.decoder is not None and isinstance(bundle.config, TokenizerConfig):
         _require_arithmetic(plan.decoder, targets)
@@ -126,8 +127,7 @@ def engine_jobs(bundle: Bundle[Any], plan: EnginePlan, trt: ModuleType, device: 
                 version=str(trt.__version__),
                 target=target,
                 precision=_precision_key(plan.precision, pins.get(name, ()), ranges),
-                # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
-                gpu=cuda.model if cuda is not None and plan.backend == "tensorrt" else "",
+                gpu=gpu,
                 profile=hashlib.sha256(f"{sizes} {plan.workspace_gb}".encode()).hexdigest()[:16],
             )
             yield EngineJob(

@@ -78,12 +78,11 @@ class Engines:
         """Plans that other engines of this bundle were built by, for this TensorRT and GPU: half precision first, then the
         smallest batches."""
         graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
-        keys = {(key.flavour, key.version, key.target, key.gpu) for key in (job.key for job in self.jobs.values())}
+        here = {job.key.place for job in self.jobs.values()}
         found = {
             EnginePlan.from_json(engine.plan)
             for engine in self.cache.entries()
-            if engine.key.graph_sha256 in graphs
-            and (engine.key.flavour, engine.key.version, engine.key.target, engine.key.gpu) in keys
+            if engine.key.graph_sha256 in graphs and engine.key.place in here
         }
         plans = [plan for plan in found if plan is not None and plan != self.plan]
         return sorted(plans, key=lambda plan: (_PREFERRED.index(plan.precision), plan.decoder or "", plan.batch, plan.pages))

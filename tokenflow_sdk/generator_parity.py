@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.bundle import Bundle, load_reference
 from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.paged_parity import hidden_agreement, missed_bars, run_pieces
+from tokenflow_sdk.paged_parity import missed_bars, nearest_agreement, run_pieces
 from tokenflow_sdk.sampling import TIES
 from tokenflow_sdk.transformer import PagedTransformer
 
@@ -153,11 +153,7 @@ def run_generator(
 
 def compare_generators(found: GeneratorReference, expected: GeneratorReference) -> GeneratorReport:
     """How the first result of the same steps differs from the nearest of those expected."""
-    reports = [
-        GeneratorReport(*hidden_agreement(found.hidden[0], hidden), same_code=float((found.likeliest[0] == likeliest).mean()))
-        for hidden, likeliest in zip(expected.hidden, expected.likeliest, strict=True)
-    ]
-    return max(reports, key=lambda report: report.hidden_cosine)
+    return GeneratorReport(*nearest_agreement(found.hidden[0], found.likeliest[0], expected.hidden, expected.likeliest))
 
 
 def check_generator(

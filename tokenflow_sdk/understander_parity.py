@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenflow_sdk.backends.base import Session, Tensor
 from tokenflow_sdk.bundle import Bundle, load_reference
 from tokenflow_sdk.config import UnderstanderConfig
-from tokenflow_sdk.paged_parity import Piece, hidden_agreement, missed_bars, run_pieces
+from tokenflow_sdk.paged_parity import Piece, missed_bars, nearest_agreement, run_pieces
 from tokenflow_sdk.sampling import TIES
 from tokenflow_sdk.transformer import PagedTransformer
 
@@ -141,8 +141,4 @@ def check_understander(
     reference = UnderstanderReference.load(bundle)
     hidden = run_pieces(transformer, embed_pieces(sessions, reference), len(reference))
     tokens = likeliest_tokens(sessions["head"], hidden, bundle.config)
-    reports = [
-        UnderstanderReport(*hidden_agreement(hidden, expected), same_token=float((tokens == likeliest).mean()))
-        for expected, likeliest in zip(reference.hidden, reference.likeliest, strict=True)
-    ]
-    return max(reports, key=lambda report: report.hidden_cosine)
+    return UnderstanderReport(*nearest_agreement(hidden, tokens, reference.hidden, reference.likeliest))

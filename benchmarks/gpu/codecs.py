@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "half_copy",
     "lacks_memory",
     "load_eager",
+    "note_of",
     "sdk_sides",
     "torch_sides",
     "with_largest",
@@ -219,6 +220,13 @@ def with_largest(sizes: Sequence[int], attempt: Callable[[int], T], device: Devi
         console.print(f"no memory for {largest} pictures at once; trying {smaller[-1]}: {say_why(error)}", markup=False)
     device.clear()
     return with_largest(smaller, attempt, device)
+
+
+def note_of(size: int, largest: int, sizes: Sequence[int], warm_up: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a row of one of these sizes says besides times: what warming up shows, where `largest` is not too small for it."""
+    if size > largest:
+        return {"why": f"no memory for {size} pictures at once"}
+    return warm_up() | ({"largest_batch": largest} if largest < sizes[-1] else {})
 
 
 def lacks_memory(error: Exception) -> bool:

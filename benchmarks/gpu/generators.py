@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.generator_vs_eager import SIZES, random_prompts, standin
-from benchmarks.gpu.codecs import engine_plan, lacks_memory, with_largest
+from benchmarks.gpu.codecs import engine_plan, lacks_memory, note_of, with_largest
 from benchmarks.gpu.request import TITLES, TORCH, GeneratorSizes
 from benchmarks.gpu.timing import Call, alternate, bar, outcome
 from benchmarks.gpu.tokenizers import Work, result
@@ -171,12 +171,8 @@ class _Drawn:
                 return
             for n in self.drawing.pictures:
                 for preset in PRESETS:
-                    if n > largest:
-                        note: dict[str, Any] = {"why": f"no memory for {n} pictures at once"}
-                    else:
-                        note = self._warm_up(key, artist, preset, n, before)
-                        note |= {"largest_batch": largest} if largest < self.drawing.pictures[-1] else {}
-                    self._notes[preset, n, key] = note
+                    warm_up = partial(self._warm_up, key, artist, preset, n, before)
+                    self._notes[preset, n, key] = note_of(n, largest, self.drawing.pictures, warm_up)
             self._artists[key] = artist
             self._open.push(opened.pop_all())
 

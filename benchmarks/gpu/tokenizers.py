@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu.codecs import Codec, Side, TorchCodec, lacks_memory, load_eager, sdk_sides, torch_sides, with_largest
+from benchmarks.gpu.codecs import (
+    Codec,
+    Side,
+    TorchCodec,
+    lacks_memory,
+    load_eager,
+    note_of,
+    sdk_sides,
+    torch_sides,
+    with_largest,
+)
 from benchmarks.gpu.comparison import batch_failures, compare, reference_of, require_same_weights
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.flops import count_flops, count_weights
@@ -131,12 +141,8 @@ class _Graph:
             before = self.work.device.used()
             codec = opened.enter_context(closing(side.open(largest)))
             for batch in self.work.batches:
-                if batch > largest:
-                    note: dict[str, Any] = {"why": f"no memory for {batch} pictures at once"}
-                else:
-                    note = self._warm_up(side, codec, batch, before)
-                    note |= {"largest_batch": largest} if largest < self.work.batches[-1] else {}
-                self._notes[batch, side.key] = note
+                warm_up = partial(self._warm_up, side, codec, batch, before)
+                self._notes[batch, side.key] = note_of(batch, largest, self.work.batches, warm_up)
             self._open.push(opened.pop_all())
 
     def _warm_up(self, side: Side, codec: Codec, batch: int, before: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_gpu import Status
+from tests.fake_cuda import Status
 from tests.on_engines import FP32, IMAGES, on_engines
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.backends.base import SessionOptions

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from tests.fake_gpu import FakeCuda, Status, install
+from tests.fake_cuda import FakeCuda, Status
+from tests.fake_gpu import install
 from tokenflow_sdk.backends.base import HostPages
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream, driver_problem
 from tokenflow_sdk.errors import BackendError, MissingPackageError

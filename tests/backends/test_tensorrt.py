@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.fake_gpu import MAGIC, FakeContext, FakeCuda, FakeTensorRT, Status, install, make_plan
+from tests.fake_cuda import FakeCuda, Status
+from tests.fake_gpu import MAGIC, FakeContext, FakeTensorRT, make_plan
 from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
@@ -26,11 +27,6 @@ from tokenflow_sdk.errors import ArgumentError, BackendError
 Machine = tuple[FakeCuda, FakeTensorRT]
 RNG = np.random.default_rng(0)
 PROFILES = (Profile({"batch": (1, 2, 8)}),)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return install(monkeypatch)
 
 
 def session(

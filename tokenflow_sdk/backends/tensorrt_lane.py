@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from tokenflow_sdk.config import TensorSpec
 from tokenflow_sdk.errors import BackendError
 
 __all__ = ["Lane", "Refused"]
+
+B = TypeVar("B", DeviceBuffer, PinnedBuffer)
 
 _ALIGNMENT = 256
 """Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
@@ -131,16 +133,17 @@ class Lane:
 
     def _room(self, name: str, size: int) -> DeviceBuffer:
         """The tensor's device memory, at least `size` bytes; never shrinks."""
-        old = self._device.get(name)
-        if old is None or old.size < size:
-            self._device[name] = DeviceBuffer(self._cuda, _grown(old, size))
-        return self._device[name]
+        return self._sized(DeviceBuffer, self._device, name, size)
 
     def _staging(self, name: str, size: int) -> PinnedBuffer:
-        old = self._host.get(name)
+        return self._sized(PinnedBuffer, self._host, name, size)
+
+    def _sized(self, kind: type[B], held: dict[str, B], name: str, size: int) -> B:
+        """The first is exactly as large; one that replaces another has room, so that what grows by a little fits a while."""
+        old = held.get(name)
         if old is None or old.size < size:
-            self._host[name] = PinnedBuffer(self._cuda, _grown(old, size))
-        return self._host[name]
+            held[name] = kind(self._cuda, size if old is None else size + size // 4)
+        return held[name]
 
     def _execute(self) -> None:
         if self._replay is None:
@@ -210,11 +213,6 @@ class Replay:
         graph, self._graph, self._key = self._graph, None, None
         if graph is not None:
             self._cuda.call("cudaGraphExecDestroy", graph)
-
-
-def _grown(old: DeviceBuffer | PinnedBuffer | None, size: int) -> int:
-    """Bytes of a buffer for `size`: the first exactly, a larger one with room, so that what grows by a little fits a while."""
-    return size if old is None else size + size // 4
 
 
 def _bytes(shape: tuple[int, ...], spec: TensorSpec) -> int:

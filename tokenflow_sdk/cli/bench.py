@@ -132,7 +132,8 @@ def _open_understander(arguments: argparse.Namespace, stack: ExitStack) -> _Subj
     def pictures(count: int) -> list[np.ndarray]:
         return [rng.standard_normal((c.image_tokens, c.code_dim), np.float32) for _ in range(count)]
 
-    seen = pictures(max(_batches(arguments.batch)))
+    # As many as the largest batch, at least.
+    seen = pictures(arguments.batch_limit)
     calls = {
         "first token, new picture": lambda batch: _answer(understander, pictures(batch), 1),
         "first token, picture seen before": lambda batch: _answer(understander, seen[:batch], 1),

@@ -38,10 +38,19 @@ def bundle_name(arguments: argparse.Namespace) -> str:
     Raises:
         ArgumentError: two were given.
     """
+    return _given(arguments) or TINY
+
+
+def _given(arguments: argparse.Namespace) -> str | None:
+    """The bundle given by position or by --bundle.
+
+    Raises:
+        ArgumentError: two were given.
+    """
     given = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name]
     if len(given) > 1:
         raise ArgumentError("Two bundles were given.", "Name one.")
-    return str(given[0]) if given else TINY
+    return str(given[0]) if given else None
 
 
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
@@ -75,9 +84,9 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
     """The understander that the engine options ask for.
 
     Raises:
-        ArgumentError: no bundle was named; none comes with the SDK.
+        ArgumentError: no bundle was named, or two were; none comes with the SDK.
     """
-    name = getattr(arguments, "target", None) or arguments.bundle
+    name = _given(arguments)
     if name is None:
         raise ArgumentError(
             "No model that answers questions comes with the SDK, and --bundle names none.",
