@@ -79,6 +79,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
@@ -94,11 +95,11 @@ bench-gpu: .venv-gpu/.tensorrt ## the GPU here, with TensorRT and onnxruntime, a
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny
 
-tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and write engines/tiny
+tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and write models/tiny
 	@$(BIN)/python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 	@$(BIN)/python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
-	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out engines/tiny
-	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out engines/tiny
+	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out models/tiny
+	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out models/tiny
 
 clean: ## remove .venv, caches and what the demo made
 	rm -rf $(VENV) .venv-gpu bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

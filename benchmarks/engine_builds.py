@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine, prepare, watch
 from benchmarks.export_7b import CODES, SIZES, write_random
-from export.config import VARIANTS
-from tests.mini_generator import PATCH_NUMS_16, export_quietly, tokenizer_bundle
-from tokenflow_sdk.engine_cache import EngineCache
+from tests.support.mini_generator import PATCH_NUMS_16, export_quietly, tokenizer_bundle
+from tokenflow_export.models.config import VARIANTS
+from tokenflow_sdk.engines.cache import EngineCache
 
 GENERATOR_LAYERS = 2
 

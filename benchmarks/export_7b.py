@@ -1,6 +1,6 @@
 """Export of a generator of the released size (hidden 4096, 32 layers, 6.7 billion weights), random weights: time and memory.
 
-Writes a checkpoint of bfloat16 shards (13.5 GB), exports it with `python -m export generator`, and watches that process.
+Writes a checkpoint of bfloat16 shards (13.5 GB), exports it with `tokenflow export generator`, and watches that process.
 With --draw, a picture is then drawn from the bundle.
 
     python benchmarks/export_7b.py --directory /tmp/7b --weights int8 --draw
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine, watch
-from tests.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.support.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
 SIZES = {
     "hidden_size": 4096,
@@ -92,27 +92,26 @@ def draw(bundle: Path) -> dict[str, float]:
     """Seconds to open the bundle and to draw one picture, and this process's own resident memory afterwards."""
     import numpy as np
 
-    from tokenflow_sdk.backends.base import SessionOptions
     from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
-    from tokenflow_sdk.bundle import Bundle
-    from tokenflow_sdk.config import GeneratorConfig
-    from tokenflow_sdk.sampling import PRESETS, SamplingParams
-    from tokenflow_sdk.scale_loop import ScaleLoop
-    from tokenflow_sdk.scheduler import PAGE_SIZE, pages_of_picture
-    from tokenflow_sdk.transformer import PagedTransformer
+    from tokenflow_sdk.backends.session import SessionOptions
+    from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig
+    from tokenflow_sdk.generation.scale_loop import ScaleLoop
+    from tokenflow_sdk.model.sampling import PRESETS, SamplingParams
+    from tokenflow_sdk.model.transformer import PagedTransformer
 
     began = perf_counter()
     opened = Bundle.open(bundle, GeneratorConfig)
     config, options = opened.config, SessionOptions(device="cpu")
     sessions = {name: OnnxRuntimeSession(bundle / entry.files[0].name, entry, options) for name, entry in opened.graphs.items()}
-    pages = 2 * pages_of_picture(config, PAGE_SIZE)
+    pages = 2 * config.image_pages()
     paged = PagedTransformer(sessions["transformer"], config.layers, config.kv_heads, config.head_dim, pages, PAGE_SIZE)
     loop = ScaleLoop(config, sessions, paged, np.load(bundle / opened.asset("codebook").name, allow_pickle=False))
     ready = perf_counter()
     prompt, negative = loop.prefill(range(2, 40)), loop.prefill(range(40, 60))
-    picture = loop.picture(SamplingParams(passes=PRESETS["fast"], seed=0), 0, prompt, negative)
+    picture = loop.start(SamplingParams(passes=PRESETS["fast"], seed=0), 0, prompt, negative)
     while picture.scale < len(config.patch_nums):
-        loop.draw_scale([picture])
+        loop.sample_scale([picture])
     status = Path("/proc/self/status").read_text()
     resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
     return {"open_s": ready - began, "picture_s": perf_counter() - ready, "resident": resident}

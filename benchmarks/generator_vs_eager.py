@@ -26,13 +26,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine, peak_resident
-from export.hf_directory import HfDirectory
-from tests.generation_oracle import UncachedGenerator
-from tests.mini_generator import PATCH_NUMS_16, codebook, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.generator import Generator
-from tokenflow_sdk.sampling import PRESETS, SamplingParams
+from tests.support.generation_oracle import UncachedGenerator
+from tests.support.mini_generator import (
+    PATCH_NUMS_16,
+    codebook,
+    export_quietly,
+    generator_shapes,
+    tokenizer_bundle,
+    write_checkpoint,
+)
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.generation.generator import Generator
+from tokenflow_sdk.model.sampling import PRESETS, SamplingParams
 
 SIZES = {
     "hidden_size": 1024,
@@ -83,7 +90,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict:
     with Generator.from_pretrained(bundle, device="cpu", threads=arguments.threads) as generator:
         generator.generate(prompt, negative_prompt=negative, preset="fast", seed=0)
         resident = peak_resident() - before
-        pool = generator._running.scheduler.loop.transformer
+        pool = generator._runner.model.scheduler.loop.transformer
         memory = {
             "runtime": resident,
             "graphs": sum(file.size for graph in generator.bundle.graphs.values() for file in graph.files),
@@ -129,7 +136,7 @@ class EngineTime:
 
     def __init__(self, generator: Generator) -> None:
         self.seconds = 0.0
-        self._sessions = generator._running.sessions.values()
+        self._sessions = generator._runner.model.sessions.values()
         for session in self._sessions:
             session._infer = self._timed(session._infer)
 

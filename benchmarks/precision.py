@@ -23,19 +23,19 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine
 from benchmarks.generator_vs_eager import SIZES, standin
-from export.precision import FULL_PRECISION, Precision
-from tests.mini_generator import export_quietly
-from tokenflow_sdk.backends.base import Session, SessionOptions
+from tests.support.mini_generator import export_quietly
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.backends.session import Session, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 
 PRECISIONS = (
     FULL_PRECISION,
-    Precision("fp16"),
-    Precision("fp32", "int8"),
-    Precision("fp32", "int4"),
-    Precision("fp16", "int4"),
+    ExportPrecision("fp16"),
+    ExportPrecision("fp32", "int8"),
+    ExportPrecision("fp32", "int4"),
+    ExportPrecision("fp16", "int4"),
 )
 STEPS = ((1, 144), (16, 160), (64, 256), (256, 720))
 """Queries and cached tokens of a row."""

@@ -58,7 +58,7 @@ def main() -> None:
 def eager_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, Callable[[], object]]:
     import torch
 
-    from export.checkpoints import load_model, read_state_dict, recognise
+    from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise
 
     torch.set_num_threads(arguments.threads)
     state = read_state_dict(arguments.checkpoint)
@@ -86,9 +86,9 @@ def runtime_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str
 
 
 def one_picture(arguments: argparse.Namespace) -> np.ndarray:
-    from tokenflow_sdk.bundle import Bundle
-    from tokenflow_sdk.config import TokenizerConfig
-    from tokenflow_sdk.images import preprocess
+    from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.bundle.model_config import TokenizerConfig
+    from tokenflow_sdk.pictures.images import preprocess
 
     config = Bundle.open(arguments.bundle, TokenizerConfig).config
     return preprocess(ROOT / "examples" / "chelsea.jpg", config.image_size, config.preprocess)[None]

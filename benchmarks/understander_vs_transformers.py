@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine
-from export.precision import FULL_PRECISION, Precision
-from tests.mini_generator import tokenizer_bundle
-from tests.mini_understander import BASE, export_quietly, reference_model, reference_projector, write_checkpoint
+from tests.support.mini_generator import tokenizer_bundle
+from tests.support.mini_understander import BASE, export_quietly, reference_model, reference_projector, write_checkpoint
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
 from tokenflow_sdk import AnswerParams, Understander
-from tokenflow_sdk.token_prompt import ImageBlock, TokenPrompt
+from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 
 SIZES = BASE | {
     "model_type": "llava_qwen",
@@ -47,7 +47,7 @@ SIZES = BASE | {
     "tie_word_embeddings": False,
 }
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
-PRECISIONS = (FULL_PRECISION, Precision("fp32", "int8"), Precision("fp32", "int4"))
+PRECISIONS = (FULL_PRECISION, ExportPrecision("fp32", "int8"), ExportPrecision("fp32", "int4"))
 QUESTION = "What is on the table?"
 LENGTHS = tuple(range(24, 137, 16))
 """Tokens of the eight answers; their questions differ in length too."""
@@ -126,7 +126,7 @@ def picture(seed: int) -> np.ndarray:
 def compare_one(ours: dict[str, Understander], theirs: Transformers, seed: int, count: int = 64) -> dict[str, dict[str, float]]:
     """One request: seconds to the first token, tokens a second after it, and the same for a second question."""
     params = AnswerParams(max_tokens=count, stop_ids=())
-    prompt = ours["fp32"]._text.first([ImageBlock(picture(seed))], QUESTION)
+    prompt = ours["fp32"]._answering._text.first([ImageBlock(picture(seed))], QUESTION)
     ids, times = theirs.generate(theirs.embed(prompt), count)
     found = {"transformers": rates(times) | {"prompt": len(prompt)}}
     for name, understander in ours.items():
@@ -150,7 +150,7 @@ def compare_eight(ours: dict[str, Understander], theirs: Transformers, seed: int
 
 def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Sequence[np.ndarray]) -> dict[str, float]:
     questions = [(image, QUESTION + " Say it well." * i) for i, image in enumerate(pictures)]
-    prompts = [ours["fp32"]._text.first([ImageBlock(image)], question) for image, question in questions]
+    prompts = [ours["fp32"]._answering._text.first([ImageBlock(image)], question) for image, question in questions]
     inputs = [theirs.embed(prompt) for prompt in prompts]
 
     def one_by_one() -> None:
@@ -168,10 +168,10 @@ def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Se
 
 def answer_all(understander: Understander, questions: Sequence[tuple[np.ndarray, str]]) -> None:
     turns = [
-        understander._turn(image, question, AnswerParams(max_tokens=count, stop_ids=()))
+        understander._request(image, question, AnswerParams(max_tokens=count, stop_ids=()))
         for (image, question), count in zip(questions, LENGTHS, strict=True)
     ]
-    understander._drain(turns)
+    understander._answering.answers(turns)
 
 
 def generate_padded(theirs: Transformers, inputs: Sequence[torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from time import perf_counter
 from PIL import Image
 
 from tokenflow_sdk import Codes, Generator, Tokenizer
-from tokenflow_sdk.sheet import contact_sheet
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = ("a red apple", "a cat face in 3d style", "a rocket", "a tulip in flat style")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_cuda import FakeCuda
-from tests.fake_gpu import FakeTensorRT, install
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_gpu import FakeTensorRT, install
 from tokenflow_sdk import Tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each module is traced once by whichever test process exports it first."""
-    from export import onnx_export
-    from tests.shared_traces import SharedTraces
+    from tests.support.shared_traces import SharedTraces
+    from tokenflow_export.tracing import onnx_export
 
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
@@ -35,7 +35,7 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle of a small tokenizer by kind (`clip`, `vitamin`, `siglip`); do not write into it."""
-    from tests.mini import export_mini, mini_model
+    from tests.support.mini import export_mini, mini_model
 
     directory, made = tmp_path_factory.mktemp("bundles"), {}
 
@@ -55,9 +55,9 @@ def mini_bundle(mini_bundles: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def mini_generator(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a small generator that draws the small CLIP tokenizer's codes; do not write into it."""
-    from tests.mini_generator import SMALLEST, export_quietly, generator_shapes, write_checkpoint
-    from tokenflow_sdk.bundle import Bundle
-    from tokenflow_sdk.config import TokenizerConfig
+    from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, write_checkpoint
+    from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
     directory = tmp_path_factory.mktemp("generator")
     shapes = generator_shapes(SMALLEST, 44, 500, (1, 2, 3, 4))
@@ -68,9 +68,9 @@ def mini_generator(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def mini_understander(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a small understander that reads the small CLIP tokenizer's codes; do not write into it."""
-    from tests.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
-    from tokenflow_sdk.bundle import Bundle
-    from tokenflow_sdk.config import TokenizerConfig
+    from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
+    from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
     directory = tmp_path_factory.mktemp("understander")
     model, projector = reference_model(SMALLEST), reference_projector(SMALLEST["hidden_size"])

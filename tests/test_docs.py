@@ -20,7 +20,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("examples/*.md"),
         *ROOT.glob("benchmarks/**/*.md"),
-        *ROOT.glob("engines/**/*.md"),
+        *ROOT.glob("models/**/*.md"),
     }
 )
 
@@ -78,9 +78,13 @@ def test_every_command_runs(project: Path) -> None:
 
 
 def test_the_console_lines_are_tested_elsewhere() -> None:
-    """Export at full size in export/test_full_size.py, the install line in test_package.py, builds in test_engine_build.py."""
+    """Export at full size in export/test_full_size.py, the install line in test_package.py, builds in engines/test_build.py."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
-    assert starts == ["pip install 'tokenflow-sdk[cpu,generate]'", "python -m export", "tokenflow build bundles/released"]
+    assert starts == [
+        "pip install 'tokenflow-sdk[cpu,generate]'",
+        "tokenflow export tokenizer",
+        "tokenflow build bundles/released",
+    ]
 
 
 def test_the_quickstart_runs(project: Path) -> None:

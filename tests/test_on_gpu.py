@@ -1,7 +1,7 @@
 """What only a GPU can show: `make test-gpu`. Everything here skips, with the reason, where there is none.
 
 With TOKENFLOW_NEED_GPU=1, which `make test-gpu` sets, it fails instead: a run that tried nothing is no success.
-The same code paths run everywhere else on a GPU that is not there (tests/fake_gpu.py).
+The same code paths run everywhere else on a GPU that is not there (tests/support/fake_gpu.py).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import psutil
 import pytest
 
 from tests.conftest import DATA, ROOT
-from tests.test_understander import features, pool_is_clean
+from tests.understanding.test_understander import features, pool_is_clean
 from tokenflow_sdk import AnswerParams, Generator, Tokenizer, Understander
-from tokenflow_sdk.backends.base import HostPages
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
-from tokenflow_sdk.backends.swapping import SwappingSession
+from tokenflow_sdk.backends.session import HostPages
 from tokenflow_sdk.backends.tensorrt import TensorRTSession
-from tokenflow_sdk.engine_cache import EngineCache
-from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS, import_tensorrt
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import EngineCache
+from tokenflow_sdk.engines.hot_swap import SwappingSession
 from tokenflow_sdk.errors import ArgumentError, BackendError, TokenFlowError
-from tokenflow_sdk.images import psnr
-from tokenflow_sdk.parity import check_parity
-from tokenflow_sdk.tensorrt_module import FLAVOURS, import_tensorrt
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
+from tokenflow_sdk.pictures.images import psnr
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 64, 64, 3), np.uint8)
@@ -91,7 +91,7 @@ def free_memory() -> int:
 
 def run_on(flavour: str, model: Tokenizer | Generator | Understander) -> bool:
     """Whether engines of that TensorRT run every graph that is open. onnxruntime with CUDA is on `cuda:0` as well."""
-    sessions = (model._sessions if isinstance(model, Tokenizer) else model._running.sessions).values()
+    sessions = (model.graphs._sessions if isinstance(model, Tokenizer) else model._runner.model.sessions).values()
     current = [session._current if isinstance(session, SwappingSession) else session for session in sessions]
     return bool(current) and all(
         isinstance(session, TensorRTSession) and session._trt.__name__ == FLAVOURS[flavour] for session in current
@@ -160,11 +160,11 @@ def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generato
     with Generator.from_pretrained(mini_generator, backend="onnxruntime", device="cuda") as generator:
         first = generator.generate("w3 w5", seed=7, n=2)
         assert generator.generate("w3 w5", seed=7, n=2).codes == first.codes
-        transformer = generator._running.scheduler.loop.transformer
+        transformer = generator._runner.model.scheduler.loop.transformer
         assert isinstance(transformer._k, CudaPages)
         assert generator.device == "cuda:0"
     with Understander.from_pretrained(mini_understander, backend="onnxruntime", device="cuda") as understander:
-        assert isinstance(understander._running.transformer._k, CudaPages)
+        assert isinstance(understander._runner.model.transformer._k, CudaPages)
         assert understander.answer(features(0), "what?", max_tokens=8).token_ids
 
 
@@ -172,17 +172,17 @@ def test_onnxruntime_on_the_gpu(cpu: Tokenizer, mini_bundle: Path, mini_generato
 def test_the_bundled_model_in_onnxruntime_on_the_gpu() -> None:
     with Tokenizer.from_pretrained("tiny", backend="onnxruntime", device="cuda") as tokenizer:
         assert (np.asarray(tokenizer.encode(PHOTO)) == EXPECTED["chelsea"]).mean() > 0.99
-        assert check_parity(tokenizer).failures() == []
+        assert check_tokenizer(tokenizer.graphs).failures() == []
     with Generator.from_pretrained("tiny", backend="onnxruntime", device="cuda") as generator:
         first = generator.generate("a red apple", seed=7, preset="fast")
         assert generator.generate("a red apple", seed=7, preset="fast").codes == first.codes
 
 
 def test_the_bundled_model_on_engines(flavour: str) -> None:
-    """Half precision, by the plan that is taken where none is named; found again by `auto`."""
+    """Half precision, by the build config that is taken where none is named; found again by `auto`."""
     with Tokenizer.from_pretrained("tiny", backend=flavour) as tokenizer:
         agreement = (np.asarray(tokenizer.encode(PHOTO)) == EXPECTED["chelsea"]).mean()
-        report = check_parity(tokenizer)
+        report = check_tokenizer(tokenizer.graphs)
     assert agreement > 0.9
     assert min(report.agreement) >= 0.975
     assert report.decode_psnr >= 45
@@ -194,10 +194,10 @@ def test_the_bundled_model_on_engines(flavour: str) -> None:
 
 def test_what_was_compiled_is_kept(flavour: str, mini_bundle: Path) -> None:
     """TensorRT-RTX compiles kernels at first runs; full TensorRT has compiled at the build."""
-    plan = EnginePlan(precision="fp16", batch=(1, 1, 1))
+    build_config = BuildConfig(precision="fp16", batch=(1, 1, 1))
 
     def kernels() -> dict[Path, tuple[bytes, int]]:
-        with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as tokenizer:
+        with Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config) as tokenizer:
             tokenizer.encode_array(IMAGES[:1])
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in EngineCache().directory.glob("*.kernels")}
 
@@ -230,27 +230,31 @@ def test_memory_that_is_not_there_is_named() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_tokenizer_is_built_certified_and_right(flavour: str, precision, cpu: Tokenizer, mini_bundle: Path) -> None:
-    plan = EnginePlan(precision=precision, batch=(1, 2, 4))
+    build_config = BuildConfig(precision=precision, batch=(1, 2, 4))
     codes = cpu.encode_array(IMAGES)
-    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, batch_limit=4) as tokenizer:
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config, batch_limit=4) as tokenizer:
         assert tokenizer.load().device == "cuda:0"
         assert run_on(flavour, tokenizer)
         for batch in (4, 1, 3):
             assert (tokenizer.encode_array(IMAGES[:batch]) == codes[:batch]).mean() > 0.9
             assert psnr(tokenizer.decode_array(codes[:batch]), cpu.decode_array(codes[:batch])) > 45
         with pytest.raises(ArgumentError, match="built for batch from 1 to 4"):
-            tokenizer._session("encode").run({"images": np.concatenate([IMAGES, IMAGES])})
+            tokenizer.graphs.load("encode").run({"images": np.concatenate([IMAGES, IMAGES])})
     for engine in EngineCache().entries():
         assert engine.certificate["failures"] == []
-    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, batch_limit=4, build=False) as again:
+    with Tokenizer.from_pretrained(
+        mini_bundle, backend=flavour, build_config=build_config, batch_limit=4, build=False
+    ) as again:
         again.encode_array(IMAGES)
 
 
 def test_lanes_and_cuda_graphs_change_nothing(flavour: str, mini_bundle: Path) -> None:
-    plan = EnginePlan(precision="fp32", batch=(1, 1, 2))
-    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as plain:
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 2))
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config) as plain:
         expected = [plain.encode_array(image[None]) for image in IMAGES]
-    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan, lanes=3, cuda_graphs=True) as tokenizer:
+    with Tokenizer.from_pretrained(
+        mini_bundle, backend=flavour, build_config=build_config, execution_contexts=3, cuda_graphs=True
+    ) as tokenizer:
         for _ in range(4):
             for image, codes in zip(IMAGES, expected, strict=True):
                 np.testing.assert_array_equal(tokenizer.encode_array(image[None]), codes)
@@ -270,11 +274,11 @@ def test_lanes_and_cuda_graphs_change_nothing(flavour: str, mini_bundle: Path) -
 
 def test_cuda_graphs_follow_batches_that_change(flavour: str, mini_bundle: Path) -> None:
     """Other pictures in every call, so that what an earlier one left would be seen; `encode` runs twice with each."""
-    plan = EnginePlan(precision="fp32", batch=(1, 1, 2))
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 2))
     calls = [np.roll(IMAGES, number, axis=0)[: 1 + number % 2] for number in range(8)]
     found: dict[bool, list[list[np.ndarray]]] = {}
     for cuda_graphs in (False, True):
-        options = {"backend": flavour, "plan": plan, "batch_limit": 2, "cuda_graphs": cuda_graphs}
+        options = {"backend": flavour, "build_config": build_config, "batch_limit": 2, "cuda_graphs": cuda_graphs}
         with Tokenizer.from_pretrained(mini_bundle, **options) as tokenizer:  # type: ignore[arg-type]
             found[cuda_graphs] = [
                 [tokenizer.latent(images), codes := tokenizer.encode_array(images), tokenizer.decode_array(codes)]
@@ -287,15 +291,15 @@ def test_cuda_graphs_follow_batches_that_change(flavour: str, mini_bundle: Path)
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_generator_is_built_certified_and_repeats_itself(flavour: str, precision, mini_generator: Path) -> None:
-    plan = EnginePlan(precision=precision, batch=(1, 1, 2), pages=200)
-    with Generator.from_pretrained(mini_generator, backend=flavour, plan=plan) as generator:
+    build_config = BuildConfig(precision=precision, batch=(1, 1, 2), pages=200)
+    with Generator.from_pretrained(mini_generator, backend=flavour, build_config=build_config) as generator:
         assert run_on(flavour, generator)
         first = generator.generate("w3 w5", seed=7, n=2)
         assert generator.generate("w3 w5", seed=7, n=2).codes == first.codes
         assert first.images[0].size == (64, 64)
         together = generator.generate_batch(["w3 w5", "w7", "w1 w2 w4"], seed=7, n=2)
         assert len(together) == 3
-        pool = generator._running.scheduler.loop.transformer.pool
+        pool = generator._runner.model.scheduler.loop.transformer.pool
         assert pool.free > pool.pages - 16
         # A picture takes a step for the prompt and one for each scale.
         check_for_leaks(lambda number: generator.generate("w3 w5", seed=number), 30)
@@ -308,12 +312,12 @@ def test_an_understander_is_built_certified_and_answers(flavour: str, precision,
     asked = [(features(i % 2), "what? " * (1 + 20 * i)) for i in range(5)]
     with Understander.from_pretrained(mini_understander, device="cpu", backend="onnxruntime") as on_cpu:
         expected = [answer.token_ids for answer in on_cpu.answer_batch(asked, params=params)]
-    plan = EnginePlan(precision=precision, batch=(1, 1, 2), pages=200)
+    build_config = BuildConfig(precision=precision, batch=(1, 1, 2), pages=200)
     penalised = replace(params, max_tokens=300, repetition_penalty=1.3, temperature=1.5, top_k=288)
     answers: dict[bool, list[tuple[int, ...]]] = {}
     for cuda_graphs in (False, True):
         with Understander.from_pretrained(
-            mini_understander, backend=flavour, plan=plan, cuda_graphs=cuda_graphs
+            mini_understander, backend=flavour, build_config=build_config, cuda_graphs=cuda_graphs
         ) as understander:
             assert run_on(flavour, understander)
             found = [answer.token_ids for answer in understander.answer_batch(asked, params=params)]
@@ -329,7 +333,7 @@ def test_an_understander_is_built_certified_and_answers(flavour: str, precision,
 
 
 def test_an_understander_changes_over_and_chats_go_on(flavour: str, mini_understander: Path) -> None:
-    options = {"backend": flavour, "plan": EnginePlan(precision="fp32", pages=200), "serve_while_building": True}
+    options = {"backend": flavour, "build_config": BuildConfig(precision="fp32", pages=200), "serve_while_building": True}
     with Understander.from_pretrained(mini_understander, **options) as understander:  # type: ignore[arg-type]
         chat = understander.chat(features(0))
         chat.ask("what?", max_tokens=8)
@@ -343,11 +347,11 @@ def test_an_understander_changes_over_and_chats_go_on(flavour: str, mini_underst
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_ten_thousand_calls_leak_nothing(flavour: str, cuda_graphs: bool, mini_bundle: Path) -> None:
     """TensorRT-RTX compiles before the first window: only the batch varies, so it does that at first runs, not behind them."""
-    plan = EnginePlan(precision="fp16", batch=(1, 1, 2))
+    build_config = BuildConfig(precision="fp16", batch=(1, 1, 2))
     codes = RNG.integers(0, 500, (2, 30), np.int32)
-    options = {"backend": flavour, "plan": plan, "batch_limit": 2, "cuda_graphs": cuda_graphs}
+    options = {"backend": flavour, "build_config": build_config, "batch_limit": 2, "cuda_graphs": cuda_graphs}
     with Tokenizer.from_pretrained(mini_bundle, **options) as tokenizer:  # type: ignore[arg-type]
-        encode, features = tokenizer._session("encode"), tokenizer._session("features")
+        encode, features = tokenizer.graphs.load("encode"), tokenizer.graphs.load("features")
 
         def call(number: int) -> None:
             # Three calls of a graph are alike, so that CUDA graphs are captured, launched and given up again and again.
@@ -361,13 +365,13 @@ def test_ten_thousand_calls_leak_nothing(flavour: str, cuda_graphs: bool, mini_b
 
 
 def test_closing_a_tokenizer_gives_its_memory_back(flavour: str, mini_bundle: Path) -> None:
-    plan = EnginePlan(precision="fp16", batch=(1, 1, 4))
+    build_config = BuildConfig(precision="fp16", batch=(1, 1, 4))
     codes = RNG.integers(0, 500, (1, 30), np.int32)
 
     def use() -> Tokenizer:
-        with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as tokenizer:
+        with Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config) as tokenizer:
             for name in tokenizer.bundle.graphs:
-                tokenizer._session(name).run({"images": IMAGES[:1]} if name == "encode" else {"code_indices": codes})
+                tokenizer.graphs.load(name).run({"images": IMAGES[:1]} if name == "encode" else {"code_indices": codes})
         return tokenizer
 
     check_that_closing_frees(use)
@@ -375,11 +379,11 @@ def test_closing_a_tokenizer_gives_its_memory_back(flavour: str, mini_bundle: Pa
 
 def test_closing_a_generator_gives_its_memory_back(flavour: str, mini_generator: Path) -> None:
     """Its pages are 4 MB, so that 20 pools would be seen."""
-    plan = EnginePlan(precision="fp16", batch=(1, 1, 2), pages=2000)
+    build_config = BuildConfig(precision="fp16", batch=(1, 1, 2), pages=2000)
 
     def use() -> Generator:
-        with Generator.from_pretrained(mini_generator, backend=flavour, plan=plan) as generator:
-            assert generator._running.transformer.page_bytes * 2000 > 2**21
+        with Generator.from_pretrained(mini_generator, backend=flavour, build_config=build_config) as generator:
+            assert generator._runner.model.transformer.page_bytes * 2000 > 2**21
             generator.generate("w3 w5", seed=7)
         generator.tokenizer.close()
         return generator
@@ -388,17 +392,17 @@ def test_closing_a_generator_gives_its_memory_back(flavour: str, mini_generator:
 
 
 def test_a_cut_engine_is_built_again(flavour: str, mini_bundle: Path) -> None:
-    plan = EnginePlan(precision="fp16", batch=(1, 1, 1))
-    Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan).close()
+    build_config = BuildConfig(precision="fp16", batch=(1, 1, 1))
+    Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config).close()
     for path in EngineCache().directory.glob("*.engine"):
         path.write_bytes(path.read_bytes()[:-100])
-    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, plan=plan) as tokenizer:
+    with Tokenizer.from_pretrained(mini_bundle, backend=flavour, build_config=build_config) as tokenizer:
         tokenizer.encode_array(IMAGES[:1])
 
 
 def test_serving_goes_on_while_engines_are_built(flavour: str, mini_bundle: Path, cpu: Tokenizer) -> None:
-    plan = EnginePlan(precision="fp32", batch=(1, 1, 1))
-    options = {"backend": flavour, "plan": plan, "serve_while_building": True}
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 1))
+    options = {"backend": flavour, "build_config": build_config, "serve_while_building": True}
     with Tokenizer.from_pretrained(mini_bundle, **options) as tokenizer:  # type: ignore[arg-type]
         expected = cpu.encode_array(IMAGES[:1])
         assert (tokenizer.encode_array(IMAGES[:1]) == expected).mean() > 0.9

@@ -12,7 +12,18 @@ import pytest
 import tokenflow_sdk
 from tests.conftest import ROOT
 
-HEAVY = ("torch", "onnx", "onnxruntime", "rich", "export", "huggingface_hub", "tokenizers", "argparse")
+HEAVY = (
+    "numpy",
+    "PIL",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "rich",
+    "tokenflow_export",
+    "huggingface_hub",
+    "tokenizers",
+    "argparse",
+)
 
 
 def test_importing_the_sdk_imports_nothing_heavy() -> None:
@@ -25,8 +36,8 @@ def test_using_the_sdk_never_imports_torch(mini_bundle: Path) -> None:
     script = (
         "import sys; from tokenflow_sdk import Tokenizer\n"
         "tok = Tokenizer.from_pretrained(sys.argv[1]); tok.decode(tok.encode(sys.argv[2]))\n"
-        "import tokenflow_sdk.cli.parser, tokenflow_sdk.parity\n"
-        "print(sorted({'torch', 'onnx', 'export'} & set(sys.modules)))"
+        "import tokenflow_sdk.cli.parser, tokenflow_sdk.parity.tokenizer\n"
+        "print(sorted({'torch', 'onnx', 'tokenflow_export'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script, mini_bundle, ROOT / "examples" / "chelsea.jpg"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -37,10 +48,17 @@ def test_all_names_what_is_public() -> None:
     assert sorted(tokenflow_sdk.__all__) == [
         "Answer",
         "AnswerParams",
+        "BuildConfig",
+        "Bundle",
         "Chat",
         "Codes",
+        "GeneratedScale",
+        "Generation",
         "Generator",
+        "Pass",
+        "RuntimeOptions",
         "SamplingParams",
+        "Scales",
         "TokenFlowError",
         "Tokenizer",
         "Understander",
@@ -55,8 +73,13 @@ def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"tokenflow_sdk/tokenizer.py", "tokenflow_sdk/engines/tiny/tokenizer/bundle.json"} <= set(names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_sdk"}
+    assert {
+        "tokenflow_sdk/tokenizer.py",
+        "tokenflow_sdk/_data/models/tiny/tokenizer/bundle.json",
+        "tokenflow_sdk/py.typed",
+        "tokenflow_export/cli.py",
+    } <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_export", "tokenflow_sdk"}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = [

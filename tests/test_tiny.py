@@ -11,14 +11,14 @@ import pytest
 
 from tests.conftest import DATA, ROOT
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.backends.base import open_onnxruntime
-from tokenflow_sdk.bundle import Bundle, find_bundle
-from tokenflow_sdk.certificate import certify
-from tokenflow_sdk.config import GeneratorConfig
-from tokenflow_sdk.images import psnr
-from tokenflow_sdk.parity import check_parity
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.parity.certificate import certify
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
+from tokenflow_sdk.pictures.images import psnr
 
-TINY = ROOT / "engines" / "tiny"
+TINY = ROOT / "models" / "tiny"
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 EXPECTED = np.load(DATA / "tiny_expected.npz")
 
@@ -56,7 +56,7 @@ def test_every_scale_makes_the_picture_better(tokenizer: Tokenizer) -> None:
 
 
 def test_the_graphs_are_the_trained_model(tokenizer: Tokenizer) -> None:
-    assert check_parity(tokenizer).failures() == []
+    assert check_tokenizer(tokenizer.graphs).failures() == []
 
 
 def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator, tokenizer: Tokenizer) -> None:
@@ -75,7 +75,7 @@ def test_integer_products_do_not_overflow() -> None:
     bundle = Bundle.open(find_bundle("tiny", "generator"), GeneratorConfig)
     found = certify(bundle, open_onnxruntime, "fp32", 64, 16)
     assert found.figures["hidden_cosine"] > 0.9999
-    assert found.figures["same_code"] >= 0.98
+    assert found.figures["same_choice"] >= 0.98
 
 
 def test_seeds_draw_different_pictures(generator: Generator) -> None:

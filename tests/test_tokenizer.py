@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.fakes import FakeSession, fake_bundle
+from tests.support.fakes import FakeSession, fake_bundle
 from tokenflow_sdk import Codes, Tokenizer
-from tokenflow_sdk.backends.base import Session, SessionOptions
-from tokenflow_sdk.config import GraphEntry
+from tokenflow_sdk.backends.session import Session, SessionOptions
+from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, ImageShapeError
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"

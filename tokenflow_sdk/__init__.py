@@ -1,20 +1,43 @@
-"""Inference for TokenFlow, the unified image tokenizer (arXiv 2412.03069): pictures to codes and back, without torch."""
+"""Inference for TokenFlow, the unified image tokenizer (arXiv 2412.03069): images to codes and back, without torch.
 
-from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.errors import TokenFlowError
-from tokenflow_sdk.generator import Generator
-from tokenflow_sdk.sampling import SamplingParams
-from tokenflow_sdk.token_sampling import AnswerParams
-from tokenflow_sdk.tokenizer import Tokenizer
-from tokenflow_sdk.understander import Answer, Chat, Understander
+Everything that users need is importable from here. It is imported when it is first used, so that `import tokenflow_sdk` costs
+hardly more than nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.engines.build_config import BuildConfig
+    from tokenflow_sdk.engines.options import RuntimeOptions
+    from tokenflow_sdk.errors import TokenFlowError
+    from tokenflow_sdk.generation.generator import GeneratedScale, Generation, Generator
+    from tokenflow_sdk.model.sampling import Pass, SamplingParams
+    from tokenflow_sdk.pictures.codes import Codes
+    from tokenflow_sdk.pictures.scales import Scales
+    from tokenflow_sdk.tokenizer import Tokenizer
+    from tokenflow_sdk.understanding.answering import Answer
+    from tokenflow_sdk.understanding.chat import Chat
+    from tokenflow_sdk.understanding.params import AnswerParams
+    from tokenflow_sdk.understanding.understander import Understander
 
 __all__ = [
     "Answer",
     "AnswerParams",
+    "BuildConfig",
+    "Bundle",
     "Chat",
     "Codes",
+    "GeneratedScale",
+    "Generation",
     "Generator",
+    "Pass",
+    "RuntimeOptions",
     "SamplingParams",
+    "Scales",
     "TokenFlowError",
     "Tokenizer",
     "Understander",
@@ -22,3 +45,33 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "understanding.answering",
+    "AnswerParams": "understanding.params",
+    "BuildConfig": "engines.build_config",
+    "Bundle": "bundle.bundle",
+    "Chat": "understanding.chat",
+    "Codes": "pictures.codes",
+    "GeneratedScale": "generation.generator",
+    "Generation": "generation.generator",
+    "Generator": "generation.generator",
+    "Pass": "model.sampling",
+    "RuntimeOptions": "engines.options",
+    "SamplingParams": "model.sampling",
+    "Scales": "pictures.scales",
+    "TokenFlowError": "errors",
+    "Tokenizer": "tokenizer",
+    "Understander": "understanding.understander",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Writing results: whole or not at all."""
+"""Files: what comes with the SDK, and results that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["write_atomic"]
+__all__ = ["packaged_data", "write_atomic"]
+
+
+def packaged_data(name: str) -> Path:
+    """A directory that comes with the SDK, e.g. `models/tiny`: inside the package where it was installed from a wheel, beside
+    it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "_data" / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.backends.base import Array, OpenSession, Session, SessionOptions, open_onnxruntime
-from tokenflow_sdk.backends.swapping import EngineSwap, SwappingSessions
-from tokenflow_sdk.bundle import Bundle, find_bundle
-from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.session import OpenSession, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.choice import Needs, choose, engines_for
+from tokenflow_sdk.engines.hot_swap import EngineSwap, SwappingSessions
+from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
-from tokenflow_sdk.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
-from tokenflow_sdk.images import preprocess as load_and_fit
-
-if TYPE_CHECKING:
-    from tokenflow_sdk.backends.choice import EngineOptions
-    from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
+from tokenflow_sdk.pictures.images import preprocess as load_and_fit
 
 __all__ = ["Tokenizer"]
 
@@ -53,11 +53,8 @@ class Tokenizer:
             raise ArgumentError(f"batch_limit={batch_limit} leaves no room for a picture.", "Give at least 1.")
         self.bundle = bundle
         self.batch_limit = batch_limit
-        self._options = options or SessionOptions()
-        self._open_session = open_session
-        self._sessions: dict[str, Session] = {}
-        self._lock = threading.Lock()
-        self._closed = False
+        self.graphs = TokenizerGraphs(bundle, open_session, options or SessionOptions(), batch_limit)
+        """The graphs as functions of arrays, for comparing backends; what is fed to them is not checked."""
         self._swap: EngineSwap | None = None
 
     @classmethod
@@ -70,22 +67,20 @@ class Tokenizer:
         threads: int | None = None,
         batch_limit: int = 1,
         backend: str = "auto",
-        plan: EnginePlan | str | None = None,
+        build_config: BuildConfig | str | None = None,
         build: bool = True,
         serve_while_building: bool = False,
-        lanes: int = 1,
+        execution_contexts: int = 1,
         cuda_graphs: bool = False,
     ) -> Tokenizer:
         """Open a bundle and verify its files; graphs are loaded on first use.
 
         Args:
-            name: a bundle's directory, or a Hugging Face hub id (`org/name`).
-            device: `auto` (CUDA where it works, else CPU), `cpu`, `cuda` or `cuda:N`.
-            providers: onnxruntime execution providers, overriding `device`.
-            threads: CPU threads of one call; None takes every core this process may use.
-            batch_limit: most pictures in one engine call; larger batches are split. Memory grows with it. On a CPU 1 is
+            name: a bundle's directory, a Hugging Face hub id (`org/name`), or `tiny`, which comes with the SDK.
+            batch_limit: most pictures in one call of a session; larger batches are split. Memory grows with it. On a CPU 1 is
                 the fastest as well; on a GPU try 8 to 32.
-            backend, plan, build, serve_while_building, lanes, cuda_graphs: see `tokenflow_sdk.backends.choice.EngineOptions`.
+            device, providers, threads, backend, build_config, build, serve_while_building, execution_contexts, cuda_graphs:
+                see `RuntimeOptions`.
 
         Raises:
             BundleNotFoundError, BundleVersionError, CorruptBundleError: see `tokenflow_sdk.errors`.
@@ -93,27 +88,30 @@ class Tokenizer:
             ArgumentError: an option that cannot work.
             BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
         """
-        from tokenflow_sdk.backends.choice import EngineOptions
-
-        options = SessionOptions(device, None if providers is None else tuple(providers), threads)
-        wanted = EngineOptions(backend, plan, build, serve_while_building, lanes, cuda_graphs)
-        return cls.open(name, options, wanted, batch_limit)
+        options = RuntimeOptions(
+            device=device,
+            providers=None if providers is None else tuple(providers),
+            threads=threads,
+            backend=backend,
+            build_config=build_config,
+            build=build,
+            serve_while_building=serve_while_building,
+            execution_contexts=execution_contexts,
+            cuda_graphs=cuda_graphs,
+        )
+        return cls.open(name, options, batch_limit)
 
     @classmethod
-    def open(
-        cls, name: str | os.PathLike[str], options: SessionOptions, wanted: EngineOptions, batch_limit: int = 1
-    ) -> Tokenizer:
-        """`from_pretrained`, with its options in two parts."""
-        from tokenflow_sdk.backends.choice import Needs, choose
-
+    def open(cls, name: str | os.PathLike[str], options: RuntimeOptions, batch_limit: int = 1) -> Tokenizer:
+        """`from_pretrained`, with the runtime options in one object."""
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
         needs = Needs(batch=batch_limit)
-        if not wanted.serve_while_building:
-            open_session, options = choose(bundle, options, wanted, needs)
-            return cls(bundle, options, batch_limit, open_session)
-        engines, sessions = wanted.engines(bundle, options, needs), SwappingSessions(open_onnxruntime)
-        tokenizer = cls(bundle, options, batch_limit, sessions.open)
+        if not options.serve_while_building:
+            open_session, session_options = choose(bundle, options, needs)
+            return cls(bundle, session_options, batch_limit, open_session)
+        engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
+        tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
         tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.move(engines.open))
         return tokenizer
 
@@ -125,8 +123,7 @@ class Tokenizer:
     @property
     def device(self) -> str:
         """Where the graphs loaded so far run: `cpu`, `cuda:0`, or `not loaded`."""
-        with self._lock:
-            return ", ".join(sorted({session.device for session in self._sessions.values()})) or "not loaded"
+        return ", ".join(self.graphs.devices) or "not loaded"
 
     def wait_for_engines(self, timeout: float | None = None) -> bool:
         """Whether everything runs on its engines, after at most `timeout` seconds; with `serve_while_building`, not at once.
@@ -139,7 +136,7 @@ class Tokenizer:
     def load(self, *graphs: str) -> Tokenizer:
         """Load graphs now instead of on first use: any of `encode`, `decode`, `semantic`, `features`; none means all."""
         for name in graphs or tuple(self.bundle.graphs):
-            self._session(name)
+            self.graphs.load(name)
         return self
 
     def encode(
@@ -191,7 +188,7 @@ class Tokenizer:
             ArrayError, ImageShapeError: wrong dtype, rank or size.
         """
         images = check_batch(images, self.config.image_size)
-        return self._run("encode", "images", images, "code_indices").astype(np.int32, copy=False)
+        return self.graphs.encode(images)
 
     def codes(self, code_indices: NDArray[np.int32]) -> Codes:
         """Wrap one row of code indices [l], l whole scales, as `Codes` of this tokenizer.
@@ -223,32 +220,29 @@ class Tokenizer:
             ArrayError: not an integer array of rank 2.
             CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
         """
-        return self._run("decode", "code_indices", self._checked(code_indices), "images").astype(np.uint8, copy=False)
+        return self.graphs.decode(self._checked(code_indices))
 
     def features(self, codes: Codes) -> NDArray[np.float32]:
-        """The quantized feature float32 [g * g, 40], row-major: what a language model's projector reads (paper section 3.3)."""
-        return self._one("features", codes)
+        """The quantized feature float32 [g * g, C], row-major: what a language model reads (docs/model.md, section 2)."""
+        found: NDArray[np.float32] = self.graphs.features(self._indices([codes]))[0]
+        return found
 
     def semantic(self, codes: Codes) -> NDArray[np.float32]:
-        """Teacher-like features float32 [g * g, 512 or 1152], row-major, for search and classification."""
-        return self._one("semantic", codes)
+        """The semantic decoder's features float32 [g * g, width], row-major, for search and classification."""
+        found: NDArray[np.float32] = self.graphs.semantic(self._indices([codes]))[0]
+        return found
 
     def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None) -> Image.Image:
         """`decode(encode(image))`: the picture as the codes keep it. Options and errors as in `encode`."""
         return self.decode(self.encode(image, preprocess=preprocess))
 
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """u8 [B, H, W, 3] -> float32 [B, 40, g, g]: the encoders' output before the codebook search, for checking engines."""
-        images = check_batch(images, self.config.image_size)
-        return self._run("encode", "images", images, "latent").astype(np.float32, copy=False)
+        """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search, for checking engines."""
+        return self.graphs.latent(check_batch(images, self.config.image_size))
 
     def close(self) -> None:
-        """Free the engines. Closing twice is fine; anything else afterwards raises ArgumentError."""
-        with self._lock:
-            self._closed = True
-            for session in self._sessions.values():
-                session.close()
-            self._sessions.clear()
+        """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""
+        self.graphs.close()
 
     def __enter__(self) -> Tokenizer:
         return self
@@ -259,27 +253,6 @@ class Tokenizer:
     def __repr__(self) -> str:
         c = self.config
         return f"Tokenizer({c.variant}: {c.image_size} px, {len(c.patch_nums)} scales, {c.n_codes} codes of {c.codebook_size})"
-
-    def _session(self, name: str) -> Session:
-        with self._lock:
-            if self._closed:
-                raise ArgumentError("This Tokenizer is closed.", "Make a new one with Tokenizer.from_pretrained.")
-            if name not in self._sessions:
-                entry = self.bundle.graph(name)
-                self._sessions[name] = self._open_session(self.bundle.path / entry.files[0].name, entry, self._options)
-            return self._sessions[name]
-
-    def _run(self, graph: str, feed: str, array: Array, output: str) -> Array:
-        session = self._session(graph)
-        parts = [
-            session.run({feed: array[start : start + self.batch_limit]}, [output])[output]
-            for start in range(0, len(array), self.batch_limit)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _one(self, graph: str, codes: Codes) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = self._run(graph, "code_indices", self._indices([codes]), "features")[0]
-        return features
 
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         c = self.config
@@ -299,11 +272,10 @@ class Tokenizer:
                 f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",
                 "For one picture use codes[None].",
             )
-        ends = np.cumsum([side * side for side in c.patch_nums])
-        if array.shape[1] not in ends:
+        if array.shape[1] not in c.scales.ends:
             raise CodesRangeError(
                 f"{array.shape[1]} codes are no whole number of {c.variant}'s scales.",
-                f"Valid lengths are {', '.join(map(str, ends))}.",
+                f"Valid lengths are {', '.join(map(str, c.scales.ends))}.",
             )
         if array.min() < -1 or array.max() >= c.codebook_size:
             bad = np.argwhere((array < -1) | (array >= c.codebook_size))[0]
@@ -313,8 +285,7 @@ class Tokenizer:
             )
         full = np.full((len(array), c.n_codes), -1, np.int32)
         full[:, : array.shape[1]] = array
-        absent = np.split(full < 0, ends[:-1], axis=1)
-        for i, scale in enumerate(absent):
+        for i, scale in enumerate(c.scales.split(full < 0)):
             if (scale.any(axis=1) & ~scale.all(axis=1)).any():
                 raise CodesRangeError(
                     f"Scale {i + 1} is absent (-1) in part.", "Leave a scale out as a whole, or give all of its codes."

@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.request import DTYPES, TITLES, TORCH, Dtype
 from benchmarks.gpu.timing import console, say_why
-from export.checkpoints import load_model, read_state_dict, recognise
-from export.models import TokenFlowTokenizer
-from export.models.tokenizer import to_pixels, to_unit_range
+from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import to_pixels, to_unit_range
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.engine_recipe import EnginePlan
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.errors import TokenFlowError
-from tokenflow_sdk.tensorrt_module import FLAVOURS
 
 __all__ = [
     "Codec",
     "Side",
     "TorchCodec",
-    "engine_plan",
+    "build_config_for",
     "half_copy",
     "lacks_memory",
     "load_eager",
@@ -199,8 +199,10 @@ def sdk_sides(bundle: Bundle[TokenizerConfig], device: Device, batches: Sequence
         )
 
     def engines(flavour: str, largest: int) -> Tokenizer:
-        plan = engine_plan(flavour, [batch for batch in batches if batch <= largest])
-        return Tokenizer.from_pretrained(bundle.path, device=device.sdk, backend=flavour, plan=plan, batch_limit=largest)
+        build_config = build_config_for(flavour, [batch for batch in batches if batch <= largest])
+        return Tokenizer.from_pretrained(
+            bundle.path, device=device.sdk, backend=flavour, build_config=build_config, batch_limit=largest
+        )
 
     return [Side("onnxruntime", onnxruntime), *(Side(flavour, partial(engines, flavour)) for flavour in FLAVOURS)]
 
@@ -235,7 +237,7 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text) is not None
 
 
-def engine_plan(flavour: str, batches: Sequence[int]) -> EnginePlan:
+def build_config_for(flavour: str, batches: Sequence[int]) -> BuildConfig:
     """Float16 engines for up to the largest of these batches, tuned for the middle one."""
     ascending = sorted(batches)
-    return EnginePlan(backend=flavour, batch=(1, ascending[len(ascending) // 2], ascending[-1]))
+    return BuildConfig(backend=flavour, batch=(1, ascending[len(ascending) // 2], ascending[-1]))

@@ -13,11 +13,20 @@ from PIL import Image
 from benchmarks.common import ROOT
 from benchmarks.gpu.codecs import Codec, Side
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import CheckpointError
-from tokenflow_sdk.images import preprocess, psnr
-from tokenflow_sdk.parity import EXACT, ROUNDED, Bars, Flip, Reference, check_parity, judge_codes, worst_margin
+from tokenflow_sdk.parity.tokenizer import (
+    EXACT,
+    ROUNDED,
+    Flip,
+    TokenizerReference,
+    Tolerances,
+    check_tokenizer,
+    judge_codes,
+    worst_margin,
+)
+from tokenflow_sdk.pictures.images import preprocess, psnr
 
 __all__ = ["batch_failures", "compare", "crops", "reference_of", "require_same_weights"]
 
@@ -38,35 +47,35 @@ def crops(config: TokenizerConfig) -> NDArray[np.uint8]:
     return np.stack(found)
 
 
-def reference_of(bundle: Bundle[TokenizerConfig], threads: int | None) -> Reference:
+def reference_of(bundle: Bundle[TokenizerConfig], threads: int | None) -> TokenizerReference:
     """What onnxruntime computes of the crops on the CPU."""
     images = crops(bundle.config)
     shape = (len(images), bundle.config.code_dim, bundle.config.grid, bundle.config.grid)
     with Tokenizer.from_pretrained(bundle.path, device="cpu", threads=threads, backend="onnxruntime") as cpu:
         indices = cpu.encode_array(images)
         rows = [cpu.codes(row) for row in indices]
-        return Reference(
+        return TokenizerReference(
             images=images,
             code_indices=indices,
             latent=cpu.latent(images),
             features=np.stack([cpu.features(row).T for row in rows]).reshape(shape),
             decoded=cpu.decode_array(indices),
             semantic=np.stack([cpu.semantic(row) for row in rows]),
-            codebook=Reference.load(bundle).codebook,
+            codebook=TokenizerReference.load(bundle).codebook,
         )
 
 
-def compare(side: Side, codec: Codec, reference: Reference) -> dict[str, Any]:
+def compare(side: Side, codec: Codec, reference: TokenizerReference) -> dict[str, Any]:
     """Share of equal codes, teacher-forced agreement, the largest margin of a flip, dB of decoded pictures (None: identical),
     and in words every bar that is missed."""
     if isinstance(codec, Tokenizer):
-        report = check_parity(codec, reference)
+        report = check_tokenizer(codec.graphs, reference)
         encoded, decibels = _Encoded(report.equal_codes, report.overall, report.flips), report.decode_psnr
-        failures = report.failures(_bars(side))
+        failures = report.failures(_tolerances(side))
     else:
         encoded, decibels = _encode(codec, reference, 1), _decode(codec, reference, 1)
-        bars = _bars(side)
-        failures = bars.missed_by_codes(encoded.flips, encoded.agreement) + bars.missed_by_pictures(decibels)
+        tolerances = _tolerances(side)
+        failures = tolerances.missed_by_codes(encoded.flips, encoded.agreement) + tolerances.missed_by_pictures(decibels)
     shown = None if np.isinf(decibels) else round(float(decibels), 2)
     return {
         "equal_codes": encoded.equal,
@@ -77,15 +86,15 @@ def compare(side: Side, codec: Codec, reference: Reference) -> dict[str, Any]:
     }
 
 
-def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: Reference) -> list[str]:
-    """Bars that a graph misses in calls of so many pictures, in words: engines have kernels of their own for each batch."""
+def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: TokenizerReference) -> list[str]:
+    """Tolerances that a graph misses in calls of so many images, in words: engines have kernels of their own for each batch."""
     if graph == "encode":
         encoded = _encode(codec, reference, batch)
-        return _bars(side).missed_by_codes(encoded.flips, encoded.agreement)
-    return _bars(side).missed_by_pictures(_decode(codec, reference, batch))
+        return _tolerances(side).missed_by_codes(encoded.flips, encoded.agreement)
+    return _tolerances(side).missed_by_pictures(_decode(codec, reference, batch))
 
 
-def _bars(side: Side) -> Bars:
+def _tolerances(side: Side) -> Tolerances:
     """Of its precision. A baseline has to compute the same, not to the last bit: PyTorch's float32 is judged as half is."""
     return EXACT if side.ours and side.dtype == "float32" else ROUNDED
 
@@ -97,7 +106,7 @@ class _Encoded:
     flips: Sequence[Flip]
 
 
-def _encode(codec: Codec, reference: Reference, batch: int) -> _Encoded:
+def _encode(codec: Codec, reference: TokenizerReference, batch: int) -> _Encoded:
     flips: list[Flip] = []
     equal: list[float] = []
     for pictures in _batches(len(reference.images), batch):
@@ -109,7 +118,7 @@ def _encode(codec: Codec, reference: Reference, batch: int) -> _Encoded:
     return _Encoded(float(np.mean(equal)), agreement, flips)
 
 
-def _decode(codec: Codec, reference: Reference, batch: int) -> float:
+def _decode(codec: Codec, reference: TokenizerReference, batch: int) -> float:
     """dB of the worst picture."""
     return min(
         psnr(decoded, reference.decoded[picture])

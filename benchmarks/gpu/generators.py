@@ -13,24 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.generator_vs_eager import SIZES, random_prompts, standin
-from benchmarks.gpu.codecs import engine_plan, lacks_memory, note_of, with_largest
+from benchmarks.gpu.codecs import build_config_for, lacks_memory, note_of, with_largest
 from benchmarks.gpu.request import TITLES, TORCH, GeneratorSizes
 from benchmarks.gpu.timing import Call, alternate, bar, outcome
 from benchmarks.gpu.tokenizers import Work, result
-from export.hf_directory import HfDirectory
-from tests.generation_oracle import UncachedGenerator
-from tests.mini_generator import export_quietly
+from tests.support.generation_oracle import UncachedGenerator
+from tests.support.mini_generator import export_quietly
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.backends.base import OpenSession, Session, SessionOptions
-from tokenflow_sdk.backends.choice import EngineOptions, choose
-from tokenflow_sdk.bundle import Bundle, load_codebook
-from tokenflow_sdk.certificate import certify
-from tokenflow_sdk.config import GeneratorConfig, GraphEntry
+from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
+from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig
+from tokenflow_sdk.bundle.schema import GraphEntry
+from tokenflow_sdk.engines.choice import choose
+from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.pairing import tokenizer_of
-from tokenflow_sdk.sampling import SamplingParams
-from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages
-from tokenflow_sdk.tensorrt_module import FLAVOURS
+from tokenflow_sdk.language_model import paired_tokenizer
+from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.parity.certificate import certify
 
 __all__ = ["PRESETS", "Drawing", "measure_generator", "standin_generator"]
 
@@ -192,11 +193,12 @@ class _Drawn:
     def _sdk(self, key: str, largest: int, opened: ExitStack) -> tuple[SdkArtist | None, int | None]:
         """What draws, None where results are wrong, and what was used of the device before."""
         pictures = [n for n in self.drawing.pictures if n <= largest]
-        plan = engine_plan(key, pictures) if key in FLAVOURS else None
-        options = SessionOptions(self.work.device.sdk, None, self.work.threads)
-        open_session, options = choose(self.bundle, options, EngineOptions(key, plan))
-        pages = default_pages(self.bundle.config, PAGE_SIZE)
-        certificate = certify(self.bundle, _on(open_session, options), "fp16" if plan else "fp32", pages, PAGE_SIZE)
+        build_config = build_config_for(key, pictures) if key in FLAVOURS else None
+        device, threads = self.work.device.sdk, self.work.threads
+        asked = RuntimeOptions(device=device, threads=threads, backend=key, build_config=build_config)
+        open_session, options = choose(self.bundle, asked)
+        pages = self.bundle.config.default_pages()
+        certificate = certify(self.bundle, _on(open_session, options), "fp16" if build_config else "fp32", pages, PAGE_SIZE)
         self.parity[key] = {**certificate.figures, "failures": list(certificate.failures)}
         if not certificate.passed:
             return None, None
@@ -207,7 +209,7 @@ class _Drawn:
         return SdkArtist(opened.enter_context(generator), *self._prompts), before
 
     def _tokenizer(self) -> Tokenizer:
-        return tokenizer_of(self.bundle, None, SessionOptions("cpu"), EngineOptions("onnxruntime"))
+        return paired_tokenizer(self.bundle, None, RuntimeOptions(device="cpu", backend="onnxruntime"))
 
     def _torch(self, key: str) -> tuple[TorchArtist, int | None]:
         """What draws, and what PyTorch's allocator had given away before."""

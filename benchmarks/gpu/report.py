@@ -137,7 +137,7 @@ def _tokenizer(found: Mapping[str, Any]) -> Iterable[str]:
                 yield _row([str(row["batch"]), _title(row), *_figures(row), *_roofline(row)], 9)
     if found.get("parity"):
         yield from ("", "Results against onnxruntime on the CPU, on four crops of a photo:", "")
-        yield from _table(("side", "equal codes", "teacher-forced", "decoded", "bars missed"))
+        yield from _table(("side", "equal codes", "teacher-forced", "decoded", "tolerances missed"))
     for key, figures in found.get("parity", {}).items():
         decoded = "identical" if figures["decode_psnr"] is None else f"{figures['decode_psnr']:.1f} dB"
         missed = "; ".join(figures["failures"])
@@ -174,7 +174,7 @@ def _generator(found: Mapping[str, Any]) -> Iterable[str]:
     for key, figures in found["parity"].items():
         yield (
             f"- {TITLES[key]}, against its bundle's reference: hidden states have a cosine of {figures['hidden_cosine']:.5f}, "
-            f"the likeliest code is the same at {figures['same_code']:.1%}."
+            f"the likeliest code is the same at {figures['same_choice']:.1%}."
         )
 
 

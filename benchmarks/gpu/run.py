@@ -116,7 +116,7 @@ def _tokenizer(found: dict[str, Any], request: Request, work: Work) -> None:
         prepare(variant, checkpoint, bundle)
     except subprocess.CalledProcessError as error:
         raise BundleError(
-            f"`python -m export {error.cmd[3]}` of {variant} ended with status {error.returncode}.", "It says why above."
+            f"`tokenflow export {error.cmd[3]}` of {variant} ended with status {error.returncode}.", "It says why above."
         ) from error
     try:
         measure_tokenizer(found, checkpoint, bundle, work)

@@ -27,9 +27,9 @@ from benchmarks.gpu.comparison import batch_failures, compare, reference_of, req
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.flops import count_flops, count_weights
 from benchmarks.gpu.timing import Call, Pace, Times, alternate, bar, outcome
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.parity import Reference
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
 
 __all__ = ["Work", "measure_tokenizer", "result"]
 
@@ -86,7 +86,7 @@ def _sides(variant: str, checkpoint: Path, bundle: Bundle[TokenizerConfig], work
     return [side for side in sides if side.key in work.sides]
 
 
-def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: Reference, work: Work) -> dict[str, str]:
+def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: TokenizerReference, work: Work) -> dict[str, str]:
     """Write a side's figures into `parity`, and give what its rows have to say instead of times, if anything."""
 
     def attempt(largest: int) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: Reference
 class _Graph:
     """One graph, with the sides that can run it open until it is closed."""
 
-    def __init__(self, name: str, variant: str, reference: Reference, work: Work) -> None:
+    def __init__(self, name: str, variant: str, reference: TokenizerReference, work: Work) -> None:
         self.name, self.variant, self.reference, self.work = name, variant, reference, work
         self._data = reference.images if name == "encode" else reference.code_indices
         self._calls: dict[int, dict[str, Call]] = {batch: {} for batch in work.batches}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from export.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerConfig, VqganConfig
+from tokenflow_export.models.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerArchitecture, VqganConfig
 
 __all__ = ["TINY"]
 
-TINY = TokenizerConfig(
+TINY = TokenizerArchitecture(
     variant="tiny",
     image_size=256,
     patch_nums=(1, 2, 4, 6, 8, 10, 12, 14, 16),

@@ -1,6 +1,6 @@
 """Write the bundles of the trained model.
 
-    python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out engines/tiny
+    python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out models/tiny
 
 Both go through the exporter of the released models: the generator by way of a directory in the released layout.
 """
@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as PromptTokenizer
 
-from export.generator import export_generator
-from export.hf_directory import HfDirectory
-from export.precision import Precision
-from export.progress import Steps
-from export.tokenizer import export_tokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
 from recipes.tiny.train_generator import load_generator, load_tokenizer
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.generator import export_generator
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tokenizer.export import export_tokenizer
+from tokenflow_export.tracing.weight_quantization import ExportPrecision
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 __all__ = ["main", "write_released_layout"]
 
@@ -71,15 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
     parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
-    parser.add_argument("--out", type=Path, default=Path("engines/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("models/tiny"))
     parser.add_argument(
         "--cfg-scale", type=float, default=CFG_SCALE, help="guidance unless told otherwise (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
     out: Path = arguments.out
-    with Steps() as steps, tempfile.TemporaryDirectory() as work:
-        export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compact=True)
+    with ProgressSteps() as steps, tempfile.TemporaryDirectory() as work:
+        export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compress=True)
         generator, prompts = load_generator(arguments.generator, model)
         write_released_layout(generator, prompts, Path(work))
         agreement = export_generator(
@@ -88,11 +88,11 @@ def main(argv: list[str] | None = None) -> int:
             out / "generator",
             steps,
             force=True,
-            precision=Precision("fp32", "int8"),
+            precision=ExportPrecision("fp32", "int8"),
             negative_prompt=NEGATIVE_PROMPT,
             preset=PRESET,
             cfg_scale=CFG_SCALE,
-            compact=True,
+            compress=True,
         )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB; int8 transformer: likeliest code the same at {agreement.same_code:.1%} of positions")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.config import TransformerConfig
-from export.models.llama import Attention, Transformer
 from recipes.tiny.config import TINY
 from recipes.tiny.prompts import PAD
-from tokenflow_sdk.resize import bicubic_matrix
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.models.llama import Attention, Transformer
+from tokenflow_sdk.pictures.resize import bicubic_matrix
 
 __all__ = ["SIZES", "GeneratorModel"]
 

@@ -14,13 +14,13 @@ from PIL import Image
 from rich.progress import track
 from torch.nn import functional as F
 
-from export.models import TokenFlowTokenizer
 from recipes.tiny.captions import held_out_caption
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
+from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.images import psnr
+from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["generation", "labels_from_codes", "reconstruction", "seconds"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.config import TokenizerConfig
-from export.graphs import CodebookSearch
-from export.models import TokenFlowTokenizer
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.config import TokenizerArchitecture
+from tokenflow_export.tokenizer.graphs import CodebookSearch
 
 __all__ = ["Quantized", "TrainingQuantizer"]
 
@@ -30,7 +30,7 @@ class Quantized:
 class TrainingQuantizer:
     """Runs the search on a model's live codebooks (`TokenFlowTokenizer.quantize`)."""
 
-    def __init__(self, config: TokenizerConfig, device: torch.device) -> None:
+    def __init__(self, config: TokenizerArchitecture, device: torch.device) -> None:
         self.config = config
         with torch.device("meta"):
             shell = TokenFlowTokenizer(config)

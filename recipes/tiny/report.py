@@ -1,6 +1,6 @@
 """Measure the shipped bundle and write its model card.
 
-python -m recipes.tiny.report --data data/tiny --out engines/tiny
+python -m recipes.tiny.report --data data/tiny --out models/tiny
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.tiny.measure import generation, labels_from_codes, reconstruction, 
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.train_generator import load_tokenizer
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.sheet import contact_sheet
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["main"]
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
     parser.add_argument("--cache", type=Path, default=Path("data/cache"))
     parser.add_argument("--training", type=Path, default=Path("data/tiny"), help="where tokenizer/ and generator/ were trained")
-    parser.add_argument("--out", type=Path, default=Path("engines/tiny"), help="the bundles, and where the card goes")
+    parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="the bundles, and where the card goes")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
     parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
     arguments = parser.parse_args(argv)

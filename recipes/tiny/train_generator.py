@@ -19,7 +19,6 @@ from tokenizers import Tokenizer as PromptTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.models import TokenFlowTokenizer
 from recipes.tiny.captions import caption, held_out_caption
 from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.config import TINY
@@ -28,6 +27,7 @@ from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
+from tokenflow_export.models import TokenFlowTokenizer
 
 __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.models import TokenFlowTokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
 from recipes.tiny.loop import device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
-from tokenflow_sdk.images import psnr
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["TokenizerTraining", "main"]
 

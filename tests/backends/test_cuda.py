@@ -1,4 +1,4 @@
-"""GPU memory against NumPy, on a GPU that is not there (tests/fake_gpu.py watches every address)."""
+"""GPU memory against NumPy, on a GPU that is not there (tests/support/fake_gpu.py watches every address)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from tests.fake_cuda import FakeCuda, Status
-from tests.fake_gpu import install
-from tokenflow_sdk.backends.base import HostPages
+from tests.support.fake_cuda import FakeCuda, Status
+from tests.support.fake_gpu import install
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream, driver_problem
+from tokenflow_sdk.backends.session import HostPages
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
 
@@ -203,7 +203,7 @@ def test_every_call_is_one_that_the_real_bindings_take() -> None:
         pytest.skip(
             "there is a GPU here, on which made-up addresses would be used; tests/test_on_gpu.py calls them with real ones"
         )
-    text = "".join((ROOT / "tokenflow_sdk" / "backends" / file).read_text() for file in ("cuda.py", "tensorrt_lane.py"))
+    text = "".join((ROOT / "tokenflow_sdk" / "backends" / file).read_text() for file in ("cuda.py", "tensorrt_context.py"))
     called = set(re.findall(r"\b(cuda[A-Z]\w+?)\b", text))
     constants = {name for name in called if name.startswith(("cudaMemcpyKind", "cudaStreamCaptureMode"))}
     constants |= {name for name in called if re.match("cudaMemcpy(Host|Device)To|cudaStreamNonBlocking|cudaError", name)}

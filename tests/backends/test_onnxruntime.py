@@ -13,11 +13,11 @@ import onnxruntime
 import pytest
 
 from tokenflow_sdk.backends import onnxruntime as backend
-from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.cuda import CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession, available_cores
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
+from tokenflow_sdk.backends.session import SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -6,8 +6,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tokenflow_sdk.backends import providers
-from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, asked_for, preload_cuda, require_started
+from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 ALL = [TENSORRT, CUDA, OPENVINO, CPU]

@@ -1,5 +1,5 @@
-"""The TensorRT session on a TensorRT and a GPU that are not there (tests/fake_gpu.py): engines run in onnxruntime, and every
-address that they are given is checked. The same calls on the real thing are in test_on_gpu.py."""
+"""The TensorRT session on a TensorRT and a GPU that are not there (tests/support/fake_gpu.py): engines run in onnxruntime,
+and every address that they are given is checked. The same calls on the real thing are in test_on_gpu.py."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.fake_cuda import FakeCuda, Status
-from tests.fake_gpu import MAGIC, FakeContext, FakeTensorRT, make_plan
-from tokenflow_sdk.backends.base import SessionOptions
+from tests.support.fake_cuda import FakeCuda, Status
+from tests.support.fake_gpu import MAGIC, FakeContext, FakeTensorRT, make_plan
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
+from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.backends.tensorrt import TensorRTSession
-from tokenflow_sdk.bundle import Bundle, open_bundle
-from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.engine_build import Profile
+from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.engines.profiles import Profile
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 Machine = tuple[FakeCuda, FakeTensorRT]
@@ -45,9 +45,9 @@ def session(
 
 def settings_of(engine: TensorRTSession) -> SimpleNamespace:
     """What its first context was made with."""
-    lane = engine._profiles[0].idle.queue[0]
-    assert lane is not None
-    found: SimpleNamespace = lane._context.settings
+    context = engine._profiles[0].idle.queue[0]
+    assert context is not None
+    found: SimpleNamespace = context._context.settings
     return found
 
 
@@ -129,7 +129,7 @@ def test_where_nothing_can_be_captured_calls_go_on(
 
 def test_lanes_run_at_once(machine: Machine, mini_bundle: Path) -> None:
     codes = [RNG.integers(0, 500, (1, 30), np.int32) for _ in range(12)]
-    with session(machine, mini_bundle, "features", lanes=3) as engine:
+    with session(machine, mini_bundle, "features", execution_contexts=3) as engine:
         expected = [engine.run({"code_indices": row})["features"] for row in codes]
         found: dict[int, np.ndarray] = {}
 
@@ -180,7 +180,7 @@ def test_each_call_runs_by_a_profile_that_it_fits(machine: Machine, mini_underst
 
 def test_closing_waits_for_calls_and_refuses_later_ones(machine: Machine, mini_bundle: Path) -> None:
     codes = {"code_indices": RNG.integers(0, 500, (1, 30), np.int32)}
-    engine = session(machine, mini_bundle, "features", lanes=2)
+    engine = session(machine, mini_bundle, "features", execution_contexts=2)
     entered, go, found = threading.Event(), threading.Event(), []
     plain = FakeContext.execute_async_v3
 
@@ -211,7 +211,7 @@ def test_closing_waits_for_calls_and_refuses_later_ones(machine: Machine, mini_b
 
 
 def test_closing_frees_everything(machine: Machine, mini_bundle: Path) -> None:
-    engine = session(machine, mini_bundle, "encode", lanes=2)
+    engine = session(machine, mini_bundle, "encode", execution_contexts=2)
     engine.run(images(2))
     engine.close()
     engine.close()
@@ -225,7 +225,7 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
     with session(machine, mini_bundle, "encode") as engine:
         with pytest.raises(ArgumentError, match="encode was built for batch from 1 to 8, not 9.*batch_limit= of at most 8"):
             engine.run(images(9))
-        monkeypatch.setattr("tests.fake_gpu.FakeContext.execute_async_v3", lambda self, stream: False)
+        monkeypatch.setattr("tests.support.fake_gpu.FakeContext.execute_async_v3", lambda self, stream: False)
         with pytest.raises(BackendError, match="TensorRT failed to run encode"):
             engine.run(images(1))
     trt.contexts_left = 0
@@ -245,7 +245,7 @@ def test_kernels_are_compiled_once_for_all_starts(machine: Machine, mini_bundle:
 
     def run() -> int:
         before = rtx.compiled
-        with session((machine[0], rtx), mini_bundle, "features", lanes=2, kernels=path) as engine:  # type: ignore[arg-type]
+        with session((machine[0], rtx), mini_bundle, "features", execution_contexts=2, kernels=path) as engine:  # type: ignore[arg-type]
             engine.run(codes)
         return rtx.compiled - before
 

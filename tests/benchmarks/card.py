@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.device import Device
-from tests.fake_cuda import FakeCuda
-from tests.fake_gpu import FakeTensorRTRTX
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_gpu import FakeTensorRTRTX
 
 Words = list[str]
 

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.gpu import codecs, run
 from tests.benchmarks.card import CardThatIsNot, Words
-from tests.fake_cuda import FakeCuda
-from tests.fake_gpu import FakeTensorRT
-from tests.mini import MINI, mini_state
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_gpu import FakeTensorRT
+from tests.support.mini import MINI, mini_state
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.generator_vs_eager import random_prompts
-from benchmarks.gpu.codecs import TorchCodec, engine_plan, half_copy, lacks_memory, torch_sides, with_largest
+from benchmarks.gpu.codecs import TorchCodec, build_config_for, half_copy, lacks_memory, torch_sides, with_largest
 from benchmarks.gpu.comparison import batch_failures, compare, reference_of
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.generators import HalfGenerator
-from export.hf_directory import HfDirectory
-from tests.generation_oracle import UncachedGenerator
-from tests.mini import mini_model
+from tests.support.generation_oracle import UncachedGenerator
+from tests.support.mini import mini_model
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import Bundle, load_codebook
-from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import BackendError
-from tokenflow_sdk.images import psnr
-from tokenflow_sdk.sampling import SamplingParams
+from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.pictures.images import psnr
 
 KINDS = ("clip", "siglip", "vitamin")
 
@@ -197,5 +197,5 @@ def test_torch_compile_takes_it_whole(kind: str, monkeypatch: pytest.MonkeyPatch
     ("batches", "expected"), [((1, 8, 32), (1, 8, 32)), ((32, 1), (1, 32, 32)), ((4,), (1, 4, 4)), ((2, 3, 4, 5), (1, 4, 5))]
 )
 def test_engines_are_built_for_the_batches(batches: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    plan = engine_plan("tensorrt", batches)
-    assert (plan.batch, plan.precision, plan.backend) == (expected, "fp16", "tensorrt")
+    build_config = build_config_for("tensorrt", batches)
+    assert (build_config.batch, build_config.precision, build_config.backend) == (expected, "fp16", "tensorrt")

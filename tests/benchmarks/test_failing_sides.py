@@ -15,10 +15,11 @@ from benchmarks.gpu.codecs import TorchCodec
 from benchmarks.gpu.request import TITLES
 from benchmarks.on_gpu import main
 from tests.benchmarks.card import Words, by_side, check_drawn, check_figures, check_wrong, written
-from tests.fake_gpu import FakeEngine
-from tests.mini import mini_state
-from tokenflow_sdk.engine_recipe import EnginePlan
+from tests.support.fake_gpu import FakeEngine
+from tests.support.mini import mini_state
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 
 
 @pytest.mark.parametrize("broken", ["decode", "encode"])
@@ -39,17 +40,15 @@ def test_a_refused_engine_is_a_row(broken: str, words: Words, machine, capsys: p
 
 def test_a_wrong_session_is_a_row(words: Words, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a certificate in between: codes that nothing explains."""
-    from tokenflow_sdk import Tokenizer
-
-    right = Tokenizer.latent
+    right = TokenizerGraphs.latent
     calls: list[int] = []
 
-    def latent(self: Tokenizer, images: Any) -> Any:
+    def latent(self: TokenizerGraphs, images: Any) -> Any:
         calls.append(1)
         # The first call makes the reference.
         return right(self, images) * (1 if len(calls) == 1 else -1)
 
-    monkeypatch.setattr(Tokenizer, "latent", latent)
+    monkeypatch.setattr(TokenizerGraphs, "latent", latent)
     assert main(["--device", "cpu", *words, "--parts", "tokenizer"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "onnxruntime, float32: a code flipped at a margin of" in error
@@ -57,7 +56,7 @@ def test_a_wrong_session_is_a_row(words: Words, monkeypatch, capsys: pytest.Capt
     rows = by_side(report["tokenizers"][0]["rows"], graph="encode", batch=2)
     check_wrong(rows["onnxruntime"], "a code flipped at a margin of")
     check_figures(rows["torch"], 2)
-    assert "a code flipped" in page.split("| bars missed |")[1]
+    assert "a code flipped" in page.split("| tolerances missed |")[1]
 
 
 @pytest.mark.parametrize("graph", ["encode", "decode"])
@@ -82,13 +81,13 @@ def test_a_batch_that_does_not_fit_costs_its_own_rows_only(words: Words, drawing
         batches = [most[0] for profile in self.profiles for _, _, most in profile.values()]
         return make(self, settings) if max(batches) == 1 or self.name not in ("encode", "decode") else None
 
-    def plan(flavour: str, pictures: list[int]) -> EnginePlan:
+    def build_config(flavour: str, pictures: list[int]) -> BuildConfig:
         if max(pictures) > 1:
             raise BackendError("GPU 0 has no 4,321 MB left that transformer works in.", "Free some.")
-        return codecs.engine_plan(flavour, pictures)
+        return codecs.build_config_for(flavour, pictures)
 
     monkeypatch.setattr(FakeEngine, "create_execution_context", short)
-    monkeypatch.setattr(generators, "engine_plan", plan)
+    monkeypatch.setattr(generators, "build_config_for", build_config)
     assert main([*words, *drawing, "--sides", "tensorrt"]) == 0
     report, page = written(words)
     for graph in ("encode", "decode"):
@@ -126,7 +125,7 @@ def test_a_tokenizer_that_cannot_be_made_leaves_the_generator(words: Words, draw
 
     monkeypatch.setattr(run, "prepare", prepare)
     assert main(["--device", "cpu", *words, *drawing]) == 1
-    said = "Not everything was measured: clipb_256: `python -m export standin` of clipb_256 ended with status 2."
+    said = "Not everything was measured: clipb_256: `tokenflow export standin` of clipb_256 ended with status 2."
     assert said in " ".join(capsys.readouterr().err.split())
     report, page = written(words)
     assert said in page

@@ -14,8 +14,8 @@ from torch.nn.functional import conv2d, conv_transpose2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.flops import count_flops, count_weights
-from export.graphs import DecodeGraph, EncodeGraph
-from tests.mini import mini_model
+from tests.support.mini import mini_model
+from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph
 from tokenflow_sdk.errors import CorruptBundleError
 
 Shapes = dict[str, tuple[int | str, ...]]

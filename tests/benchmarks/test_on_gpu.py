@@ -1,4 +1,4 @@
-"""The whole benchmark: on the CPU as a user can, and on a GPU and a TensorRT that are not there (tests/fake_gpu.py)."""
+"""The whole benchmark: on the CPU as a user can, and on a GPU and a TensorRT that are not there (tests/support/fake_gpu.py)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from benchmarks.gpu.tokenizers import Work
 from benchmarks.on_gpu import main
 from tests.benchmarks.card import CardThatIsNot, Words, by_side, check_drawn, check_figures, install_rtx, written
 from tests.conftest import ROOT
-from tests.fake_cuda import FakeCuda
-from tests.fake_gpu import FakeTensorRT
-from tests.mini import mini_model
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_gpu import FakeTensorRT
+from tests.support.mini import mini_model
 from tokenflow_sdk.errors import CorruptBundleError
 
 

@@ -46,7 +46,7 @@ def test_a_picture_and_its_codes_get_the_same_answer(
     ("words", "sentence"),
     [
         (["photo.png", "what?"], "No model that answers questions comes with the SDK"),
-        (["photo.png", "what?"], "python -m export understanding --checkpoint DIR"),
+        (["photo.png", "what?"], "tokenflow export understanding --checkpoint DIR"),
         (["photo.png", "what?", "--bundle", "nowhere"], "There is no bundle at nowhere"),
         (["photo.png", "", "--bundle", "{bundle}"], "is no question"),
         (["nowhere.png", "what?", "--bundle", "{bundle}"], "nowhere.png"),
@@ -85,7 +85,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("ask", "--help")
     out = capsys.readouterr().out
-    assert "python -m export understanding" in out
+    assert "tokenflow export understanding" in out
     assert "tokenflow ask photo.tfc" in out
 
 

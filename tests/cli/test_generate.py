@@ -10,7 +10,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.cli.generate import RECIPE, read_recipe
-from tokenflow_sdk.generator import Generator
+from tokenflow_sdk.generation.generator import Generator
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 

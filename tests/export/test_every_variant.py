@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.checkpoints import load_model
-from export.config import VARIANTS
-from export.standin import standin_arrays
 from tests.conftest import ROOT
 from tests.export.test_full_size import build_for_tensorrt_rtx
-from tests.mini import export_mini
+from tests.support.mini import export_mini
+from tokenflow_export.checkpoints.standin import standin_arrays
+from tokenflow_export.checkpoints.tokenizer import load_model
+from tokenflow_export.models.config import VARIANTS
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.images import psnr
-from tokenflow_sdk.parity import check_parity
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
+from tokenflow_sdk.pictures.images import psnr
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path, figure: C
     model = load_model(state, config)
     bundle = export_mini(model, tmp_path / variant)
     with Tokenizer.from_pretrained(bundle) as tokenizer, torch.inference_mode():
-        report = check_parity(tokenizer)
+        report = check_tokenizer(tokenizer.graphs)
         assert report.failures() == []
         photo = tokenizer.preprocess(ROOT / "examples" / "chelsea.jpg")
         codes, _ = model.encode(torch.from_numpy(photo)[None])

@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 
 from benchmarks import engine_builds
-from export.checkpoints import load_model, read_state_dict
-from export.config import VARIANTS
 from tests.conftest import DATA, ROOT
+from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict
+from tokenflow_export.models.config import VARIANTS
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.config import TokenizerConfig
-from tokenflow_sdk.engine_jobs import pinned_nodes
-from tokenflow_sdk.images import psnr
-from tokenflow_sdk.parity import TIE_DISTANCE, Reference, scale_cells
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.engines.jobs import pinned_nodes
+from tokenflow_sdk.parity.tokenizer import TIE_DISTANCE, TokenizerReference, scale_cells
+from tokenflow_sdk.pictures.images import psnr
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_the_bundle_is_the_released_code(full_size: Tokenizer, released: dict[st
     differing = np.flatnonzero(codes.indices != released["code_indices"])
     if len(differing):
         # Only a tie may differ, in the first scale that does.
-        reference = Reference.load(full_size.bundle)
+        reference = TokenizerReference.load(full_size.bundle)
         latent = full_size.latent(released["image"][None])[0]
         start = 0
         for cells, _ in scale_cells(latent, reference.codebook, full_size.config, released["code_indices"]):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from export.hf_directory import HfDirectory
-from export.models import TokenFlowTokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
@@ -19,8 +17,10 @@ from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
-from tests.generation_oracle import UncachedGenerator
-from tokenflow_sdk.config import GeneratorConfig
+from tests.support.generation_oracle import UncachedGenerator
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 
 CPU = torch.device("cpu")
 

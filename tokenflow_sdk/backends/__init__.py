@@ -1,5 +1,1 @@
-"""Inference engines behind one small interface, `Session`. Each module imports its engine on use, never on import."""
-
-from tokenflow_sdk.backends.base import Session, SessionOptions
-
-__all__ = ["Session", "SessionOptions"]
+"""Backends behind one interface, `Session`, which runs one graph. Each imports its library on use, never on import."""

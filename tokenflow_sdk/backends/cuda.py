@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.base import Array, DeviceArray, Pages, Tensor
+from tokenflow_sdk.backends.session import Array, DeviceArray, Pages, Tensor
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
 __all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream", "driver_problem"]

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_sdk.backends.base import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
 from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, asked_for, preload_cuda, require_started
-from tokenflow_sdk.config import GraphEntry, TensorSpec
+from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
+from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
 
-__all__ = ["OnnxRuntimeSession"]
+__all__ = ["OnnxRuntimeSession", "open_onnxruntime"]
 
 _DTYPES = {f"tensor({theirs})": ours for theirs, ours in {"float": "float32", "float16": "float16"}.items()} | {
     f"tensor({name})": name for name in ("uint8", "int32", "int64")
@@ -141,7 +141,7 @@ class OnnxRuntimeSession(Session):
             if not same:
                 raise CorruptBundleError(
                     f"{path.name} has the {kind} {'; '.join(map(str, have))} instead of {'; '.join(map(str, specs))}.",
-                    "Export the bundle again with `python -m export`.",
+                    "Export the bundle again with `tokenflow export`.",
                 )
 
     @property
@@ -230,3 +230,8 @@ def _failed(error: Exception) -> BackendError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+    """The default `OpenSession`: a graph in onnxruntime, which is imported now and not before."""
+    return OnnxRuntimeSession(path, entry, options)

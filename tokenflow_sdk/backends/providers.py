@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from tokenflow_sdk.backends.base import SessionOptions
 from tokenflow_sdk.backends.cuda import driver_problem
+from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
 __all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "asked_for", "preload_cuda", "require_started"]

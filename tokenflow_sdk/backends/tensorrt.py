@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: a serialized engine as a `Session`. One class for both, by the API that they share.
 
-A session has one or more lanes: an execution context with a stream and memory of its own, so that as many calls run at once.
-An engine may have several optimization profiles, each for calls of other shapes; every one has lanes of its own.
+A session has one or more execution contexts, each with a stream and memory of its own, so that as many calls run at once.
+An engine may have several optimization profiles, each for calls of other shapes; every one has execution contexts of its own.
 Results may stay on the GPU (`run_resident`) and be fed to another session there.
 """
 
@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tokenflow_sdk.backends.base import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
-from tokenflow_sdk.backends.tensorrt_lane import Lane, Refused
-from tokenflow_sdk.config import GraphEntry, TensorSpec
+from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
+from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, Refused
+from tokenflow_sdk.backends.tensorrt_module import log_of, started
+from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.tensorrt_module import log_of, started
 
 __all__ = ["TensorRTSession"]
 
@@ -39,7 +39,7 @@ class TensorRTSession(Session):
         entry: what bundle.json says of the graph's inputs and outputs.
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
-        lanes: calls of a profile that may run at once; each has its own working memory.
+        execution_contexts: calls of a profile that may run at once; each has its own working memory.
         cuda_graphs: launch a call as one where it is like the one before it. Saves launch time where a call is short.
         kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
 
@@ -54,7 +54,7 @@ class TensorRTSession(Session):
         entry: GraphEntry,
         trt: Any,
         cuda: Cuda,
-        lanes: int = 1,
+        execution_contexts: int = 1,
         cuda_graphs: bool = False,
         kernels: Path | None = None,
     ) -> None:
@@ -68,10 +68,10 @@ class TensorRTSession(Session):
                 [_typed(trt, self._engine, spec) for spec in entry.outputs],
             )
             self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
-            self._lanes = lanes
+            self._execution_contexts = execution_contexts
             for profile in self._profiles:
-                for _ in range(lanes):
-                    profile.idle.put(self._make_lane(profile))
+                for _ in range(execution_contexts):
+                    profile.idle.put(self._make_context(profile))
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
@@ -86,19 +86,19 @@ class TensorRTSession(Session):
             )
         return engine
 
-    def _make_lane(self, profile: _Profile) -> Lane:
+    def _make_context(self, profile: _Profile) -> ExecutionContext:
         settings = _settings(self._trt, self._engine, self._graphs, self._kernels, self.inputs)
         context = self._engine.create_execution_context(*([] if settings is None else [settings]))
         if context is None:
             size = self._engine.device_memory_size_v2
             raise BackendError(
                 f"GPU {self._cuda.device} has no {size / 1e6:,.0f} MB left that {self._name} works in.",
-                "Open fewer graphs or lanes, build with a smaller --batch, or free memory of other processes.",
+                "Open fewer graphs or execution_contexts, build with a smaller --batch, or free memory of other processes.",
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
         try:
             keeps = (settings, self._kernels, self._engine)
-            return Lane(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
+            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
         except Refused:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
@@ -115,27 +115,27 @@ class TensorRTSession(Session):
         return CudaPages(self._cuda, shape, dtype)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
-        return self._on_lane(feeds, lambda lane: lane.run(feeds, outputs))
+        return self._on_context(feeds, lambda execution: execution.run(feeds, outputs))
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
-        return self._on_lane(feeds, lambda lane: lane.run_resident(feeds, outputs))
+        return self._on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
 
-    def _on_lane(self, feeds: Mapping[str, Tensor], run: Callable[[Lane], Sequence[T]]) -> Sequence[T]:
+    def _on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
         idle = self._fitting(feeds).idle
-        lane = idle.get()
-        if lane is None:
+        execution = idle.get()
+        if execution is None:
             idle.put(None)
             raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
             with self._cuda.active(), self._log.listen() as heard:
-                return run(lane)
+                return run(execution)
         except Refused:
             raise BackendError(
                 f"TensorRT failed to run {self._name}: {'; '.join(heard.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
-            idle.put(lane)
+            idle.put(execution)
 
     def _fitting(self, feeds: Mapping[str, Tensor]) -> _Profile:
         """The first profile that a call fits.
@@ -162,26 +162,29 @@ class TensorRTSession(Session):
 
     def close(self) -> None:
         """Waits for calls under way; later ones are refused. Closing twice is fine."""
-        lanes, self._lanes = self._lanes, 0
+        execution_contexts, self._execution_contexts = self._execution_contexts, 0
         with self._cuda.active():
-            idle = [profile.idle.get() for profile in self._profiles for _ in range(lanes)]
+            idle = [profile.idle.get() for profile in self._profiles for _ in range(execution_contexts)]
             if self._kernels is not None:
                 self._kernels.save()
-            for lane in idle:
-                if lane is not None:
-                    lane.close()
+            for execution in idle:
+                if execution is not None:
+                    execution.close()
             self._kernels = self._engine = self._runtime = None
-        for profile in self._profiles if lanes else ():
+        for profile in self._profiles if execution_contexts else ():
             profile.idle.put(None)
 
 
 class _Profile:
-    """One of an engine's optimization profiles. `idle`: its lanes that are not busy; None in it: closed. `sizes`: least and
-    largest of each dimension that varies."""
+    """One of an engine's optimization profiles.
+
+    `idle` holds its execution contexts that are not busy, and None once the session is closed; `sizes` the least and the
+    largest size of each dimension that varies.
+    """
 
     def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
         self.number = number
-        self.idle: queue.LifoQueue[Lane | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[ExecutionContext | None] = queue.LifoQueue()
         self.sizes: dict[str, tuple[int, int]] = {}
         for spec in inputs:
             least, _, most = engine.get_tensor_profile_shape(spec.name, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tokenflow_sdk.cli.parser import make_parser
     from tokenflow_sdk.errors import TokenFlowError
 
-    arguments = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["export"]:
+        return _export(words[1:])
+    arguments = make_parser().parse_args(words)
     console = Console(stderr=True, highlight=False)
     try:
         return int(arguments.run(arguments))
@@ -33,3 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`tokenflow info | head -1`); leave quietly, also at interpreter exit.
         sys.stdout = None
         return 141
+
+
+def _export(words: list[str]) -> int:
+    """Hand over to the exporter, which is a package of its own: the runtime never imports it, nor what it needs."""
+    return int(importlib.import_module("tokenflow_export.cli").main(words))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from tokenflow_sdk.cli.engine import open_understander, stdout
-from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.token_sampling import AnswerParams
+from tokenflow_sdk.cli.opening import open_understander, stdout
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.understanding.params import AnswerParams
 
 __all__ = ["ask"]
 

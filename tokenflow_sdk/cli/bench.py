@@ -18,16 +18,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.bundle import bundle_kind, bundles_in
-from tokenflow_sdk.cli.engine import bundle_name, open_generator, open_tokenizer, open_understander, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
+from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander, stderr, stdout
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.generator import Generator
-from tokenflow_sdk.sampling import PRESETS
-from tokenflow_sdk.token_sampling import AnswerParams
+from tokenflow_sdk.generation.generator import Generator
+from tokenflow_sdk.model.sampling import PRESETS
 from tokenflow_sdk.tokenizer import Tokenizer
-from tokenflow_sdk.understander import Understander
+from tokenflow_sdk.understanding.params import AnswerParams
+from tokenflow_sdk.understanding.understander import Understander
 
 __all__ = ["bench"]
 

@@ -11,16 +11,17 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tokenflow_sdk.bundle import Bundle, bundles_in, open_bundle
-from tokenflow_sdk.certificate import Certificate
-from tokenflow_sdk.cli.engine import bundle_name, stderr, stdout
-from tokenflow_sdk.cli.verify import verify
-from tokenflow_sdk.engine_cache import CachedEngine, EngineCache
-from tokenflow_sdk.engine_jobs import EngineJob, engine_jobs
-from tokenflow_sdk.engine_recipe import ONNXRUNTIME, EnginePlan
-from tokenflow_sdk.engines import Engines
+from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
+from tokenflow_sdk.bundle.bundle import Bundle, bundles_in, open_bundle
+from tokenflow_sdk.cli.opening import bundle_name, stderr, stdout
+from tokenflow_sdk.cli.verify import verify_bundles
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
+from tokenflow_sdk.engines.engine_set import Engines
+from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
+from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
-from tokenflow_sdk.tensorrt_module import import_tensorrt
+from tokenflow_sdk.parity.certificate import Certificate
 
 __all__ = ["build", "cache"]
 
@@ -33,17 +34,17 @@ class _Row:
 
 def build(arguments: argparse.Namespace) -> int:
     """Build every engine of a bundle that is not in the cache yet."""
-    plan = _plan(arguments)
-    if plan.backend == ONNXRUNTIME:
+    build_config = _build_config(arguments)
+    if build_config.backend == ONNXRUNTIME:
         stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
-        options = {"backend": ONNXRUNTIME, "recipe": None, "device": "cpu", "threads": None, "batch_limit": 1}
-        return verify(argparse.Namespace(target=None, bundle=arguments.bundle, **options))
-    trt = import_tensorrt(plan.backend)
+        verify_bundles(bundle_name(arguments), RuntimeOptions(device="cpu", backend=ONNXRUNTIME))
+        return 0
+    trt = import_tensorrt(build_config.backend)
     store = EngineCache(arguments.cache)
     bundles = [open_bundle(path) for path in bundles_in(bundle_name(arguments))]
     for bundle in bundles:
         bundle.verify()
-    jobs = [job for bundle in bundles for job in engine_jobs(bundle, plan, trt)]
+    jobs = [job for bundle in bundles for job in engine_jobs(bundle, build_config, trt)]
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -51,7 +52,7 @@ def build(arguments: argparse.Namespace) -> int:
         for job in jobs:
             rows.append(_run(job, trt, store, progress))
             progress.advance(whole)
-    table = Table("graph", "target", "precision", "size", "", title=f"{plan.backend} {trt.__version__}")
+    table = Table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
     for row in rows:
         done = "in the cache already" if row.seconds is None else f"built in {row.seconds:.1f} s"
         key = row.engine.key
@@ -59,18 +60,18 @@ def build(arguments: argparse.Namespace) -> int:
     stdout.print(table)
     stdout.print(f"{len(rows)} engines in {store.directory}", markup=False, soft_wrap=True)
     for bundle in bundles:
-        _certify(bundle, plan, store)
+        _certify(bundle, build_config, store)
     return 0
 
 
-def _certify(bundle: Bundle[Any], plan: EnginePlan, store: EngineCache) -> None:
+def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache) -> None:
     """Compare what was built with the bundle's reference, where this machine's GPU is one of those built for.
 
     Raises:
         EngineRefusedError: they do not agree.
     """
     try:
-        engines = Engines(bundle, plan, cache=store)
+        engines = Engines(bundle, build_config, cache=store)
     except (MissingPackageError, BackendError) as error:
         stdout.print(f"not compared with PyTorch yet: {error.message} This is done at first use.", soft_wrap=True, markup=False)
         return
@@ -110,8 +111,8 @@ def _run(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress
     return _Row(engine, perf_counter() - began if built else None)
 
 
-def _plan(arguments: argparse.Namespace) -> EnginePlan:
-    base = EnginePlan.from_recipe(arguments.recipe) if arguments.recipe else EnginePlan()
+def _build_config(arguments: argparse.Namespace) -> BuildConfig:
+    base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
     try:
         batch = None if arguments.batch is None else tuple(int(size) for size in arguments.batch.split(","))
     except ValueError as error:

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from tokenflow_sdk.cli.engine import each_file, open_tokenizer, output_paths, stderr, stdout
-from tokenflow_sdk.codes import Codes
+from tokenflow_sdk.cli.opening import each_file, open_tokenizer, output_paths, stderr, stdout
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.images import pictures_in, psnr
-from tokenflow_sdk.sheet import contact_sheet
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
+from tokenflow_sdk.pictures.images import pictures_in, psnr
 
 __all__ = ["decode", "encode", "reconstruct"]
 

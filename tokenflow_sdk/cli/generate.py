@@ -13,14 +13,14 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokenflow_sdk.bundle import Bundle
-from tokenflow_sdk.cli.engine import open_generator, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.cli.opening import open_generator, stderr, stdout
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.generator import GeneratedScale, Generator
-from tokenflow_sdk.sampling import Pass, SamplingParams
-from tokenflow_sdk.sheet import contact_sheet
+from tokenflow_sdk.generation.generator import GeneratedScale, Generator
+from tokenflow_sdk.model.sampling import Pass, SamplingParams
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["generate"]
 

@@ -11,17 +11,16 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from tokenflow_sdk import token_scheduler
-from tokenflow_sdk.backends.base import SessionOptions
-from tokenflow_sdk.backends.choice import EngineOptions, survey
-from tokenflow_sdk.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
-from tokenflow_sdk.certificate import Certificate
-from tokenflow_sdk.cli.engine import bundle_name, stdout
-from tokenflow_sdk.codes import Codes
-from tokenflow_sdk.config import GeneratorConfig, GraphEntry, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.engine_cache import CachedEngine, EngineCache, graph_digest
-from tokenflow_sdk.engine_recipe import EnginePlan
-from tokenflow_sdk.scheduler import PAGE_SIZE, default_pages, pages_of_picture
+from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.schema import GraphEntry
+from tokenflow_sdk.cli.opening import bundle_name, stdout
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
+from tokenflow_sdk.engines.choice import survey
+from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.parity.certificate import Certificate
+from tokenflow_sdk.pictures.codes import Codes
 
 __all__ = ["info"]
 
@@ -46,7 +45,7 @@ def info(arguments: argparse.Namespace) -> int:
 def _print_choice(bundle: Bundle[Any]) -> None:
     """Which engine would run it here, and why not the others."""
     table, chosen = Table("backend", "here", "why"), None
-    for candidate in survey(bundle, SessionOptions(), EngineOptions()):
+    for candidate in survey(bundle, RuntimeOptions()):
         chosen = chosen or (candidate.title if candidate.usable else None)
         table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.why))
     stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
@@ -57,22 +56,28 @@ def _print_choice(bundle: Bundle[Any]) -> None:
 def _print_engines(bundle: Bundle[Any]) -> None:
     """What was built of it on this machine, for whatever GPU, and how that compares with the reference."""
     graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
-    sets: dict[tuple[str, str, EnginePlan], list[CachedEngine]] = {}
+    sets: dict[tuple[str, str, BuildConfig], list[CachedEngine]] = {}
     for engine in EngineCache().entries():
-        plan = EnginePlan.from_json(engine.plan)
-        if plan is not None and engine.key.graph_sha256 in graphs:
-            sets.setdefault((f"{plan.backend} {engine.key.version}", engine.key.target, plan), []).append(engine)
+        build_config = BuildConfig.from_json(engine.build_config)
+        if build_config is not None and engine.key.graph_sha256 in graphs:
+            sets.setdefault((f"{build_config.backend} {engine.key.version}", engine.key.target, build_config), []).append(
+                engine
+            )
     if not sets:
         return
     table = Table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
-    for (title, target, plan), engines in sets.items():
+    for (title, target, build_config), engines in sets.items():
         certificates = [Certificate.from_json(engine.certificate) for engine in engines]
         worst = next((c for c in certificates if c is None or not c.passed), certificates[0])
         verdict = "not yet: at first use" if worst is None else worst.summary if worst.passed else "; ".join(worst.failures)
-        precision = plan.precision if plan.decoder is None else f"{plan.precision}, decoder {plan.decoder}"
+        precision = (
+            build_config.precision
+            if build_config.decoder is None
+            else f"{build_config.precision}, decoder {build_config.decoder}"
+        )
         names = ", ".join(sorted(engine.key.graph for engine in engines))
         size = _size(sum(engine.size for engine in engines))
-        table.add_row(title, target, precision, ",".join(map(str, plan.batch)), names, size, Text(verdict))
+        table.add_row(title, target, precision, ",".join(map(str, build_config.batch)), names, size, Text(verdict))
     stdout.print(table)
 
 
@@ -80,10 +85,11 @@ def _codes_info(path: Path) -> None:
     codes = Codes.load(path)
     stdout.print(repr(codes), markup=False, soft_wrap=True)
     table = Table("scale", "codes", "file may end at byte", "first codes")
-    for i in range(codes.n_scales):
-        side = codes.patch_nums[i]
+    for i, (side, count) in enumerate(zip(codes.scales.sides, codes.scales.counts, strict=True)):
+        if i == codes.n_scales:
+            break
         first = " ".join(map(str, codes.scale(i).ravel()[:6]))
-        table.add_row(f"{side} x {side}", str(side * side), f"{codes.scale_ends[i]:,}", first)
+        table.add_row(f"{side} x {side}", str(count), f"{codes.scale_ends[i]:,}", first)
     stdout.print(table)
 
 
@@ -121,7 +127,7 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
         f"drawn for {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
     )
     _print_graphs(bundle.graphs)
-    _print_pages(bundle, pages_of_picture(c, PAGE_SIZE), default_pages(c, PAGE_SIZE))
+    _print_pages(bundle, c.image_pages(), c.default_pages())
     _print_check(bundle.parity, "code")
     _print_provenance(bundle.provenance)
     _print_choice(bundle)
@@ -138,7 +144,7 @@ def _understander_info(bundle: Bundle[UnderstanderConfig]) -> None:
         soft_wrap=True,
     )
     _print_graphs(bundle.graphs)
-    _print_pages(bundle, -(-c.image_tokens // PAGE_SIZE), token_scheduler.default_pages(c, PAGE_SIZE))
+    _print_pages(bundle, c.image_pages(), c.default_pages())
     _print_check(bundle.parity, "token")
     _print_provenance(bundle.provenance)
     _print_choice(bundle)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.backends.choice import BACKENDS
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.cli import ask, bench, build, commands, generate, info, verify
-from tokenflow_sdk.engine_recipe import recipe_names
-from tokenflow_sdk.images import PREPROCESS_MODES
-from tokenflow_sdk.quantize import EightBit
-from tokenflow_sdk.tensorrt_module import FLAVOURS
-from tokenflow_sdk.token_sampling import AnswerParams
+from tokenflow_sdk.engines.build_config import build_config_names
+from tokenflow_sdk.engines.options import BACKENDS
+from tokenflow_sdk.passes.quantize import EightBit
+from tokenflow_sdk.pictures.images import PREPROCESS_MODES
+from tokenflow_sdk.understanding.params import AnswerParams
 
 __all__ = ["make_parser"]
 
@@ -31,7 +31,7 @@ Pictures to codes and back with TokenFlow tokenizers.
   tokenflow encode photo.jpg --bundle bundles/clipb_256          with another model than the small bundled one
   tokenflow info photo.tfc                                       what a file or a bundle holds
 
-A bundle is a directory made by `python -m export`, a Hugging Face id (org/name), or `tiny`, which comes with the SDK
+A bundle is a directory made by `tokenflow export`, a Hugging Face id (org/name), or `tiny`, which comes with the SDK
 and is used where none is named.
 """
 
@@ -44,16 +44,16 @@ Answer a question about one or several pictures, or their codes. The answer is p
 
 No model for this comes with the SDK. One is exported where PyTorch is, from a released directory:
 
-  python -m export understanding --checkpoint DIR --tokenizer bundles/siglip_384 --out bundles/chat --weights int8
+  tokenflow export understanding --checkpoint DIR --tokenizer bundles/siglip_384 --out bundles/chat --weights int8
 """
 
 _BUILDING = """\
 TensorRT engines for a bundle, into the engine cache.
 
-  tokenflow build bundles/clipb_256 --recipe rtx4090             ahead of time, no GPU needed
+  tokenflow build bundles/clipb_256 --config rtx4090             ahead of time, no GPU needed
   tokenflow build bundles/clipb_256 --target sm86,sm89,sm120     for a fleet, with TensorRT-RTX
   tokenflow build bundles/clipb_256 --backend tensorrt           for the GPU that is here
-  tokenflow build bundles/clipb_256 --decoder int8               decoding in 8 bits, after `python -m export calibrate`
+  tokenflow build bundles/clipb_256 --decoder int8               decoding in 8 bits, after `tokenflow export calibrate`
 
 An engine is used only by the version it was built with, on its architecture, for the very graph it was built from;
 anything else is built again.
@@ -68,6 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     words = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    # Its own parser reads what follows; see `tokenflow_sdk.cli.main`.
+    words.add_parser("export", add_help=False, help="a released PyTorch checkpoint to a bundle; needs the extra `export`")
     for add in (_add_info, _add_tokenizing, _add_generating, _add_asking, _add_measuring, _add_building):
         add(words)
     return parser
@@ -160,7 +162,7 @@ def _add_building(words: _Words) -> None:
     building.description = _BUILDING
     building.formatter_class = argparse.RawDescriptionHelpFormatter
     building.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
-    building.add_argument("--recipe", metavar="NAME|FILE", help=f"settings for a device: {', '.join(recipe_names())}")
+    building.add_argument("--config", metavar="NAME|FILE", help=f"settings for a device: {', '.join(build_config_names())}")
     building.add_argument("--backend", choices=sorted(FLAVOURS), help="default: tensorrt-rtx")
     building.add_argument(
         "--precision",
@@ -170,7 +172,7 @@ def _add_building(words: _Words) -> None:
     building.add_argument(
         "--decoder",
         choices=get_args(EightBit),
-        help="a tokenizer's decoder in 8 bits, fp8 from sm89 on; run `python -m export calibrate` first (default: --precision)",
+        help="a tokenizer's decoder in 8 bits, fp8 from sm89 on; run `tokenflow export calibrate` first (default: --precision)",
     )
     building.add_argument(
         "--batch", metavar="N,N,N", help="least, usual and most pictures or answers in a call (default: 1,1,8)"
@@ -222,7 +224,7 @@ def _engine(parser: argparse.ArgumentParser, what: str = "the tokenizer", defaul
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     text = "auto takes the fastest that works and needs no building (default)"
     group.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
-    group.add_argument("--recipe", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
+    group.add_argument("--config", metavar="NAME|FILE", help="how TensorRT engines are built, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument(
         "--batch-limit", type=int, default=1, metavar="N", help="most pictures in one call (default: %(default)s)"

@@ -9,42 +9,54 @@ from pathlib import Path
 from rich.progress import Progress
 from rich.table import Table
 
-from tokenflow_sdk.backends.base import SessionOptions
-from tokenflow_sdk.backends.choice import EngineOptions, Needs
-from tokenflow_sdk.bundle import bundle_kind, bundles_in, open_bundle
-from tokenflow_sdk.certificate import certify
-from tokenflow_sdk.cli.engine import bundle_name, open_tokenizer, stderr, stdout
-from tokenflow_sdk.config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.parity import check_parity
-from tokenflow_sdk.tensorrt_module import FLAVOURS
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
+from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in, open_bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.cli.opening import bundle_name, runtime_options, stderr, stdout
+from tokenflow_sdk.engines.choice import Needs, engines_for
+from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.parity.certificate import certify
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
 from tokenflow_sdk.tokenizer import Tokenizer
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_bundles"]
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """A bundle's hashes, and its numbers against the stored reference."""
-    for path in bundles_in(bundle_name(arguments)):
-        arguments.target, arguments.bundle = str(path), None
-        if arguments.backend in FLAVOURS:
-            _verify_engines(path, arguments)
-        elif bundle_kind(path) in (GeneratorConfig.kind, UnderstanderConfig.kind):
-            _verify_language_model(path, arguments)
-        else:
-            with open_tokenizer(arguments) as tokenizer:
-                _verify_tokenizer(tokenizer)
-    stdout.print("files and numbers are right", style="green")
+    verify_bundles(bundle_name(arguments), runtime_options(arguments), arguments.batch_limit)
     return 0
+
+
+def verify_bundles(name: str, options: RuntimeOptions, batch_limit: int = 1) -> None:
+    """Check every bundle under a name, and print what was found.
+
+    Raises:
+        CorruptBundleError, ParityError, EngineRefusedError: one is not right.
+    """
+    for path in bundles_in(name):
+        if options.backend in FLAVOURS:
+            _verify_engines(path, options, batch_limit)
+        elif bundle_kind(path) == TokenizerConfig.kind:
+            with stderr.status(f"opening {path}"):
+                tokenizer = Tokenizer.open(path, options, batch_limit)
+            with tokenizer:
+                _verify_tokenizer(tokenizer)
+        else:
+            _verify_language_model(path, options)
+    stdout.print("files and numbers are right", style="green")
 
 
 def _verify_tokenizer(tokenizer: Tokenizer) -> None:
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("comparing with PyTorch", total=1.0)
-        report = check_parity(tokenizer, progress=lambda fraction: progress.update(task, completed=fraction))
+        report = check_tokenizer(tokenizer.graphs, progress=lambda fraction: progress.update(task, completed=fraction))
     title = f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced"
     table = Table("scale", "codes", "agreement", title=title)
-    for side, share in zip(report.patch_nums, report.agreement, strict=True):
-        table.add_row(f"{side} x {side}", str(side * side * report.pictures), f"{share:.2%}")
+    scales = tokenizer.config.scales
+    for side, count, share in zip(scales.sides, scales.counts, report.agreement, strict=True):
+        table.add_row(f"{side} x {side}", str(count * report.pictures), f"{share:.2%}")
     stdout.print(table)
     for flip in report.flips[:20]:
         stdout.print(f"flip: picture {flip.picture}, scale {flip.scale + 1}, cell {flip.position}, margin {flip.margin:.1e}")
@@ -53,27 +65,23 @@ def _verify_tokenizer(tokenizer: Tokenizer) -> None:
     report.require(str(tokenizer.bundle.path))
 
 
-def _verify_language_model(path: Path, arguments: argparse.Namespace) -> None:
+def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
     """The graphs here against what they gave where they were exported."""
-    from tokenflow_sdk.backends.base import open_onnxruntime
-
     bundle = open_bundle(path)
-    options = SessionOptions(arguments.device, None, arguments.threads)
     with ExitStack() as stack:
         stack.enter_context(stderr.status(f"running {path}"))
         bundle.verify()
-        certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options), "fp32", 64, 16)
+        certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", 64)
     stdout.print(f"{path}: {certificate.summary}", markup=False, soft_wrap=True)
     certificate.require(str(path))
 
 
-def _verify_engines(path: Path, arguments: argparse.Namespace) -> None:
+def _verify_engines(path: Path, options: RuntimeOptions, batch_limit: int) -> None:
     bundle = open_bundle(path)
-    wanted = EngineOptions(arguments.backend, arguments.recipe, build=False)
-    engines = wanted.engines(bundle, SessionOptions(arguments.device), Needs(arguments.batch_limit))
-    with stderr.status(f"running {path} on {arguments.backend}"):
+    engines = engines_for(bundle, options, Needs(batch_limit))
+    with stderr.status(f"running {path} on {options.backend}"):
         bundle.verify()
         certificate = engines.recertify()
-    stdout.print(f"{path} on {arguments.backend}: {certificate.summary}", markup=False, soft_wrap=True)
+    stdout.print(f"{path} on {options.backend}: {certificate.summary}", markup=False, soft_wrap=True)
     certificate.require(str(path))
     stdout.print("certified", style="green")

@@ -1,5 +1,0 @@
-"""PyTorch definitions of the released tokenizers, under the released state-dict keys. Plain and eager: the reference."""
-
-from export.models.tokenizer import TokenFlowTokenizer
-
-__all__ = ["TokenFlowTokenizer"]

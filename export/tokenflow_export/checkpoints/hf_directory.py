@@ -1,0 +1,121 @@
+"""A released Hugging Face directory: config.json, sharded weights read tensor by tensor, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenflow_export.checkpoints.strict import key_problems
+from tokenflow_sdk.errors import CheckpointError
+
+__all__ = ["HfDirectory"]
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# Saved by old library versions, or parts that live in the tokenizer's bundle.
+_IGNORED = (".rotary_emb.inv_freq", "vision_tower.", "vision_model.")
+
+
+class HfDirectory:
+    """Tensors stay on disk, memory-mapped, until one is asked for.
+
+    Raises:
+        CheckpointError: not such a directory, or a file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = self._json("config.json")
+        self._files = self._weight_files()
+        self._bins: dict[str, dict[str, Tensor]] = {}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            data = json.loads((self.path / name).read_bytes())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name} cannot be read: {error.strerror}.",
+                "Give the directory of a released checkpoint.",
+            ) from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.path / name} is not valid JSON: {error}.", "Download it again.") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{self.path / name} is not an object.", "Download it again.")
+        return data
+
+    def _weight_files(self) -> list[str]:
+        for name in _INDEXES:
+            if (self.path / name).is_file():
+                files = sorted(set(self._json(name).get("weight_map", {}).values()))
+                missing = [file for file in files if not (self.path / file).is_file()]
+                if missing or not files:
+                    raise CheckpointError(
+                        f"{self.path} lacks {len(missing)} of {len(files)} shards (first: {missing[0] if missing else name}).",
+                        "Download the missing files.",
+                    )
+                return files
+        for name in _SINGLE:
+            if (self.path / name).is_file():
+                return [name]
+        raise CheckpointError(f"{self.path} holds no weights ({', '.join((*_INDEXES, *_SINGLE))}).", "Download them as well.")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key with its shape, less those that no exporter reads."""
+        found: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, str] = {}
+        for file in self._files:
+            for key, shape in self._shapes_in(file).items():
+                if not any(part in key for part in _IGNORED):
+                    found[key], self._where[key] = shape, file
+        return found
+
+    def _shapes_in(self, file: str) -> dict[str, tuple[int, ...]]:
+        if not file.endswith(".safetensors"):
+            return {key: tuple(value.shape) for key, value in self._bin(file).items()}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path / file, "pt") as content:
+                return {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error}.", "Download it again.") from error
+
+    def _bin(self, file: str) -> dict[str, Tensor]:
+        if file not in self._bins:
+            try:
+                self._bins[file] = torch.load(self.path / file, map_location="cpu", mmap=True, weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+                why = str(error).splitlines()[0]
+                raise CheckpointError(f"{self.path / file} cannot be read: {why}.", "Download it again.") from error
+        return self._bins[file]
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor in float32; in other types it is converted, so ask for it when it is needed."""
+        file = self._where[key] if key in self.shapes else ""
+        if not file.endswith(".safetensors"):
+            return self._bin(file)[key].float()
+        from safetensors import safe_open
+
+        with safe_open(self.path / file, "pt") as content:
+            tensor: Tensor = content.get_tensor(key)
+        return tensor.float()
+
+    def require(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Strict comparison of keys and shapes.
+
+        Raises:
+            CheckpointError: naming the first missing, unexpected and mis-shaped keys.
+        """
+        problems = key_problems(self.shapes, expected)
+        if problems:
+            raise CheckpointError(
+                f"{self.path} does not match its config.json: {problems}.",
+                "Check that it is the released directory of this kind of model and was downloaded completely.",
+            )

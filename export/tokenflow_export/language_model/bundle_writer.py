@@ -1,0 +1,106 @@
+"""Writing a language model's bundle: one routine for generators and understanders."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from tokenflow_export.atomic_directory import atomic_directory, versions
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.agreement import Agreement
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
+from tokenflow_export.tracing.weight_quantization import ExportPrecision
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.schema import FileEntry
+from tokenflow_sdk.parity.language_model import LanguageModelReference
+
+__all__ = ["Source", "relative_path", "write_bundle"]
+
+C = TypeVar("C", GeneratorConfig, UnderstanderConfig)
+
+
+@dataclass(frozen=True)
+class Source(ABC, Generic[C]):
+    """A checkpoint that has been read so far that its bundle's config is known; subclasses say what differs by model.
+
+    `tokenizer` is the bundle of the paired tokenizer, `precision` that of the graphs.
+    """
+
+    directory: HfDirectory
+    tokenizer: Bundle[TokenizerConfig]
+    config: C
+    precision: ExportPrecision
+
+    @abstractmethod
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key that the checkpoint must have, and its shape."""
+
+    @abstractmethod
+    def graphs(self) -> Iterator[GraphSpec]:
+        """What to trace, one at a time, so that no two hold their weights at once."""
+
+    @abstractmethod
+    def write_assets(self, directory: Path) -> dict[str, FileEntry]:
+        """Write the bundle's other files."""
+
+    @abstractmethod
+    def compare(self, bundle: Bundle[C]) -> tuple[Agreement, LanguageModelReference]:
+        """How the written graphs agree with PyTorch in float32, and what an engine must compute."""
+
+
+def write_bundle(source: Source[Any], out: Path, steps: ProgressSteps, force: bool, compress: bool = False) -> Agreement:
+    """Trace the graphs, compare them with PyTorch, and only then let the bundle appear.
+
+    Args:
+        source: what is exported.
+        out: must not exist, unless `force`.
+        steps: shows progress.
+        force: replace `out`.
+        compress: smaller files for the same numbers (`tracing.compress_weights`).
+
+    Returns:
+        How the bundle compares with PyTorch in float32.
+
+    Raises:
+        CheckpointError: keys or shapes are not those of a released model.
+        OutputError: `out` exists or cannot be written.
+        ParityError: the graphs do not reproduce PyTorch; nothing is left behind.
+    """
+    directory = source.directory
+    directory.require(source.expected_shapes())
+    needed = source.precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
+    with atomic_directory(out, force, needed) as work, torch.inference_mode():
+        graphs = {}
+        for spec in source.graphs():
+            steps.start(f"writing {spec.name}", total=1)
+            graphs[spec.name] = export_graph(spec, work, steps.fraction, compress)
+        assets = source.write_assets(work)
+        provenance = {
+            "checkpoint": directory.path.name,
+            "tokenizer": source.tokenizer.config.variant,
+            "precision": source.precision.name,
+        }
+        bundle = Bundle(work, source.config, graphs, assets, {}, provenance | versions())
+        steps.start("checking the graphs against PyTorch")
+        agreement, reference = source.compare(bundle)
+        agreement.require(source.precision)
+        steps.start("finishing")
+        np.savez(work / "reference.npz", allow_pickle=False, **vars(reference))
+        assets["reference"] = file_entry(work / "reference.npz")
+        replace(bundle, parity=asdict(agreement)).write_manifest()
+    return agreement
+
+
+def relative_path(tokenizer: Bundle[TokenizerConfig], out: Path) -> str:
+    """Where a bundle at `out` looks for its tokenizer."""
+    return Path(os.path.relpath(tokenizer.path.resolve(), out.resolve())).as_posix()

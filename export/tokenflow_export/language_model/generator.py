@@ -1,0 +1,212 @@
+"""A released text-to-image directory to a bundle: one transformer graph, embeddings, sampling, and the prompt tokenizer.
+
+Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory; only the
+image rows of the head and only the text rows of the embedding table are exported. The transformer graph is compared with
+the eager model before the bundle appears.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.agreement import Agreement
+from tokenflow_export.language_model.bundle_writer import Source, relative_path, write_bundle
+from tokenflow_export.language_model.generator_check import compare
+from tokenflow_export.language_model.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
+from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.projector import projector, projector_shapes
+from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tracing.onnx_export import GraphSpec, file_entry
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.bundle.schema import FileEntry
+from tokenflow_sdk.parity.language_model import LanguageModelReference
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+
+__all__ = ["NEGATIVE_PROMPT", "export_generator"]
+
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+CFG_SCALE = 7.5
+"""What the released model was published with."""
+MAX_PROMPT = 128
+
+
+def export_generator(
+    directory: HfDirectory,
+    tokenizer: Bundle[TokenizerConfig],
+    out: Path,
+    steps: ProgressSteps,
+    force: bool,
+    precision: ExportPrecision = FULL_PRECISION,
+    negative_prompt: str = NEGATIVE_PROMPT,
+    preset: str = "paper",
+    cfg_scale: float = CFG_SCALE,
+    compress: bool = False,
+) -> Agreement:
+    """Write a generator bundle.
+
+    Args:
+        directory: the released checkpoint.
+        tokenizer: the bundle of the tokenizer that decodes its codes.
+        out: must not exist, unless `force`.
+        steps: shows progress.
+        force: replace `out`.
+        precision: of the transformer, the text embeddings and the head.
+        negative_prompt: what guidance leads away from when a request names nothing.
+        preset: of sampling, when a request names none.
+        cfg_scale: strength of guidance, when a request names none.
+        compress: smaller files for the same numbers (`tracing.compress_weights`).
+
+    Returns:
+        How the bundle compares with PyTorch in float32.
+
+    Raises:
+        CheckpointError: keys, shapes or sizes are not those of a released text-to-image model.
+        OutputError: `out` exists or cannot be written.
+        ParityError: the graph does not reproduce PyTorch; nothing is left behind.
+    """
+    steps.start("reading the checkpoint")
+    model = transformer_config(directory, "output")
+    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.config.codebook_size)
+    config = GeneratorConfig(
+        width=model.width,
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        text_size=directory.shapes.get("model.embed_tokens.weight", (0,))[0] - tokenizer.config.codebook_size,
+        image_token_start=image_token_start,
+        bos_id=int(directory.config.get("bos_token_id", 1)),
+        image_start_ids=image_start_ids,
+        max_prompt=MAX_PROMPT,
+        negative_prompt=negative_prompt,
+        preset=preset,
+        cfg_scale=cfg_scale,
+        patch_nums=tokenizer.config.patch_nums,
+        codebook_size=tokenizer.config.codebook_size,
+        codebook_sha256=tokenizer.config.codebook_sha256,
+        tokenizer_variant=tokenizer.config.variant,
+        tokenizer=relative_path(tokenizer, out),
+    )
+    source = _GeneratorSource(directory, tokenizer, config, precision, model, text, TokenizerReference.load(tokenizer).codebook)
+    return write_bundle(source, out, steps, force, compress)
+
+
+@dataclass(frozen=True)
+class _GeneratorSource(Source[GeneratorConfig]):
+    """`text` is the prompts' tokenizer.json; `codebook` float32 [K, C]."""
+
+    model: TransformerConfig
+    text: dict[str, Any]
+    codebook: NDArray[np.float32]
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, width = self.config, self.model.width
+        vocabulary = config.text_size + config.codebook_size
+        code_dim = self.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
+        return (
+            transformer_shapes(self.model)
+            | projector_shapes(width, code_dim)
+            | {
+                "model.embed_tokens.weight": (vocabulary, width),
+                "lm_head.weight": (vocabulary, width),
+                "model.lvl_embed.weight": (len(config.scales) + 1, width),
+                "model.pos_1LC": (config.n_codes, width),
+            }
+        )
+
+    def graphs(self) -> Iterator[GraphSpec]:
+        dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "window")}
+        yield _embed_text_spec(self.directory, self.config, self.precision, dims)
+        yield _embed_image_spec(self.directory, dims)
+        yield transformer_spec(self.directory, self.model, self.precision)
+        yield _sample_spec(self.directory, self.config, self.precision, dims)
+
+    def write_assets(self, directory: Path) -> dict[str, FileEntry]:
+        np.save(directory / "codebook.npy", self.codebook)
+        (directory / "tokenizer.json").write_text(json.dumps(self.text), encoding="utf-8")
+        return {"codebook": file_entry(directory / "codebook.npy"), "tokenizer": file_entry(directory / "tokenizer.json")}
+
+    def compare(self, bundle: Bundle[GeneratorConfig]) -> tuple[Agreement, LanguageModelReference]:
+        head = image_head(self.directory, self.config)
+        return compare(bundle, self.directory, self.model, head, self.codebook, self.precision)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape)
+
+
+def _counts(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.int32)
+
+
+def _embed_text_spec(
+    directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision, dims: Mapping[str, Any]
+) -> GraphSpec:
+    start, stop = config.image_token_start, config.image_token_start + config.codebook_size
+    table = directory.tensor("model.embed_tokens.weight")
+    table = torch.cat([table[:start], table[stop:]]) + directory.tensor("model.lvl_embed.weight")[0]
+    rows = {0: dims["batch"], 1: dims["queries"]}
+    return GraphSpec(
+        "embed_text",
+        EmbedTextGraph(table.to(precision.torch_dtype), directory.tensor("model.pos_1LC")[0]),
+        {"token_ids": (_counts(2, 3), rows), "starts": (_zeros(2, 3), rows)},
+        ("embeddings",),
+    )
+
+
+def _embed_image_spec(directory: HfDirectory, dims: Mapping[str, Any]) -> GraphSpec:
+    module = projector(directory)
+    levels, positions = directory.tensor("model.lvl_embed.weight"), directory.tensor("model.pos_1LC")
+    return GraphSpec(
+        "embed_image",
+        EmbedImageGraph(module, levels, positions),
+        {
+            "features": (_zeros(2, 3, module[0].in_features), {0: dims["batch"], 1: dims["queries"]}),
+            "level": (_counts(1), {}),
+            "places": (_counts(3), {0: dims["queries"]}),
+        },
+        ("embeddings",),
+    )
+
+
+def _sample_spec(
+    directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision, dims: Mapping[str, Any]
+) -> GraphSpec:
+    rows, batch = {0: dims["batch"], 1: dims["queries"]}, {0: dims["batch"]}
+    head = image_head(directory, config).to(precision.torch_dtype)
+    return GraphSpec(
+        "sample",
+        SampleGraph(head),
+        {
+            "conditional": (_zeros(2, 3, head.shape[1]), rows),
+            "unconditional": (_zeros(2, 3, head.shape[1]), rows),
+            "guidance": (_zeros(2), batch),
+            "top_k": (_counts(2), batch),
+            "top_p": (_zeros(2), batch),
+            "noise": (_zeros(2, 3), rows),
+            "ranks": (_counts(9), {0: dims["window"]}),
+        },
+        ("code_indices", "logits"),
+    )
+
+
+def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
+    """The head's rows of image codes, float32 [K, H]."""
+    start = config.image_token_start
+    return directory.tensor("lm_head.weight")[start : start + config.codebook_size].clone()

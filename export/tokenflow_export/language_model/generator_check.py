@@ -1,0 +1,64 @@
+"""How an exported generator compares with PyTorch in float32: a prompt, and then a scale of codes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.agreement import Agreement, Float32, open_on_cpu
+from tokenflow_export.language_model.paged_graph import hidden_by_layer
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.tracing.weight_quantization import ExportPrecision, round_columns
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
+from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.parity.generator import GeneratorInputs, GeneratorReference, embed_inputs, likeliest_codes, run_inputs
+
+__all__ = ["compare"]
+
+
+def compare(
+    bundle: Bundle[GeneratorConfig],
+    directory: HfDirectory,
+    model: TransformerConfig,
+    head: Tensor,
+    codebook: Float32,
+    precision: ExportPrecision,
+) -> tuple[Agreement, GeneratorReference]:
+    """A causal prompt and then a bidirectional block over its pages, against eager layers over both at once.
+
+    Args:
+        bundle: with the graphs written.
+        directory, model: the checkpoint.
+        head: float32 [K, H].
+        codebook: float32 [K, 40].
+        precision: of the graphs.
+
+    Returns:
+        How they agree, and what an engine must compute.
+    """
+    inputs = GeneratorInputs.random(bundle.config)
+    with ExitStack() as stack:
+        embedding = {name: stack.enter_context(open_on_cpu(bundle, name)) for name in ("embed_text", "embed_image")}
+        prompt, scale = (np.array(x, np.float32) for x in embed_inputs(embedding, codebook, inputs))
+    config, count, total = bundle.config, prompt.shape[1], prompt.shape[1] + scale.shape[1]
+    mask = torch.ones(total, total, dtype=torch.bool).tril()
+    mask[count:, count:] = True
+    x = torch.from_numpy(np.concatenate([prompt, scale], axis=1))
+    positions = torch.arange(total, dtype=torch.int32)[None]
+    expected = hidden_by_layer(directory, model, x, positions, mask[None])[0]
+    with open_on_cpu(bundle, "transformer") as session:
+        paged = PagedTransformer.of(config, session, pages_for(total, 4), page_size=4)
+        right = [run_inputs(paged, prompt, scale)]
+    found = torch.from_numpy(right[0])
+    agreement = Agreement.of(found, expected, F.linear(found, head), F.linear(expected, head))
+    if precision.weights == "int8":
+        right.append(hidden_by_layer(directory, model, x, positions, mask[None], round_columns)[0].numpy())
+    with open_on_cpu(bundle, "sample") as session:
+        likeliest = [likeliest_codes(session, hidden) for hidden in right]
+    return agreement, GeneratorReference(**vars(inputs), hidden=np.stack(right), likeliest=np.stack(likeliest))

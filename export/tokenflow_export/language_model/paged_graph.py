@@ -1,0 +1,206 @@
+"""A released transformer, of any kind, to the paged graph: traced without weights, which are then read one at a time.
+
+One transformer graph with one copy of the weights serves prefill, every scale and every token. Keys and values live in pages:
+the graph gathers the pages that each row's block table names, appends the step's own, and gives the new ones back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.models.llama import Layer, RmsNorm, Transformer, rope_angles, score_bias
+from tokenflow_export.tracing.onnx_export import GraphSpec
+from tokenflow_export.tracing.weight_quantization import ExportPrecision, ReadWeight, use_matmul
+from tokenflow_sdk.errors import CheckpointError
+
+__all__ = ["TransformerGraph", "hidden_by_layer", "transformer_config", "transformer_shapes", "transformer_spec"]
+
+_VARYING = ("batch", "queries", "table", "slots", "page")
+
+
+def transformer_config(directory: HfDirectory, norm_placement: Literal["output", "pre"]) -> TransformerConfig:
+    """Sizes from config.json; q/k norm and biases from the keys.
+
+    Raises:
+        CheckpointError: config.json lacks a size, or asks for positions or an activation that this transformer does not have.
+    """
+    values = directory.config
+    _require_plain(directory)
+    try:
+        width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        return TransformerConfig(
+            width=width,
+            layers=int(values["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or width // heads),
+            mlp_width=int(values["intermediate_size"]),
+            norm_eps=float(values["rms_norm_eps"]),
+            rope_theta=_rope_theta(values),
+            norm_placement=norm_placement,
+            qk_norm="model.layers.0.self_attn.qknorm.query_norm.weight" in directory.shapes,
+            qkv_bias="model.layers.0.self_attn.q_proj.bias" in directory.shapes,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory.path / 'config.json'} lacks a size: {error}.", "Give the directory of a released model."
+        ) from error
+
+
+def _rope_theta(values: Mapping[str, Any]) -> float:
+    """At the top of released files; in `rope_parameters` since transformers 5."""
+    return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+
+
+def _require_plain(directory: HfDirectory) -> None:
+    values = directory.config
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    problems = {
+        f"scales positions by {scaling!r}": scaling != "default",
+        "uses a sliding window": bool(values.get("use_sliding_window")),
+        f"has the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+    }
+    found = [problem for problem, there in problems.items() if there]
+    if found:
+        raise CheckpointError(
+            f"The model in {directory.path} {' and '.join(found)}, which this exporter does not build.",
+            "Give a model with plain RoPE, full attention and SiLU, as the released ones have.",
+        )
+
+
+class TransformerGraph(nn.Module):
+    """One step over paged keys and values.
+
+    Inputs: embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each
+    query sees, in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables
+    int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden [B, Q, H] after the final norm; new_k
+    and new_v [layers, B, Q, kv_heads, D]. The type of the pages is that of the arithmetic; embeddings and hidden are float32.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = transformer.config
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        context: Tensor,
+        block_tables: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config, batch, length = self.config, embeddings.shape[0], embeddings.shape[1]
+        slots = block_tables.shape[1] * k_pages.shape[1]
+        seen = torch.arange(slots)[None, None] < context[:, None, None]
+        own = torch.arange(length)[None, None] < visible[..., None]
+        bias = score_bias(torch.cat([seen.expand(batch, length, slots), own], dim=-1))
+        cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
+        # Gathered a head at a time, keys and values come as products read them: nothing is transposed.
+        page = k_pages.shape[1]
+        tokens = (block_tables[..., None] * page + torch.arange(page, dtype=torch.int32)).reshape(batch, 1, slots)
+        rows = tokens * config.kv_heads + torch.arange(config.kv_heads, dtype=torch.int32)[None, :, None]
+        layer_rows = k_pages.shape[0] // config.layers * page * config.kv_heads
+        keys, values = k_pages.flatten(0, 2), v_pages.flatten(0, 2)
+        x, new_k, new_v = embeddings.to(k_pages.dtype), [], []
+        for index, layer in enumerate(self.transformer.layers):
+            past = tuple(F.embedding(rows + index * layer_rows, pool) for pool in (keys, values))
+            x, k, v = layer(x, cos, sin, past, bias)
+            new_k.append(k)
+            new_v.append(v)
+        return self.transformer.norm(x).float(), torch.stack(new_k), torch.stack(new_v)
+
+
+def transformer_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes in a released directory."""
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    return {f"model.{key}": tuple(value.shape) for key, value in transformer.state_dict().items()}
+
+
+def transformer_spec(directory: HfDirectory, config: TransformerConfig, precision: ExportPrecision) -> GraphSpec:
+    """The paged step. No weight is read before the graph is saved."""
+    dims: dict[str, Any] = {name: torch.export.Dim(name) for name in _VARYING}
+    rows, pages = {0: dims["batch"], 1: dims["queries"]}, {0: dims["slots"], 1: dims["page"]}
+    pool = (config.layers * 5, 16, config.kv_heads, config.head_dim)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(precision.torch_dtype)
+    try:
+        with FakeTensorMode():
+            graph = TransformerGraph(Transformer(config))
+            use_matmul(graph)
+            counts = [torch.ones(*shape, dtype=torch.int32) for shape in ((2, 3), (2, 3), (2,), (2, 4))]
+            inputs = {
+                "embeddings": (torch.zeros(2, 3, config.width, dtype=torch.float32), rows),
+                "positions": (counts[0], rows),
+                "visible": (counts[1], rows),
+                "context": (counts[2], {0: dims["batch"]}),
+                "block_tables": (counts[3], {0: dims["batch"], 1: dims["table"]}),
+                # Two tensors: tracing would take one object given twice for one input.
+                "k_pages": (torch.zeros(*pool), pages),
+                "v_pages": (torch.zeros(*pool), pages),
+            }
+    finally:
+        torch.set_default_dtype(dtype)
+    outputs = ("hidden", "new_k", "new_v")
+    return GraphSpec("transformer", graph, inputs, outputs, _reader(directory), precision.weights)
+
+
+def _reader(directory: HfDirectory) -> ReadWeight:
+    """`transformer.x` in the graph is `model.x` in the directory; matrices are [in, out] in the graph."""
+
+    def read(name: str) -> Any:
+        tensor = directory.tensor(f"model.{name.removeprefix('transformer.')}")
+        return (tensor.T if tensor.ndim == 2 else tensor).contiguous().numpy()
+
+    return read
+
+
+def hidden_by_layer(
+    directory: HfDirectory,
+    config: TransformerConfig,
+    x: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    rounded: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What eager PyTorch computes in float32, as `Transformer.forward`, with one layer in memory at a time.
+
+    Args:
+        directory, config: the checkpoint.
+        x: embeddings [B, Q, H].
+        positions: int32 [B, Q].
+        mask: bool [B, Q, Q].
+        rounded: applied to the weight [out, in] of each product.
+    """
+    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
+    bias = score_bias(mask)
+    for index in range(config.layers):
+        with torch.device("meta"):
+            layer = Layer(config)
+        x, _, _ = _load(layer, directory, f"model.layers.{index}.", rounded)(x, cos, sin, None, bias)
+    with torch.device("meta"):
+        norm = RmsNorm(config.width, config.norm_eps)
+    result: Tensor = _load(norm, directory, "model.norm.")(x)
+    return result
+
+
+def _load(
+    module: torch.nn.Module, directory: HfDirectory, prefix: str, rounded: Callable[[Tensor], Tensor] | None = None
+) -> torch.nn.Module:
+    weights = {key: directory.tensor(prefix + key) for key in module.state_dict()}
+    if rounded is not None:
+        weights = {key: rounded(weight) if weight.ndim == 2 else weight for key, weight in weights.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.eval().requires_grad_(False)

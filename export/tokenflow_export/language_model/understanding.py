@@ -1,0 +1,162 @@
+"""A released LLaVA directory (Qwen2 or Llama keys) to a bundle: embeddings, projector, the paged transformer, and the head.
+
+Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory. A vision
+tower in the directory is left out: pictures come as the tokenizer's quantized features. All graphs are compared with the eager
+model before the bundle appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.agreement import Agreement
+from tokenflow_export.language_model.bundle_writer import Source, relative_path, write_bundle
+from tokenflow_export.language_model.chat_template import chat_template, stop_ids
+from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.projector import projector, projector_shapes
+from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
+from tokenflow_export.language_model.understanding_check import compare
+from tokenflow_export.language_model.understanding_graphs import EmbedTokensGraph, HeadGraph
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tracing.onnx_export import GraphSpec, file_entry
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision, use_matmul
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.schema import FileEntry
+from tokenflow_sdk.errors import CheckpointError
+from tokenflow_sdk.parity.language_model import LanguageModelReference
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+
+__all__ = ["export_understanding"]
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def export_understanding(
+    directory: HfDirectory,
+    tokenizer: Bundle[TokenizerConfig],
+    out: Path,
+    steps: ProgressSteps,
+    force: bool,
+    precision: ExportPrecision = FULL_PRECISION,
+) -> Agreement:
+    """Write an understander bundle.
+
+    Args:
+        directory: the released checkpoint.
+        tokenizer: the bundle of the tokenizer whose codes it reads.
+        out: must not exist, unless `force`.
+        steps: shows progress.
+        force: replace `out`.
+        precision: of the transformer and the head; the token embeddings take its dtype.
+
+    Returns:
+        How the bundle compares with PyTorch in float32.
+
+    Raises:
+        CheckpointError: keys, shapes or sizes are not those of a released understanding model.
+        OutputError: `out` exists or cannot be written.
+        ParityError: the graphs do not reproduce PyTorch; nothing is left behind.
+    """
+    steps.start("reading the checkpoint")
+    model = transformer_config(directory, "pre")
+    text = load_tokenizer(directory.path)
+    template = chat_template(text, directory.path)
+    head_key = _EMBEDDING if directory.config.get("tie_word_embeddings") else _HEAD
+    config = UnderstanderConfig(
+        width=model.width,
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        context=_size(directory, "max_position_embeddings"),
+        vocabulary=_size(directory, "vocab_size"),
+        stop_ids=stop_ids(template, directory.config, directory.path),
+        template=template,
+        image_tokens=tokenizer.config.grid**2,
+        code_dim=tokenizer.config.code_dim,
+        patch_nums=tokenizer.config.patch_nums,
+        codebook_sha256=tokenizer.config.codebook_sha256,
+        tokenizer_variant=tokenizer.config.variant,
+        tokenizer=relative_path(tokenizer, out),
+    )
+    return write_bundle(_UnderstanderSource(directory, tokenizer, config, precision, model, text, head_key), out, steps, force)
+
+
+@dataclass(frozen=True)
+class _UnderstanderSource(Source[UnderstanderConfig]):
+    """`text` is the `tokenizers.Tokenizer` of conversations; `head_key` names the head's weight."""
+
+    model: TransformerConfig
+    text: Any
+    head_key: str
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        table = (self.config.vocabulary, self.model.width)
+        expected = transformer_shapes(self.model) | projector_shapes(self.model.width, self.config.code_dim)
+        expected |= {_EMBEDDING: table}
+        # Some savers write a tied head as well; it is then the embedding table again.
+        tied = self.directory.config.get("tie_word_embeddings") and _HEAD not in self.directory.shapes
+        return expected if tied else expected | {_HEAD: table}
+
+    def graphs(self) -> Iterator[GraphSpec]:
+        dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "seen", "window")}
+        rows = {0: dims["batch"], 1: dims["queries"]}
+        table = self.directory.tensor(_EMBEDDING).to(self.precision.torch_dtype)
+        ids = torch.ones(2, 3, dtype=torch.int32)
+        yield GraphSpec("embed_text", EmbedTokensGraph(table), {"token_ids": (ids, rows)}, ("embeddings",))
+        del table
+        features = torch.zeros(2, 3, self.config.code_dim)
+        yield GraphSpec("project", projector(self.directory), {"features": (features, rows)}, ("embeddings",))
+        yield transformer_spec(self.directory, self.model, self.precision)
+        yield _head_spec(self.directory, self.config, self.precision, self.head_key, dims)
+
+    def write_assets(self, directory: Path) -> dict[str, FileEntry]:
+        (directory / "tokenizer.json").write_text(self.text.to_str(), encoding="utf-8")
+        return {"tokenizer": file_entry(directory / "tokenizer.json")}
+
+    def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
+        codebook = TokenizerReference.load(self.tokenizer).codebook
+        return compare(bundle, self.directory, self.model, self.head_key, codebook, self.precision)
+
+
+def _size(directory: HfDirectory, key: str) -> int:
+    value = directory.config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"{directory.path / 'config.json'} gives {key} as {value!r}.", "Give the directory of a released model."
+        )
+    return value
+
+
+def _head_spec(
+    directory: HfDirectory, config: UnderstanderConfig, precision: ExportPrecision, head_key: str, dims: dict[str, Any]
+) -> GraphSpec:
+    """The head, whose weight is read when the graph is saved."""
+    batch = {0: dims["batch"]}
+    with FakeTensorMode():
+        graph = HeadGraph(config.width, config.vocabulary, precision.torch_dtype)
+        use_matmul(graph)
+        reals = [torch.ones(2) for _ in range(4)]
+        inputs: dict[str, tuple[Tensor, dict[int, Any]]] = {
+            "hidden": (torch.zeros(2, config.width), batch),
+            "seen": (torch.ones(2, 4, dtype=torch.int32), batch | {1: dims["seen"]}),
+            "penalty": (reals[0], batch),
+            "temperature": (reals[1], batch),
+            "top_k": (torch.ones(2, dtype=torch.int32), batch),
+            "top_p": (reals[2], batch),
+            "noise": (reals[3], batch),
+            "ranks": (torch.ones(9, dtype=torch.int32), {0: dims["window"]}),
+        }
+    outputs = ("token_ids", "logits")
+    return GraphSpec(
+        "head", graph, inputs, outputs, lambda _: directory.tensor(head_key).T.contiguous().numpy(), precision.weights
+    )

@@ -1,0 +1,200 @@
+"""Sizes of a TokenFlow tokenizer, and the four released variants (spec section 1).
+
+Everything that differs between variants is a value here; the modules in `export.models` read it and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "VARIANTS",
+    "SemanticDecoderConfig",
+    "SemanticEncoderConfig",
+    "TokenizerArchitecture",
+    "TransformerConfig",
+    "VqganConfig",
+]
+
+
+@dataclass(frozen=True)
+class SemanticEncoderConfig:
+    """The ViT of the semantic branch (`encoder_vqkd`).
+
+    `position_grid` is the side of the released position table (0: no positions). `stem_widths` and `stem_depths` are the
+    MBConv stages in front of a ViTamin transformer. `unused_layers` trail the feature that is read: their keys are in a
+    released checkpoint, but they are neither built nor exported.
+    """
+
+    kind: Literal["clip", "vitamin", "siglip"]
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    patch_size: int
+    position_grid: int
+    stem_widths: tuple[int, ...] = ()
+    stem_depths: tuple[int, ...] = ()
+    unused_layers: int = 0
+    projection_width: int = 0
+
+
+@dataclass(frozen=True)
+class VqganConfig:
+    """One VQGAN half: `blocks` residual blocks a level; channels of level i are `base_channels * multipliers[i]`.
+
+    `patch` pixels on a side are channels of the finest level (1 in the released variants). With `linear_skip`, one linear map
+    between a cell's pixels and its latent runs beside the convolutions and is added to what they give.
+    """
+
+    base_channels: int
+    blocks: int
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    latent_channels: int = 256
+    patch: int = 1
+    linear_skip: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of a latent cell."""
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class SemanticDecoderConfig:
+    """The small ViT that turns semantic codes into teacher-like features (`decoder_vqkd`, `decode_task_layer`)."""
+
+    width: int
+    out_width: int
+    mlp_width: int
+    position_grid: int
+    layers: int = 3
+    heads: int = 12
+
+
+@dataclass(frozen=True)
+class TokenizerArchitecture:
+    """A whole tokenizer. Lengths are pixels (`image_size`, `pixel_input_size`) or cells (`grid`, `patch_nums`).
+
+    `pixel_weight` is the weight of the pixel branch's distance in the shared search, the semantic one's being 1.
+    """
+
+    variant: str
+    image_size: int
+    patch_nums: tuple[int, ...]
+    semantic_encoder: SemanticEncoderConfig
+    pixel_encoder: VqganConfig
+    pixel_decoder: VqganConfig
+    semantic_decoder: SemanticDecoderConfig
+    preprocess: Literal["crop", "squash"] = "crop"
+    codebook_size: int = 32768
+    semantic_dim: int = 32
+    pixel_dim: int = 8
+    pixel_weight: float = 1.0
+
+    @property
+    def grid(self) -> int:
+        """Side of the finest scale, which is the side of both encoders' output maps."""
+        return self.patch_nums[-1]
+
+    @property
+    def pixel_input_size(self) -> int:
+        """Side of the picture that the pixel branch sees: `siglip_384` reads 432 = 27 x 16."""
+        return self.grid * self.pixel_encoder.stride
+
+    @property
+    def code_dim(self) -> int:
+        return self.semantic_dim + self.pixel_dim
+
+    @property
+    def n_codes(self) -> int:
+        return sum(side * side for side in self.patch_nums)
+
+    @property
+    def normalized_input(self) -> bool:
+        """Whether the semantic encoder reads normalised [0, 1] pixels (ViTamin, SigLIP) instead of x itself (CLIP)."""
+        return self.semantic_encoder.kind != "clip"
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a language model's transformer; `output` norms are TokenFlow's text-to-image model, `pre` Llama and Qwen2."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float
+    rope_theta: float
+    norm_placement: Literal["output", "pre"]
+    qk_norm: bool
+    qkv_bias: bool
+
+
+_CLIP = SemanticEncoderConfig(
+    kind="clip", width=768, layers=12, heads=12, mlp_width=3072, patch_size=16, position_grid=14, projection_width=512
+)
+_VITAMIN = SemanticEncoderConfig(
+    kind="vitamin",
+    width=1152,
+    layers=32,
+    heads=16,
+    mlp_width=2304,
+    patch_size=16,
+    position_grid=0,
+    stem_widths=(192, 384),
+    stem_depths=(2, 4),
+)
+_SIGLIP = SemanticEncoderConfig(
+    kind="siglip", width=1152, layers=26, heads=16, mlp_width=4304, patch_size=14, position_grid=27, unused_layers=1
+)
+_STANDARD = VqganConfig(base_channels=128, blocks=2)
+_ENHANCED = VqganConfig(base_channels=256, blocks=4)
+_PATCH_NUMS_14 = (1, 2, 4, 6, 8, 10, 12, 14)
+_PATCH_NUMS_16 = (*_PATCH_NUMS_14, 16)
+
+VARIANTS: dict[str, TokenizerArchitecture] = {
+    config.variant: config
+    for config in (
+        TokenizerArchitecture(
+            variant="clipb_224",
+            image_size=224,
+            patch_nums=_PATCH_NUMS_14,
+            semantic_encoder=_CLIP,
+            pixel_encoder=_STANDARD,
+            pixel_decoder=_STANDARD,
+            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
+        ),
+        TokenizerArchitecture(
+            variant="clipb_256",
+            image_size=256,
+            patch_nums=_PATCH_NUMS_16,
+            semantic_encoder=_CLIP,
+            pixel_encoder=_STANDARD,
+            pixel_decoder=_ENHANCED,
+            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
+        ),
+        TokenizerArchitecture(
+            variant="vitamin_256",
+            image_size=256,
+            patch_nums=_PATCH_NUMS_16,
+            semantic_encoder=_VITAMIN,
+            pixel_encoder=_STANDARD,
+            pixel_decoder=_STANDARD,
+            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=16),
+        ),
+        TokenizerArchitecture(
+            variant="siglip_384",
+            image_size=384,
+            patch_nums=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27),
+            semantic_encoder=_SIGLIP,
+            pixel_encoder=_STANDARD,
+            pixel_decoder=_STANDARD,
+            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=27),
+            preprocess="squash",
+        ),
+    )
+}

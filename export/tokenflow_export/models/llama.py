@@ -1,0 +1,152 @@
+"""The language model's transformer: Llama geometry, with what released models vary as config values (spec section 4).
+
+Eager and plain: a whole sequence with a mask, or one step over cached keys and values.
+`tokenflow_export.language_model.paged_graph` turns the same weights into the paged step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenflow_export.models.config import TransformerConfig
+
+__all__ = ["KeysValues", "RmsNorm", "Transformer", "apply_rope", "rope_angles", "score_bias"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of C tokens, each [B, kv_heads, C, D]."""
+
+
+class RmsNorm(nn.Module):
+    """x / rms(x) * weight, over the last axis; in float32 whatever the type of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., head_dim / 2] of integer positions [...]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    inverse = 1.0 / theta**exponents
+    angles = positions[..., None].float() * inverse
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of x [B, Q, heads, head_dim] by angles [B, Q, head_dim / 2]."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def score_bias(mask: Tensor) -> Tensor:
+    """What attention adds to scores [B, kv_heads, groups, Q, T]: nothing where mask [B, Q, T] is true, and elsewhere what makes
+    their weight 0. Float32 and finite: a padding query that sees nothing gives numbers, not NaN.
+    """
+    return (~mask)[:, None, None].float() * -1e30
+
+
+class QkNorm(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RmsNorm(head_dim, 1e-6)
+        self.key_norm = RmsNorm(head_dim, 1e-6)
+
+
+class Attention(nn.Module):
+    """Projections, optional q/k norm over the head dimension before RoPE, grouped key/value heads."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads, bias = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.qkv_bias
+        self.q_proj = nn.Linear(config.width, heads, bias=bias)
+        self.k_proj = nn.Linear(config.width, kv_heads, bias=bias)
+        self.v_proj = nn.Linear(config.width, kv_heads, bias=bias)
+        self.o_proj = nn.Linear(heads, config.width, bias=False)
+        self.qknorm = QkNorm(config.head_dim) if config.qk_norm else None
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, Q, H] -> queries [B, Q, heads, D], keys and values [B, Q, kv_heads, D]; queries and keys rotated."""
+        batch, length, _ = x.shape
+        q, k, v = (p(x).reshape(batch, length, -1, self.config.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qknorm is not None:
+            q, k = self.qknorm.query_norm(q), self.qknorm.key_norm(k)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
+        """q [B, Q, heads, D] over the past and then k, v [B, Q, kv_heads, D], with `score_bias` -> [B, Q, H]."""
+        batch, length, heads, dim = q.shape
+        groups = heads // self.config.kv_heads
+        # Queries that share a key/value head are rows of one product: [B, kv_heads, groups * Q, D].
+        q = q.reshape(batch, length, self.config.kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(batch, self.config.kv_heads, groups * length, dim) * dim**-0.5
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        scores = (q @ keys.transpose(-1, -2)).reshape(batch, self.config.kv_heads, groups, length, -1).float()
+        weights = (scores + bias).softmax(dim=-1).to(q.dtype)
+        out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ values
+        out = out.reshape(batch, self.config.kv_heads, groups, length, dim).permute(0, 3, 1, 2, 4)
+        return self.o_proj(out.reshape(batch, length, heads * dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Sublayers read the residual stream through a norm (`pre`), or as it is and have their output normalised (`output`)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.self_attn = Attention(config)
+        self.mlp = Mlp(config)
+        self.input_layernorm = RmsNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, Q, H] after a past of C tokens, with `score_bias` -> x, new keys and new values [B, Q, kv_heads, D]."""
+        norm_input = self.config.norm_placement == "pre"
+        q, k, v = self.self_attn.project(self.input_layernorm(x) if norm_input else x, cos, sin)
+        attended = self.self_attn.attend(q, k, v, past, bias)
+        if norm_input:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        x = x + self.input_layernorm(attended)
+        return x + self.post_attention_layernorm(self.mlp(x)), k, v
+
+
+class Transformer(nn.Module):
+    """The layers and the final norm, without embeddings and head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RmsNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """A whole sequence without a cache: x [B, Q, H], positions [B, Q], mask [B, Q, Q] true where seen -> [B, Q, H]."""
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        bias = score_bias(mask)
+        for layer in self.layers:
+            x, _, _ = layer(x, cos, sin, None, bias)
+        return self.norm(x)

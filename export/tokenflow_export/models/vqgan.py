@@ -1,0 +1,155 @@
+"""The VQGAN halves of the pixel branch (`encoder`, `decoder`), as in taming-transformers with LlamaGen's layout of levels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenflow_export.models.attention import attend
+from tokenflow_export.models.config import VqganConfig
+
+__all__ = ["VqganDecoder", "VqganEncoder"]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm, swish, conv, twice; 1x1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the cells of a map, with 1x1 convolutions as projections."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
+        out = attend(q, k, v, heads=1)
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the side: one row and column of zeros at the right and bottom, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the side: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; attention follows each residual block where `attention` is set."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(out_channels if i else in_channels, out_channels) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+
+
+class VqganEncoder(nn.Module):
+    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / 16, W / 16] (for a stride of 16)."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.multipliers]
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.base_channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        channels, last = config.base_channels, len(widths) - 1
+        for i, width in enumerate(widths):
+            level = Level(channels, width, config.blocks, attention=i == last)
+            if i != last:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+            channels = width
+        self.mid = _middle(channels)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+        self.skip = nn.Conv2d(3, config.latent_channels, config.stride, config.stride) if config.linear_skip else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        out = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return out if self.skip is None else out + self.skip(x)
+
+
+class VqganDecoder(nn.Module):
+    """[B, latent_channels, g, g] -> picture [B, 3, 16 g, 16 g], about [-1, 1] (for a stride of 16)."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in reversed(config.multipliers)]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0])
+        self.conv_blocks = nn.ModuleList()
+        channels, last = widths[0], len(widths) - 1
+        for i, width in enumerate(widths):
+            level = Level(channels, width, config.blocks + 1, attention=i == 0)
+            if i != last:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+            channels = width
+        self.norm_out = _norm(channels)
+        self.patch, self.stride = config.patch, config.stride
+        self.conv_out = nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)
+        self.skip = nn.Conv2d(config.latent_channels, 3 * config.stride**2, 1) if config.linear_skip else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+        return out if self.skip is None else out + F.pixel_shuffle(self.skip(z), self.stride)

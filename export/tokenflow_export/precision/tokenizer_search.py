@@ -1,0 +1,222 @@
+"""What half precision costs a tokenizer on real pictures, and what must stay in float32 so that its engines are accepted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from tokenflow_export.precision.emulate_half import emulated_sessions
+from tokenflow_export.precision.search import Score, run_outputs, search, store_pinned
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.session import OpenSession, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.errors import ParityError
+from tokenflow_sdk.parity.certificate import Certificate, certify
+from tokenflow_sdk.parity.tokenizer import ROUNDED, TokenizerReference, forced_agreement, mean_cosine
+from tokenflow_sdk.passes.half_precision import HalfType, compute_nodes
+from tokenflow_sdk.pictures.images import psnr
+
+__all__ = ["TokenizerFinding", "search_tokenizer"]
+
+RANKED_ON = 8
+"""Pictures on which groups of nodes are compared; whether a bar holds is judged on all."""
+_GRAPHS = {
+    "encode": ("images", "latent"),
+    "decode": ("code_indices", "images"),
+    "semantic": ("code_indices", "features"),
+    "features": ("code_indices", "features"),
+}
+"""What each is fed, and what it is judged by."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`agreement` is teacher-forced, one share a scale. Over the same pictures (or those that were decoded) and the bundle's
+    reference, `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
+
+    agreement: tuple[float, ...]
+    decode_psnr: float
+    semantic_cosine: float
+    features_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For bundle.json: equality of pictures (infinite PSNR) is written as null."""
+        return asdict(self) | {"decode_psnr": None if np.isinf(self.decode_psnr) else round(self.decode_psnr, 2)}
+
+    def lines(self, patch_nums: Sequence[int], pictures: int) -> list[str]:
+        """For people."""
+        return [
+            *(
+                f"  {f'{side} x {side}':>8}  {share:8.3%} of {side * side * pictures:,} codes"
+                for side, share in zip(patch_nums, self.agreement, strict=True)
+            ),
+            f"  decoded pictures agree to {self.decode_psnr:.1f} dB at least",
+            f"  semantic features have a cosine of {self.semantic_cosine:.5f} at least, features differ by "
+            f"{self.features_error:.1e} at most",
+        ]
+
+
+@dataclass(frozen=True)
+class TokenizerFinding:
+    """What a search found over `pictures`: with nothing pinned (`plain`), and with what is. `pinned`: nodes by graph, of
+    `nodes` that could be. `certificate`: what engines would get for the bundle's reference."""
+
+    pictures: int
+    plain: Quality
+    quality: Quality
+    pinned: dict[str, tuple[str, ...]]
+    nodes: dict[str, int]
+    certificate: Certificate
+
+    def lines(self, patch_nums: Sequence[int]) -> list[str]:
+        """For people."""
+        found = [*self.quality.lines(patch_nums, self.pictures)]
+        for graph, names in self.pinned.items():
+            found.append(f"  {graph}: {len(names)} of {self.nodes[graph]} products and convolutions pinned to float32")
+        if any(self.pinned.values()):
+            found += ["  with nothing pinned:", *self.plain.lines(patch_nums, self.pictures)]
+        return [*found, f"  certificate: {self.certificate.summary}"]
+
+
+def search_tokenizer(
+    bundle: Bundle[TokenizerConfig],
+    images: NDArray[np.uint8],
+    bar: float,
+    precision: HalfType,
+    steps: ProgressSteps,
+    decoded: int | None = None,
+) -> TokenizerFinding:
+    """Search all graphs, and store what was found in the bundle, where `tokenflow build` looks.
+
+    Args:
+        bundle: a tokenizer's.
+        images: u8 [N, H, W, 3], of its size.
+        bar: least teacher-forced agreement in any scale.
+        precision: of the engines.
+        steps: shows progress.
+        decoded: how many of the images are decoded too, which takes the longest; None: all.
+
+    Raises:
+        ParityError: no choice of nodes is good enough, or engines would be refused even so.
+    """
+    trial = _Trial(bundle, images, bar, precision, steps, decoded)
+    names = {graph: compute_nodes(ir.load(bundle.graph_path(graph))) for graph in _GRAPHS}
+    plain: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    pinned: dict[str, tuple[str, ...]] = {}
+    for graph, nodes in names.items():
+
+        def measure(pinned: Collection[str], graph: str = graph) -> Score:
+            found[graph] = trial.run(graph, pinned)
+            plain.setdefault(graph, found[graph])
+            return trial.judge(graph, found[graph])
+
+        def rank(pinned: Collection[str], graph: str = graph) -> Score:
+            return trial.judge(graph, trial.run(graph, pinned, RANKED_ON))
+
+        pinned[graph] = search(nodes, measure, f"The {graph} graph in {precision}", rank)
+    certificate = trial.certify(pinned)
+    quality = trial.quality(found)
+    store_pinned(bundle, precision, pinned, {"pictures": len(images)} | quality.to_json())
+    counts = {graph: len(nodes) for graph, nodes in names.items()}
+    return TokenizerFinding(len(images), trial.quality(plain), quality, pinned, counts, certificate)
+
+
+class _Trial:
+    """Runs a tokenizer's graphs as engines would compute them, and compares with float32."""
+
+    def __init__(
+        self,
+        bundle: Bundle[TokenizerConfig],
+        images: NDArray[np.uint8],
+        bar: float,
+        precision: HalfType,
+        steps: ProgressSteps,
+        decoded: int | None,
+    ) -> None:
+        self.bundle, self.bar, self.precision, self.steps = bundle, bar, precision, steps
+        reference = TokenizerReference.load(bundle)
+        self.codebook = reference.codebook
+        steps.start("float32", total=1)
+        latents, codes = self._run_graph("encode", open_onnxruntime, images, ("latent", "code_indices"))
+        self.codes: NDArray[np.int32] = codes
+        # Certificates are given by the reference, whose drawn pictures can be worse than any photo.
+        judged, pictures = (np.concatenate([rows, reference.code_indices]) for rows in (codes, codes[:decoded]))
+        self.rows = {"encode": images, "decode": pictures, "semantic": judged, "features": judged}
+        self.exact = {"encode": latents}
+        for graph in ("decode", "semantic", "features"):
+            (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, self.rows[graph], _GRAPHS[graph][1:])
+
+    def run(self, graph: str, pinned: Collection[str], count: int | None = None) -> NDArray[Any]:
+        """What a graph gives for the first `count` of its rows, or all."""
+        self.steps.start(f"{graph} in {self.precision}, {len(pinned)} pinned", total=1)
+        with tempfile.TemporaryDirectory() as work:
+            opening = emulated_sessions(self.bundle, self.precision, Path(work), {graph: pinned})
+            return self._run_graph(graph, opening, self.rows[graph][:count], _GRAPHS[graph][1:])[0]
+
+    def judge(self, graph: str, found: NDArray[Any]) -> Score:
+        """`found`: of the first rows, or of all. What is not a number, after an overflow, misses the tolerances."""
+        if graph == "encode":
+            shares = zip(self.bundle.config.patch_nums, self._agreement(found), strict=True)
+            low = tuple(f"{side} x {side}: {share:.2%}" for side, share in shares if share < self.bar)
+            return Score(float(np.square(found - self.exact["encode"][: len(found)]).mean()), low)
+        if graph == "decode":
+            decibels = self._decode_psnr(found)
+            return Score(-decibels, () if decibels >= ROUNDED.decode_psnr else (f"{decibels:.1f} dB",))
+        if graph == "semantic":
+            cosine = self._semantic_cosine(found)
+            return Score(-cosine, () if cosine >= ROUNDED.semantic_cosine else (f"a cosine of {cosine:.5f}",))
+        error = self._features_error(found)
+        return Score(error, () if error <= ROUNDED.features_error else (f"an error of {error:.1e}",))
+
+    def quality(self, found: dict[str, NDArray[Any]]) -> Quality:
+        """Of results for all rows, by graph."""
+        return Quality(
+            self._agreement(found["encode"]),
+            self._decode_psnr(found["decode"]),
+            self._semantic_cosine(found["semantic"]),
+            self._features_error(found["features"]),
+        )
+
+    def certify(self, pinned: dict[str, tuple[str, ...]]) -> Certificate:
+        """Raises:
+        ParityError: engines would be refused.
+        """
+        self.steps.start("the certificate")
+        with tempfile.TemporaryDirectory() as work:
+            opening = emulated_sessions(self.bundle, self.precision, Path(work), pinned)
+            certificate = certify(self.bundle, opening, self.precision, 0, 0)
+        if not certificate.passed:
+            raise ParityError(
+                f"Engines of {self.bundle.path} in {self.precision} would be refused: {'; '.join(certificate.failures)}.",
+                "Ask for more with --bar, so that more is pinned, or build with --precision fp32.",
+            )
+        return certificate
+
+    def _run_graph(
+        self, graph: str, opening: OpenSession, rows: NDArray[Any], outputs: Sequence[str]
+    ) -> tuple[NDArray[Any], ...]:
+        entry = self.bundle.graph(graph)
+        with opening(self.bundle.path / entry.files[0].name, entry, SessionOptions(device="cpu")) as session:
+            return run_outputs(session, _GRAPHS[graph][0], rows, outputs, self.steps)
+
+    def _agreement(self, latents: NDArray[np.float32]) -> tuple[float, ...]:
+        return forced_agreement(latents, self.codes[: len(latents)], self.codebook, self.bundle.config)
+
+    def _decode_psnr(self, pictures: NDArray[np.uint8]) -> float:
+        return float(np.min([psnr(a, b) for a, b in zip(pictures, self.exact["decode"], strict=False)]))
+
+    def _semantic_cosine(self, rows: NDArray[np.float32]) -> float:
+        return float(np.min([mean_cosine(a, b) for a, b in zip(rows, self.exact["semantic"], strict=False)]))
+
+    def _features_error(self, rows: NDArray[np.float32]) -> float:
+        return float(np.abs(rows - self.exact["features"][: len(rows)]).max())

@@ -1,0 +1,48 @@
+"""Progress of a long job in the terminal: one line a step, with a bar where the fraction done is known."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["ProgressSteps"]
+
+
+class ProgressSteps:
+    """Use as a context manager; `start` ends the step before."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description:<40}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def start(self, description: str, total: float | None = None) -> None:
+        """Begin a step; with `total`, `fraction` moves its bar."""
+        self._finish()
+        self._task = self._progress.add_task(description, total=total)
+
+    def fraction(self, done: float) -> None:
+        """Set the current step's bar, from 0 to 1."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, total=1.0, completed=1.0)
+            self._task = None
+
+    def __enter__(self) -> ProgressSteps:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()

@@ -1,0 +1,127 @@
+"""A tokenizer checkpoint to a bundle: trace, check against PyTorch, and only then let it appear.
+
+Everything is written to a directory beside the target and renamed at the end. `bundle.json` is written last of all, after
+the self-check, so that nothing a killed export leaves behind can be opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenflow_export.atomic_directory import atomic_directory, versions
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import to_unit_range
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
+from tokenflow_export.tokenizer.reference_images import reference_pictures
+from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, TokenizerReport, check_tokenizer
+
+__all__ = ["export_tokenizer"]
+
+REFERENCE_FILE = "reference.npz"
+
+
+def export_tokenizer(
+    model: TokenFlowTokenizer,
+    out: Path,
+    source: dict[str, Any],
+    steps: ProgressSteps,
+    force: bool = False,
+    compress: bool = False,
+) -> TokenizerReport:
+    """Write the bundle of `model` to the directory `out`.
+
+    Args:
+        model: eager and float32, from `tokenflow_export.checkpoints.tokenizer.load_model`.
+        out: must not exist, unless `force`.
+        source: where the weights came from, stored as provenance.
+        steps: shows progress.
+        force: replace `out`.
+        compress: smaller files for the same numbers (`tracing.compress_weights`), and the reference compressed.
+
+    Raises:
+        OutputError: `out` exists or cannot be written.
+        ParityError: the exported graphs do not reproduce PyTorch; nothing is left behind.
+    """
+    with atomic_directory(out, force, needed=sum(p.numel() * 4 for p in model.parameters())) as staging:
+        reference = _reference(model, steps)
+        graphs = {}
+        for spec in _graph_specs(model):
+            steps.start(f"tracing {spec.name}")
+            graphs[spec.name] = export_graph(spec, staging, compress=compress, patch_nums=model.config.patch_nums)
+        steps.start("writing the reference vectors")
+        (np.savez_compressed if compress else np.savez)(staging / REFERENCE_FILE, **vars(reference))
+        bundle = Bundle(
+            path=staging,
+            config=_runtime_config(model),
+            graphs=graphs,
+            assets={"reference": file_entry(staging / REFERENCE_FILE)},
+            parity={},
+            provenance=source | versions(),
+        )
+        steps.start("checking the graphs against PyTorch", total=1.0)
+        with Tokenizer(bundle) as tokenizer:
+            report = check_tokenizer(tokenizer.graphs, reference, steps.fraction)
+        report.require(f"The export of {model.config.variant}")
+        steps.start("finishing")
+        replace(bundle, parity=report.to_json()).write_manifest()
+    return report
+
+
+def _graph_specs(model: TokenFlowTokenizer) -> Iterator[GraphSpec]:
+    config = model.config
+    images = torch.zeros(2, config.image_size, config.image_size, 3, dtype=torch.uint8)
+    codes = torch.zeros(2, config.n_codes, dtype=torch.int32)
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    outputs = ("code_indices", "features", "latent")
+    yield GraphSpec("encode", EncodeGraph(model), {"images": (images, batch)}, outputs)
+    yield GraphSpec("decode", DecodeGraph(model), {"code_indices": (codes, batch)}, ("images",))
+    yield GraphSpec("semantic", SemanticGraph(model), {"code_indices": (codes, batch)}, ("features",))
+    yield GraphSpec("features", FeaturesGraph(model), {"code_indices": (codes, batch)}, ("features",))
+
+
+def _runtime_config(model: TokenFlowTokenizer) -> TokenizerConfig:
+    config, quantize = model.config, model.quantize
+    digest = hashlib.sha256()
+    for table in (quantize.embedding_vqkd, quantize.embedding_vqgan):
+        digest.update(table.weight.detach().numpy().astype("<f4").tobytes())
+    return TokenizerConfig(
+        variant=config.variant,
+        image_size=config.image_size,
+        patch_nums=config.patch_nums,
+        codebook_size=config.codebook_size,
+        semantic_dim=config.semantic_dim,
+        pixel_dim=config.pixel_dim,
+        pixel_weight=config.pixel_weight,
+        semantic_width=config.semantic_decoder.out_width,
+        codebook_sha256=digest.hexdigest(),
+        preprocess=config.preprocess,
+    )
+
+
+@torch.inference_mode()
+def _reference(model: TokenFlowTokenizer, steps: ProgressSteps) -> TokenizerReference:
+    pictures = reference_pictures(model.config.image_size)
+    steps.start("computing the reference in PyTorch", total=1.0)
+    rows: list[dict[str, np.ndarray]] = []
+    for i, picture in enumerate(pictures):
+        images = torch.from_numpy(picture)[None]
+        latent = model.latent(to_unit_range(images))
+        codes, features = model.quantize.encode(latent)
+        row = {"latent": latent, "code_indices": codes.int(), "features": features}
+        row |= {"decoded": model.decode(codes), "semantic": model.semantic(codes)}
+        rows.append({name: value[0].numpy() for name, value in row.items()})
+        steps.fraction((i + 1) / len(pictures))
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return TokenizerReference(images=pictures, codebook=torch.cat(model.quantize.codebooks(), dim=1).numpy(), **stacked)

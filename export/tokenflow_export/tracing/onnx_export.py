@@ -1,0 +1,128 @@
+"""Tracing one graph to ONNX: standard operators only, dynamic batch, no traces of the machine it was made on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tokenflow_export.tracing.compress_weights import store_in_half, store_resizes
+from tokenflow_export.tracing.weight_quantization import ReadWeight, attach_weights, quantize_weights
+from tokenflow_sdk.bundle.bundle import file_sha256
+from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
+
+__all__ = ["OPSET", "GraphSpec", "export_graph", "file_entry"]
+
+OPSET = 20
+_INLINE_BYTES = 64 * 2**20
+"""Graphs with fewer bytes of weights than this are one file; larger ones keep their weights beside them."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph to trace: its name in the bundle, the module, inputs in order, and names of outputs.
+
+    An input is an example (sizes that vary must be 2 or more) and what varies: dimension number to `torch.export.Dim`.
+    With `read`, the module and the examples are fake tensors without values, and `read` gives a weight by its name when it
+    is needed; `weights` then says in how many bits matrices are written.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, tuple[Tensor, Mapping[int, Any]]]
+    outputs: tuple[str, ...]
+    read: ReadWeight | None = None
+    weights: Literal["int8", "int4"] | None = None
+
+
+def export_graph(
+    spec: GraphSpec,
+    directory: Path,
+    progress: Callable[[float], None] | None = None,
+    compress: bool = False,
+    patch_nums: Sequence[int] = (1,),
+) -> GraphEntry:
+    """Trace `spec` into `directory` and describe what was written.
+
+    Args:
+        spec: the graph.
+        directory: where it goes.
+        progress: told the share of the weights written.
+        compress: smaller files for the same numbers (`tokenflow_export.tracing.compress_weights`).
+        patch_nums: scales whose resizes `compress` looks for.
+    """
+    model = _trace(spec)
+    if spec.weights is not None:
+        quantize_weights(model, spec.weights)
+    if compress:
+        store_resizes(model, patch_nums)
+        store_in_half(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name = "tokenflow-sdk"
+    domains = set(model.opset_imports) | {node.domain for node in model.graph.all_nodes()}
+    assert domains == {""}, f"{spec.name} uses operators outside ONNX: {domains}"
+    assert not model.functions, f"{spec.name} holds local functions"
+    path = directory / f"{spec.name}.onnx"
+    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = f"{path.name}.data" if weight_bytes >= _INLINE_BYTES else None
+    report = progress or (lambda _: None)
+    ir.save(model, path, external_data=external, callback=lambda _, state: report((state.index + 1) / state.total))
+    onnx.checker.check_model(path, full_check=True)
+    files = [path] + ([directory / external] if external else [])
+    return GraphEntry(
+        tuple(file_entry(file) for file in files),
+        tuple(map(_tensor_spec, model.graph.inputs)),
+        tuple(map(_tensor_spec, model.graph.outputs)),
+    )
+
+
+def _trace(spec: GraphSpec) -> ir.Model:
+    program = _capture(spec)
+    if spec.read is not None:
+        attach_weights(program.model, spec.read)
+        program.optimize()
+    return program.model
+
+
+def _capture(spec: GraphSpec) -> torch.onnx.ONNXProgram:
+    """The graph; without values where the module has none."""
+    # The exporter logs that torchvision is absent, as it should be, and warns of its own internals.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            spec.module.eval(),
+            tuple(example for example, _ in spec.inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(spec.inputs),
+            output_names=list(spec.outputs),
+            dynamic_shapes=tuple(dict(varying) for _, varying in spec.inputs.values()),
+            verbose=False,
+            optimize=spec.read is None,
+        )
+    assert program is not None
+    return program
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name and value.dtype and value.shape
+    dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, dims)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and SHA-256 of a file just written."""
+    return FileEntry(path.name, path.stat().st_size, file_sha256(path))

@@ -1,0 +1,381 @@
+"""Builds with the real TensorRT-RTX, which needs no GPU for it, and with a stand-in module where TensorRT must misbehave."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from tests.conftest import DATA, ROOT
+from tests.support.fake_cuda import Status
+from tests.support.fake_gpu import install
+from tests.support.mini import store_ranges
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.understanding import _head_spec
+from tokenflow_export.tracing.onnx_export import export_graph
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.schema import TensorSpec
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.engines.build import REVISION, Profile, build_engine, engine_graph
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import EngineCache
+from tokenflow_sdk.engines.jobs import engine_jobs
+from tokenflow_sdk.engines.profiles import profiles_of
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
+from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
+from tokenflow_sdk.model.transformer import PREFILL_CHUNK
+
+APIS = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "tensorrt_api").glob("*.json"))}
+CLASSES = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "optimization": "IOptimizationProfile",
+    "types": "DataType",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "settings": "IRuntimeConfig",
+    "cache": "IRuntimeCache",
+}
+TARGETS = ["sm80", "sm86", "sm89", "sm120"]
+EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm120")]
+BUILDS = [
+    pytest.param(precision, target, marks=[] if (precision, target) in EVERY_DAY else pytest.mark.slow)
+    for precision in ("fp32", "fp16")
+    for target in TARGETS
+]
+RTX_ONLY = {
+    ("IBuilderConfig", "num_compute_capabilities"),
+    ("IBuilderConfig", "set_compute_capability"),
+    ("", "CudaGraphStrategy"),
+    ("", "DynamicShapesKernelSpecializationStrategy"),
+    ("IRuntimeConfig", "cuda_graph_strategy"),
+    ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
+    ("IRuntimeConfig", "create_runtime_cache"),
+    ("IRuntimeConfig", "set_runtime_cache"),
+    ("IRuntimeCache", "serialize"),
+    ("IRuntimeCache", "deserialize"),
+}
+"""Looked for before use: full TensorRT cannot build for another GPU, leaves CUDA graphs to its user, and compiles at build."""
+
+
+def names_used() -> set[tuple[str, str]]:
+    """(class or module, attribute) for everything of TensorRT that the SDK names, e.g. in `self._context.get_tensor_shape`."""
+    used = set()
+    for file in ("engines/build.py", "backends/tensorrt_module.py", "backends/tensorrt.py", "backends/tensorrt_context.py"):
+        for node in ast.walk(ast.parse((ROOT / "tokenflow_sdk" / file).read_text())):
+            if not isinstance(node, ast.Attribute):
+                continue
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if owner.lstrip("_") == "trt" and not node.attr.startswith("__"):
+                used.add(("", node.attr))
+            elif owner.lstrip("_") in CLASSES:
+                used.add((CLASSES[owner.lstrip("_")], node.attr))
+    return used
+
+
+def test_every_tensorrt_name_exists_in_every_version() -> None:
+    used = names_used()
+    assert len(used - RTX_ONLY) >= 30
+    assert ("IExecutionContext", "execute_async_v3") in used
+    assert used >= RTX_ONLY
+    assert len(APIS) == 3
+    for version, api in APIS.items():
+        wanted = used if version.startswith("api_rtx") else used - RTX_ONLY
+        missing = [(owner, name) for owner, name in wanted if name not in (api[owner] if owner else api)]
+        assert missing == [], version
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
+
+
+def build_all(trt, bundle: Bundle, build_config: BuildConfig, cache: Path) -> None:
+    """Every engine of a build config, with progress; a second time they are there."""
+    jobs = list(engine_jobs(bundle, build_config, trt))
+    assert len(jobs) == len(bundle.graphs) * len(build_config.targets)
+    for job in jobs:
+        shares: list[float] = []
+        engine, built = job.run(trt, EngineCache(cache), lambda _, share, seen=shares: seen.append(share))
+        assert built
+        assert engine.size > 10_000
+        assert shares
+        assert all(0 < share <= 1 for share in shares)
+        assert job.run(trt, EngineCache(cache)) == (engine, False)
+
+
+@pytest.mark.parametrize(("precision", "target"), BUILDS)
+@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip", "tiny"])
+def test_every_tokenizer_graph_builds(trt, kind: str, precision, target: str, mini_bundles, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_bundles(kind), TokenizerConfig)
+    build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, batch=(1, 2, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_generator_graph_builds(trt, precision, target: str, mini_generator: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, pages=64), tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_understander_graph_builds(trt, precision, target: str, mini_understander: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, pages=64), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> None:
+    """As many tokens as Qwen2 has: TensorRT sorts and scatters the most that an answer can ask of it."""
+    vocabulary, width, context = 152_064, 8, 32_768
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((vocabulary, width)).astype(np.float32))
+    config = cast(UnderstanderConfig, SimpleNamespace(width=width, vocabulary=vocabulary))
+    directory = cast(HfDirectory, SimpleNamespace(tensor=lambda key: weight))
+    dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "seen", "window")}
+    with torch.inference_mode():
+        entry = export_graph(_head_spec(directory, config, FULL_PRECISION, "", dims), tmp_path, lambda *_: None)
+    (tmp_path / "half").mkdir()
+    graph = engine_graph(tmp_path / "head.onnx", dtype, tmp_path / "half")
+    profile = Profile({"batch": (1, 1, 8), "seen": (1, 64, context), "window": (1, 64, MAX_TOP_K + TIES)})
+    assert len(build_engine(trt, graph, entry, [profile], "sm89")) > vocabulary * width * 2
+
+
+@pytest.mark.parametrize(
+    "target", [target if target == "sm89" else pytest.param(target, marks=pytest.mark.slow) for target in TARGETS]
+)
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -> None:
+    """In float16, its int8 weights included."""
+    bundle = Bundle.open(find_bundle("tiny", kind), TokenizerConfig if kind == "tokenizer" else GeneratorConfig)
+    build_all(trt, bundle, BuildConfig(targets=(target,)), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_bundled_decoder_builds_in_8_bits(trt, target: str, dtype, tmp_path: Path) -> None:
+    """int8 for every GPU; fp8 where there is such arithmetic, and elsewhere a refusal before anything is built."""
+    path = tmp_path / "tiny"
+    shutil.copytree(find_bundle("tiny", "tokenizer"), path)
+    bundle = store_ranges(path, 8.0)
+    build_config = BuildConfig(targets=(target,), decoder=dtype)
+    if dtype == "fp8" and target in ("sm80", "sm86"):
+        with pytest.raises(EngineBuildError, match=f"{target} has no fp8 arithmetic.*--decoder int8"):
+            list(engine_jobs(bundle, build_config, trt))
+        return
+    jobs = {job.key.graph: job for job in engine_jobs(bundle, build_config, trt)}
+    engine, built = jobs["decode"].run(trt, EngineCache(tmp_path / "cache"))
+    assert built
+    # The weights went in as 8 bits and were not folded back to half.
+    graph = engine_graph(path / "decode.onnx", "fp16", tmp_path, (), jobs["decode"].ranges)
+    (weight,) = (value for name, value in ir.load(graph).graph.initializers.items() if name == "node_conv2d_4_weight_rounded")
+    assert weight.const_value is not None
+    assert weight.const_value.tobytes() in engine.path.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_builds_in_every_precision(trt, precision, dtype, mini_bundles, tmp_path: Path) -> None:
+    path = tmp_path / "clip"
+    shutil.copytree(mini_bundles("clip"), path)
+    build_config = BuildConfig(targets=("sm89",), precision=precision, decoder=dtype)
+    (job,) = (job for job in engine_jobs(store_ranges(path, 8.0), build_config, trt) if job.key.graph == "decode")
+    assert job.run(trt, EngineCache(tmp_path / "cache"))[1]
+
+
+def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
+    """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    config = bundle.config
+    (profile,) = profiles_of(bundle, BuildConfig(batch=(1, 2, 4), pages=9))
+    sizes = profile.sizes
+    assert sizes["batch"] == (1, 4, 8)
+    assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
+    assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
+    assert sizes["slots"] == (9 * config.layers,) * 3
+    for name, entry in bundle.graphs.items():
+        for spec in entry.inputs:
+            assert len(Profile(sizes).shapes(spec)) == 3, name
+
+
+def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> None:
+    """Prompts of any length in pieces, one at a time; answers of any length and setting, alone and in the largest batch."""
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    config = bundle.config
+    tokens, pieces = (profile.sizes for profile in profiles_of(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
+    assert (tokens["batch"], tokens["queries"]) == ((1, 4, 6), (1, 1, 1))
+    assert (pieces["batch"], pieces["queries"]) == ((1, 1, 1), (1, PREFILL_CHUNK, PREFILL_CHUNK))
+    for sizes in (tokens, pieces):
+        assert sizes["slots"] == (9 * config.layers,) * 3
+        assert sizes["table"] == (1, 4, 9)
+        assert sizes["seen"][2] == config.vocabulary
+        assert sizes["window"][2] == config.vocabulary
+    usual = profiles_of(bundle, BuildConfig())[0].sizes
+    assert usual["table"][2] * PAGE_SIZE == config.context
+    assert usual["slots"][2] == config.default_pages()
+    large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
+    for profile in profiles_of(large, BuildConfig()):
+        sizes = profile.sizes
+        found = (sizes["seen"][2], sizes["window"][2], sizes["table"][2])
+        assert found == (32_768, 3840, large.config.default_pages())
+        for name, entry in bundle.graphs.items():
+            for spec in entry.inputs:
+                assert len(profile.shapes(spec)) == 3, name
+
+
+def test_an_engine_has_no_more_profiles_than_it_needs(machine, mini_understander: Path, mini_generator: Path) -> None:
+    bundle = Bundle.open(mini_understander, UnderstanderConfig)
+    jobs = {job.key.graph: job for job in engine_jobs(bundle, BuildConfig("tensorrt"), machine[1])}
+    assert {name: len(job.profiles) for name, job in jobs.items()} == {
+        "embed_text": 2,
+        "project": 2,
+        "transformer": 2,
+        "head": 1,
+    }
+    (head,) = jobs["head"].profiles
+    assert head.sizes["batch"] == BuildConfig().batch
+    assert set(head.sizes) == {"batch", "seen", "window"}
+    for job in engine_jobs(Bundle.open(mini_generator, GeneratorConfig), BuildConfig("tensorrt"), machine[1]):
+        assert len(job.profiles) == 1
+
+
+def test_profiles_contain_each_other() -> None:
+    wide, narrow = Profile({"batch": (1, 2, 8), "queries": (1, 1, 9)}), Profile({"batch": (1, 8, 8), "queries": (2, 2, 2)})
+    assert narrow.within(wide)
+    assert narrow.within(narrow)
+    assert not wide.within(narrow)
+    assert not Profile({"batch": (1, 1, 9), "queries": (1, 1, 1)}).within(wide)
+
+
+def test_a_profile_must_be_whole_and_ordered() -> None:
+    with pytest.raises(ArgumentError, match="batch cannot go from 4 over 2 to 8"):
+        Profile({"batch": (4, 2, 8)})
+    with pytest.raises(ArgumentError, match="says nothing about 'queries'"):
+        Profile({"batch": (1, 2, 4)}).shapes(TensorSpec("x", "float32", ("batch", "queries")))
+
+
+class FakeTrt:
+    """TensorRT's shape, with one thing wrong at a time."""
+
+    __name__, __version__ = "fake", "1.0"
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
+    MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+    BuilderFlag = SimpleNamespace(TF32=0)
+
+    class ILogger:
+        Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+
+    class IProgressMonitor:
+        pass
+
+    def __init__(
+        self, parses: bool = True, build_config: bytes | None = b"plan", says: tuple[tuple[int, str], ...] = ()
+    ) -> None:
+        self.parses, self.build_config, self.says = parses, build_config, says
+
+    def Builder(self, log):  # noqa: N802
+        for severity, text in self.says:
+            log.log(severity, text)
+        config = SimpleNamespace(
+            set_memory_pool_limit=lambda *_: None, add_optimization_profile=lambda _: None, clear_flag=lambda _: None
+        )
+        return SimpleNamespace(
+            create_network=lambda flags: flags,
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *_: None),
+            build_serialized_network=lambda network, config: self.build_config,
+        )
+
+    def OnnxParser(self, network, log):  # noqa: N802
+        return SimpleNamespace(
+            parse_from_file=lambda path: self.parses,
+            num_errors=1,
+            get_error=lambda i: SimpleNamespace(desc=lambda: "no such operator"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [
+        (FakeTrt(parses=False), "cannot read features.onnx: no such operator"),
+        (FakeTrt(build_config=None, says=((1, "out of memory"),)), "cannot build features.onnx: out of memory"),
+        (FakeTrt(build_config=None), "it does not say why"),
+        (FakeTrt(says=((2, "Unused Input: mask"),)), "would ignore an input of features.onnx: Unused Input: mask"),
+    ],
+)
+def test_what_tensorrt_refuses_is_an_error_and_never_an_engine(fake: FakeTrt, words: str, mini_bundle: Path) -> None:
+    entry = Bundle.open(mini_bundle, TokenizerConfig).graph("features")
+    profile = Profile({"batch": (1, 1, 1)})
+    with pytest.raises(EngineBuildError, match=words):
+        build_engine(fake, mini_bundle / "features.onnx", entry, [profile], workspace=2**20)
+    with pytest.raises(ArgumentError, match="cannot build for 'sm86'.*machine with that GPU"):
+        build_engine(FakeTrt(), mini_bundle / "features.onnx", entry, [profile], target="sm86")
+
+
+def test_without_a_gpu_or_a_target_there_is_nothing_to_build_for(
+    trt, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, _ = install(monkeypatch)
+    cuda.status = Status(35)
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+    with pytest.raises(BackendError, match="no usable GPU here.*--target sm86,sm89,sm120.*driver"):
+        list(engine_jobs(bundle, BuildConfig(), trt))
+    with pytest.raises(BackendError, match="no usable GPU here.*driver") as caught:
+        list(engine_jobs(bundle, BuildConfig("tensorrt"), trt))
+    assert "--target" not in caught.value.hint
+
+
+def structure(model: ir.Model) -> list[str]:
+    """A graph as text: every node with its attributes and types, in order; weights by type and shape."""
+    lines = []
+    for node in model.graph:
+        attributes = sorted(map(str, node.attributes.values()))
+        lines.append(f"{node.op_type} {attributes} {[str(value.type) for value in node.outputs]}")
+    return lines + sorted(f"{value.type} {value.shape}" for value in model.graph.initializers.values())
+
+
+def test_what_becomes_of_a_graph_has_a_revision(tmp_path: Path) -> None:
+    """Engines in caches are told apart by it. Where this fails because a pass was changed: count REVISION up, and store what is
+    found now (the message ends with it)."""
+    found = {}
+    for kind in ("tokenizer", "generator"):
+        for path in sorted(find_bundle("tiny", kind).glob("*.onnx")):
+            for dtype in ("fp16", "bf16"):
+                (tmp_path / dtype).mkdir(exist_ok=True)
+                model = ir.load(engine_graph(path, dtype, tmp_path / dtype))  # type: ignore[arg-type]
+                text = "\n".join(structure(model))
+                found[f"{path.stem} {dtype}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    stored = json.loads((DATA / "engine_graphs.json").read_text())
+    assert {"revision": REVISION, "graphs": found} == stored, json.dumps({"revision": REVISION, "graphs": found}, indent=2)
+
+
+def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["build", str(mini_bundle), "--target", "sm89", "--precision", "fp32", "--batch", "1,1,2", "--cache", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("built in") == 4
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("in the cache already") == 4
+    assert main(["cache", "list", "--cache", str(tmp_path)]) == 0
+    assert "4 engines" in capsys.readouterr().out
+    assert main(["cache", "clear", "--cache", str(tmp_path)]) == 0
+    assert main(["cache", "list", "--cache", str(tmp_path)]) == 0
+    assert "0 engines" in capsys.readouterr().out
+    assert main(["build", str(mini_bundle), "--target", "sm90"]) == 2
+    assert "cannot build for 'sm90'. Choose one of: sm120" in capsys.readouterr().err
+    assert main(["build", str(mini_bundle), "--batch", "x"]) == 2
+    assert "no list of sizes" in capsys.readouterr().err

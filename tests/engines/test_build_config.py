@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokenflow_sdk.engines.build_config import BuildConfig, build_config_names
+from tokenflow_sdk.errors import ArgumentError
+
+
+@pytest.mark.parametrize("name", build_config_names())
+def test_every_recipe_is_a_plan(name: str) -> None:
+    build_config = BuildConfig.from_file(name)
+    assert build_config.backend == "onnxruntime" if name == "cpu" else build_config.backend in ("tensorrt", "tensorrt-rtx")
+    # Only TensorRT-RTX builds for a GPU that is not there.
+    assert bool(build_config.targets) == (build_config.backend == "tensorrt-rtx")
+
+
+def test_the_recipes_people_look_for_are_there() -> None:
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu"} <= set(build_config_names())
+
+
+def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('about = "mine"\ntargets = ["sm75"]\nbatch = [1, 4, 8]\n')
+    build_config = BuildConfig.from_file(str(path))
+    assert (build_config.targets, build_config.batch, build_config.precision) == (("sm75",), (1, 4, 8), "fp16")
+    assert build_config.changed(precision="fp32", batch=None).precision == "fp32"
+    assert build_config.changed(batch=None).batch == (1, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch = [1, 2", "cannot be read as TOML"),
+        ("speed = 3", "says 'speed'"),
+        ("batch = [3, 2, 1]", "least, usual and most"),
+        ("batch = [2, 4, 8]", "from one on"),
+        ("batch = 3", "wrong kind|least, usual and most"),
+        ('precision = "fp4"', "no precision 'fp4'"),
+        ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
+        ("pages = -1", "cannot be negative"),
+    ],
+)
+def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(ArgumentError, match=words):
+        BuildConfig.from_file(str(tmp_path / "r.toml"))
+
+
+def test_a_plan_names_the_command_that_builds_it() -> None:
+    assert BuildConfig().command(Path("b")) == "tokenflow build b --backend tensorrt-rtx"
+    build_config = BuildConfig("tensorrt", precision="bf16", decoder="fp8", batch=(1, 2, 4))
+    assert (
+        build_config.command(Path("b")) == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch 1,2,4"
+    )
+    build_config = BuildConfig("tensorrt", pages=70, workspace_gb=1.5)
+    assert build_config.command(Path("b")) == "tokenflow build b --backend tensorrt --pages 70 --workspace-gb 1.5"
+
+
+def test_no_such_recipe() -> None:
+    with pytest.raises(ArgumentError, match="no build config 'abacus'.*rtx4090"):
+        BuildConfig.from_file("abacus")
+
+
+def test_a_plan_is_stored_with_its_engines_and_read_again() -> None:
+    build_config = BuildConfig("tensorrt", ("sm86",), "fp32", "int8", (1, 2, 4), 70, 1.5)
+    stored = json.loads(json.dumps(build_config.to_json()))
+    assert stored == build_config.to_json()
+    assert BuildConfig.from_json(stored) == build_config.changed(targets=())
+    assert BuildConfig.from_json(stored | {"sparsity": True}) is None
+    assert BuildConfig.from_json(stored | {"precision": "fp4"}) is None
+
+
+def test_what_engines_of_a_plan_can_take() -> None:
+    build_config = BuildConfig(batch=(1, 2, 4), pages=70)
+    assert [build_config.covers(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
+        True,
+        False,
+        True,
+        False,
+    ]

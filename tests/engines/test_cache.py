@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
+from tokenflow_sdk.engines.cache import EngineCache, EngineKey, default_directory, graph_digest
+from tokenflow_sdk.errors import ArgumentError, OutputError
+
+KEY = EngineKey("decode", "ab" * 32, "1", "tensorrt-rtx", "1.7.1.116", "sm86", "fp16", "p")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "cache")
+
+
+def test_an_engine_is_found_again(cache: EngineCache) -> None:
+    with cache.building(KEY):
+        assert cache.get(KEY) is None
+        cache.put(KEY, b"engine", {"precision": "fp16"})
+    cache.certify(KEY, {"checked": False})
+    found = EngineCache(cache.directory).get(KEY)
+    assert found is not None
+    assert (found.path.read_bytes(), found.size, found.certificate) == (b"engine", 6, {"checked": False})
+    assert found.build_config == {"precision": "fp16"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graph": "encode"},
+        {"graph_sha256": "cd" * 32},
+        {"revision": "2"},
+        {"flavour": "tensorrt"},
+        {"version": "1.7.1.117"},
+        {"target": "sm89"},
+        {"precision": "bf16"},
+        {"profile": "q"},
+        {"system": "windows-amd64"},
+    ],
+)
+def test_any_difference_is_another_engine(cache: EngineCache, change: dict[str, str]) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    assert cache.get(replace(KEY, **change)) is None
+    assert cache.get(KEY) is not None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda engine, record: engine.write_bytes(b"engin"),
+        lambda engine, record: engine.write_bytes(b"Engine"),
+        lambda engine, record: engine.unlink(),
+        lambda engine, record: record.write_text("{"),
+        lambda engine, record: record.unlink(),
+        lambda engine, record: record.write_text(record.read_text().replace("sm86", "sm89")),
+    ],
+)
+def test_a_damaged_or_foreign_engine_is_never_given(cache: EngineCache, damage) -> None:
+    with cache.building(KEY):
+        stored = cache.put(KEY, b"engine", {})
+    damage(stored.path, stored.path.with_suffix(".json"))
+    assert cache.get(KEY) is None
+    assert cache.put(KEY, b"again", {}).path.read_bytes() == b"again"
+    assert cache.get(KEY) is not None
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, limit=25)
+    keys = [replace(KEY, graph=name) for name in "abc"]
+    for age, key in zip((30, 20, 10), keys, strict=True):
+        cache.put(key, b"x" * 10, {})
+        if cache.get(key):
+            os.utime(cache._record(key), (time.time() - age,) * 2)
+    assert cache.get(keys[0]) is None
+    assert cache.get(keys[1]) is not None  # now the most recent
+    cache.put(replace(KEY, graph="d"), b"x" * 10, {})
+    assert [entry.key.graph for entry in cache.entries()] == ["d", "b"]
+
+
+def test_engines_of_one_build_do_not_push_out_each_other(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, limit=3)
+    keys = [replace(KEY, graph=name) for name in "abc"]
+    for key in keys:
+        cache.put(key, b"engine", {})
+        cache.get(key).kernels.write_bytes(b"compiled")  # type: ignore[union-attr]
+    assert all(cache.get(key) for key in keys)
+    for key in keys:
+        os.utime(cache._record(key), (time.time() - 60,) * 2)
+    EngineCache(tmp_path, limit=3).put(KEY, b"engine", {})
+    assert [entry.key for entry in cache.entries()] == [KEY]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("named", ["-1", "many", "nan", ""])
+def test_the_limit_may_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str) -> None:
+    assert EngineCache(tmp_path).limit == 20 * 10**9
+    monkeypatch.setenv("TOKENFLOW_CACHE_GB", "1.5")
+    assert EngineCache(tmp_path).limit == 15 * 10**8
+    monkeypatch.setenv("TOKENFLOW_CACHE_GB", named)
+    with pytest.raises(ArgumentError, match=f"TOKENFLOW_CACHE_GB='{named}' is no number of gigabytes"):
+        EngineCache(tmp_path)
+
+
+def test_an_engine_that_another_process_removes_is_passed_over(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "gone.json", cache._record(KEY)]))
+    assert [entry.key for entry in cache.entries()] == [KEY]
+
+
+def test_clearing(cache: EngineCache) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    assert cache.clear() > 6
+    assert cache.entries() == []
+
+
+HOLD = """
+import sys, time
+from tests.engines.test_cache import KEY
+from tokenflow_sdk.engines.cache import EngineCache
+from pathlib import Path
+cache = EngineCache(Path(sys.argv[1]))
+with cache.building(KEY):
+    cache._engine(KEY).write_bytes(b"half an eng")
+    print("building", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_build_leaves_a_cache_that_works(cache: EngineCache) -> None:
+    """The lock dies with its process, and what it had written has no record."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, cache.directory], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with cache.building(KEY):
+        assert cache.get(KEY) is None
+        cache.put(KEY, b"engine", {})
+    assert cache.get(KEY) is not None
+
+
+RACE = """
+import sys, time
+from tests.engines.test_cache import KEY
+from tokenflow_sdk.engines.cache import EngineCache
+from pathlib import Path
+cache = EngineCache(Path(sys.argv[1]))
+with cache.building(KEY):
+    if cache.get(KEY) is None:
+        time.sleep(0.3)
+        cache.put(KEY, b"engine", {})
+        print("built")
+"""
+
+
+def test_two_processes_build_once(cache: EngineCache) -> None:
+    command = [sys.executable, "-c", RACE, cache.directory]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in processes]
+    assert sorted(said) == ["", "", "built\n"]
+
+
+def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TOKENFLOW_CACHE", raising=False)
+    assert default_directory() == tmp_path / "tokenflow" / "engines"
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "named"))
+    assert default_directory() == tmp_path / "named"
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="limit=-1"):
+        EngineCache(tmp_path, limit=-1)
+    with pytest.raises(OutputError, match="cannot be written.*tokenflow cache clear.*name another directory.*--cache"):
+        EngineCache(tmp_path / "missing").put(KEY, b"x", {})
+
+
+def test_a_graph_is_known_by_all_its_files() -> None:
+    specs = (TensorSpec("x", "float32", (1,)),)
+    one = GraphEntry((FileEntry("a.onnx", 1, "11" * 32),), specs, specs)
+    two = GraphEntry((*one.files, FileEntry("a.onnx.data", 1, "22" * 32)), specs, specs)
+    assert graph_digest(one) != graph_digest(two)
+    assert json.dumps(graph_digest(one)) == json.dumps(graph_digest(one))

@@ -1,0 +1,138 @@
+"""Which engines a bundle runs on, and what is said about them, on a machine that is not there (tests/support/fake_gpu.py)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.support.fake_cuda import Status
+from tests.support.on_engines import FP32, IMAGES, on_engines
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import EngineCache
+from tokenflow_sdk.engines.choice import survey
+from tokenflow_sdk.engines.engine_set import Engines
+from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.errors import (
+    ArgumentError,
+    EngineRefusedError,
+    OutputError,
+)
+
+
+def test_auto_never_builds_and_uses_what_is_there(machine, mini_bundle: Path) -> None:
+    build_config = BuildConfig(batch=(1, 1, 8))
+    with Tokenizer.from_pretrained(mini_bundle, build_config=build_config) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+    assert machine[1].builds == []
+    on_engines(mini_bundle, build_config=build_config).close()
+    with Tokenizer.from_pretrained(mini_bundle, build_config=build_config) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cuda:0"
+    with Tokenizer.from_pretrained(mini_bundle, build_config=build_config, device="cpu") as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+
+
+def test_engines_are_found_however_they_were_built(machine, mini_bundle: Path) -> None:
+    """Built ahead by some settings, opened without naming them."""
+    ahead = BuildConfig("tensorrt", precision="fp32", batch=(1, 2, 4), workspace_gb=1)
+    on_engines(mini_bundle, build_config=ahead).close()
+    for backend in ("tensorrt", "auto"):
+        with Tokenizer.from_pretrained(mini_bundle, backend=backend, batch_limit=4, build=False) as tokenizer:
+            assert tokenizer.load("features").device == "cuda:0"
+            assert tokenizer.graphs.load("features").largest("batch") == 4
+    with Tokenizer.from_pretrained(mini_bundle, batch_limit=5) as tokenizer:
+        assert tokenizer.load("features").device == "cpu"
+    assert len(machine[1].builds) == 4
+    half = BuildConfig("tensorrt", batch=(1, 1, 6))
+    on_engines(mini_bundle, build_config=half).close()
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        assert tokenizer.load("features").graphs.load("features").largest("batch") == 6
+    machine[1].broken.add("decode")
+    assert not Engines(Bundle.open(mini_bundle, TokenizerConfig), half).recertify().passed
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        assert tokenizer.load("features").graphs.load("features").largest("batch") == 4
+    assert len(machine[1].builds) == 8
+
+
+def test_a_generators_engines_are_found_by_their_pages_too(machine, mini_generator: Path) -> None:
+    bundle = Bundle.open(mini_generator, GeneratorConfig)
+    Engines(bundle, BuildConfig("tensorrt", precision="fp32", pages=70)).prepare()
+    for pages, device in ((None, "cuda:0"), (70, "cuda:0"), (90, "cpu")):
+        with Generator.from_pretrained(mini_generator, pages=pages) as generator:
+            assert generator.device == device
+
+
+def test_a_plan_for_cpus_runs_there_and_builds_nothing(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    on_engines(mini_bundle, build_config=BuildConfig(batch=(1, 1, 8))).close()
+    with Tokenizer.from_pretrained(mini_bundle, build_config="cpu") as tokenizer:
+        assert tokenizer.load("features").device == "cpu"
+    assert main(["build", str(mini_bundle), "--config", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing is built for onnxruntime" in out
+    assert "files and numbers are right" in out
+    assert len(machine[1].builds) == 4
+    with pytest.raises(ArgumentError, match="for onnxruntime, not for tensorrt"):
+        on_engines(mini_bundle, build_config="cpu")
+    assert main(["build", str(mini_bundle), "--config", "cpu", "--precision", "fp16"]) == 2
+    assert "runs a bundle's graphs as they are" in capsys.readouterr().err
+
+
+def test_engines_in_a_directory_that_cannot_be_written_are_compared_at_each_start(
+    machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).prepare()
+    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values():
+        EngineCache().certify(job.key, {})
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OutputError(f"{path} cannot be written: Read-only file system.", "Choose another output.")
+
+    monkeypatch.setattr("tokenflow_sdk.engines.cache.write_atomic", refuse)
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING), on_engines(mini_bundle, build=False) as tokenizer:
+            tokenizer.encode_array(IMAGES[:1])
+        assert "The comparison is repeated at the next start" in caplog.text
+        caplog.clear()
+    machine[1].broken.add("decode")
+    with pytest.raises(EngineRefusedError):
+        on_engines(mini_bundle, build=False)
+
+
+def test_info_shows_what_was_built_and_how_it_compares(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "compared with the reference" not in capsys.readouterr().out
+    on_engines(mini_bundle).close()
+    Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).prepare()
+    for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).jobs.values():
+        EngineCache().certify(job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "summary": "20.0 dB", "figures": {}})
+    assert main(["info", str(mini_bundle)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "runs on tensorrt" in out
+    assert "codes agree 100.00% teacher-forced" in out
+    assert "decoded pictures agree to 20.0 dB only" in out
+    assert "decode, encode, features, semantic" in out
+
+
+def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+
+    def reasons(device: str = "auto") -> dict[str, tuple[bool, str]]:
+        return {c.title: (c.usable, c.why) for c in survey(bundle, RuntimeOptions(device=device, build_config=FP32))}
+
+    assert "no engine built yet for encode" in reasons()["tensorrt"][1]
+    assert reasons()["onnxruntime, CPU"] == (True, "always works")
+    machine[1].broken.add("decode")
+    with pytest.raises(EngineRefusedError):
+        on_engines(mini_bundle)
+    assert "were refused: decoded pictures" in reasons()["tensorrt"][1]
+    machine[0].status = Status(35)
+    assert "no usable GPU" in reasons()["tensorrt"][1]
+    assert set(reasons("cpu")) == {"onnxruntime, OpenVINO", "onnxruntime, CPU"}

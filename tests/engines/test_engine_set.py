@@ -1,0 +1,212 @@
+"""Tokenizer and Generator on TensorRT engines, from building to certificates and changing over, on a machine that is not there.
+
+tests/support/fake_gpu.py pretends to be TensorRT and CUDA; the SDK's side of calls, the cache and the comparisons are real.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.support.mini import store_ranges
+from tests.support.on_engines import FP32, IMAGES, on_engines, records
+from tokenflow_export.precision.calibrate import magnitudes
+from tokenflow_export.precision.search import store
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import EngineCache
+from tokenflow_sdk.engines.engine_set import Engines
+from tokenflow_sdk.errors import (
+    ArgumentError,
+    BackendError,
+    CorruptBundleError,
+    EngineBuildError,
+    EngineRefusedError,
+    MissingPackageError,
+    OutputError,
+)
+from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, TokenizerReference
+
+
+def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
+    expected = tokenizer.encode_array(IMAGES)
+    with on_engines(mini_bundle, batch_limit=3, execution_contexts=2, cuda_graphs=True) as engines:
+        np.testing.assert_array_equal(engines.encode_array(IMAGES), expected)
+        np.testing.assert_array_equal(engines.decode_array(expected), tokenizer.decode_array(expected))
+        assert engines.device == "cuda:0"
+        assert engines.wait_for_engines()
+    assert sorted(machine[1].builds) == ["decode", "encode", "features", "semantic"]
+    for record in records():
+        assert record["certificate"]["failures"] == []
+        assert min(record["certificate"]["figures"]["agreement"]) == 1
+    with on_engines(mini_bundle) as again:
+        again.encode_array(IMAGES[:1])
+    assert len(machine[1].builds) == 4
+
+
+def test_half_precision_engines_pass_by_their_own_tolerances(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
+    with on_engines(mini_bundle, build_config=BuildConfig(batch=(1, 1, 2))) as engines:
+        found = engines.encode_array(IMAGES[:2])
+    figures = records()[0]["certificate"]["figures"]
+    assert figures["decode_psnr"] > 45
+    assert 0 < figures["semantic_error"] < 0.1
+    assert (found == tokenizer.encode_array(IMAGES[:2])).mean() > 0.9
+
+
+@pytest.mark.parametrize(("graph", "words"), [("decode", "decoded pictures agree to"), ("encode", "codes agree|flipped")])
+def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, words: str, mini_bundle: Path) -> None:
+    machine[1].broken.add(graph)
+    for _ in range(2):
+        with pytest.raises(
+            EngineRefusedError, match=rf"fp32 engines of clip.* on sm89 is refused.*({words}).*precision-search"
+        ):
+            on_engines(mini_bundle)
+    assert len(machine[1].builds) == 4
+    (certificate,) = {json.dumps(record["certificate"]) for record in records()}
+    assert json.loads(certificate)["failures"]
+    machine[1].broken.clear()
+    engines = Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32)
+    assert engines.recertify().passed
+    assert engines.prepare(build=False).passed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_is_judged_by_its_own_bar(machine, dtype, tmp_path: Path) -> None:
+    """Ranges a quarter as wide as they should be are refused, and engines of other build configs are untouched by it."""
+    right, wrong = (Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / name)) for name in ("right", "wrong"))
+    bundle = Bundle.open(right, TokenizerConfig)
+    found = magnitudes(bundle, TokenizerReference.load(bundle).code_indices, (1.0,), ProgressSteps(Console(quiet=True)))
+    build_config = BuildConfig("tensorrt", decoder=dtype, batch=(1, 1, 1))
+    passed = Engines(store_ranges(right, {name: float(row[0]) for name, row in found.items()}), build_config).prepare()
+    assert passed.figures["decode_psnr"] > EIGHT_BIT_PSNR
+    assert min(passed.figures["agreement"]) > 0.975
+    with pytest.raises(EngineRefusedError, match=r"refused: decoded pictures agree to .*without --decoder"):
+        Engines(store_ranges(wrong, {name: float(row[0]) / 4 for name, row in found.items()}), build_config).prepare()
+    assert {record["key"]["precision"].partition(" (")[0] for record in records()} == {f"fp16, {dtype} decoder"}
+    assert Engines(Bundle.open(right, TokenizerConfig), build_config).prepare(build=False).passed
+    assert len(Engines(bundle, BuildConfig("tensorrt", batch=(1, 1, 1))).missing()) == 4
+
+
+def test_a_decoder_in_8_bits_needs_ranges(machine, mini_bundle: Path, bundle_copy: Path, capsys) -> None:
+    words = ["build", str(mini_bundle), "--backend", "tensorrt", "--decoder", "int8"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "does not say which magnitudes its decoder reads" in error
+    assert f"tokenflow export calibrate {mini_bundle} --images photos/" in error
+    with pytest.raises(EngineBuildError, match="cannot be built in fp8"):
+        on_engines(mini_bundle, build_config=BuildConfig("tensorrt", decoder="fp8"))
+    with Tokenizer.from_pretrained(mini_bundle, build_config=BuildConfig(decoder="int8")) as tokenizer:
+        tokenizer.load("features")
+        assert tokenizer.device == "cpu"
+    bundle = store_ranges(bundle_copy, 4.0)
+    machine[0].capability = (8, 6)
+    with pytest.raises(EngineBuildError, match=r"sm86 has no fp8 arithmetic; GPUs from sm89 on have.*--decoder int8"):
+        Engines(bundle, BuildConfig("tensorrt", decoder="fp8"))
+    for content, kind, words_ in (
+        ({}, CorruptBundleError, "no list of magnitudes"),
+        ({"int8": {"decode": []}}, CorruptBundleError, "no list of magnitudes"),
+        ({"int8": {"decode": {"a": -1}}}, CorruptBundleError, "not above 0"),
+        ({"int8": {"decode": {}}}, EngineBuildError, "No convolution of .* may be computed in int8"),
+    ):
+        store(bundle, "ranges", content, {})
+        with pytest.raises(kind, match=words_):
+            Engines(Bundle.open(bundle_copy, TokenizerConfig), BuildConfig("tensorrt", decoder="int8"))
+
+
+def test_a_generator_has_no_such_decoder(machine, mini_generator: Path) -> None:
+    build_config = BuildConfig("tensorrt", decoder="int8")
+    jobs = Engines(Bundle.open(mini_generator, GeneratorConfig), build_config).jobs
+    assert {job.key.precision for job in jobs.values()} == {"fp16"}
+
+
+def test_nothing_is_built_where_that_was_ruled_out(machine, mini_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"no engine yet for encode, fp32, sm89.*tokenflow build .* --backend tensorrt"):
+        on_engines(mini_bundle, build=False)
+    assert machine[1].builds == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "version"])
+def test_stale_engines_are_built_again_and_never_loaded(machine, damage: str, mini_bundle: Path) -> None:
+    on_engines(mini_bundle).close()
+    for path in EngineCache().directory.glob("*.engine"):
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-7])
+        elif damage == "foreign":
+            path.write_bytes(path.read_bytes()[:-7] + b"another")
+    if damage == "version":
+        machine[1].__version__ = "12.0"
+    with on_engines(mini_bundle) as again:
+        again.encode_array(IMAGES[:1])
+    assert len(machine[1].builds) == 8
+
+
+def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Path) -> None:
+    machine[0].gpus = 2
+    with on_engines(mini_bundle, device="cuda:1") as tokenizer:
+        tokenizer.encode_array(IMAGES[:1])
+        assert tokenizer.device == "cuda:1"
+    assert machine[1].built_on == [1] * 4
+    assert machine[0].current == 0
+
+
+def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) -> None:
+    with Generator.from_pretrained(mini_generator, backend="onnxruntime") as generator:
+        expected = generator.generate("w3 w5", seed=7, n=2)
+        single = generator.generate("w7", seed=1, preset="fast")
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 1), pages=70)
+    with Generator.from_pretrained(mini_generator, backend="tensorrt", build_config=build_config) as generator:
+        assert generator.device == "cuda:0"
+        found = generator.generate("w3 w5", seed=7, n=2)
+        assert [codes.indices.tolist() for codes in found.codes] == [codes.indices.tolist() for codes in expected.codes]
+        assert generator.generate("w7", seed=1, preset="fast").codes == single.codes
+        assert found.images[0].size == (64, 64)
+        pool = generator._runner.model.scheduler.loop.transformer.pool
+        assert pool.pages == 70
+    figures = [record["certificate"]["figures"] for record in records() if record["key"]["graph"] == "transformer"]
+    assert figures[0]["same_choice"] == 1
+
+
+def test_wrong_options_and_missing_packages_are_named(machine, mini_bundle: Path, mini_generator: Path, monkeypatch) -> None:
+    with pytest.raises(ArgumentError, match="no backend 'tvm'.*auto, onnxruntime, tensorrt, tensorrt-rtx"):
+        Tokenizer.from_pretrained(mini_bundle, backend="tvm")
+    with pytest.raises(ArgumentError, match="serve_while_building=True builds TensorRT engines"):
+        Tokenizer.from_pretrained(mini_bundle, serve_while_building=True)
+    with pytest.raises(ArgumentError, match="execution_contexts=0 runs nothing"):
+        on_engines(mini_bundle, execution_contexts=0)
+    with pytest.raises(ArgumentError, match="no build config 'abacus'"):
+        on_engines(mini_bundle, build_config="abacus")
+    with pytest.raises(ArgumentError, match="pages of 16 tokens"):
+        Generator.from_pretrained(mini_generator, tokenizer=mini_bundle, backend="tensorrt", page_size=4)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingPackageError, match=r"tokenflow-sdk\[tensorrt\]"):
+        on_engines(mini_bundle)
+
+
+def test_a_cache_that_cannot_be_written_is_named(machine, mini_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match=r"cannot be written.*TOKENFLOW_CACHE"):
+        on_engines(mini_bundle)
+
+
+def test_the_command_line(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "no engine built yet for encode" in capsys.readouterr().out
+    assert main(["build", str(mini_bundle), "--backend", "tensorrt", "--precision", "fp16"]) == 0
+    assert "certified: codes agree" in capsys.readouterr().out
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "runs on tensorrt" in capsys.readouterr().out
+    assert main(["verify", str(mini_bundle), "--backend", "tensorrt"]) == 0
+    assert "certified" in capsys.readouterr().out
+    assert main(["cache", "list"]) == 0
+    assert "passed" in capsys.readouterr().out

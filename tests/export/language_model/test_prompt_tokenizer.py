@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
+from tokenflow_sdk.errors import CheckpointError, MissingPackageError
+
+WORDS = [
+    "a",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog,",
+    "then",
+    "eats",
+    "12",
+    "red",
+    "apples",
+    "on",
+    "a",
+    "table;",
+    "an",
+    "été",
+    "in",
+    "the",
+    "snow!",
+]
+CODES = 3
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer.model as Llama's: BPE with byte fallback, and the image tokens added after it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory = tmp_path_factory.mktemp("sp")
+    sentences = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(directory / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    size = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
+    added = [f"<vq_token_{i}>" for i in range(CODES)] + ["<img>"]
+    (directory / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(added)}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", ["a red apple", "two  spaces ", "<vq_token_1> été 中 12!", "", "<img>"])
+def test_a_sentencepiece_model_is_converted(sentencepiece_directory: Path, text: str) -> None:
+    """Ids are SentencePiece's own, and image tokens in a prompt are spelled out as text."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_directory / "tokenizer.model"))
+    content, first, start = prompt_tokenizer(sentencepiece_directory, CODES)
+    assert (first, start) == (oracle.vocab_size(), (oracle.vocab_size() + CODES,))
+    converted = Tokenizer.from_str(json.dumps(content))
+    assert converted.encode(text, add_special_tokens=False).ids == oracle.encode(text)
+    assert sorted(path.name for path in sentencepiece_directory.glob("tokenizer.json")) == []
+
+
+def test_without_transformers_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match="pip install transformers sentencepiece"):
+        prompt_tokenizer(tmp_path, CODES)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_model_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(CheckpointError, match="cannot be converted"):
+        prompt_tokenizer(tmp_path, CODES)
+
+
+def test_a_tokenizer_without_image_tokens_is_named(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="no 3 consecutive"):
+        prompt_tokenizer(tmp_path, CODES)

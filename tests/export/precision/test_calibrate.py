@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from tests.conftest import ROOT
+from tokenflow_export.cli import main
+from tokenflow_export.precision.calibrate import calibrate, magnitudes
+from tokenflow_export.progress import ProgressSteps
+from tokenflow_export.tokenizer.reference_images import reference_pictures
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.engines.annotations import decoder_ranges
+from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR
+from tokenflow_sdk.passes.quantize import inner_convolutions
+
+STEPS = ProgressSteps(Console(quiet=True))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A copy of the bundled tokenizer: with random weights, 8 bits would be too few for most convolutions."""
+    return Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / "tiny"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    directory = tmp_path / "photos"
+    directory.mkdir()
+    for number, pixels in enumerate(reference_pictures(96, 5)):
+        Image.fromarray(pixels).save(directory / f"{number}.png")
+    return directory
+
+
+def test_magnitudes_are_those_of_the_largest_picture(tiny: Path) -> None:
+    bundle = Bundle.open(tiny, TokenizerConfig)
+    codes = np.random.default_rng(0).integers(0, 4096, (3, 817)).astype(np.int32)
+    found = magnitudes(bundle, codes, (0.5, 0.9, 1.0), STEPS)
+    assert list(found) == inner_convolutions(ir.load(tiny / "decode.onnx"))
+    each = [magnitudes(bundle, codes[i : i + 1], (0.5, 0.9, 1.0), STEPS) for i in range(3)]
+    for name, row in found.items():
+        np.testing.assert_array_equal(row, np.max([one[name] for one in each], axis=0))
+        assert 0 < row[0] < row[1] < row[2]
+
+
+def test_what_is_found_is_stored_where_engines_are_built(tiny: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(tiny), "--images", str(photos), "--crops", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "3 crops of 3 photos, measured on 3 crops of 2 others" in out
+    bundle = Bundle.open(tiny, TokenizerConfig)
+    bundle.verify()
+    for dtype in ("int8", "fp8"):
+        ranges = decoder_ranges(bundle, dtype)
+        figures = bundle.parity[dtype]
+        assert len(ranges.magnitudes) == figures["convolutions"]
+        assert figures["decode_psnr"] > EIGHT_BIT_PSNR
+        assert f"{dtype:>4}  {figures['decode_psnr_mean']:.1f} dB" in out
+        assert figures["pictures"] == 3
+    held_out = ["--held-out", str(ROOT / "examples")]
+    assert main(["calibrate", str(tiny), "--images", str(photos), *held_out, "--crops", "1"]) == 0
+    assert "1 crops of 5 photos" in capsys.readouterr().out
+
+
+def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny, TokenizerConfig)
+    images = reference_pictures(256, 2)
+    plain = calibrate(bundle, images[:1], images[1:], STEPS)
+    assert plain["int8"].kept == plain["fp8"].kept == 0
+    monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.BAR", plain["int8"].least_psnr + 2)
+    careful = calibrate(bundle, images[:1], images[1:], STEPS)["int8"]
+    assert careful.kept > 0
+    assert careful.convolutions + careful.kept == plain["int8"].convolutions
+    assert careful.least_psnr > plain["int8"].least_psnr
+
+
+def test_pinned_nodes_are_not_rounded(tiny: Path) -> None:
+    from tokenflow_export.precision.search import store
+
+    name = inner_convolutions(ir.load(tiny / "decode.onnx"))[0]
+    store(Bundle.open(tiny, TokenizerConfig), "pinned", {"fp16": {"decode": [name]}}, {})
+    bundle = Bundle.open(tiny, TokenizerConfig)
+    images = reference_pictures(256, 2)
+    calibrate(bundle, images[:1], images[1:], STEPS)
+    assert name not in json.loads((tiny / "ranges.json").read_text())["int8"]["decode"]
+
+
+def test_mistakes_are_named(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(tiny), "--images", str(photos), "--crops", "0"]) == 2
+    assert "--crops 0 measures nothing" in capsys.readouterr().err
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "0.png", tmp_path / "one")
+    assert main(["calibrate", str(tiny), "--images", str(tmp_path / "one")]) == 2
+    assert "holds one picture only" in capsys.readouterr().err

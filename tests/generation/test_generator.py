@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import DATA
+from tests.support.generation_oracle import UncachedGenerator
+from tests.support.mini_generator import (
+    PATCH_NUMS_16,
+    RELEASED_TINY,
+    export_quietly,
+    generator_shapes,
+    released_tiny_shapes,
+    tokenizer_bundle,
+    write_checkpoint,
+)
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.errors import (
+    ArgumentError,
+    BundleNotFoundError,
+    CodebookMismatchError,
+    CorruptBundleError,
+    MissingPackageError,
+    PagesExhausted,
+    PromptError,
+)
+from tokenflow_sdk.generation.generator import Generator
+from tokenflow_sdk.model.sampling import Pass, SamplingParams
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+
+GREEDY = SamplingParams((Pass(1, 0.0),))
+GREEDY_TWICE = SamplingParams((Pass(1, 0.0),) * 2)
+
+# Grouped heads, biases, no q/k norm, odd head widths: what released models vary.
+GEOMETRIES = {
+    "grouped": ({"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}, True, False),
+    "biased": ({"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48, "num_hidden_layers": 1}, False, True),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Checkpoint and bundle of a small generator by geometry, for the small CLIP tokenizer."""
+    directory, made = tmp_path_factory.mktemp("generators"), {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            sizes, qk_norm, bias = GEOMETRIES[name]
+            config = {"intermediate_size": 80, "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "bos_token_id": 1} | sizes
+            shapes = generator_shapes(config, 44, 500, (1, 2, 3, 4), qk_norm, bias)
+            checkpoint = write_checkpoint(directory / f"{name}_hf", config, shapes, 40, 500, shards=2)
+            tokenizer = Bundle.open(mini_bundle, TokenizerConfig)
+            made[name] = checkpoint, export_quietly(checkpoint, tokenizer, directory / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoints: Callable[[str], tuple[Path, Path]]) -> Path:
+    return checkpoints("grouped")[1]
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> Iterator[Generator]:
+    with Generator.from_pretrained(bundle, threads=2, pages=120, page_size=4) as generator:
+        yield generator
+
+
+def pool_is_clean(generator: Generator) -> bool:
+    """Only the cached negative prompt's pages are held."""
+    scheduler = generator._runner.model.scheduler
+    cached = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
+    pool = scheduler.loop.transformer.pool
+    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+
+def codes(generation) -> list[list[int]]:
+    return [np.asarray(c).tolist() for c in generation.codes]
+
+
+def test_the_released_codes_are_drawn(tmp_path: Path) -> None:
+    """Outputs of the released code on stand-in weights: one and two passes, together and alone."""
+    with np.load(DATA / "t2i_tiny_expected.npz") as arrays:
+        expected = dict(arrays)
+    tokenizer = tokenizer_bundle(tmp_path / "tokenizer", PATCH_NUMS_16, 32768)
+    checkpoint = write_checkpoint(tmp_path / "hf", RELEASED_TINY, released_tiny_shapes(), 512, 32768)
+    prompts, negative = [expected["prompt_a"], expected["prompt_b"]], expected["negative"]
+    with Generator.from_pretrained(export_quietly(checkpoint, tokenizer, tmp_path / "bundle")) as generator:
+        logits = []
+        sample = generator._runner.model.sessions["sample"]
+        plain = sample._infer
+
+        def spying(feeds, outputs):
+            found = plain(feeds, ("code_indices", "logits"))
+            logits.append(found[1][0])
+            return found[:1]
+
+        for params, key in ((GREEDY, "codes_1_pass"), (GREEDY_TWICE, "codes_2_pass")):
+            together = generator.generate_batch(prompts, negative_prompt=negative, params=params)
+            for i, prompt in enumerate(prompts):
+                alone = generator.generate(prompt, negative_prompt=negative, params=params)
+                assert np.array_equal(together[i].codes[0], expected[key][i])
+                assert np.array_equal(alone.codes[0], expected[key][i])
+        sample._infer = spying
+        generator.generate(prompts[0], negative_prompt=negative, params=GREEDY)
+        found = np.concatenate([scale[:, :64] for scale in logits])
+        assert np.abs(found - expected["logits_head_1_pass"]).max() < 2e-3
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_cached_loop_is_the_uncached_one(geometry: str, checkpoints: Callable[[str], tuple[Path, Path]]) -> None:
+    checkpoint, path = checkpoints(geometry)
+    rng = np.random.default_rng(3)
+    with Generator.from_pretrained(path, page_size=5) as generator:
+        codebook = TokenizerReference.load(generator.tokenizer.bundle).codebook
+        oracle = UncachedGenerator(HfDirectory(checkpoint), generator.config, codebook)
+        for passes in ((Pass(1, 0.0),), (Pass(40, 0.9), Pass(5, 0.5)), (Pass(400, 0.8), Pass(20, 0.8), Pass(1, 0.0))):
+            for length in (1, 4, 126):
+                prompt, negative = rng.integers(2, 40, length).tolist(), rng.integers(2, 40, 9).tolist()
+                params = SamplingParams(passes, float(rng.uniform(0, 8)), int(rng.integers(1000)))
+                found = generator.generate(prompt, negative_prompt=negative, params=params, n=2)
+                for number in range(2):
+                    assert codes(found)[number] == oracle.generate(prompt, negative, params, number).tolist()
+
+
+def test_pages_of_any_size_give_the_same_codes(bundle: Path) -> None:
+    found = set()
+    for page_size in (1, 3, 7, 16, 64, 200):
+        with Generator.from_pretrained(bundle, page_size=page_size) as generator:
+            found.add(str(codes(generator.generate([5, 6, 7], preset="paper", seed=3, n=2))))
+    assert len(found) == 1
+
+
+def test_the_same_request_draws_the_same_codes_in_any_company(generator: Generator) -> None:
+    prompts = [[3 + i] * (1 + 7 * i) for i in range(4)]
+    alone = [codes(generator.generate(prompt, preset="paper", seed=9)) for prompt in prompts]
+    together = [codes(generation) for generation in generator.generate_batch(prompts, preset="paper", seed=9)]
+    assert together == alone
+    assert len({str(c) for c in alone}) == 4
+    assert codes(generator.generate(prompts[2], preset="paper", seed=9, n=3))[0] == alone[2][0]
+    assert codes(generator.generate(prompts[2], preset="paper", seed=10)) != alone[2]
+
+
+def test_pictures_of_one_request_differ_and_decode(generator: Generator) -> None:
+    params = SamplingParams((Pass(400, 1.0),), cfg_scale=1.0, seed=1)
+    generation = generator.generate("w5 w6", n=3, params=params)
+    assert len({str(c) for c in codes(generation)}) == 3
+    assert [image.size for image in generation.images] == [(64, 64)] * 3
+    assert generation.seed == 1
+    assert len(generation.timings) == 4
+    assert list(generation.timings) == sorted(generation.timings)
+    assert generator.generate("w5", preset="fast").seed != generator.generate("w5", preset="fast").seed
+    assert codes(generator.generate([5, 6], n=3, params=params)) == codes(generation)
+
+
+def test_stream_yields_after_every_scale(generator: Generator) -> None:
+    final = generator.generate([5, 6], seed=4, n=2)
+    for number, step in enumerate(generator.stream([5, 6], seed=4, n=2), start=1):
+        assert step.scale == number
+        assert [c.n_scales for c in step.codes] == [number] * 2
+        assert step.codes[1] == final.codes[1].truncate(number)
+        if number == 2:
+            assert [image.size for image in step.preview()] == [(64, 64)] * 2
+    assert pool_is_clean(generator)
+
+
+def test_a_thousand_cancelled_streams_leak_no_page(generator: Generator) -> None:
+    rng = np.random.default_rng(0)
+    streams = []
+    for i in range(1000):
+        stream = generator.stream([2 + i % 30] * int(rng.integers(1, 20)), preset="fast", seed=i)
+        for _ in range(int(rng.integers(0, 4))):
+            next(stream, None)
+        streams.append(stream)
+        if len(streams) > 3:
+            streams.pop(int(rng.integers(4))).close()
+    del streams, stream
+    gc.collect()
+    assert pool_is_clean(generator)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_requests_that_join_leave_and_queue_draw_what_they_draw_alone(generator: Generator, data: st.DataObject) -> None:
+    wanted = {seed: codes(generator.generate([7, seed], preset="balanced", seed=seed, n=1 + seed % 2)) for seed in range(3, 6)}
+    live: dict[int, Iterator] = {}
+    for _ in range(30):
+        seed = data.draw(st.integers(3, 5))
+        if seed not in live:
+            live[seed] = generator.stream([7, seed], preset="balanced", seed=seed, n=1 + seed % 2)
+        elif data.draw(st.integers(0, 9)) == 0:
+            live.pop(seed).close()
+            continue
+        step = next(live[seed], None)
+        if step is None:
+            del live[seed]
+        elif step.scale == 4:
+            assert [np.asarray(c).tolist() for c in step.codes] == wanted[seed]
+    for stream in live.values():
+        stream.close()
+    assert pool_is_clean(generator)
+
+
+def test_a_newcomers_first_preview_never_waits_for_a_last_scale(generator: Generator) -> None:
+    old = generator.stream([5] * 9, seed=1)
+    for _ in range(3):
+        next(old)
+    drawn: list[int] = []
+    loop = generator._runner.model.scheduler.loop
+    plain = loop.sample_scale
+    loop.sample_scale = lambda pictures: (drawn.append(pictures[0].scale), plain(pictures))[1]  # type: ignore[method-assign]
+    try:
+        newcomer = generator.stream([6], seed=2)
+        next(newcomer)
+        assert drawn == [0]
+        next(old)
+        # The newcomer catches up first, then both share the last step.
+        assert drawn == [0, 1, 2, 3]
+        assert len(list(newcomer)) == 3
+        assert drawn == [0, 1, 2, 3]
+    finally:
+        loop.sample_scale = plain  # type: ignore[method-assign]
+        old.close()
+    assert pool_is_clean(generator)
+
+
+def test_when_pages_run_out_requests_queue_or_say_what_is_missing(bundle: Path) -> None:
+    with Generator.from_pretrained(bundle, page_size=4, pages=45) as generator:
+        alone = [codes(generator.generate([3 + i] * 5, seed=i, preset="fast", negative_prompt=[9])) for i in range(4)]
+        found = generator.generate_batch([[3 + i] * 5 for i in range(4)], seed=0, preset="fast", negative_prompt=[9])
+        assert codes(found[0]) == alone[0]
+        with pytest.raises(
+            PagesExhausted, match=r"\d+ key/value pages are needed, \d+ of 45 are free.*pages=\d+ or more"
+        ) as caught:
+            generator.generate([5], n=20)
+        assert pool_is_clean(generator)
+    with Generator.from_pretrained(bundle, page_size=4, pages=caught.value.needed) as generator:
+        assert len(generator.generate([5], n=20, preset="fast").codes) == 20
+
+
+def test_a_failing_step_frees_its_requests(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Generator.from_pretrained(bundle, page_size=4) as generator:
+        streams = [generator.stream([5 + i], seed=1) for i in range(2)]
+        next(streams[0])
+        next(streams[1])
+        with monkeypatch.context() as patch:
+            patch.setattr(generator._runner.model.scheduler.loop, "_sample", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                next(streams[0])
+        with pytest.raises(ZeroDivisionError):
+            next(streams[1])
+        assert pool_is_clean(generator)
+        assert generator.generate([5], preset="fast").codes
+
+
+def test_threads_may_share_a_generator(generator: Generator) -> None:
+    expected = {i: codes(generator.generate([i, i], seed=i, preset="fast")) for i in range(3, 9)}
+    found: dict[int, list] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: codes(generator.generate([i, i], seed=i, preset="fast"))}))
+        for i in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+    assert pool_is_clean(generator)
+
+
+def test_pads_are_never_computed(bundle: Path) -> None:
+    with Generator.from_pretrained(bundle) as generator:
+        generator.generate([5] * 9, negative_prompt=[6] * 4, preset="paper")
+        image_tokens = 2 * 3 * (4 + 9 + 16)
+        assert generator.token_forwards == (9 + 2) + (4 + 2) + image_tokens
+        generator.generate([5] * 9, negative_prompt=[6] * 4, preset="fast", n=2)
+        assert generator.token_forwards == (9 + 2) * 2 + (4 + 2) + image_tokens + 2 * 2 * (4 + 9 + 16)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        ({"prompt": ""}, PromptError, "prompt is empty"),
+        ({"prompt": "  \n"}, PromptError, "prompt is empty"),
+        ({"prompt": []}, PromptError, "no tokens"),
+        ({"prompt": [-1]}, PromptError, "Token id -1 is not text"),
+        ({"prompt": [45]}, PromptError, "Token id 45 is not text.*0 .. 39"),
+        ({"prompt": [10**9]}, PromptError, "not text"),
+        ({"prompt": "w5", "n": 0}, ArgumentError, "n=0"),
+        ({"prompt": "w5", "preset": "best"}, ArgumentError, "no preset 'best'"),
+        ({"prompt": "w5", "cfg_scale": -1}, ArgumentError, "cfg_scale=-1"),
+        ({"prompt": "w5", "cfg_scale": float("nan")}, ArgumentError, "cfg_scale=nan"),
+        ({"prompt": "w5", "seed": -1}, ArgumentError, "seed=-1"),
+        ({"prompt": "w5 " * 200, "strict": True}, PromptError, "200 tokens; this model reads 127"),
+        ({"prompt": "w5", "negative_prompt": ""}, PromptError, "empty"),
+    ],
+)
+def test_requests_that_cannot_work_are_named(generator: Generator, request_: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        generator.generate(**request_)
+    with pytest.raises(error, match=words):
+        generator.stream(**request_)
+    assert pool_is_clean(generator)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(generator: Generator) -> None:
+    with pytest.warns(UserWarning, match="200 tokens; this model reads 127"):
+        cut = generator.generate("w5 " * 200, preset="fast", seed=1)
+    assert codes(cut) == codes(generator.generate("w5 " * 127, preset="fast", seed=1))
+
+
+def test_image_tokens_in_a_prompt_are_text(generator: Generator) -> None:
+    """A prompt cannot spell control tokens: they are not in the bundle's vocabulary."""
+    ids = generator._prompts.encode("w5 <img> <vq_token_3>")
+    assert max(ids) < generator.config.image_token_start
+
+
+def test_text_without_the_tokenizers_package_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    with Generator.from_pretrained(bundle) as generator:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        with pytest.raises(MissingPackageError, match=r"pip install 'tokenflow-sdk\[generate\]'"):
+            generator.generate("w5", negative_prompt=[5])
+        assert generator.generate([5], negative_prompt=[5], preset="fast").codes
+
+
+def test_a_tokenizer_that_does_not_match_is_refused(bundle: Path, mini_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    other = tokenizer_bundle(tmp_path / "other", (1, 2, 3, 4), 500)
+    with Tokenizer(other) as tokenizer, pytest.raises(CodebookMismatchError, match=r"codes of mini_clip .* not of mini"):
+        Generator.from_pretrained(bundle, tokenizer=tokenizer)
+    with pytest.raises(BundleNotFoundError, match="tokenizer of .* is not at .*Give tokenizer="):
+        Generator.from_pretrained(bundle, tokenizer=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "codebook.npy"])
+def test_a_bundle_without_its_files_is_named(bundle: Path, name: str, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / name).unlink()
+    with pytest.raises(CorruptBundleError, match=f"{name} is missing"):
+        Generator.from_pretrained(copy)
+
+
+def test_a_closed_generator_says_so(bundle: Path) -> None:
+    generator = Generator.from_pretrained(bundle)
+    generator.close()
+    generator.close()
+    with pytest.raises(ArgumentError, match="closed"):
+        generator.generate([5])

@@ -1,0 +1,109 @@
+"""What both language models share, on a GPU that is not there; their own requests are in test_engines.py and
+test_understander_engines.py."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.understanding.test_understander import features
+from tokenflow_sdk import Generator, Tokenizer, Understander
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.session import SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.engine_set import Engines
+from tokenflow_sdk.errors import ArgumentError, BackendError
+
+PLAN = BuildConfig(precision="fp32", pages=150)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(mini_bundle: Path) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(mini_bundle, device="cpu") as tokenizer:
+        yield tokenizer
+
+
+@pytest.fixture(params=[Generator, Understander])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def bundle(kind: Any, mini_generator: Path, mini_understander: Path) -> Bundle[Any]:
+    if kind is Generator:
+        return Bundle.open(mini_generator, GeneratorConfig)
+    return Bundle.open(mini_understander, UnderstanderConfig)
+
+
+def use(model: Any) -> object:
+    if isinstance(model, Generator):
+        return model.generate("w3", seed=3, preset="fast").codes
+    return model.answer(features(0), "what?", max_tokens=4).token_ids
+
+
+def test_engines_opened_while_serving_replace_what_nobody_uses(
+    machine, kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, prepare = threading.Event(), Engines.prepare
+    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
+    options = {"backend": "tensorrt", "build_config": PLAN, "serve_while_building": True}
+    with kind.from_pretrained(bundle.path, tokenizer=tokenizer, **options) as model:
+        old = model._runner.model
+        first = use(model)
+        assert (model.device, old.users) == ("cpu", 0)
+        assert model.token_forwards > 0
+        go.set()
+        assert model.wait_for_engines(120)
+        assert (model.device, model.token_forwards) == ("cuda:0", 0)
+        assert [session._session for session in old.sessions.values()] == [None] * len(old.sessions)
+        # What fits the pool does not change.
+        assert old.transformer.pool.pages == model._runner.model.transformer.pool.pages == 150
+        assert use(model) == first
+        with pytest.raises(ZeroDivisionError), model._runner.submitted([]):
+            assert model._runner.model.users == 1
+            raise ZeroDivisionError
+        assert model._runner.model.users == 0
+
+
+def test_closing_while_engines_are_built_closes_them_too(
+    machine, kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, prepare = threading.Event(), Engines.prepare
+    monkeypatch.setattr(Engines, "prepare", lambda self: (go.wait(60), prepare(self)))
+    options = {"backend": "tensorrt", "build_config": PLAN, "serve_while_building": True}
+    model = kind.from_pretrained(bundle.path, tokenizer=tokenizer, **options)
+    model.close()
+    go.set()
+    assert model.wait_for_engines(120)
+    with pytest.raises(ArgumentError, match=f"This {kind.__name__} is closed.*{kind.__name__}.from_pretrained"):
+        use(model)
+    del model
+    gc.collect()
+    assert (machine[0].device_memory, machine[0].streams) == ({}, set())
+
+
+def test_a_graph_that_does_not_open_closes_those_that_did(kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer) -> None:
+    opened: list[Any] = []
+
+    def opening(path: Path, entry: Any, options: SessionOptions) -> Any:
+        if len(opened) == 3:
+            raise BackendError("No memory.", "Free some.")
+        opened.append(open_onnxruntime(path, entry, options))
+        return opened[-1]
+
+    with pytest.raises(BackendError, match="No memory"):
+        kind(bundle, tokenizer, SessionOptions("cpu"), open_session=opening)
+    assert [session._session for session in opened] == [None] * 3
+
+
+def test_pools_that_hold_nothing_are_named(kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer) -> None:
+    for sizes in ({"pages": 0}, {"page_size": 0}):
+        with pytest.raises(ArgumentError, match="hold nothing"):
+            kind(bundle, tokenizer, SessionOptions("cpu"), **sizes)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.understanding.params import AnswerParams, sample_token
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": 1e-9}, "temperature=1e-09"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 10**6}, "top_k=1000000"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stop_ids": ("a",)}, "stop_ids"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(values: dict, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        AnswerParams(**values)
+
+
+def test_the_draw_is_transformers_own_distribution() -> None:
+    """The same steps in the same order: penalty, temperature, top-k, top-p. Noise on a grid gives the probabilities."""
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal(40) * 2).astype(np.float32)
+    answer = [3, 3, 17, int(logits.argmax())]
+    params = AnswerParams(temperature=0.8, top_p=0.9, top_k=20, repetition_penalty=1.3)
+    ids, scores = torch.tensor([answer]), torch.from_numpy(logits)[None]
+    steps = (
+        RepetitionPenaltyLogitsProcessor(1.3),
+        TemperatureLogitsWarper(0.8),
+        TopKLogitsWarper(20),
+        TopPLogitsWarper(0.9),
+    )
+    for step in steps:
+        scores = step(ids, scores)
+    draws = [sample_token(logits, params, answer, noise) for noise in (np.arange(2000) + 0.5) / 2000]
+    shares = np.bincount(draws, minlength=40) / 2000
+    assert np.abs(shares - scores[0].softmax(-1).numpy()).max() < 2e-3
+
+
+def test_without_temperature_the_likeliest_is_taken() -> None:
+    logits = np.array([1.0, 4.0, 3.9, -2.0], np.float32)
+    assert sample_token(logits, AnswerParams(), [], 0.999) == 1
+    assert sample_token(logits, AnswerParams(repetition_penalty=1.1), [1], 0.0) == 2
+    # Negative logits are multiplied: the penalty never helps.
+    assert sample_token(np.array([-1.0, -1.05], np.float32), AnswerParams(repetition_penalty=1.1), [0], 0.0) == 1

@@ -1,0 +1,90 @@
+"""Files, tensors and graphs as `bundle.json` lists them: frozen, validated dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from tokenflow_sdk.errors import CorruptBundleError
+
+__all__ = ["FileEntry", "GraphEntry", "TensorSpec", "checked_fields", "require"]
+
+_REBUILD = "Export the bundle again with `tokenflow export`, or fetch it again."
+DType = Literal["uint8", "int32", "int64", "float16", "float32"]
+
+
+def checked_fields(cls: type, data: object, where: str) -> dict[str, Any]:
+    """`data` as keyword arguments of dataclass `cls`: exactly its fields, no more and no fewer."""
+    if not isinstance(data, Mapping):
+        raise CorruptBundleError(f"bundle.json: {where} is not an object.", _REBUILD)
+    names = {field.name for field in fields(cls)}
+    wrong = [f"unknown {key!r}" for key in data if key not in names] + [f"no {key!r}" for key in names - set(data)]
+    if wrong:
+        raise CorruptBundleError(f"bundle.json: {where} has {', '.join(wrong)}.", _REBUILD)
+    return dict(data)
+
+
+def require(condition: bool, where: str, what: str) -> None:
+    if not condition:
+        raise CorruptBundleError(f"bundle.json: {where} {what}.", _REBUILD)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph. A string in `shape` names a dimension that varies, as `batch` does."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> TensorSpec:
+        values = checked_fields(cls, data, where)
+        require(isinstance(values["name"], str), where, "has no name")
+        require(values["dtype"] in get_args(DType), where, f"has the unknown dtype {values['dtype']!r}")
+        shape = values["shape"]
+        require(isinstance(shape, list) and all(type(d) in (int, str) for d in shape), where, "has no usable shape")
+        return cls(values["name"], values["dtype"], tuple(shape))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle, by plain name (never a path), with its size in bytes and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> FileEntry:
+        values = checked_fields(cls, data, where)
+        name, size, digest = values["name"], values["size"], values["sha256"]
+        plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+        require(plain, where, f"names the file {name!r}, which is not a plain file name")
+        require(type(size) is int and size >= 0, where, f"gives the size {size!r}")
+        require(isinstance(digest, str) and len(digest) == 64, where, "gives no SHA-256")
+        return cls(name, size, digest)
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One ONNX graph: its files (the `.onnx` first, then external data) and its inputs and outputs."""
+
+    files: tuple[FileEntry, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> GraphEntry:
+        values = checked_fields(cls, data, where)
+        for key, value in values.items():
+            require(isinstance(value, list) and len(value) > 0, where, f"lists no {key}")
+        return cls(
+            tuple(FileEntry.from_json(item, f"{where}.files") for item in values["files"]),
+            tuple(TensorSpec.from_json(item, f"{where}.inputs") for item in values["inputs"]),
+            tuple(TensorSpec.from_json(item, f"{where}.outputs") for item in values["outputs"]),
+        )

@@ -1,0 +1,179 @@
+"""Which engine runs a bundle here, and why."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenflow_sdk.backends.cuda import driver_problem
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
+from tokenflow_sdk.backends.session import OpenSession, SessionOptions
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.engine_set import Engines, shown_progress
+from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.errors import ArgumentError, TokenFlowError
+
+__all__ = ["Candidate", "Needs", "choose", "engines_for", "survey"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What engines must be built for: images in a call; pages of a pool (None: as the build config says), and their size."""
+
+    batch: int = 1
+    pages: int | None = None
+    page_size: int = PAGE_SIZE
+
+
+def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, backend: str | None = None) -> Engines:
+    """The bundle's engines on the GPU that `options` name, for `backend` or another TensorRT.
+
+    Raises:
+        MissingPackageError, BackendError: TensorRT or a GPU is missing.
+        ArgumentError: a page size that engines are not built for, or a build config that cannot be read.
+    """
+    if needs.page_size != PAGE_SIZE:
+        raise ArgumentError(f"TensorRT engines have pages of {PAGE_SIZE} tokens.", "Leave page_size= out.")
+    build_config = options.loaded_build_config() or BuildConfig()
+    least, usual, most = build_config.batch
+    batch = (least, usual, max(most, needs.batch))
+    build_config = build_config.changed(backend=backend or options.backend, batch=batch, pages=needs.pages)
+    engines = Engines(
+        bundle,
+        build_config,
+        options.device_index,
+        execution_contexts=options.execution_contexts,
+        cuda_graphs=options.cuda_graphs,
+    )
+    return engines if options.build_config is not None else _built(engines, needs)
+
+
+def _built(engines: Engines, needs: Needs) -> Engines:
+    """Engines that are there and were not refused, by whatever build config; else those that were asked for."""
+    if engines.usable():
+        return engines
+    for build_config in engines.other_build_configs():
+        # A decoder's ranges may be gone from the bundle since.
+        with suppress(TokenFlowError):
+            if build_config.covers(needs.batch, needs.pages) and (other := engines.changed(build_config)).usable():
+                return other
+    return engines
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a bundle here: its backend, for onnxruntime its providers, and why it can or cannot be used."""
+
+    title: str
+    backend: str
+    usable: bool
+    why: str
+    providers: tuple[str, ...] | None = None
+    engines: Engines | None = None
+
+
+def survey(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> Iterator[Candidate]:
+    """Every way to run a bundle here, the best first. Looking at one costs nothing until it is asked for."""
+    if options.device != "cpu":
+        for flavour in FLAVOURS:
+            yield _tensorrt(bundle, options, needs, flavour)
+    yield from _onnxruntime(bundle, options.session)
+
+
+def _tensorrt(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
+    try:
+        engines = engines_for(bundle, options, needs, flavour)
+        missing, certificate = engines.missing(), engines.certificate()
+    except TokenFlowError as error:
+        return Candidate(flavour, flavour, False, error.message)
+    if missing:
+        names = ", ".join(job.key.graph for job in missing)
+        return Candidate(
+            flavour, flavour, False, f"no engine built yet for {names}: run `{engines.build_config.command(bundle.path)}`"
+        )
+    if certificate is not None and not certificate.passed:
+        return Candidate(flavour, flavour, False, f"its engines were refused: {'; '.join(certificate.failures)}")
+    why = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"
+    return Candidate(flavour, flavour, True, why, engines=engines)
+
+
+def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
+    try:
+        available = importlib.import_module("onnxruntime").get_available_providers()
+    except ImportError as error:
+        yield Candidate("onnxruntime", "onnxruntime", False, f"not installed ({error})")
+        return
+    if options.device != "cpu":
+        cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
+        problem = _why_not(bundle, cuda, CUDA in available, driver_problem)
+        yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
+    if not options.device.startswith("cuda"):
+        providers = (OPENVINO, CPU)
+        openvino = replace(options, device="auto", providers=providers)
+        problem = _why_not(bundle, openvino, OPENVINO in available, _processor_problem)
+        yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
+        yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
+
+
+def _why_not(
+    bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
+) -> str | None:
+    """Why a provider does not run here; None: it does. onnxruntime names those too whose libraries are missing, so the smallest
+    graph is opened."""
+    problem = hardware_problem() if built_in else "this onnxruntime was built without it"
+    if problem is not None:
+        return problem
+    entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
+    try:
+        open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
+    except TokenFlowError as error:
+        return error.message
+    return None
+
+
+def _processor_problem() -> str | None:
+    """Why OpenVINO is no gain here: it is made for Intel's processors, and slower than onnxruntime's own kernels on others."""
+    names = [platform.processor()]
+    with suppress(OSError):
+        names += Path("/proc/cpuinfo").read_text().splitlines()[:8]
+    return (
+        None if any("Intel" in name for name in names) else "it is for Intel's processors; name it in providers= all the same"
+    )
+
+
+def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> tuple[OpenSession, SessionOptions]:
+    """How to open a bundle's sessions; engines are prepared then.
+
+    Raises:
+        MissingPackageError, BackendError: what was asked for does not work here.
+        EngineBuildError, EngineRefusedError: see `Engines.prepare`.
+    """
+    session = options.session
+    if options.wants_onnxruntime():
+        # With `auto` a build config for CPUs said so.
+        cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
+        return open_onnxruntime, replace(session, device="cpu") if cpu else session
+    if options.backend in FLAVOURS:
+        engines = engines_for(bundle, options, needs)
+        with shown_progress() as progress:
+            engines.prepare(options.build, progress)
+        return engines.open, session
+    if options.providers is not None:
+        return open_onnxruntime, session
+    best = next((candidate for candidate in survey(bundle, options, needs) if candidate.usable), None)
+    if best is None:
+        # Opening a session then says what is missing.
+        return open_onnxruntime, session
+    if best.engines is not None:
+        best.engines.prepare(build=False)
+        return best.engines.open, session
+    return open_onnxruntime, replace(session, providers=best.providers) if best.providers else session

@@ -1,0 +1,214 @@
+"""A bundle's engines on this machine's GPU: found in the cache or built, certified, and opened as sessions."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenflow_sdk.backends.cuda import Cuda
+from tokenflow_sdk.backends.session import Session, SessionOptions
+from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, require_installed
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.schema import GraphEntry
+from tokenflow_sdk.engines.build import Progress
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
+from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
+from tokenflow_sdk.engines.profiles import pool_pages
+from tokenflow_sdk.errors import BackendError, OutputError
+from tokenflow_sdk.parity.certificate import Certificate, certify
+
+__all__ = ["Engines", "shown_progress"]
+
+_PREFERRED = ("fp16", "bf16", "fp32")
+
+
+class Engines:
+    """All engines of one bundle.
+
+    Args:
+        bundle: whose graphs.
+        build_config: how they are built, and with which TensorRT. Its targets are not looked at: the GPU here counts.
+        device: number of the GPU.
+        cache: where built engines are kept; None: the user's.
+        execution_contexts: calls of one graph that may run at once.
+        cuda_graphs: see `TensorRTSession`.
+
+    Raises:
+        MissingPackageError: TensorRT or cuda-bindings is not installed.
+        BackendError: there is no usable GPU.
+        EngineBuildError: the build config's decoder cannot be built, see `engine_jobs`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle[Any],
+        build_config: BuildConfig,
+        device: int = 0,
+        cache: EngineCache | None = None,
+        execution_contexts: int = 1,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.bundle, self.build_config = bundle, build_config
+        self.cache = cache or EngineCache()
+        require_installed(build_config.backend)
+        self._cuda = Cuda(device)
+        self._trt = import_tensorrt(build_config.backend)
+        self._execution_contexts, self._cuda_graphs = execution_contexts, cuda_graphs
+        self.pages = pool_pages(bundle.config, build_config)
+        """Pages of a language model's pool, which its engine is built for; 0 for a tokenizer."""
+        self._verified: dict[str, CachedEngine] = {}
+        here = build_config.changed(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
+        self.jobs: dict[str, EngineJob] = {job.key.graph: job for job in engine_jobs(bundle, here, self._trt, device)}
+
+    def missing(self) -> list[EngineJob]:
+        """What is not in the cache."""
+        return [job for job in self.jobs.values() if self._find(job) is None]
+
+    def usable(self) -> bool:
+        """Whether all are built, and were not refused."""
+        if self.missing():
+            return False
+        certificate = self.certificate()
+        return certificate is None or certificate.passed
+
+    def other_build_configs(self) -> list[BuildConfig]:
+        """Plans that other engines of this bundle were built by, for this TensorRT and GPU: half precision first, then the
+        smallest batches."""
+        graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
+        here = {job.key.place for job in self.jobs.values()}
+        found = {
+            BuildConfig.from_json(engine.build_config)
+            for engine in self.cache.entries()
+            if engine.key.graph_sha256 in graphs and engine.key.place in here
+        }
+        build_configs = [
+            build_config for build_config in found if build_config is not None and build_config != self.build_config
+        ]
+        return sorted(
+            build_configs,
+            key=lambda build_config: (
+                _PREFERRED.index(build_config.precision),
+                build_config.decoder or "",
+                build_config.batch,
+                build_config.pages,
+            ),
+        )
+
+    def changed(self, build_config: BuildConfig) -> Engines:
+        """The same bundle's engines by another build config."""
+        return Engines(self.bundle, build_config, self._cuda.device, self.cache, self._execution_contexts, self._cuda_graphs)
+
+    def certificate(self) -> Certificate | None:
+        """The certificate stored with the engines; None where one is missing or they were not compared yet."""
+        found = [self._find(job) for job in self.jobs.values()]
+        engines = [engine for engine in found if engine is not None]
+        stored = [Certificate.from_json(engine.certificate) for engine in engines]
+        if len(engines) < len(self.jobs) or any(certificate is None for certificate in stored):
+            return None
+        return next((c for c in stored if c is not None and not c.passed), stored[0])
+
+    def prepare(self, build: bool = True, progress: Progress | None = None) -> Certificate:
+        """Have every engine in the cache, compared with the bundle's reference.
+
+        Args:
+            build: build what is missing; False refuses instead.
+            progress: told how far it is: "decode (2 of 4)", and the share of that done.
+
+        Raises:
+            BackendError: something is missing and `build` is False, or TensorRT cannot load or run an engine.
+            EngineBuildError: TensorRT cannot build one.
+            EngineRefusedError: they do not reproduce the reference.
+        """
+        missing = self.missing()
+        if missing and not build:
+            raise BackendError(
+                f"{self.build_config.backend} has no engine yet for {', '.join(job.key.title for job in missing)}.",
+                f"Run `{self.build_config.command(self.bundle.path)}`, or leave build=False out.",
+            )
+        for number, job in enumerate(missing, 1):
+            title = f"building {job.key.graph} ({number} of {len(missing)})"
+            job.run(self._trt, self.cache, None if progress is None else _named(progress, title))
+        certificate = self.certificate() or self.recertify()
+        certificate.require(
+            f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._cuda.architecture}"
+        )
+        return certificate
+
+    def recertify(self) -> Certificate:
+        """Compare the engines with the bundle's reference now, and store the result with each.
+
+        Raises:
+            BackendError: an engine is missing, or cannot be loaded or run.
+        """
+        config = self.build_config
+        certificate = certify(self.bundle, self.open, config.precision, self.pages, decoder=config.decoder)
+        try:
+            for job in self.jobs.values():
+                self.cache.certify(job.key, certificate.to_json())
+        except OutputError as error:
+            # Engines that were shipped with a device may lie where nothing can be written; they are as good.
+            logging.getLogger("tokenflow_sdk").warning("The comparison is repeated at the next start: %s", error)
+        self._verified.clear()
+        return certificate
+
+    def _find(self, job: EngineJob) -> CachedEngine | None:
+        """From the cache, where its bytes are hashed once."""
+        found = self._verified.get(job.key.digest) or self.cache.get(job.key)
+        if found is not None:
+            self._verified[job.key.digest] = found
+        return found
+
+    def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        """An `OpenSession` for engines that are prepared.
+
+        Raises:
+            BackendError: the engine is gone, or cannot be loaded.
+        """
+        from tokenflow_sdk.backends.tensorrt import TensorRTSession
+
+        job = next(job for job in self.jobs.values() if job.entry == entry)
+        engine = self._find(job)
+        if engine is None:
+            raise BackendError(
+                f"The engine of {job.key.title} is gone from {self.cache.directory}.",
+                f"Run `{self.build_config.command(self.bundle.path)}`.",
+            )
+        return TensorRTSession(
+            engine.path.read_bytes(),
+            job.key.graph,
+            entry,
+            self._trt,
+            self._cuda,
+            self._execution_contexts,
+            self._cuda_graphs,
+            engine.kernels,
+        )
+
+
+def _named(progress: Progress, title: str) -> Progress:
+    return lambda _, share: progress(title, share)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress | None]:
+    """A progress bar on a terminal where rich is installed; else nothing."""
+    try:
+        console = importlib.import_module("rich.console").Console(stderr=True)
+        bars = importlib.import_module("rich.progress")
+    except ImportError:
+        yield None
+        return
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("TensorRT", total=1.0)
+        yield lambda title, share: progress.update(task, description=title, completed=share)

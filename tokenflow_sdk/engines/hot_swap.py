@@ -1,0 +1,137 @@
+"""Serving from one engine while a better one is being built, and changing over without a dropped call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenflow_sdk.backends.session import Array, OpenSession, Session, SessionOptions, Tensor
+from tokenflow_sdk.bundle.schema import GraphEntry
+
+__all__ = ["EngineSwap", "SwappingSession", "SwappingSessions"]
+
+
+class SwappingSession(Session):
+    """A session whose engine can be replaced. Calls under way end where they began; the old engine is closed after the last.
+
+    Args:
+        first: runs until `swap`.
+    """
+
+    def __init__(self, first: Session) -> None:
+        super().__init__(first.inputs, first.outputs)
+        self._lock = threading.Lock()
+        self._current = first
+        self._calls: dict[Session, int] = {}
+        self._closed = False
+
+    @property
+    def device(self) -> str:
+        return self._current.device
+
+    def swap(self, session: Session) -> None:
+        """Run on `session` from the next call on."""
+        with self._lock:
+            old, self._current = self._current, session
+            idle = not self._calls.get(old)
+        if idle:
+            old.close()
+        if self._closed:
+            session.close()
+
+    def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
+        with self._use() as session:
+            found = session.run(feeds, outputs)
+        return [found[name] for name in outputs]
+
+    @contextmanager
+    def _use(self) -> Iterator[Session]:
+        with self._lock:
+            session = self._current
+            self._calls[session] = self._calls.get(session, 0) + 1
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._calls[session] -= 1
+                left = not self._calls[session] and self._calls.pop(session) == 0
+                last = left and (self._closed or session is not self._current)
+            if last:
+                session.close()
+
+    def close(self) -> None:
+        """The engine is closed now, or after the last call under way."""
+        with self._lock:
+            self._closed = True
+            idle = not self._calls.get(self._current)
+        if idle:
+            self._current.close()
+
+
+class EngineSwap:
+    """Engines being prepared on a thread, and then moved to.
+
+    Args:
+        prepare: builds and certifies the engines.
+        move: changes over to them.
+    """
+
+    def __init__(self, prepare: Callable[[], object], move: Callable[[], None]) -> None:
+        self._prepare, self._move = prepare, move
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="tokenflow-engines", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether everything has moved, after at most `timeout` seconds.
+
+        Raises:
+            Exception: what preparing or moving raised.
+        """
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+            self._move()
+        except Exception as error:
+            self._error = error
+            logging.getLogger("tokenflow_sdk").warning("Going on without TensorRT engines: %s", error)
+
+
+class SwappingSessions:
+    """Opens graphs on one backend, and later moves those that are open, and opens further ones, on another.
+
+    Args:
+        first: opens a graph until `move`.
+    """
+
+    def __init__(self, first: OpenSession) -> None:
+        self._open_session = first
+        self._lock = threading.Lock()
+        self._moved = False
+        self._opened: list[tuple[SwappingSession, Path, GraphEntry, SessionOptions]] = []
+
+    def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        """An `OpenSession`."""
+        with self._lock:
+            session = self._open_session(path, entry, options)
+            if self._moved:
+                return session
+            swapping = SwappingSession(session)
+            self._opened.append((swapping, path, entry, options))
+            return swapping
+
+    def move(self, open_session: OpenSession) -> None:
+        """Open everything on `open_session` from now on."""
+        with self._lock:
+            for session, path, entry, options in self._opened:
+                session.swap(open_session(path, entry, options))
+            self._open_session, self._moved = open_session, True
+            self._opened.clear()

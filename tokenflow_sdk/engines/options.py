@@ -1,0 +1,91 @@
+"""How a bundle is run: one frozen object behind the three `from_pretrained`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenflow_sdk.backends.session import SessionOptions
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
+from tokenflow_sdk.errors import ArgumentError
+
+__all__ = ["BACKENDS", "RuntimeOptions"]
+
+BACKENDS = ("auto", ONNXRUNTIME, *FLAVOURS)
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Which backend runs a bundle, and how.
+
+    Args:
+        device: `auto` (CUDA where it works, else CPU), `cpu`, `cuda` or `cuda:N`.
+        providers: onnxruntime execution providers by name, overriding `device`.
+        threads: CPU threads of one call; None takes every core this process may use.
+        backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` takes the first that works here of: TensorRT whose
+            engines are in the cache and certified, onnxruntime with CUDA, with OpenVINO, on the CPU. It never builds.
+        build_config: how TensorRT engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a
+            TOML file. None takes engines that are in the cache and cover what is asked for, else float16 and default batches.
+        build: build TensorRT engines that are missing; False refuses instead.
+        serve_while_building: answer from onnxruntime until the engines are built and certified.
+        execution_contexts: calls of one graph that may run on a GPU at once.
+        cuda_graphs: replay calls with shapes seen before as one launch.
+
+    Raises:
+        ArgumentError: no such device, backend or build config, or options that exclude each other.
+    """
+
+    device: str = "auto"
+    providers: tuple[str, ...] | None = None
+    threads: int | None = None
+    backend: str = "auto"
+    build_config: BuildConfig | str | None = None
+    build: bool = True
+    serve_while_building: bool = False
+    execution_contexts: int = 1
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        # Checks device, providers and threads.
+        _ = self.session
+        if self.backend not in BACKENDS:
+            raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+        if self.execution_contexts < 1:
+            raise ArgumentError(f"execution_contexts={self.execution_contexts} runs nothing.", "Give at least 1.")
+        if self.serve_while_building and (self.backend not in FLAVOURS or not self.build):
+            raise ArgumentError(
+                "serve_while_building=True builds TensorRT engines.",
+                "Give backend='tensorrt' or 'tensorrt-rtx', and build=True.",
+            )
+
+    @property
+    def session(self) -> SessionOptions:
+        """What concerns a session in onnxruntime."""
+        return SessionOptions(self.device, self.providers, self.threads)
+
+    @property
+    def device_index(self) -> int:
+        """Number of the GPU, 0 where none is named."""
+        return int(self.device.partition(":")[2] or 0)
+
+    def loaded_build_config(self) -> BuildConfig | None:
+        """The build config, read from its file if it was named.
+
+        Raises:
+            ArgumentError: there is none of that name, or it says something unknown.
+        """
+        return BuildConfig.from_file(self.build_config) if isinstance(self.build_config, str) else self.build_config
+
+    def wants_onnxruntime(self) -> bool:
+        """Whether the backend is onnxruntime, or the build config is for CPUs.
+
+        Raises:
+            ArgumentError: the backend is TensorRT and the build config is for CPUs.
+        """
+        config = self.loaded_build_config()
+        for_cpus = config is not None and config.backend == ONNXRUNTIME
+        if for_cpus and self.backend in FLAVOURS:
+            raise ArgumentError(
+                f"The build config is for onnxruntime, not for {self.backend}.", "Leave backend= or build_config= out."
+            )
+        return self.backend == ONNXRUNTIME or for_cpus

@@ -1,0 +1,1 @@
+"""Text to image: `Generator`, its scheduler, and the next-scale loop."""

@@ -1,0 +1,180 @@
+"""`Generator`: text to image, scale by scale, over a shared pool of key/value pages."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from time import perf_counter
+
+import numpy as np
+from PIL import Image
+
+from tokenflow_sdk.backends.session import Session
+from tokenflow_sdk.bundle.bundle import load_codebook
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
+from tokenflow_sdk.generation.scale_loop import ScaleLoop
+from tokenflow_sdk.generation.scheduler import ImageRequest, ScaleScheduler
+from tokenflow_sdk.language_model import LanguageModel
+from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.tokenizer import Tokenizer
+
+__all__ = ["GeneratedScale", "Generation", "Generator"]
+
+
+@dataclass(frozen=True)
+class GeneratedScale:
+    """What `stream` yields after every scale: its number from 1, and the codes so far, one for each picture."""
+
+    scale: int
+    codes: tuple[Codes, ...]
+    tokenizer: Tokenizer
+
+    def preview(self) -> list[Image.Image]:
+        """The pictures so far, decoded when this is called."""
+        return self.tokenizer.decode_batch(self.codes)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request. `timings` are seconds from the request's beginning to the end of each scale."""
+
+    codes: tuple[Codes, ...]
+    params: SamplingParams
+    timings: tuple[float, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def seed(self) -> int:
+        """The seed; with the same request it draws the same codes again."""
+        return self.params.seed
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures, decoded when this is read."""
+        return self.tokenizer.decode_batch(self.codes)
+
+
+class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
+    """Draws pictures from text, as the released TokenFlow text-to-image model does (docs/model.md, section 4).
+
+    Make one with `from_pretrained`. Requests may come from several threads; live requests at the same scale share steps.
+    """
+
+    config_type = GeneratorConfig
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        negative_prompt: Prompt | None = None,
+        preset: str | None = None,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        params: SamplingParams | None = None,
+        strict: bool = False,
+    ) -> Iterator[GeneratedScale]:
+        """Draw `n` pictures and yield after every scale. Closing the iterator cancels the request and frees its pages.
+
+        Args:
+            prompt: text, or token ids without BOS.
+            n: pictures, each with noise of its own.
+            negative_prompt: what guidance leads away from; None takes the model's own.
+            preset: `fast` (1 pass), `balanced` (2) or `paper` (3); None takes the model's own.
+            cfg_scale: strength of guidance; 0 is none; None takes the model's own.
+            seed: 0 .. 2**63 - 1; None draws one (`Generation.seed` tells it).
+            params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.
+            strict: refuse a prompt that is too long instead of cutting it with a warning.
+
+        Raises:
+            PromptError, ArgumentError: the request cannot work.
+            PagesExhausted: it needs more pages than the pool has.
+        """
+        request = self._request(prompt, n, negative_prompt, self._params(preset, cfg_scale, seed, params), strict)
+        return self._stream(request)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        negative_prompt: Prompt | None = None,
+        preset: str | None = None,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        params: SamplingParams | None = None,
+        strict: bool = False,
+    ) -> Generation:
+        """Draw `n` pictures; arguments and errors as in `stream`."""
+        params = self._params(preset, cfg_scale, seed, params)
+        return self._generations([self._request(prompt, n, negative_prompt, params, strict)])[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        negative_prompt: Prompt | None = None,
+        preset: str | None = None,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        params: SamplingParams | None = None,
+        strict: bool = False,
+    ) -> list[Generation]:
+        """Draw several prompts together; each as `generate` draws it alone. Arguments and errors as in `stream`."""
+        params = self._params(preset, cfg_scale, seed, params)
+        return self._generations([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
+
+    def _params(
+        self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
+    ) -> SamplingParams:
+        if params is not None:
+            return params if seed is None else replace(params, seed=seed)
+        chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        return SamplingParams.preset(preset or self.config.preset, chosen, secrets.randbelow(2**63) if seed is None else seed)
+
+    def _request(
+        self, prompt: Prompt, n: int, negative_prompt: Prompt | None, params: SamplingParams, strict: bool
+    ) -> ImageRequest:
+        if type(n) is not int or n < 1:
+            raise ArgumentError(f"n={n!r} asks for no picture.", "Give at least 1.")
+        negative = self.config.negative_prompt if negative_prompt is None else negative_prompt
+        request = ImageRequest(self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict), params, n)
+        self._runner.check(request)
+        return request
+
+    def _stream(self, request: ImageRequest) -> Iterator[GeneratedScale]:
+        with self._runner.submitted([request]) as model:
+            for scale in range(1, len(self.config.scales) + 1):
+                self._runner.advance(model, request, scale)
+                yield GeneratedScale(scale, self._codes(request, scale), self.tokenizer)
+
+    def _generations(self, requests: Sequence[ImageRequest]) -> list[Generation]:
+        """Run requests together to their ends."""
+        began = perf_counter()
+        timings: list[list[float]] = [[] for _ in requests]
+        with self._runner.submitted(requests) as model:
+            for scale in range(1, len(self.config.scales) + 1):
+                for request, times in zip(requests, timings, strict=True):
+                    self._runner.advance(model, request, scale)
+                    times.append(perf_counter() - began)
+        return [
+            Generation(self._codes(request, len(self.config.scales)), request.params, tuple(times), self.tokenizer)
+            for request, times in zip(requests, timings, strict=True)
+        ]
+
+    def _codes(self, request: ImageRequest, scales: int) -> tuple[Codes, ...]:
+        return tuple(self.tokenizer.codes(np.concatenate(image.codes[:scales])) for image in request.images)
+
+    @cached_property
+    def _prompts(self) -> PromptEncoder:
+        return PromptEncoder(self._text_tokenizer, self.config)
+
+    def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> ScaleScheduler:
+        return ScaleScheduler(ScaleLoop(self.config, sessions, transformer, load_codebook(self.bundle)))

@@ -1,0 +1,69 @@
+"""Prompts to token ids, with the Hugging Face `tokenizers` library and the bundle's `tokenizer.json`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
+from tokenflow_sdk.errors import PromptError
+
+__all__ = ["Prompt", "PromptEncoder"]
+
+Prompt = str | Sequence[int]
+"""Text, or its token ids without BOS."""
+
+
+class PromptEncoder:
+    """Turns prompts into ids that the model accepts.
+
+    Args:
+        path: the bundle's `tokenizer.json`.
+        config: says which ids are text.
+    """
+
+    def __init__(self, path: Path, config: GeneratorConfig) -> None:
+        self._path = path
+        self._config = config
+        self._tokenizer: Any = None
+
+    def encode(self, prompt: Prompt, strict: bool = False) -> tuple[int, ...]:
+        """Ids of a prompt without BOS, at most `max_prompt` with it.
+
+        Args:
+            prompt: text or ids.
+            strict: refuse a prompt that is too long instead of cutting it with a warning.
+
+        Raises:
+            PromptError: empty, not text, too long (`strict`), or ids outside the text vocabulary.
+            MissingPackageError: text without the `tokenizers` package.
+        """
+        ids = self._ids_of_text(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        limit = self._config.max_prompt - 1
+        if len(ids) > limit:
+            problem = f"The prompt has {len(ids)} tokens; this model reads {limit}."
+            if strict:
+                raise PromptError(problem, "Shorten it, or give strict=False to cut it there.")
+            warnings.warn(f"{problem} It is cut there.", stacklevel=4)
+        return ids[:limit]
+
+    def _ids_of_text(self, text: str) -> tuple[int, ...]:
+        if not text.strip():
+            raise PromptError("The prompt is empty.", "Describe the picture in a few words.")
+        if self._tokenizer is None:
+            self._tokenizer = load_text_tokenizer(self._path)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        c = self._config
+        found = tuple(int(i) for i in ids)
+        if not found:
+            raise PromptError("The prompt has no tokens.", "Give text, or at least one token id.")
+        after = c.image_token_start + c.codebook_size
+        wrong = [i for i in found if not (0 <= i < c.image_token_start or after <= i < c.text_size + c.codebook_size)]
+        if wrong:
+            raise PromptError(f"Token id {wrong[0]} is not text.", f"Text ids are 0 .. {c.image_token_start - 1}.")
+        return found

@@ -1,0 +1,133 @@
+"""Which images take the next step: live requests at the same scale go together, newcomers first.
+
+Coarse scales are cheap, so the group at the coarsest scale goes first: a newcomer sees its first preview before anyone's fine
+scale, and catches up with the others to share their steps. A request that was passed over too often goes first nevertheless.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from tokenflow_sdk.bundle.model_config import pages_for
+from tokenflow_sdk.errors import PagesExhausted
+from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
+from tokenflow_sdk.model.sampling import SamplingParams
+
+__all__ = ["ImageRequest", "ScaleScheduler"]
+
+PATIENCE = 32
+"""Steps of others that a request lets pass at most."""
+
+
+@dataclass(eq=False)
+class ImageRequest:
+    """Some images of one prompt. `images` exist once it has been admitted to the pool."""
+
+    prompt: tuple[int, ...]
+    negative: tuple[int, ...]
+    params: SamplingParams
+    n: int
+    images: list[ImageState] = field(default_factory=list)
+    waited: int = 0
+    error: BaseException | None = None
+    """Why it cannot go on: a step that it shared failed."""
+
+    @property
+    def scale(self) -> int:
+        """Scales drawn so far."""
+        return self.images[0].scale if self.images else 0
+
+    def reached(self, count: int) -> bool:
+        """Whether `count` scales are drawn."""
+        return self.scale >= count
+
+
+class ScaleScheduler:
+    """Requests over one loop. Not safe for several threads: its owner locks.
+
+    Pages are promised before a request begins, for its whole life, so that a step never runs out of them.
+    """
+
+    def __init__(self, loop: ScaleLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[ImageRequest] = deque()
+        self._live: list[ImageRequest] = []
+        self._negative: dict[tuple[int, ...], Prefix] = {}
+
+    def _needs(self, request: ImageRequest) -> int:
+        """Pages promised to a request: its prompt's and its images'; the negative prompt's are counted apart."""
+        config, size = self.loop.config, self.loop.transformer.pool.page_size
+        return self._prefix_pages(request.prompt) + request.n * config.image_pages(size)
+
+    def check(self, request: ImageRequest) -> None:
+        """Whether a request could ever be taken.
+
+        Raises:
+            PagesExhausted: it would not fit even alone.
+        """
+        pool = self.loop.transformer.pool
+        needed = self._needs(request) + self._prefix_pages(request.negative)
+        if needed > pool.pages:
+            raise PagesExhausted(needed, pool.free, pool.pages)
+
+    def submit(self, request: ImageRequest) -> None:
+        """Take a request. Errors as in `check`."""
+        self.check(request)
+        self._waiting.append(request)
+
+    def remove(self, request: ImageRequest) -> None:
+        """Forget a request and free its pages; its codes stay. A finished request has been forgotten already."""
+        if request in self._live:
+            self._live.remove(request)
+            for image in request.images:
+                image.release()
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    def step(self) -> None:
+        """Admit what fits, then draw one scale for one group."""
+        while self._waiting and self._fits(self._waiting[0]):
+            self._admit(self._waiting.popleft())
+        if not self._live:
+            return
+        newest = min(self._live, key=lambda request: request.scale)
+        overdue = max(self._live, key=lambda request: request.waited)
+        chosen = overdue if overdue.waited >= PATIENCE else newest
+        group = [request for request in self._live if request.scale == chosen.scale]
+        try:
+            self.loop.sample_scale([image for request in group for image in request.images])
+        except BaseException as error:
+            for request in group:
+                request.error = error
+                self.remove(request)
+            raise
+        for request in list(self._live):
+            request.waited = 0 if request in group else request.waited + 1
+            if request.scale == len(self.loop.config.patch_nums):
+                self.remove(request)
+
+    def _prefix_pages(self, ids: tuple[int, ...]) -> int:
+        return pages_for(len(ids) + 1 + len(self.loop.config.image_start_ids), self.loop.transformer.pool.page_size)
+
+    def _fits(self, request: ImageRequest) -> bool:
+        promised = sum(self._needs(other) for other in self._live) + self._needs(request)
+        pool = self.loop.transformer.pool
+        self._forget_negatives(request.negative)
+        kept = {*self._negative, request.negative}
+        return promised + sum(map(self._prefix_pages, kept)) <= pool.pages
+
+    def _forget_negatives(self, keep: tuple[int, ...]) -> None:
+        """Free negative prompts that no live request uses."""
+        used = {request.negative for request in self._live} | {keep}
+        for ids in [ids for ids in self._negative if ids not in used]:
+            self._negative.pop(ids).table.release()
+
+    def _admit(self, request: ImageRequest) -> None:
+        if request.negative not in self._negative:
+            self._negative[request.negative] = self.loop.prefill(request.negative)
+        prefix = self.loop.prefill(request.prompt)
+        negative = self._negative[request.negative]
+        request.images = [self.loop.start(request.params, i, prefix, negative) for i in range(request.n)]
+        prefix.table.release()
+        self._live.append(request)

@@ -1,0 +1,216 @@
+"""What `Generator` and `Understander` share: opening a bundle with its paired tokenizer, and running requests over pages."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Generic, TypeVar
+
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE, LanguageModelConfig
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.choice import Needs, choose, engines_for
+from tokenflow_sdk.engines.hot_swap import EngineSwap
+from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError
+from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.request_runner import LoadedModel, Request, RequestRunner, Scheduler
+from tokenflow_sdk.tokenizer import Tokenizer
+
+__all__ = ["LanguageModel", "paired_tokenizer", "require_paired"]
+
+M = TypeVar("M", bound="LanguageModel[Any, Any]")
+C = TypeVar("C", bound=LanguageModelConfig)
+R = TypeVar("R", bound=Request)
+
+
+class LanguageModel(ABC, Generic[C, R]):
+    """A language model over pages of keys and values. Requests may come from several threads.
+
+    Args:
+        bundle: whose graphs.
+        tokenizer: the one that it was exported with.
+        options: of sessions.
+        pages: pages in the pool, if the engine does not say; None: as many as the bundle's config says.
+        page_size: tokens in a page.
+        open_session: loads a graph.
+
+    Raises:
+        ArgumentError: a pool that holds nothing.
+        CodebookMismatchError: the tokenizer has another codebook.
+    """
+
+    config_type: ClassVar[type[LanguageModelConfig]]
+
+    def __init__(
+        self,
+        bundle: Bundle[C],
+        tokenizer: Tokenizer,
+        options: SessionOptions,
+        pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        open_session: OpenSession = open_onnxruntime,
+    ) -> None:
+        if page_size < 1 or (pages is not None and pages < 1):
+            raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
+        require_paired(tokenizer, bundle.config, bundle.path)
+        self.bundle = bundle
+        self.tokenizer = tokenizer
+        self._options, self._pages, self._page_size = options, pages, page_size
+        self._text_tokenizer = bundle.asset_path("tokenizer")
+        self._swap: EngineSwap | None = None
+        self._runner: RequestRunner[R] = RequestRunner(type(self).__name__, self._load(open_session))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        name: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        backend: str = "auto",
+        build_config: BuildConfig | str | None = None,
+        build: bool = True,
+        serve_while_building: bool = False,
+        cuda_graphs: bool = False,
+    ) -> M:
+        """Open a bundle, verify its files, and load its graphs.
+
+        Args:
+            name: a bundle's directory, a Hugging Face hub id, or `tiny`, the generator that comes with the SDK.
+            tokenizer: the paired tokenizer; None looks where the bundle was exported with it.
+            pages: pages in the pool; None holds eight images, or eight questions about images.
+            page_size: tokens in a page; TensorRT engines take the default only.
+            device, providers, threads, backend, build_config, build, serve_while_building, cuda_graphs: see `RuntimeOptions`.
+
+        Raises:
+            BundleError, MissingPackageError, ArgumentError: see `tokenflow_sdk.errors`.
+            CodebookMismatchError: the tokenizer has another codebook.
+            BackendError: the backend asked for does not work here; `EngineBuildError`, `EngineRefusedError` say more.
+        """
+        options = RuntimeOptions(
+            device=device,
+            providers=None if providers is None else tuple(providers),
+            threads=threads,
+            backend=backend,
+            build_config=build_config,
+            build=build,
+            serve_while_building=serve_while_building,
+            cuda_graphs=cuda_graphs,
+        )
+        return cls.open(name, options, tokenizer, pages, page_size)
+
+    @classmethod
+    def open(
+        cls: type[M],
+        name: str | os.PathLike[str],
+        options: RuntimeOptions,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> M:
+        """`from_pretrained`, with the runtime options in one object."""
+        bundle = Bundle.open(find_bundle(name, cls.config_type.kind), cls.config_type)
+        bundle.verify()
+        paired = paired_tokenizer(bundle, tokenizer, options)
+        needs = Needs(pages=pages, page_size=page_size)
+        if not options.serve_while_building:
+            open_session, session_options = choose(bundle, options, needs)
+            return cls(bundle, paired, session_options, pages, page_size, open_session)
+        engines = engines_for(bundle, options, needs)
+        # As many pages as the engines will have: what fits now fits after the change.
+        model = cls(bundle, paired, options.session, engines.pages, page_size, open_onnxruntime)
+        model._swap = EngineSwap(engines.prepare, lambda: model._runner.replace(model._load(engines.open)))
+        return model
+
+    @abstractmethod
+    def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> Scheduler[R]:
+        """A scheduler without requests over some sessions."""
+
+    @property
+    def config(self) -> C:
+        """Sizes of this model."""
+        return self.bundle.config
+
+    @property
+    def device(self) -> str:
+        """Where the transformer runs, e.g. `cpu` or `cuda:0`."""
+        return self._runner.model.sessions["transformer"].device
+
+    @property
+    def token_forwards(self) -> int:
+        """Tokens run through the transformer so far; counted anew after changing over to engines."""
+        return self._runner.model.transformer.token_forwards
+
+    def wait_for_engines(self, timeout: float | None = None) -> bool:
+        """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
+        done = self._swap is None or self._swap.wait(timeout)
+        return self.tokenizer.wait_for_engines(timeout) and done
+
+    def close(self) -> None:
+        """Free the model, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""
+        self._runner.close()
+
+    def __enter__(self: M) -> M:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _load(self, open_session: OpenSession) -> LoadedModel[R]:
+        bundle = self.bundle
+        with ExitStack() as opened:
+            sessions = {
+                name: opened.enter_context(open_session(bundle.graph_path(name), entry, self._options))
+                for name, entry in bundle.graphs.items()
+            }
+            pages = self._pages or bundle.config.default_pages(self._page_size)
+            transformer = PagedTransformer.of(bundle.config, sessions["transformer"], pages, self._page_size)
+            scheduler = self._schedule(sessions, transformer)
+            opened.pop_all()
+        return LoadedModel(sessions, transformer, scheduler)
+
+
+def paired_tokenizer(
+    bundle: Bundle[Any], tokenizer: Tokenizer | str | os.PathLike[str] | None, options: RuntimeOptions
+) -> Tokenizer:
+    """The tokenizer given, opened if it is a name; None looks where the language model was exported with it.
+
+    Raises:
+        BundleNotFoundError: it is not there.
+        BundleError: it cannot be used; see `tokenflow_sdk.errors`.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    path = tokenizer or bundle.path / bundle.config.tokenizer
+    try:
+        return Tokenizer.open(path, options)
+    except BundleNotFoundError as error:
+        raise BundleNotFoundError(
+            f"The tokenizer of {bundle.path} is not at {path}.",
+            f"Give tokenizer=, the path of its {bundle.config.tokenizer_variant} bundle.",
+        ) from error
+
+
+def require_paired(tokenizer: Tokenizer, config: LanguageModelConfig, path: Path) -> None:
+    """Check that a tokenizer has the codebook and the scales of the language model at `path`.
+
+    Raises:
+        CodebookMismatchError: it has others.
+    """
+    if tokenizer.config.codebook_sha256 != config.codebook_sha256 or tokenizer.config.patch_nums != config.patch_nums:
+        raise CodebookMismatchError(
+            f"{path} works with codes of {config.tokenizer_variant} (codebook {config.codebook_sha256[:16]}), not of "
+            f"{tokenizer.config.variant} (codebook {tokenizer.config.codebook_sha256[:16]}).",
+            "Give tokenizer=, the bundle that the model was exported with.",
+        )

@@ -1,0 +1,99 @@
+"""A tokenizer's graphs as functions of arrays: images to codes, codes to images and features."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.backends.session import Array, OpenSession, Session, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.errors import ArgumentError
+
+__all__ = ["TokenizerGraphs"]
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+class TokenizerGraphs:
+    """The graphs of a tokenizer's bundle, each loaded when it is first needed. Safe to call from several threads.
+
+    Inputs are taken as they are: their owner has checked them. `code_indices` are int32 [B, L], -1 throughout absent scales.
+
+    Args:
+        bundle: whose graphs.
+        open_session: loads a graph.
+        options: of sessions.
+        batch_limit: most rows in one call of a session; larger batches are split.
+    """
+
+    def __init__(
+        self, bundle: Bundle[TokenizerConfig], open_session: OpenSession, options: SessionOptions, batch_limit: int = 1
+    ) -> None:
+        self.bundle = bundle
+        self.batch_limit = batch_limit
+        self._open_session, self._options = open_session, options
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def devices(self) -> list[str]:
+        """Where the graphs loaded so far run."""
+        with self._lock:
+            return sorted({session.device for session in self._sessions.values()})
+
+    def load(self, name: str) -> Session:
+        """The session of a graph, opened now if it was not yet.
+
+        Raises:
+            ArgumentError: this is closed.
+            CorruptBundleError, BackendError, MissingPackageError: the graph is missing or cannot be loaded.
+        """
+        with self._lock:
+            if self._closed:
+                raise ArgumentError("This Tokenizer is closed.", "Make a new one with Tokenizer.from_pretrained.")
+            if name not in self._sessions:
+                path, entry = self.bundle.graph_path(name), self.bundle.graph(name)
+                self._sessions[name] = self._open_session(path, entry, self._options)
+            return self._sessions[name]
+
+    def encode(self, images: NDArray[np.uint8]) -> Int32:
+        """u8 [B, H, W, 3] -> code indices int32 [B, L]."""
+        return self._run("encode", "images", images, "code_indices").astype(np.int32, copy=False)
+
+    def latent(self, images: NDArray[np.uint8]) -> Float32:
+        """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search."""
+        return self._run("encode", "images", images, "latent").astype(np.float32, copy=False)
+
+    def decode(self, code_indices: Int32) -> NDArray[np.uint8]:
+        """Code indices -> u8 [B, H, W, 3]."""
+        return self._run("decode", "code_indices", code_indices, "images").astype(np.uint8, copy=False)
+
+    def features(self, code_indices: Int32) -> Float32:
+        """Code indices -> quantized features float32 [B, g * g, C]."""
+        return self._run("features", "code_indices", code_indices, "features").astype(np.float32, copy=False)
+
+    def semantic(self, code_indices: Int32) -> Float32:
+        """Code indices -> the semantic decoder's features float32 [B, g * g, width]."""
+        return self._run("semantic", "code_indices", code_indices, "features").astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Free the sessions. Closing twice is fine; anything else afterwards raises ArgumentError."""
+        with self._lock:
+            self._closed = True
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+    def _run(self, graph: str, feed: str, array: Array, output: str) -> NDArray[Any]:
+        session = self.load(graph)
+        parts = [
+            session.run({feed: array[start : start + self.batch_limit]}, [output])[output]
+            for start in range(0, len(array), self.batch_limit)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

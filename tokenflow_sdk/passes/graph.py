@@ -1,0 +1,84 @@
+"""A bundle's graph as something that passes can rewrite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["import_onnx_ir", "load_graph"]
+
+
+def import_onnx_ir() -> Any:
+    """Raises:
+    MissingPackageError: onnx_ir is not installed.
+    """
+    try:
+        import onnx_ir
+    except ImportError as error:
+        raise MissingPackageError(
+            "Half-precision engines are made with onnx_ir, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
+        ) from error
+    return onnx_ir
+
+
+def load_graph(path: Path) -> ir.Model:
+    """A graph of a bundle, its weights mapped from the files beside it.
+
+    Links are followed: caches of the hub and backups are made of them, and onnx_ir's own reader refuses both kinds. What
+    vouches for a bundle's files is the hashes in its manifest.
+
+    Raises:
+        MissingPackageError: onnx_ir is not installed.
+        CorruptBundleError: the weights are said to lie in another directory, or their file is missing or short.
+    """
+    onnx_ir = import_onnx_ir()
+    model: ir.Model = onnx_ir.load(path)
+    files: dict[str, NDArray[np.uint8]] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, onnx_ir.ExternalTensor):
+            continue
+        if tensor.location not in files:
+            if Path(tensor.location).name != tensor.location:
+                raise _corrupt(path, f"looks for weights in {tensor.location!r}, which is not beside it")
+            try:
+                files[tensor.location] = np.memmap(path.with_name(tensor.location), np.uint8, mode="r")
+            except (OSError, ValueError) as error:
+                raise _corrupt(path, f"has weights in {tensor.location}, which cannot be read ({error})") from error
+        start = tensor.offset or 0
+        data = files[tensor.location][start : start + tensor.nbytes]
+        if len(data) < tensor.nbytes:
+            raise _corrupt(path, f"expects more weights than {tensor.location} holds")
+        if tensor.dtype.bitwidth < 8:
+            value.const_value = onnx_ir.PackedTensor(data, tensor.dtype, shape=tensor.shape, name=tensor.name)
+        else:
+            array = data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+            value.const_value = onnx_ir.Tensor(array, tensor.dtype, name=tensor.name)
+    return model
+
+
+def _corrupt(path: Path, problem: str) -> CorruptBundleError:
+    return CorruptBundleError(f"The graph {path} {problem}.", "Export the bundle again, or fetch it again.")
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove, in place, nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+    unused = [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]
+    while unused:
+        sources = {value.producer() for node in unused for value in node.inputs if value is not None}
+        model.graph.remove(unused, safe=True)
+        unused = [
+            node
+            for node in sources
+            if node is not None and not any(value.uses() or value.is_graph_output() for value in node.outputs)
+        ]
+    for name in [name for name, value in model.graph.initializers.items() if not (value.uses() or value.is_graph_output())]:
+        del model.graph.initializers[name]

@@ -1,0 +1,156 @@
+"""8-bit convolutions, written into a graph: explicit Q/DQ pairs, which strongly typed engines run as int8 or fp8 products.
+
+What a convolution reads is rounded with one scale a tensor, its weights with one scale an output channel; both are symmetric.
+The scales have the graph's own float type. onnxruntime computes the same pairs, so what they cost is measured without a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.passes.graph import drop_unused, import_onnx_ir
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["LARGEST", "ActivationRanges", "EightBit", "inner_convolutions", "quantize"]
+
+EightBit = Literal["int8", "fp8"]
+LARGEST: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
+"""Largest magnitude of each type. fp8 is float8e4m3fn: four bits of exponent, three of mantissa, no infinity."""
+
+_NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
+_LEAST_SCALE = 2.0**-18
+"""Still six bits of mantissa in float16, where smaller scales would be rounded too much."""
+
+
+@dataclass(frozen=True)
+class ActivationRanges:
+    """Which convolutions are rounded, and how: to `dtype`; `magnitudes` gives for each, by name, the magnitude of its input
+    that becomes the largest number of the type. What is beyond saturates."""
+
+    dtype: EightBit
+    magnitudes: Mapping[str, float]
+
+    def without(self, names: Collection[str]) -> ActivationRanges:
+        return ActivationRanges(self.dtype, {name: value for name, value in self.magnitudes.items() if name not in names})
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits, for keys."""
+        text = json.dumps([self.dtype, sorted(self.magnitudes.items())])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def inner_convolutions(model: ir.Model) -> list[str]:
+    """Names of the convolutions behind a norm and before another convolution, in the order of the graph.
+
+    The outermost ones cost little time and much precision: what the first read has outliers in unusual pictures, and nothing
+    averages out what the last ones round.
+    """
+    normal: set[ir.Value] = set()
+    followed: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type in _NORMS or any(value in normal for value in node.inputs):
+            normal.update(node.outputs)
+    for node in reversed(model.graph):
+        if node.op_type == "Conv" or any(value in followed for value in node.outputs):
+            followed.update(value for value in node.inputs if value is not None)
+    return [
+        str(node.name)
+        for node in model.graph
+        if node.op_type == "Conv" and node.inputs[0] in normal and node.outputs[0] in followed
+    ]
+
+
+def quantize(model: ir.Model, ranges: ActivationRanges) -> None:
+    """Round inputs and weights of convolutions to 8 bits, in place.
+
+    Args:
+        model: a graph whose float types are settled (`tokenflow_sdk.passes.half_precision`).
+        ranges: names that the graph does not have are ignored.
+    """
+    rounder = _Rounder(model.graph, ranges.dtype)
+    for node in list(model.graph):
+        if node.name not in ranges.magnitudes:
+            continue
+        rows, weight = node.inputs[0], node.inputs[1]
+        assert rows is not None and weight is not None and rows.dtype is not None
+        array = _constant(weight)
+        assert array is not None, f"{node.name} has no constant weights"
+        node.replace_input_with(0, rounder.activations(rows, ranges.magnitudes[str(node.name)]))
+        node.replace_input_with(1, rounder.weights(node, array.astype(np.float32), rows.dtype))
+    drop_unused(model)
+
+
+def _constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """What a weight holds: an initializer, or casts of one."""
+    while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+class _Rounder:
+    """Makes the pairs; convolutions that read the same tensor share its pair."""
+
+    def __init__(self, graph: ir.Graph, dtype: EightBit) -> None:
+        self.ir = import_onnx_ir()
+        self.graph, self.largest = graph, LARGEST[dtype]
+        self.type = self.ir.DataType.INT8 if dtype == "int8" else self.ir.DataType.FLOAT8E4M3FN
+        self.pairs: dict[str, ir.Value] = {}
+
+    def activations(self, value: ir.Value, magnitude: float) -> ir.Value:
+        name = str(value.name)
+        if name not in self.pairs:
+            scale = self._scale(f"{name}_scale", np.float32(magnitude), value.dtype)
+            zero = self._initializer(f"{name}_zero", np.zeros((), self.type.numpy()), self.type)
+            quantized = self.ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
+            rounded = self._settle(quantized, f"{name}_rounded", value.shape, self.type)
+            dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], name=f"{name}_dequantize")
+            restored = self._settle(dequantized, f"{name}_restored", value.shape, value.dtype)
+            producer = value.producer()
+            if producer is None:
+                self.graph.insert_before(self.graph[0], [quantized, dequantized])
+            else:
+                self.graph.insert_after(producer, [quantized, dequantized])
+            self.pairs[name] = restored
+        return self.pairs[name]
+
+    def weights(self, node: ir.Node, array: NDArray[np.float32], dtype: Any) -> ir.Value:
+        """[out, in, ...], rounded here: the graph holds 8 bits and what restores them."""
+        name = f"{node.name}_weight"
+        scale = self._scale(f"{name}_scale", np.abs(array).reshape(len(array), -1).max(axis=1), dtype)
+        assert scale.const_value is not None
+        factors = scale.const_value.numpy().astype(np.float32).reshape(-1, *[1] * (array.ndim - 1))
+        numbers = (array / factors).clip(-self.largest, self.largest)
+        if self.type == self.ir.DataType.INT8:
+            numbers = numbers.round()
+        rounded = self._initializer(f"{name}_rounded", numbers.astype(self.type.numpy()), self.type)
+        zero = self._initializer(f"{name}_zero", np.zeros(len(array), self.type.numpy()), self.type)
+        dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], {"axis": 0}, name=f"{name}_dequantize")
+        self.graph.insert_before(node, dequantized)
+        return self._settle(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
+
+    def _scale(self, name: str, magnitude: NDArray[np.float32] | np.float32, dtype: Any) -> ir.Value:
+        scale = np.maximum(np.asarray(magnitude) / self.largest, _LEAST_SCALE)
+        return self._initializer(name, scale.astype(dtype.numpy()), dtype)
+
+    def _initializer(self, name: str, array: NDArray[Any], dtype: Any) -> ir.Value:
+        tensor = self.ir.Tensor(array, dtype=dtype, name=name)
+        value: ir.Value = self.ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=self.ir.TensorType(dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
+        result = node.outputs[0]
+        result.name, result.shape, result.type = name, shape, self.ir.TensorType(dtype)
+        return result

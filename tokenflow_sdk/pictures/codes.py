@@ -1,0 +1,264 @@
+"""`Codes`: the code indices of one picture, coarse to fine."""
+
+from __future__ import annotations
+
+import operator
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, CodesReadError
+from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.pictures import tfc
+from tokenflow_sdk.pictures.images import describe
+from tokenflow_sdk.pictures.scales import Scales
+
+__all__ = ["Codes"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codes:
+    """The code indices of one picture: whole scales, coarse to fine, row-major in each (spec section 2).
+
+    Immutable, also in its array, so it can be a key. Equal codes have equal indices, variant, codebook and scales.
+
+    Args:
+        indices: 1-D integers in [0, codebook_size), the first n >= 1 scales; kept as a read-only int32 array.
+        patch_nums: sides of all the tokenizer's scales, also those that are absent here.
+        codebook_size: entries of the codebook.
+        variant: the tokenizer's name, e.g. `clipb_256`.
+        codebook_id: the codebook's SHA-256 in hex. Only its first 16 digits are kept, as only they are in a file: codes
+            from an encoder and from a file compare equal.
+
+    Raises:
+        ArrayError: indices are not a 1-D integer array.
+        CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
+        ArgumentError: sizes or names that no file could hold.
+    """
+
+    indices: NDArray[np.int32]
+    patch_nums: tuple[int, ...]
+    codebook_size: int
+    variant: str
+    codebook_id: str
+    n_scales: int = field(init=False)
+    """Scales present."""
+
+    def __post_init__(self) -> None:
+        header = _checked_header(self)
+        array = _checked_indices(self.indices, header)
+        object.__setattr__(self, "patch_nums", header.patch_nums)
+        object.__setattr__(self, "codebook_size", header.codebook_size)
+        object.__setattr__(self, "codebook_id", header.codebook_id)
+        object.__setattr__(self, "indices", _immutable(array))
+        object.__setattr__(self, "n_scales", header.scales.ends.index(len(array)) + 1)
+
+    @property
+    def header(self) -> tfc.Header:
+        """What a file says before its codes."""
+        return tfc.Header(self.variant, self.codebook_id, self.codebook_size, self.patch_nums)
+
+    @property
+    def scales(self) -> Scales:
+        """All the tokenizer's scales, also those that are absent here."""
+        return self.header.scales
+
+    @property
+    def complete(self) -> bool:
+        """Whether every scale of the tokenizer is present."""
+        return self.n_scales == len(self.patch_nums)
+
+    @property
+    def scale_ends(self) -> list[int]:
+        """The bytes that a file takes up to the end of each scale present: where it may be cut. The last is its size."""
+        return tfc.scale_ends(self.header)[: self.n_scales]
+
+    def scale(self, i: int) -> NDArray[np.int32]:
+        """Scale `i` (from 0; negative from the finest present) as a read-only int32 map [s, s].
+
+        Raises:
+            ArgumentError: there is no such scale here.
+        """
+        if not -self.n_scales <= i < self.n_scales:
+            raise ArgumentError(f"There is no scale {i} in codes of {self.n_scales} scales.", f"Use 0 .. {self.n_scales - 1}.")
+        i, scales = i % self.n_scales, self.scales
+        return self.indices[scales.starts[i] : scales.ends[i]].reshape(scales.sides[i], scales.sides[i])
+
+    def truncate(self, n_scales: int) -> Codes:
+        """The `n_scales` coarsest scales: a coarser picture, still decodable. Shares the array.
+
+        Raises:
+            ArgumentError: fewer than 1 or more than are present.
+        """
+        if not 1 <= n_scales <= self.n_scales:
+            raise ArgumentError(
+                f"Codes of {self.n_scales} scales cannot be cut to {n_scales}.", f"Give 1 .. {self.n_scales} scales."
+            )
+        return Codes(
+            self.indices[: self.scales.ends[n_scales - 1]], self.patch_nums, self.codebook_size, self.variant, self.codebook_id
+        )
+
+    def padded(self) -> NDArray[np.int32]:
+        """int32 [L] for the decode graph: all scales, -1 throughout the absent ones. The caller's own copy."""
+        full = np.full(self.scales.total, -1, np.int32)
+        full[: len(self.indices)] = self.indices
+        return full
+
+    def require(self, variant: str, codebook_id: str, codebook_size: int, patch_nums: tuple[int, ...]) -> None:
+        """Check that these codes belong to a tokenizer. Its name may differ: the codebook and the scales decide.
+
+        Raises:
+            CodebookMismatchError: they were made with another codebook or other scales.
+        """
+        theirs = tfc.Header(variant, codebook_id[:16].lower(), codebook_size, tuple(patch_nums))
+        if (self.codebook_id, self.codebook_size, self.patch_nums) != (theirs.codebook_id, codebook_size, theirs.patch_nums):
+            raise CodebookMismatchError(
+                f"These codes were made by {_tokenizer(self.header)}, not by {_tokenizer(theirs)}.",
+                "Decode them with the bundle that encoded them; `tokenflow info` shows the codebook of files and bundles.",
+            )
+
+    def to_bytes(self) -> bytes:
+        """The content of a `.tfc` file (docs/tfc-format.md)."""
+        return tfc.pack(self.header, self.indices)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Codes:
+        """Read the content of a `.tfc` file; one cut at a scale's end gives the scales before it.
+
+        Raises:
+            CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
+        """
+        return cls._parse(bytes(data), describe(data))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.tfc` file, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        write_atomic(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview) -> Codes:
+        """Read a `.tfc` file from a path, an open binary file (read to its end) or bytes.
+
+        Raises:
+            CodesReadError: the file cannot be read.
+            CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
+            ArgumentError: none of the things above.
+        """
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return cls.from_bytes(source)
+        return cls._parse(_read(source), describe(source))
+
+    @classmethod
+    def _parse(cls, data: bytes, name: str) -> Codes:
+        header, indices = tfc.unpack(data, name)
+        return cls(indices, header.patch_nums, header.codebook_size, header.variant, header.codebook_id)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Codes):
+            return NotImplemented
+        return self.header == other.header and np.array_equal(self.indices, other.indices)
+
+    def __hash__(self) -> int:
+        return hash((self.header, self.indices.tobytes()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrays come out of a pickle or a deep copy writable; codes must not.
+        return type(self).from_bytes, (self.to_bytes(),)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        wanted = self.indices.dtype if dtype is None else np.dtype(dtype)
+        if copy is False and wanted != self.indices.dtype:
+            raise ValueError("a cast of codes needs a copy")
+        return self.indices.astype(wanted, copy=bool(copy))
+
+    def __repr__(self) -> str:
+        scales = f"{self.n_scales} scales" if self.complete else f"{self.n_scales} of {len(self.patch_nums)} scales"
+        finest = self.patch_nums[self.n_scales - 1]
+        return (
+            f"Codes({self.variant}: {len(self)} codes of {self.header.bits} bits in {scales} up to {finest} x {finest}, "
+            f"{self.scale_ends[-1]:,} bytes, codebook {self.codebook_id})"
+        )
+
+
+def _tokenizer(header: tfc.Header) -> str:
+    sides = " ".join(map(str, header.patch_nums))
+    return f"{header.variant} (codebook {header.codebook_id} of {header.codebook_size}, scales {sides})"
+
+
+def _checked_header(codes: Codes) -> tfc.Header:
+    hint = "Make them with Tokenizer.encode or Codes.load."
+    try:
+        sides = tuple(map(operator.index, codes.patch_nums))
+        header = tfc.Header(codes.variant, codes.codebook_id[:16].lower(), operator.index(codes.codebook_size), sides)
+        problem = header.problem()
+    except (TypeError, AttributeError) as error:
+        raise ArgumentError(f"Codes have a name or size of the wrong type: {error}.", hint) from error
+    if problem:
+        raise ArgumentError(f"Codes cannot have {problem}.", hint)
+    return header
+
+
+def _checked_indices(indices: ArrayLike, header: tfc.Header) -> NDArray[np.integer[Any]]:
+    hint = "Give one row, e.g. indices[0].astype(np.int32)."
+    try:
+        array = np.asarray(indices)
+    except (TypeError, ValueError) as error:
+        raise ArrayError(f"Code indices cannot become an array: {error}.", hint) from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ArrayError(f"Code indices must be a 1-D integer array, not {array.dtype}{list(array.shape)}.", hint)
+    outside = np.flatnonzero((array < 0) | (array >= header.codebook_size))
+    if len(outside):
+        raise CodesRangeError(
+            f"Code {array[outside[0]]} at position {outside[0]} is outside the codebook.",
+            f"Codes of {header.variant} are 0 .. {header.codebook_size - 1}.",
+        )
+    lengths = header.scales.ends
+    if len(array) not in lengths:
+        below, above = [n for n in lengths if n < len(array)][-1:], [n for n in lengths if n > len(array)][:1]
+        near = " or ".join(f"{n} ({lengths.index(n) + 1} of {len(lengths)} scales)" for n in below + above)
+        raise CodesRangeError(f"{len(array)} codes are no whole number of {header.variant}'s scales.", f"Give {near}.")
+    return array
+
+
+def _immutable(array: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    """The values as int32 over `bytes`, which nobody can make writable; shared where they already are."""
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, bytes) and array.dtype == np.int32 and array.flags.c_contiguous and array.flags.aligned:
+        return array.astype(np.int32, copy=False)
+    return np.frombuffer(array.astype(np.int32).tobytes(), np.int32)
+
+
+def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """A whole file, but no more than tells a valid one from one that is too long."""
+    limit = tfc.MAX_BYTES + 1
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise ArgumentError(
+            f"Codes cannot be loaded from {type(source).__name__}.", "Give a path, an open binary file or bytes."
+        )
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            with Path(source).open("rb") as file:
+                return file.read(limit)
+        data = bytearray()
+        # Pipes and sockets give less than they are asked for.
+        while len(data) < limit and (part := source.read(limit - len(data))):
+            data += part
+        return bytes(data)
+    except (OSError, ValueError, TypeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CodesReadError(
+            f"{describe(source)} cannot be read: {why}.",
+            "Check the path and its permissions; an open file must be in binary mode ('rb').",
+        ) from error

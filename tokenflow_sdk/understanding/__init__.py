@@ -1,0 +1,1 @@
+"""Questions about images: `Understander` and `Chat`, their scheduler, and the next-token loop."""

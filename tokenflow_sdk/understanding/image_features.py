@@ -1,0 +1,89 @@
+"""Whatever names an image - a file, codes, features - to the features that a language model reads."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_sdk.bundle.model_config import UnderstanderConfig
+from tokenflow_sdk.errors import ArgumentError, ArrayError
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.images import ImageSource
+from tokenflow_sdk.tokenizer import Tokenizer
+from tokenflow_sdk.understanding.prompt import ImageBlock
+
+__all__ = ["ImageFeatures", "ImageInput"]
+
+ImageInput: TypeAlias = "ImageSource | Codes | NDArray[Any]"
+"""An image as `Tokenizer.encode` takes it; its codes; or its features, float [N, C]."""
+
+_REMEMBERED = 64
+"""Images whose features are kept, so that a second question about one does not encode it again."""
+
+
+class ImageFeatures:
+    """Encodes images once. Safe to call from several threads.
+
+    Args:
+        tokenizer: the tokenizer that the model reads; its encoder is loaded for the first image that is not codes.
+        config: what features must look like.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: UnderstanderConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._encoded: OrderedDict[bytes, ImageBlock] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of_all(self, images: ImageInput | Sequence[ImageInput] | None) -> list[ImageBlock]:
+        """One image, or a list of several.
+
+        Raises:
+            ArgumentError: none was given.
+            ImageError, ArrayError, CodesError: one cannot be used; see `tokenflow_sdk.errors`.
+            BackendError, MissingPackageError: the engine cannot run.
+        """
+        several: list[ImageInput | None] = [*images] if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+        given = [image for image in several if image is not None]
+        if not given or len(given) < len(several):
+            raise ArgumentError(
+                "No image was given, and this model answers questions about pictures.",
+                "Give a path, a PIL image, Codes or features, or a list of them.",
+            )
+        return [self._of(image) for image in given]
+
+    def _of(self, image: ImageInput) -> ImageBlock:
+        if isinstance(image, Codes):
+            return ImageBlock(self._tokenizer.features(image))
+        if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+            return ImageBlock(self._checked(image))
+        pixels = self._tokenizer.preprocess(image)
+        digest = hashlib.sha256(pixels.tobytes()).digest()
+        with self._lock:
+            if digest in self._encoded:
+                self._encoded.move_to_end(digest)
+                return self._encoded[digest]
+        codes = self._tokenizer.codes(self._tokenizer.encode_array(pixels[None])[0])
+        block = ImageBlock(self._tokenizer.features(codes))
+        with self._lock:
+            self._encoded[digest] = block
+            if len(self._encoded) > _REMEMBERED:
+                self._encoded.popitem(last=False)
+        return block
+
+    def _checked(self, features: NDArray[Any]) -> NDArray[np.float32]:
+        c = self._config
+        if features.shape != (c.image_tokens, c.code_dim):
+            raise ArrayError(
+                f"Features of {c.tokenizer_variant} are [{c.image_tokens}, {c.code_dim}], not {list(features.shape)}.",
+                "Take them from Tokenizer.features of the tokenizer that this model was exported with.",
+            )
+        if not np.isfinite(features).all():
+            raise ArrayError("The features hold NaN or infinity.", "Take them from Tokenizer.features.")
+        return np.ascontiguousarray(features, np.float32)

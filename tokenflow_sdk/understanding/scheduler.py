@@ -1,0 +1,146 @@
+"""Which answers take the next step: all of them, and one newcomer reads a piece of its prompt before.
+
+Prompts are read one after another, in pieces, so that running answers wait for a piece at most, and a second question about the
+same picture finds the first one's pages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+
+from tokenflow_sdk.bundle.model_config import pages_for
+from tokenflow_sdk.errors import PagesExhausted, PromptError
+from tokenflow_sdk.model.kv_cache import PageTable
+from tokenflow_sdk.model.transformer import PREFILL_CHUNK
+from tokenflow_sdk.understanding.prefix_cache import PrefixCache
+from tokenflow_sdk.understanding.token_loop import AnswerRequest, TokenLoop
+
+__all__ = ["TokenScheduler"]
+
+
+class TokenScheduler:
+    """Requests over one loop. Not safe for several threads: its owner locks.
+
+    A request begins when its worst case fits beside those of all live ones, so a step never runs out of pages: what only the
+    prefix cache holds counts as free, and is given back when it is needed.
+    """
+
+    def __init__(self, loop: TokenLoop) -> None:
+        self.loop = loop
+        self.cache = PrefixCache()
+        self._waiting: deque[AnswerRequest] = deque()
+        self._live: list[AnswerRequest] = []
+
+    def check(self, request: AnswerRequest) -> None:
+        """Whether a request could ever be taken.
+
+        Raises:
+            PromptError: prompt and answer are longer than the model reads.
+            PagesExhausted: it would not fit even alone.
+        """
+        pool, config = self.loop.transformer.pool, self.loop.config
+        total = len(request.prompt) + request.params.max_tokens
+        if total > config.context:
+            raise PromptError(
+                f"Images and text have {len(request.prompt)} tokens, and max_tokens={request.params.max_tokens} more make "
+                f"{total}; this model reads {config.context}.",
+                "Shorten the conversation, give fewer images, or a smaller max_tokens.",
+            )
+        if self._pages(request) > pool.pages:
+            raise PagesExhausted(self._pages(request), pool.pages, pool.pages)
+
+    def submit(self, request: AnswerRequest) -> None:
+        """Take a request. Errors as in `check`."""
+        self.check(request)
+        self._waiting.append(request)
+
+    def remove(self, request: AnswerRequest) -> None:
+        """Forget a request and free its pages; its tokens stay. A finished one has been forgotten already."""
+        if request in self._live:
+            self._live.remove(request)
+            if request.table is not None:
+                request.table.release()
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    def step(self) -> None:
+        """Read a piece of the oldest unread prompt, then add a token to every answer that has begun."""
+        if all(request.pending is None for request in self._live):
+            self._admit()
+        for request in [request for request in self._live if request.pending is not None]:
+            self._run([request], self._prefill)
+        answering, most = [request for request in self._live if request.pending is None], self.loop.transformer.max_rows
+        for start in range(0, len(answering), most):
+            self._run(answering[start : start + most], self._decode)
+
+    def _admit(self) -> None:
+        """Begin the request that has waited longest, if it fits."""
+        if not self._waiting:
+            return
+        request = self._waiting[0]
+        digests = [digest for _, digest in reversed(request.prompt.prefix_boundaries)]
+        table = self.cache.find(digests) or PageTable(self.loop.transformer.pool)
+        live = [(other.table, self._pages(other)) for other in self._live if other.table is not None]
+        if self._committed([*live, (table, self._pages(request))]) > table.pool.pages:
+            table.release()
+            return
+        request.table = table
+        self._live.append(self._waiting.popleft())
+        self._run([request], lambda _: self.loop.begin(request, table))
+
+    def _prefill(self, requests: Sequence[AnswerRequest]) -> None:
+        (request,) = requests
+        assert request.table is not None
+        read, count = request.table.length, min(PREFILL_CHUNK, request.unread)
+        self._make_room([request.table], count)
+        self.loop.prefill(request, count)
+        for length, digest in request.prompt.prefix_boundaries:
+            if read < length <= request.table.length:
+                self.cache.put(digest, request.table, length)
+
+    def _decode(self, requests: Sequence[AnswerRequest]) -> None:
+        self._make_room([request.table for request in requests if request.table is not None], 1)
+        self.loop.decode(requests)
+
+    def _run(self, requests: Sequence[AnswerRequest], work: Callable[[Sequence[AnswerRequest]], None]) -> None:
+        """Do a part of a step. Those it was for leave when they are done, or with the error when it fails; others go on."""
+        try:
+            work(requests)
+        except BaseException as error:
+            for request in requests:
+                request.error = error
+                self.remove(request)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for request in requests:
+            if request.finish is not None:
+                self._keep(request)
+                self.remove(request)
+
+    def _keep(self, request: AnswerRequest) -> None:
+        if request.keep and request.table is not None:
+            length, digest = request.history.prefix_boundaries[-1]
+            self.cache.put(digest, request.table, length)
+
+    def _pages(self, request: AnswerRequest) -> int:
+        """Pages of a request by its end at most."""
+        return pages_for(request.most_stored, self.loop.transformer.pool.page_size)
+
+    @staticmethod
+    def _committed(tables: Sequence[tuple[PageTable, int]]) -> int:
+        """Pages that some live tables hold together and may still ask for, given how many each has by its end."""
+        holders = Counter(page for table, _ in tables for page in table.pages)
+        more = 0
+        for table, pages in tables:
+            partly = bool(table.length % table.pool.page_size) and holders[table.pages[-1]] > 1
+            more += pages - len(table.pages) + partly
+        return len(holders) + more
+
+    def _make_room(self, tables: Iterable[PageTable], count: int) -> None:
+        """Give back what only the cache holds until `count` more tokens fit each table."""
+        tables = list(tables)
+        pool = self.loop.transformer.pool
+        while sum(table.needs(count) for table in tables) > pool.free and self.cache.evict():
+            pass
