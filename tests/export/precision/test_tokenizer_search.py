@@ -68,7 +68,7 @@ def test_every_graph_that_misses_its_bar_is_mended(tmp_path: Path) -> None:
 
 def test_pinning_brings_codes_nearer(bundle_copy: Path) -> None:
     """Random weights in bfloat16 miss most tolerances."""
-    found = searched(bundle_copy, "bf16", bar=1.0, count=16)
+    found = searched(bundle_copy, "bf16", bar=0.99, count=16)
     assert min(found.plain.agreement) < 0.99 <= min(found.quality.agreement)
     assert 0 < len(found.pinned["encode"]) <= found.nodes["encode"]
     bundle = Bundle.open(bundle_copy, TokenizerConfig)
