@@ -23,7 +23,7 @@ from tokenflow_export.models.config import VARIANTS
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.engines.jobs import pinned_nodes
+from tokenflow_sdk.engines.annotations import pinned_nodes
 from tokenflow_sdk.parity.tokenizer import TIE_DISTANCE, TokenizerReference, scale_cells
 from tokenflow_sdk.pictures.images import psnr
 

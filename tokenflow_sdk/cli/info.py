@@ -120,32 +120,37 @@ def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
 
 def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
     c = bundle.config
-    stdout.print(f"{bundle.path}: TokenFlow generator", style="bold", markup=False, soft_wrap=True)
-    stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
-    stdout.print(f"prompts of up to {c.max_prompt} tokens; pictures of {c.n_codes} codes in {len(c.patch_nums)} scales")
-    stdout.print(
-        f"drawn for {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
+    _print_language_model(
+        bundle,
+        f"prompts of up to {c.max_prompt} tokens; pictures of {c.n_codes} codes in {len(c.scales)} scales",
+        "drawn for",
+        "code",
     )
-    _print_graphs(bundle.graphs)
-    _print_pages(bundle, c.image_pages(), c.default_pages())
-    _print_check(bundle.parity, "code")
-    _print_provenance(bundle.provenance)
-    _print_choice(bundle)
 
 
 def _understander_info(bundle: Bundle[UnderstanderConfig]) -> None:
     c = bundle.config
-    stdout.print(f"{bundle.path}: TokenFlow understander", style="bold", markup=False, soft_wrap=True)
+    _print_language_model(
+        bundle,
+        f"{c.vocabulary} tokens, up to {c.context} in a conversation, {c.image_tokens} of them a picture's",
+        "reads codes of",
+        "token",
+    )
+
+
+def _print_language_model(
+    bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], sizes: str, pairing: str, choice: str
+) -> None:
+    c = bundle.config
+    stdout.print(f"{bundle.path}: TokenFlow {c.kind}", style="bold", markup=False, soft_wrap=True)
     stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
-    stdout.print(f"{c.vocabulary} tokens, up to {c.context} in a conversation, {c.image_tokens} of them a picture's")
+    stdout.print(sizes)
     stdout.print(
-        f"reads codes of {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}",
-        markup=False,
-        soft_wrap=True,
+        f"{pairing} {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
     )
     _print_graphs(bundle.graphs)
     _print_pages(bundle, c.image_pages(), c.default_pages())
-    _print_check(bundle.parity, "token")
+    _print_check(bundle.parity, choice)
     _print_provenance(bundle.provenance)
     _print_choice(bundle)
 

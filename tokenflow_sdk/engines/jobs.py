@@ -13,9 +13,8 @@ from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.annotations import decoder_ranges, pinned_nodes
+from tokenflow_sdk.engines.annotations import Annotations
 from tokenflow_sdk.engines.build import REVISION, Progress, build_engine, engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
@@ -93,15 +92,13 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
             f"{bundle.path} was exported in float16, so its engines cannot be in {build_config.precision}.",
             "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
         )
-    profiles, pins = graph_profiles(bundle, build_config), pinned_nodes(bundle, build_config.precision)
     cuda = None if build_config.targets else _gpu_here(build_config, device)
     targets = build_config.targets if cuda is None else (cuda.architecture,)
     # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
     gpu = cuda.model if cuda is not None and build_config.backend == "tensorrt" else ""
-    ranges = None
-    if build_config.decoder is not None and isinstance(bundle.config, TokenizerConfig):
-        _require_arithmetic(build_config.decoder, targets)
-        ranges = decoder_ranges(bundle, build_config.decoder)
+    profiles, annotations = graph_profiles(bundle, build_config), Annotations.of(bundle, build_config)
+    if annotations.ranges is not None:
+        _require_arithmetic(annotations.ranges.dtype, targets)
     for target in targets:
         for name, entry in bundle.graphs.items():
             sizes = " ".join(profile.canonical for profile in profiles[name])
@@ -112,7 +109,7 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
                 flavour=build_config.backend,
                 version=str(trt.__version__),
                 target=target,
-                precision=_precision_key(build_config.precision, pins.get(name, ()), ranges),
+                precision=annotations.key(name),
                 gpu=gpu,
                 profile=hashlib.sha256(f"{sizes} {build_config.workspace_gb}".encode()).hexdigest()[:16],
             )
@@ -122,8 +119,8 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
                 key,
                 profiles[name],
                 build_config,
-                pins.get(name, ()),
-                ranges if name == "decode" else None,
+                annotations.pinned.get(name, ()),
+                annotations.ranges if name == "decode" else None,
                 cuda,
             )
 
@@ -149,15 +146,3 @@ def _require_arithmetic(dtype: EightBit, targets: tuple[str, ...]) -> None:
         raise EngineBuildError(
             f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FP8_FROM} on have.", "Build with --decoder int8."
         )
-
-
-def _precision_key(precision: str, pinned: tuple[str, ...], ranges: ActivationRanges | None) -> str:
-    """`fp16`, or `fp16, 3 pinned (1a2b3c4d)`, or `fp16, int8 decoder (1a2b3c4d)`: that for all graphs of a tokenizer, because
-    its certificate is of all of them together."""
-    parts = [precision]
-    if pinned:
-        digest = hashlib.sha256("\n".join(sorted(pinned)).encode()).hexdigest()[:8]
-        parts.append(f"{len(pinned)} pinned ({digest})")
-    if ranges is not None:
-        parts.append(f"{ranges.dtype} decoder ({ranges.digest})")
-    return ", ".join(parts)

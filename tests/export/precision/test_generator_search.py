@@ -15,7 +15,7 @@ from tokenflow_export.precision.generator_search import search_generator
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.engines.jobs import pinned_nodes
+from tokenflow_sdk.engines.annotations import pinned_nodes
 from tokenflow_sdk.errors import ArgumentError
 
 PATCH_NUMS = (1, 2, 3, 4)

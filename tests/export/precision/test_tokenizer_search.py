@@ -16,7 +16,7 @@ from tokenflow_export.precision.tokenizer_search import TokenizerFinding, search
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.engines.jobs import pinned_nodes
+from tokenflow_sdk.engines.annotations import pinned_nodes
 from tokenflow_sdk.errors import ParityError
 from tokenflow_sdk.parity import certificate
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
