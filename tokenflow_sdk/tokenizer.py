@@ -1,4 +1,4 @@
-"""`Tokenizer`: pictures to codes and back, over any backend."""
+"""`Tokenizer`: images to codes and back, on any backend."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 
 class Tokenizer:
-    """Encodes pictures to code indices and decodes them, as the released TokenFlow tokenizers do (arXiv 2412.03069).
+    """Encodes images to code indices and decodes them, as the released TokenFlow tokenizers do (arXiv 2412.03069).
 
-    Make one with `from_pretrained`. A graph is loaded when it is first needed; `load` does it ahead of time. All methods
-    are safe to call from several threads. It is a context manager.
+    Make one with `from_pretrained`. Graphs are loaded when they are first needed, or by `load`. All methods are safe to call
+    from several threads. It is a context manager.
 
     >>> tok = Tokenizer.from_pretrained("bundles/clipb_256")   # doctest: +SKIP
     >>> codes = tok.encode("photo.jpg")                        # doctest: +SKIP
@@ -50,7 +50,7 @@ class Tokenizer:
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
         if batch_limit < 1:
-            raise ArgumentError(f"batch_limit={batch_limit} leaves no room for a picture.", "Give at least 1.")
+            raise ArgumentError(f"batch_limit={batch_limit} leaves no room for an image.", "Give at least 1.")
         self.bundle = bundle
         self.batch_limit = batch_limit
         self.graphs = TokenizerGraphs(bundle, open_session, options or SessionOptions(), batch_limit)
@@ -77,7 +77,7 @@ class Tokenizer:
 
         Args:
             name: a bundle's directory, a Hugging Face hub id (`org/name`), or `tiny`, which comes with the SDK.
-            batch_limit: most pictures in one call of a session; larger batches are split. Memory grows with it. On a CPU 1 is
+            batch_limit: most images in one call of a session; larger batches are split. Memory grows with it. On a CPU 1 is
                 the fastest as well; on a GPU try 8 to 32.
             device, providers, threads, backend, build_config, build, serve_while_building, execution_contexts, cuda_graphs:
                 see `RuntimeOptions`.
@@ -142,18 +142,18 @@ class Tokenizer:
     def encode(
         self, image: ImageSource, *, preprocess: Preprocess | None = None, fast: bool = False, max_pixels: int = MAX_PIXELS
     ) -> Codes:
-        """The codes of one picture.
+        """Encode one image.
 
         Args:
             image: a path, bytes, file object, PIL image, or u8 array [H, W], [H, W, 3] or [H, W, 4].
-            preprocess: `crop` (short side, centre), `squash` (whole picture, aspect lost) or `pad` (whole picture on white);
-                None does what the tokenizer was released with.
+            preprocess: how the image is made square: `crop` (short side, centre), `squash` (all of it, aspect lost) or `pad`
+                (all of it, on white); None takes the tokenizer's own way.
             fast: decode JPEGs at a reduced size where that suffices. Quicker for large photos; codes may differ slightly.
-            max_pixels: largest picture accepted.
+            max_pixels: pixels of the largest image accepted.
 
         Raises:
-            ImageError, ArrayError: the picture cannot be used; see `tokenflow_sdk.errors`.
-            BackendError, MissingPackageError: the engine cannot run.
+            ImageError, ArrayError: the image cannot be used; see `tokenflow_sdk.errors`.
+            BackendError, MissingPackageError: the backend cannot run.
         """
         return self.encode_batch([image], preprocess=preprocess, fast=fast, max_pixels=max_pixels)[0]
 
@@ -165,7 +165,7 @@ class Tokenizer:
         fast: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Codes]:
-        """The codes of several pictures, in order; the same codes as one by one. Options and errors as in `encode`."""
+        """Encode several images, in order, to the same codes as one by one. Options and errors as in `encode`."""
         found: list[Codes] = []
         for chunk in _chunks(images, self.batch_limit):
             array = np.stack(
@@ -200,7 +200,7 @@ class Tokenizer:
         return Codes(code_indices, c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256)
 
     def decode(self, codes: Codes) -> Image.Image:
-        """The picture of some codes; with coarse scales only, a coarser picture.
+        """Decode codes to an image; with coarse scales only, a coarser image.
 
         Raises:
             CodebookMismatchError: the codes come from another tokenizer.
@@ -208,8 +208,8 @@ class Tokenizer:
         return self.decode_batch([codes])[0]
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Image.Image]:
-        """The pictures of several codes, in order; they may have different numbers of scales."""
-        return [Image.fromarray(picture) for picture in self.decode_array(self._indices(codes))] if codes else []
+        """Decode several codes, in order; they may have different numbers of scales."""
+        return [Image.fromarray(image) for image in self.decode_array(self._indices(codes))] if codes else []
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
         """Code indices int32 [B, l] -> u8 [B, H, W, 3].
@@ -233,7 +233,7 @@ class Tokenizer:
         return found
 
     def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None) -> Image.Image:
-        """`decode(encode(image))`: the picture as the codes keep it. Options and errors as in `encode`."""
+        """Encode and decode an image. Options and errors as in `encode`."""
         return self.decode(self.encode(image, preprocess=preprocess))
 
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -270,7 +270,7 @@ class Tokenizer:
         if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
             raise ArrayError(
                 f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",
-                "For one picture use codes[None].",
+                "For one image use codes[None].",
             )
         if array.shape[1] not in c.scales.ends:
             raise CodesRangeError(

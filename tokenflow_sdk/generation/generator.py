@@ -29,20 +29,20 @@ __all__ = ["GeneratedScale", "Generation", "Generator"]
 
 @dataclass(frozen=True)
 class GeneratedScale:
-    """What `stream` yields after every scale: its number from 1, and the codes so far, one for each picture."""
+    """One scale of a request, as `Generator.stream` yields it: its number from 1, and the codes so far of each image."""
 
     scale: int
     codes: tuple[Codes, ...]
     tokenizer: Tokenizer
 
     def preview(self) -> list[Image.Image]:
-        """The pictures so far, decoded when this is called."""
+        """The images so far, decoded now, one for each of the request's images."""
         return self.tokenizer.decode_batch(self.codes)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished request. `timings` are seconds from the request's beginning to the end of each scale."""
+    """A finished request: its codes, one for each image, and `timings`, seconds from its start to the end of each scale."""
 
     codes: tuple[Codes, ...]
     params: SamplingParams
@@ -51,17 +51,17 @@ class Generation:
 
     @property
     def seed(self) -> int:
-        """The seed; with the same request it draws the same codes again."""
+        """The seed that was used; the same request with this seed gives the same codes."""
         return self.params.seed
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures, decoded when this is read."""
+        """The images, decoded each time this is read."""
         return self.tokenizer.decode_batch(self.codes)
 
 
 class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
-    """Draws pictures from text, as the released TokenFlow text-to-image model does (docs/model.md, section 4).
+    """Generates images from text, as the released TokenFlow text-to-image model does (docs/model.md, section 4).
 
     Make one with `from_pretrained`. Requests may come from several threads; live requests at the same scale share steps.
     """
@@ -80,15 +80,15 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> Iterator[GeneratedScale]:
-        """Draw `n` pictures and yield after every scale. Closing the iterator cancels the request and frees its pages.
+        """Generate `n` images and yield after every scale. Closing the iterator cancels the request and frees its pages.
 
         Args:
             prompt: text, or token ids without BOS.
-            n: pictures, each with noise of its own.
+            n: number of images, each with noise of its own.
             negative_prompt: what guidance leads away from; None takes the model's own.
             preset: `fast` (1 pass), `balanced` (2) or `paper` (3); None takes the model's own.
             cfg_scale: strength of guidance; 0 is none; None takes the model's own.
-            seed: 0 .. 2**63 - 1; None draws one (`Generation.seed` tells it).
+            seed: 0 .. 2**63 - 1; None takes a random one, which `Generation.seed` tells.
             params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.
             strict: refuse a prompt that is too long instead of cutting it with a warning.
 
@@ -111,7 +111,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> Generation:
-        """Draw `n` pictures; arguments and errors as in `stream`."""
+        """Generate `n` images. Arguments and errors as in `stream`."""
         params = self._params(preset, cfg_scale, seed, params)
         return self._generations([self._request(prompt, n, negative_prompt, params, strict)])[0]
 
@@ -127,7 +127,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> list[Generation]:
-        """Draw several prompts together; each as `generate` draws it alone. Arguments and errors as in `stream`."""
+        """Generate images of several prompts together, the same as one by one. Arguments and errors as in `stream`."""
         params = self._params(preset, cfg_scale, seed, params)
         return self._generations([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
 

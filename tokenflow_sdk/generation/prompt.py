@@ -1,4 +1,4 @@
-"""Prompts to token ids, with the Hugging Face `tokenizers` library and the bundle's `tokenizer.json`."""
+"""Prompts to token ids, with the bundle's `tokenizer.json`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Drawing images scale by scale over the paged cache (spec section 4): the loop's arithmetic, without requests or threads.
+"""The next-scale loop: samples images scale by scale over paged keys and values (docs/model.md, section 4).
 
-An image has two rows in the cache, one that follows the prompt and one that follows the negative prompt. At each scale
-both rows take one step over their pages; refinement passes take the same step again with other inputs, and only the first
+Arithmetic only, without requests or threads. An image has two rows, one after the prompt and one after the negative prompt. At
+each scale both take one step over their pages. A refinement pass is the same step again with other inputs; only the first
 pass's keys and values are stored, because only those are seen by later scales.
 """
 
@@ -29,7 +29,7 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt that has been run: its pages, and the last hidden state float32 [H], which predicts the first scale."""
+    """A prefilled prompt: its block table, and its last hidden state float32 [H], which predicts the first scale."""
 
     table: PageTable
     hidden: Float32
@@ -37,7 +37,11 @@ class Prefix:
 
 @dataclass
 class ImageState:
-    """One image being drawn. `codes` grows by a scale a step; the next scale's inputs are made from `f_hat` [40, s, s]."""
+    """One image being sampled.
+
+    `number` counts the images of a request from 0; `conditional` and `unconditional` are its two rows; `codes` has one array
+    for each scale so far; `f_hat` float32 [C, s, s] is the sum of their codebook rows, resized to the next scale's side.
+    """
 
     params: SamplingParams
     number: int
@@ -48,23 +52,23 @@ class ImageState:
 
     @property
     def scale(self) -> int:
-        """The scale to draw next."""
+        """The scale to sample next, from 0."""
         return len(self.codes)
 
     def release(self) -> None:
-        """Give the pages back."""
+        """Free the pages of both rows."""
         self.conditional.table.release()
         self.unconditional.table.release()
 
 
 class ScaleLoop:
-    """The loop over one model.
+    """Runs the graphs of one generator.
 
     Args:
-        config: sizes.
-        sessions: `embed_text`, `embed_image` and `sample`.
+        config: sizes of the model.
+        sessions: its graphs `embed_text`, `embed_image` and `sample`.
         transformer: the paged transformer.
-        codebook: float32 [K, 40], both halves of unit length.
+        codebook: float32 [K, C], both halves of unit length.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class ScaleLoop:
         self._up = [bicubic_matrix(a, b).astype(np.float32) for a, b in pairwise(sides)]
 
     def prefill(self, prompt_ids: Sequence[int]) -> Prefix:
-        """Run BOS, the prompt and the image start ids once.
+        """Run BOS, the prompt and the image start ids, and store their keys and values.
 
         Raises:
             PagesExhausted: the pool has too few free pages.
@@ -99,12 +103,12 @@ class ScaleLoop:
         return Prefix(table, np.asarray(output.hidden, np.float32)[0, -1].copy())
 
     def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> ImageState:
-        """An image to draw, sharing the pages of both prefixes."""
+        """An image to sample, sharing the pages of both prefixes."""
         forks = [Prefix(prefix.table.fork(), prefix.hidden) for prefix in (conditional, unconditional)]
         return ImageState(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
 
     def sample_scale(self, images: Sequence[ImageState]) -> None:
-        """Draw the next scale of images that are all at the same one.
+        """Sample the next scale of images that are all at the same scale.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the images must then be given up.
@@ -121,10 +125,10 @@ class ScaleLoop:
         else:
             codes = self._sample_later_scale(images, scale)
         for image, row in zip(images, codes, strict=True):
-            drawn = image.f_hat + self._rows(row, scale)
+            total = image.f_hat + self._rows(row, scale)
             if scale + 1 < len(self.config.patch_nums):
                 up = self._up[scale]
-                image.f_hat = up @ drawn @ up.T
+                image.f_hat = up @ total @ up.T
             image.codes.append(row)
 
     def _sample_later_scale(self, images: Sequence[ImageState], scale: int) -> Int32:
@@ -142,7 +146,7 @@ class ScaleLoop:
         return codes
 
     def _rows(self, codes: Int32, scale: int) -> Float32:
-        """Codebook rows of one scale as a map [40, s, s]."""
+        """Codebook rows of one scale's codes [s * s] as a map [C, s, s]."""
         side = self.config.patch_nums[scale]
         rows: Float32 = self._codebook[codes].T.reshape(-1, side, side)
         return rows
@@ -150,7 +154,15 @@ class ScaleLoop:
     def _step(
         self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int], store: bool
     ) -> tuple[Tensor, Tensor]:
-        """Maps [R, 40, s, s] through both rows of each image -> hidden states [R, s * s, H] of either."""
+        """Run maps [R, C, s, s] in both rows of R images; hidden states [R, s * s, H] of each row.
+
+        Args:
+            maps: the inputs of the scale.
+            scale: its number, from 0.
+            tables: of all conditional rows, then of all unconditional rows.
+            context: tokens of each table that the step sees.
+            store: append the step's keys and values to the tables.
+        """
         c, count = self.config, maps.shape[2] * maps.shape[3]
         places = np.arange(c.scales.starts[scale], c.scales.ends[scale], dtype=np.int32)
         features = np.ascontiguousarray(maps.reshape(len(maps), -1, count).transpose(0, 2, 1))

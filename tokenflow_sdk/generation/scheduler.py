@@ -1,7 +1,8 @@
-"""Which images take the next step: live requests at the same scale go together, newcomers first.
+"""Schedules images: each step samples one scale for all live requests that are at the same scale.
 
-Coarse scales are cheap, so the group at the coarsest scale goes first: a newcomer sees its first preview before anyone's fine
-scale, and catches up with the others to share their steps. A request that was passed over too often goes first nevertheless.
+The group at the coarsest scale goes first, because coarse scales are cheap: a new request gets its first preview before
+anybody else's fine scale, and catches up with the others to share their steps. A request that was passed over `PATIENCE` times
+goes first nevertheless.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from tokenflow_sdk.model.sampling import SamplingParams
 __all__ = ["ImageRequest", "ScaleScheduler"]
 
 PATIENCE = 32
-"""Steps of others that a request lets pass at most."""
+"""Steps for which a live request is passed over at most."""
 
 
 @dataclass(eq=False)
 class ImageRequest:
-    """Some images of one prompt. `images` exist once it has been admitted to the pool."""
+    """Some images of one prompt. `images` is filled when the request is admitted to the pool."""
 
     prompt: tuple[int, ...]
     negative: tuple[int, ...]
@@ -31,22 +32,23 @@ class ImageRequest:
     images: list[ImageState] = field(default_factory=list)
     waited: int = 0
     error: BaseException | None = None
-    """Why it cannot go on: a step that it shared failed."""
+    """What a step for this request raised; it cannot go on."""
 
     @property
     def scale(self) -> int:
-        """Scales drawn so far."""
+        """Scales sampled so far."""
         return self.images[0].scale if self.images else 0
 
     def reached(self, count: int) -> bool:
-        """Whether `count` scales are drawn."""
+        """Whether `count` scales are sampled."""
         return self.scale >= count
 
 
 class ScaleScheduler:
-    """Requests over one loop. Not safe for several threads: its owner locks.
+    """Admits requests to the pool and runs them on one loop. Not safe for several threads: its owner locks.
 
-    Pages are promised before a request begins, for its whole life, so that a step never runs out of them.
+    A request is admitted when the pages it can need at most fit beside those of all live requests, so a step never runs out
+    of pages.
     """
 
     def __init__(self, loop: ScaleLoop) -> None:
@@ -56,15 +58,15 @@ class ScaleScheduler:
         self._negative: dict[tuple[int, ...], Prefix] = {}
 
     def _needs(self, request: ImageRequest) -> int:
-        """Pages promised to a request: its prompt's and its images'; the negative prompt's are counted apart."""
+        """Pages that a request holds at most, without those of its negative prompt, which requests share."""
         config, size = self.loop.config, self.loop.transformer.pool.page_size
         return self._prefix_pages(request.prompt) + request.n * config.image_pages(size)
 
     def check(self, request: ImageRequest) -> None:
-        """Whether a request could ever be taken.
+        """Raise if a request could never run.
 
         Raises:
-            PagesExhausted: it would not fit even alone.
+            PagesExhausted: it needs more pages than the pool has.
         """
         pool = self.loop.transformer.pool
         needed = self._needs(request) + self._prefix_pages(request.negative)
@@ -72,12 +74,12 @@ class ScaleScheduler:
             raise PagesExhausted(needed, pool.free, pool.pages)
 
     def submit(self, request: ImageRequest) -> None:
-        """Take a request. Errors as in `check`."""
+        """Queue a request. Errors as in `check`."""
         self.check(request)
         self._waiting.append(request)
 
     def remove(self, request: ImageRequest) -> None:
-        """Forget a request and free its pages; its codes stay. A finished request has been forgotten already."""
+        """Drop a request and free its pages; its codes stay. Dropping a finished request does nothing."""
         if request in self._live:
             self._live.remove(request)
             for image in request.images:
@@ -86,7 +88,7 @@ class ScaleScheduler:
             self._waiting.remove(request)
 
     def step(self) -> None:
-        """Admit what fits, then draw one scale for one group."""
+        """Admit the requests that fit, then sample one scale for one group."""
         while self._waiting and self._fits(self._waiting[0]):
             self._admit(self._waiting.popleft())
         if not self._live:
@@ -118,7 +120,7 @@ class ScaleScheduler:
         return promised + sum(map(self._prefix_pages, kept)) <= pool.pages
 
     def _forget_negatives(self, keep: tuple[int, ...]) -> None:
-        """Free negative prompts that no live request uses."""
+        """Free the prefixes of negative prompts that no live request uses, except `keep`."""
         used = {request.negative for request in self._live} | {keep}
         for ids in [ids for ids in self._negative if ids not in used]:
             self._negative.pop(ids).table.release()

@@ -1,4 +1,4 @@
-"""Conversations to tokens and tokens to text, with the Hugging Face `tokenizers` library and the bundle's `tokenizer.json`."""
+"""Conversations to token ids, and token ids to text, with the bundle's chat template and `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt
 __all__ = ["ChatText", "TextStream"]
 
 _INCOMPLETE = "\ufffd"
-"""What bytes that are no character yet decode to."""
+"""What the bytes of an incomplete character decode to."""
 
 
 class TextStream:
-    """Tokens to text, piece by piece: a character is given when its last byte is there. The pieces together are the text."""
+    """Decodes an answer token by token into pieces of whole characters. The pieces together are the answer's text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -26,17 +26,17 @@ class TextStream:
         self._context = self._given = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, often none."""
+        """The text that `token` completes; empty while a character is incomplete."""
         self._ids.append(token)
         piece = self._rest()
         if piece.endswith(_INCOMPLETE):
             return ""
-        # Decoding begins at the piece before: what stands first may lose its leading space.
+        # The piece before is decoded again, because the first token of a decoded text may lose its leading space.
         self._context, self._given = self._given, len(self._ids)
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: bytes that never became a character, as U+FFFD."""
+        """The rest at the end: bytes of an incomplete character, as U+FFFD."""
         piece, self._given = self._rest(), len(self._ids)
         return piece
 
@@ -47,13 +47,13 @@ class TextStream:
 
 
 class ChatText:
-    """Writes conversations in a model's template.
+    """Writes conversations in a model's chat template.
 
-    Questions are text: what looks like a control token in one is spelled out.
+    Questions are plain text: the name of a control token in a question is encoded as ordinary text.
 
     Args:
         path: the bundle's `tokenizer.json`, read when it is first needed.
-        template: of the model.
+        template: the model's chat template.
     """
 
     def __init__(self, path: Path, template: ChatTemplate) -> None:
@@ -70,11 +70,11 @@ class ChatText:
         return self._loaded
 
     def stream(self) -> TextStream:
-        """For one answer."""
+        """A decoder for one answer."""
         return TextStream(self._tokenizer)
 
     def first(self, images: Sequence[ImageBlock], question: str) -> TokenPrompt:
-        """A conversation's first question. Its beginnings up to each picture are shared with others.
+        """The first question of a conversation. Its prefixes up to each image may be shared with other prompts.
 
         Raises:
             PromptError: the question is empty or no text.
@@ -90,13 +90,13 @@ class ChatText:
         return TokenPrompt(tuple(blocks), tuple(range(2, len(blocks), 2)))
 
     def next(self, history: TokenPrompt, unread: Sequence[int], question: str) -> TokenPrompt:
-        """A later question, after the `unread` rest of the last answer. Errors as in `first`."""
+        """A later question, after `unread`, the tokens of the last answer that were never run. Errors as in `first`."""
         t = self._template
         asked = self._ids([*t.closing, *t.user, _checked(question), *t.assistant])
         return history.followed_by([*unread, *asked], shared=False)
 
     def _ids(self, parts: Iterable[int | str]) -> tuple[int, ...]:
-        """Token ids of a template's parts; texts that meet are one text."""
+        """Token ids of a template's parts; neighbouring texts are tokenized as one, as in the released code."""
         ids: list[int] = []
         text = ""
         for part in (*parts, -1):

@@ -1,4 +1,4 @@
-"""Whatever names an image - a file, codes, features - to the features that a language model reads."""
+"""Images in any form - file, array, codes, features - to the quantized features that an understander reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REMEMBERED = 64
 
 
 class ImageFeatures:
-    """Encodes images once. Safe to call from several threads.
+    """Gives images' features, and encodes each image once. Safe to call from several threads.
 
     Args:
         tokenizer: the tokenizer that the model reads; its encoder is loaded for the first image that is not codes.
@@ -42,7 +42,7 @@ class ImageFeatures:
         self._lock = threading.Lock()
 
     def of_all(self, images: ImageInput | Sequence[ImageInput] | None) -> list[ImageBlock]:
-        """One image, or a list of several.
+        """The features of one image, or of each image in a list.
 
         Raises:
             ArgumentError: none was given.
@@ -53,7 +53,7 @@ class ImageFeatures:
         given = [image for image in several if image is not None]
         if not given or len(given) < len(several):
             raise ArgumentError(
-                "No image was given, and this model answers questions about pictures.",
+                "No image was given, and this model answers questions about images.",
                 "Give a path, a PIL image, Codes or features, or a list of them.",
             )
         return [self._of(image) for image in given]

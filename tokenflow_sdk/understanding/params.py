@@ -1,4 +1,4 @@
-"""How an answer's tokens are drawn: the settings, and the draw in NumPy."""
+"""`AnswerParams`, the settings of an answer, and sampling of tokens in NumPy."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class AnswerParams:
 
 
 def sample_token(logits: NDArray[np.floating], params: AnswerParams, answer: Sequence[int], noise: float) -> int:
-    """The next token of one row, the twin of the head graph.
+    """Sample the next token of one row in NumPy, as the `head` graph does; the oracle of its tests.
 
     Args:
         logits: [V], as the model gives them.

@@ -1,7 +1,7 @@
-"""Pages of beginnings that may come again: of a picture, of a conversation so far.
+"""The prefix cache: pages of prompts' prefixes that other prompts may begin with, e.g. an image, or a conversation so far.
 
-A beginning is named by a digest of all its tokens and pictures. The cache holds a fork of its table, so its pages stay while
-somebody uses them; those that nobody else uses are given back when others need room, least recently used first.
+A prefix is known by the digest of all its tokens and images. The cache holds forks of block tables, so pages stay while anybody
+uses them; those that only the cache holds are given back when others need room, least recently used first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["PrefixCache"]
 
 
 class PrefixCache:
-    """Digests and tables. Not safe for several threads: its owner locks."""
+    """Block tables by the digest of their prefix. Not safe for several threads: its owner locks."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[bytes, PageTable] = OrderedDict()
@@ -24,7 +24,7 @@ class PrefixCache:
         return len(self._tables)
 
     def find(self, digests: Iterable[bytes]) -> PageTable | None:
-        """A fork of the first of some beginnings that is here; the caller releases it."""
+        """A fork of the table of the first digest that is here, or None; the caller releases it."""
         for digest in digests:
             if digest in self._tables:
                 self._tables.move_to_end(digest)
@@ -32,13 +32,13 @@ class PrefixCache:
         return None
 
     def put(self, digest: bytes, table: PageTable, length: int) -> None:
-        """Keep a fork of the first `length` tokens of `table` under `digest`; no other if one is here already."""
+        """Keep a fork of the first `length` tokens of `table` under `digest`, unless that digest is here already."""
         if digest not in self._tables:
             self._tables[digest] = table.fork(length)
         self._tables.move_to_end(digest)
 
     def evict(self) -> bool:
-        """Let go of the least recently used table; whether there was one."""
+        """Release the least recently used table; False if there is none."""
         if not self._tables:
             return False
         self._tables.popitem(last=False)[1].release()

@@ -1,4 +1,4 @@
-"""A conversation as a language model reads it: token ids and pictures in order."""
+"""A conversation as the language model reads it: blocks of token ids and of image features, in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Block", "ImageBlock", "TokenPrompt", "split_blocks"]
 
 @dataclass(frozen=True, eq=False)
 class ImageBlock:
-    """One picture: its quantized features float32 [N, C], which take the places of N tokens."""
+    """One image: its quantized features float32 [N, C], which take the places of N tokens."""
 
     features: NDArray[np.float32]
 
@@ -34,21 +34,28 @@ Block: TypeAlias = "tuple[int, ...] | ImageBlock"
 
 @dataclass(frozen=True, eq=False)
 class TokenPrompt:
-    """Blocks in order. `shared` counts blocks, ascending: a beginning of so many may be met again, so its pages are kept."""
+    """The blocks of a conversation.
+
+    `shared` are numbers of blocks, ascending: other prompts may begin with the same first blocks, so the pages of these
+    prefixes are worth keeping.
+    """
 
     blocks: tuple[Block, ...]
     shared: tuple[int, ...]
 
     def __len__(self) -> int:
-        """Tokens, those of pictures included."""
+        """Tokens, those of images included."""
         return sum(map(len, self.blocks))
 
     @cached_property
     def prefix_boundaries(self) -> tuple[tuple[int, bytes], ...]:
-        """Length and digest of each beginning in `shared`, ascending. Where blocks end inside it does not matter."""
+        """Length in tokens and SHA-256 of each prefix in `shared`, ascending.
+
+        The digest is of the content alone: how a prefix is divided into blocks of text does not matter.
+        """
         state, length, found = hashlib.sha256(), 0, []
         for number, block in enumerate(self.blocks, start=1):
-            # Ids are never negative, so no text can pass for a picture.
+            # Token ids are never negative, so no text has the digest of an image.
             marked = (-1, len(block)) if isinstance(block, ImageBlock) else block
             state.update(np.asarray(marked, np.int64).tobytes())
             if isinstance(block, ImageBlock):
@@ -59,13 +66,13 @@ class TokenPrompt:
         return tuple(found)
 
     def followed_by(self, ids: Sequence[int], shared: bool) -> TokenPrompt:
-        """This prompt and then some tokens; `shared` says whether all of it may be met again."""
+        """This prompt and then some tokens; `shared`: whether the whole may be the prefix of another prompt."""
         blocks = (*self.blocks, tuple(ids))
         return TokenPrompt(blocks, (*self.shared, len(blocks)) if shared else self.shared)
 
 
 def split_blocks(blocks: Sequence[Block], count: int) -> tuple[list[Block], list[Block]]:
-    """The first `count` tokens of some blocks, and the rest; neither has empty blocks."""
+    """Split blocks after `count` tokens. Neither part has empty blocks."""
     first: list[Block] = []
     rest: list[Block] = []
     for block in blocks:

@@ -1,7 +1,7 @@
-"""Which answers take the next step: all of them, and one newcomer reads a piece of its prompt before.
+"""Schedules answers: each step runs one chunk of one prompt, and then one token of every answer that has begun.
 
-Prompts are read one after another, in pieces, so that running answers wait for a piece at most, and a second question about the
-same picture finds the first one's pages.
+Prompts are prefilled one after another, in chunks. So running answers wait for one chunk at most between two tokens, and the
+second of two questions about the same image finds the first one's pages in the prefix cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["TokenScheduler"]
 
 
 class TokenScheduler:
-    """Requests over one loop. Not safe for several threads: its owner locks.
+    """Admits requests to the pool and runs them on one loop. Not safe for several threads: its owner locks.
 
-    A request begins when its worst case fits beside those of all live ones, so a step never runs out of pages: what only the
-    prefix cache holds counts as free, and is given back when it is needed.
+    A request is admitted when the pages it can need at most fit beside those of all live requests, so a step never runs out of
+    pages. Pages that only the prefix cache holds count as free; they are evicted when they are needed.
     """
 
     def __init__(self, loop: TokenLoop) -> None:
@@ -33,11 +33,11 @@ class TokenScheduler:
         self._live: list[AnswerRequest] = []
 
     def check(self, request: AnswerRequest) -> None:
-        """Whether a request could ever be taken.
+        """Raise if a request could never run.
 
         Raises:
             PromptError: prompt and answer are longer than the model reads.
-            PagesExhausted: it would not fit even alone.
+            PagesExhausted: it needs more pages than the pool has.
         """
         pool, config = self.loop.transformer.pool, self.loop.config
         total = len(request.prompt) + request.params.max_tokens
@@ -51,12 +51,12 @@ class TokenScheduler:
             raise PagesExhausted(self._pages(request), pool.pages, pool.pages)
 
     def submit(self, request: AnswerRequest) -> None:
-        """Take a request. Errors as in `check`."""
+        """Queue a request. Errors as in `check`."""
         self.check(request)
         self._waiting.append(request)
 
     def remove(self, request: AnswerRequest) -> None:
-        """Forget a request and free its pages; its tokens stay. A finished one has been forgotten already."""
+        """Drop a request and free its pages; its tokens stay. Dropping a finished request does nothing."""
         if request in self._live:
             self._live.remove(request)
             if request.table is not None:
@@ -65,7 +65,7 @@ class TokenScheduler:
             self._waiting.remove(request)
 
     def step(self) -> None:
-        """Read a piece of the oldest unread prompt, then add a token to every answer that has begun."""
+        """Prefill one chunk of the oldest waiting prompt, then decode one token of every answer that has begun."""
         if all(request.pending is None for request in self._live):
             self._admit()
         for request in [request for request in self._live if request.pending is not None]:
@@ -75,7 +75,7 @@ class TokenScheduler:
             self._run(answering[start : start + most], self._decode)
 
     def _admit(self) -> None:
-        """Begin the request that has waited longest, if it fits."""
+        """Admit the request that has waited longest, if its pages fit."""
         if not self._waiting:
             return
         request = self._waiting[0]
@@ -104,7 +104,7 @@ class TokenScheduler:
         self.loop.decode(requests)
 
     def _run(self, requests: Sequence[AnswerRequest], work: Callable[[Sequence[AnswerRequest]], None]) -> None:
-        """Do a part of a step. Those it was for leave when they are done, or with the error when it fails; others go on."""
+        """Run a part of a step for some requests. They leave when they are finished, or with its error; others go on."""
         try:
             work(requests)
         except BaseException as error:
@@ -120,17 +120,18 @@ class TokenScheduler:
                 self.remove(request)
 
     def _keep(self, request: AnswerRequest) -> None:
+        """Put the pages of a finished turn of a conversation into the prefix cache."""
         if request.keep and request.table is not None:
             length, digest = request.history.prefix_boundaries[-1]
             self.cache.put(digest, request.table, length)
 
     def _pages(self, request: AnswerRequest) -> int:
-        """Pages of a request by its end at most."""
+        """Pages that a request holds at its end at most."""
         return pages_for(request.most_stored, self.loop.transformer.pool.page_size)
 
     @staticmethod
     def _committed(tables: Sequence[tuple[PageTable, int]]) -> int:
-        """Pages that some live tables hold together and may still ask for, given how many each has by its end."""
+        """Pages that some tables hold together and may still need; each table comes with its number of pages at the end."""
         holders = Counter(page for table, _ in tables for page in table.pages)
         more = 0
         for table, pages in tables:
@@ -139,7 +140,7 @@ class TokenScheduler:
         return len(holders) + more
 
     def _make_room(self, tables: Iterable[PageTable], count: int) -> None:
-        """Give back what only the cache holds until `count` more tokens fit each table."""
+        """Evict from the prefix cache until each table has room for `count` more tokens."""
         tables = list(tables)
         pool = self.loop.transformer.pool
         while sum(table.needs(count) for table in tables) > pool.free and self.cache.evict():

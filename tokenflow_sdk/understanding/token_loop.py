@@ -1,7 +1,7 @@
-"""Answering token by token over the paged cache (spec section 5): the loop's arithmetic, without queues or threads.
+"""The next-token loop: prefills prompts and decodes answers over paged keys and values (docs/model.md, section 5).
 
-A request is one question and its answer. Its prompt is run in pieces of any length, then each step adds one token to every
-answer that it is given.
+Arithmetic only, without queues or threads. A prompt is prefilled in chunks of any length; then each step adds one token to
+every answer that it is given.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ __all__ = ["AnswerRequest", "TokenLoop"]
 
 @dataclass(eq=False)
 class AnswerRequest:
-    """One question and its answer. `table` exists from its first step to its last."""
+    """One question and its answer. `table`, its block table, exists from its first step to its last."""
 
     prompt: TokenPrompt
     params: AnswerParams
     keep: bool
-    """Whether the pages stay afterwards, for a next question of the same conversation."""
+    """Whether its pages go to the prefix cache afterwards, for a next question of the same conversation."""
     began: float
     """When it was asked, in seconds of `perf_counter`."""
     table: PageTable | None = None
     pending: list[Block] | None = None
-    """What of the prompt is still to run; None before and after."""
+    """Blocks of the prompt that are still to be prefilled; None before and after prefilling."""
     tokens: list[int] = field(default_factory=list)
     timings: list[float] = field(default_factory=list)
-    """Seconds from the beginning to each token, and to the one that ended it."""
+    """Seconds from `began` to each token, and to the stop token."""
     cached: int = 0
-    """Tokens of the prompt whose pages were there already."""
+    """Tokens of the prompt whose pages came from the prefix cache."""
     finish: Literal["stop", "length"] | None = None
     error: BaseException | None = None
-    """Why it cannot go on: a step that it shared failed."""
+    """What a step for this request raised; it cannot go on."""
 
     def reached(self, count: int) -> bool:
         """Whether it has `count` tokens, or is finished with fewer."""
@@ -57,21 +57,21 @@ class AnswerRequest:
 
     @property
     def most_stored(self) -> int:
-        """Tokens in the pages by the end of the answer at most: its last one is never run."""
+        """Tokens in its pages at the end at most. The last token of an answer is never run, so it is not stored."""
         return len(self.prompt) + self.params.max_tokens - 1
 
     @property
     def history(self) -> TokenPrompt:
-        """Prompt and answer as the pages hold them once it is finished."""
+        """Prompt and answer as the pages hold them once the answer is finished."""
         return self.prompt.followed_by(self.tokens if self.finish == "stop" else self.tokens[:-1], shared=True)
 
 
 class TokenLoop:
-    """The loop over one model.
+    """Runs the graphs of one understander.
 
     Args:
-        config: sizes.
-        sessions: `embed_text`, `project` and `head`.
+        config: sizes of the model.
+        sessions: its graphs `embed_text`, `project` and `head`.
         transformer: the paged transformer.
     """
 
@@ -81,12 +81,12 @@ class TokenLoop:
         self._sessions = sessions
 
     def begin(self, request: AnswerRequest, table: PageTable) -> None:
-        """Go on after what `table` holds of the prompt already."""
+        """Start a request whose table holds the first tokens of its prompt already, or none."""
         request.table, request.cached = table, table.length
         request.pending = split_blocks(request.prompt.blocks, table.length)[1]
 
     def prefill(self, request: AnswerRequest, count: int) -> None:
-        """Run the next `count` tokens of the prompt; after its last, draw the first token of the answer.
+        """Prefill the next `count` tokens of the prompt; after the last of them, sample the answer's first token.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the request must then be given up.
@@ -96,23 +96,23 @@ class TokenLoop:
         hidden = self._step(self._embed(blocks), [request.table])
         if not request.pending:
             request.pending = None
-            self._draw([request], hidden[-1:])
+            self._sample([request], hidden[-1:])
 
     def decode(self, requests: Sequence[AnswerRequest]) -> None:
-        """One more token for each answer.
+        """Sample one more token of each answer.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the requests must then be given up.
         """
         ids = np.asarray([[request.tokens[-1]] for request in requests], np.int32)
         embeddings = self._sessions["embed_text"].run_resident({"token_ids": ids})["embeddings"]
-        self._draw(requests, self._step(embeddings, [request.table for request in requests if request.table is not None]))
+        self._sample(requests, self._step(embeddings, [request.table for request in requests if request.table is not None]))
 
     def _embed(self, blocks: Sequence[Block]) -> Tensor:
-        """Embeddings [1, Q, H] of a piece of a prompt: of one block where its graph left them, of several on the host."""
+        """Embeddings [1, Q, H] of a chunk: where the graph left them if it is one block, else joined on the host."""
         if len(blocks) == 1:
             return self._embed_block(blocks[0])
-        # Copied one by one: two texts come out of the same graph.
+        # Copied one by one: a session's result is valid until its next run, and two texts come from the same session.
         return np.concatenate([np.array(self._embed_block(block)) for block in blocks], axis=1)
 
     def _embed_block(self, block: Block) -> Tensor:
@@ -121,7 +121,7 @@ class TokenLoop:
         return self._sessions["embed_text"].run_resident({"token_ids": np.asarray([block], np.int32)})["embeddings"]
 
     def _step(self, embeddings: Tensor, tables: Sequence[PageTable]) -> Tensor:
-        """Embeddings [B, Q, H] after what the tables hold -> hidden states [B * Q, H], where the graph left them; stored."""
+        """Run embeddings [B, Q, H] after the tokens in the tables, store keys and values; hidden states [B * Q, H]."""
         batch, length, width = embeddings.shape
         context = [table.length for table in tables]
         own = np.arange(length, dtype=np.int32)
@@ -136,10 +136,10 @@ class TokenLoop:
         self.transformer.store(output, tables)
         return output.hidden.reshape(batch * length, width)
 
-    def _draw(self, requests: Sequence[AnswerRequest], hidden: Tensor) -> None:
-        """The next token of each answer from hidden states [B, H]."""
+    def _sample(self, requests: Sequence[AnswerRequest], hidden: Tensor) -> None:
+        """Sample the next token of each answer from hidden states [B, H]."""
         params = [request.params for request in requests]
-        # A penalty falls on the answer's own tokens; rows are filled up with one of them.
+        # The repetition penalty is for the answer's own tokens. Shorter rows are filled with a token they have.
         seen = [list(dict.fromkeys(t.tokens)) if t.tokens and t.params.repetition_penalty != 1 else [0] for t in requests]
         longest = max(map(len, seen))
         top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
