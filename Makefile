@@ -1,29 +1,29 @@
 # Two commands do all their own set-up in .venv: `make demo` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint bench bench-gpu tiny-data tiny clean
+.PHONY: help install demo test test-one test-slow test-gpu lint bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 
-$(VENV)/bin/python:
+$(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old; use Python 3.10 or newer: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "error: Python's venv module does not work; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 
 # Installed sets are remembered by stamps, so that a second run starts at once.
-$(VENV)/.cpu: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.cpu: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "installing the runtime into $(VENV)"
 	@$(PIP) --editable '.[cpu,generate]'
 	@touch $@
 
-$(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "installing the runtime and the exporter into $(VENV) (PyTorch included: some minutes)"
 	@$(PIP) --editable '.[cpu,export]'
 	@touch $@
@@ -65,6 +65,9 @@ demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, wi
 test: $(VENV)/.dev ## the everyday tests, minutes
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile
 
+test-one: $(VENV)/.dev ## one file or test: make test-one T=tests/pictures/test_codes.py
+	@$(BIN)/python -m pytest $(T)
+
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
@@ -75,11 +78,14 @@ test-gpu: .venv-gpu/.tensorrt ## what only a GPU shows, with TensorRT and onnxru
 		status=$$?; [ $$status -le $$worst ] || worst=$$status; \
 	done; exit $$worst
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## ruff, mypy, the import contracts, and the forms of GitHub
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py

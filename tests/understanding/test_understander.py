@@ -241,15 +241,15 @@ def test_the_head_graph_is_its_numpy_twin(understander: Understander) -> None:
     ]
     turns = [understander._request(features(0), "what?", params) for params in settings]
     loop = understander._runner.model.scheduler.loop
-    plain, orders = loop._draw, []
+    plain, orders = loop._sample, []
 
     def noting(given: Sequence[AnswerRequest], hidden: np.ndarray) -> None:
         orders.append([turns.index(turn) for turn in given])
         plain(given, hidden)
 
-    loop._draw = noting  # type: ignore[method-assign]
+    loop._sample = noting  # type: ignore[method-assign]
     _, steps = recorded(understander, lambda: understander._answering.answers(turns))
-    loop._draw = plain  # type: ignore[method-assign]
+    loop._sample = plain  # type: ignore[method-assign]
     drawn = [0] * len(turns)
     same = total = 0
     for order, logits in zip(orders, steps, strict=True):
