@@ -67,6 +67,14 @@ def test_all_names_what_is_public() -> None:
     assert all(hasattr(tokenflow_sdk, name) for name in tokenflow_sdk.__all__)
 
 
+def test_imports_run_one_way() -> None:
+    """The contracts in pyproject.toml: each package imports only from those below it."""
+    command = [Path(sys.executable).parent / "lint-imports", "--no-logo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "3 kept, 0 broken" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -> None:
     """What a device gets: the wheel with its bundled model and one engine, no repository and no torch."""

@@ -197,3 +197,15 @@ def test_ctrl_c_leaves_no_partial_file(mini_bundle: Path, here: Path) -> None:
     made = os.listdir("out")
     assert 0 < len(made) < 300
     assert all(Codes.load(here / "out" / name).complete for name in made)
+
+
+def test_the_exporter_is_reached_by_both_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "export" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", "standin", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: tokenflow export standin" in shown
+    command = [sys.executable, "-m", "tokenflow_export", "standin", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == shown.split()
