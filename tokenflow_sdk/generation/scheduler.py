@@ -14,6 +14,7 @@ from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
 from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.request_runner import Progress
 
 __all__ = ["ImageRequest", "ScaleScheduler"]
 
@@ -31,6 +32,7 @@ class ImageRequest:
     n: int
     images: list[ImageState] = field(default_factory=list)
     waited: int = 0
+    progress: Progress = field(default_factory=Progress)
     error: BaseException | None = None
     """What a step for this request raised; it cannot go on."""
 
@@ -90,7 +92,11 @@ class ScaleScheduler:
     def step(self) -> None:
         """Admit the requests that fit, then sample one scale for one group."""
         while self._waiting and self._fits(self._waiting[0]):
-            self._admit(self._waiting.popleft())
+            request = self._waiting.popleft()
+            try:
+                self._admit(request)
+            except BaseException as error:
+                request.error = error
         if not self._live:
             return
         newest = min(self._live, key=lambda request: request.scale)
@@ -103,7 +109,6 @@ class ScaleScheduler:
             for request in group:
                 request.error = error
                 self.remove(request)
-            raise
         for request in list(self._live):
             request.waited = 0 if request in group else request.waited + 1
             if request.scale == len(self.loop.config.patch_nums):
@@ -130,6 +135,8 @@ class ScaleScheduler:
             self._negative[request.negative] = self.loop.prefill(request.negative)
         prefix = self.loop.prefill(request.prompt)
         negative = self._negative[request.negative]
-        request.images = [self.loop.start(request.params, i, prefix, negative) for i in range(request.n)]
-        prefix.table.release()
+        try:
+            request.images = [self.loop.start(request.params, i, prefix, negative) for i in range(request.n)]
+        finally:
+            prefix.table.release()
         self._live.append(request)

@@ -111,8 +111,6 @@ class TokenScheduler:
             for request in requests:
                 request.error = error
                 self.remove(request)
-            if not isinstance(error, Exception):
-                raise
             return
         for request in requests:
             if request.finish is not None:

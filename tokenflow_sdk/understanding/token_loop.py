@@ -18,6 +18,7 @@ from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.request_runner import Progress
 from tokenflow_sdk.understanding.params import AnswerParams
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
@@ -43,6 +44,7 @@ class AnswerRequest:
     cached: int = 0
     """Tokens of the prompt whose pages came from the prefix cache."""
     finish: Literal["stop", "length"] | None = None
+    progress: Progress = field(default_factory=Progress)
     error: BaseException | None = None
     """What a step for this request raised; it cannot go on."""
 
