@@ -25,7 +25,7 @@ def slow_pack(indices: list[int], bits: int) -> bytes:
 
 
 def slow_read(data: bytes) -> tuple[Header, list[int]]:
-    """The oracle of reading, by docs/tfc-format.md alone: bit by bit, each checksum from the file's beginning."""
+    """The oracle of reading, by docs/reference/tfc-format.md alone: bit by bit, each checksum from the file's beginning."""
 
     def number(at: int, size: int) -> int:
         return sum(data[at + i] << 8 * i for i in range(size))

@@ -1,4 +1,4 @@
-"""Drawing images scale by scale over the paged cache (spec section 4): the loop's arithmetic, without requests or threads.
+"""The next-scale loop over the paged cache (docs/model.md, section 4): its arithmetic, without requests or threads.
 
 An image has two rows in the cache, one that follows the prompt and one that follows the negative prompt. At each scale
 both rows take one step over their pages; refinement passes take the same step again with other inputs, and only the first

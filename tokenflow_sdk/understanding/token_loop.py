@@ -1,4 +1,4 @@
-"""Answering token by token over the paged cache (spec section 5): the loop's arithmetic, without queues or threads.
+"""Answering token by token over the paged cache (docs/model.md, section 5): the loop's arithmetic, without queues or threads.
 
 A request is one question and its answer. Its prompt is run in pieces of any length, then each step adds one token to every
 answer that it is given.
