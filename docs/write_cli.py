@@ -1,7 +1,7 @@
 """Writes docs/reference/cli.md from the parsers of `tokenflow` and `tokenflow export`: `python docs/write_cli.py`.
 
-The page is made from what the parsers hold, because argparse formats help differently in each version of Python. A test fails when
-the file is not what this gives.
+It is made from what the parsers hold, because each version of Python formats help differently. A test fails when the file is
+not what this gives.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PAGE = Path(__file__).parent / "reference" / "cli.md"
 _HEAD = """\
 # Command line
 
-Written by `docs/write_cli.py` from the parsers; `tokenflow COMMAND --help` prints the same. The exit status is 0 when all went well, 1
-when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C.
+Written by `docs/write_cli.py` from the parsers; `tokenflow COMMAND --help` says the same. The exit status is 0 when all went well,
+1 when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C.
 
 """
 
