@@ -75,7 +75,7 @@ ROUNDED = Tolerances(0.1, 0.975, 1e-2, float("inf"), 0.999, 45.0)
 """For half precision: rounding moves latents by about 1e-3, which decides near ties differently."""
 EIGHT_BIT_PSNR = 40.0
 """dB that pictures of an int8 or fp8 decoder must reach: far less than a tokenizer itself loses, while wrong scales fall below.
-docs/tensorrt.md has figures."""
+docs/guides/precision.md has figures."""
 
 Float32 = NDArray[np.float32]
 
