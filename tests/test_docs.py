@@ -249,6 +249,7 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "install",
         "demo",
         "test",
+        "test-one",
         "test-slow",
         "test-gpu",
         "lint",

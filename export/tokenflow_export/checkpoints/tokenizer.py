@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.checkpoints.strict import Shapes, key_problems
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_model", "read_state_dict", "recognise", "released_shapes", "resolve"]
