@@ -99,7 +99,7 @@ class Engines:
             ),
         )
 
-    def changed(self, build_config: BuildConfig) -> Engines:
+    def with_build_config(self, build_config: BuildConfig) -> Engines:
         """The same bundle's engines by another build config."""
         return Engines(self.bundle, build_config, self._cuda.device, self.cache, self._execution_contexts, self._cuda_graphs)
 
