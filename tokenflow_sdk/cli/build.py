@@ -118,7 +118,7 @@ def _build_config(arguments: argparse.Namespace) -> BuildConfig:
     except ValueError as error:
         raise ArgumentError(f"--batch {arguments.batch!r} is no list of sizes.", "Write it as --batch 1,8,32.") from error
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
-    return base.changed(
+    return base.with_overrides(
         backend=arguments.backend,
         targets=targets,
         precision=arguments.precision,

@@ -129,7 +129,7 @@ class BuildConfig:
             words.append(f"--workspace-gb {self.workspace_gb:g}")
         return " ".join(words)
 
-    def changed(self, **values: Any) -> BuildConfig:
+    def with_overrides(self, **values: Any) -> BuildConfig:
         """This build_config with what is not None in `values`."""
         return replace(self, **{key: value for key, value in values.items() if value is not None})
 

@@ -46,7 +46,7 @@ def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, back
     build_config = options.loaded_build_config() or BuildConfig()
     least, usual, most = build_config.batch
     batch = (least, usual, max(most, needs.batch))
-    build_config = build_config.changed(backend=backend or options.backend, batch=batch, pages=needs.pages)
+    build_config = build_config.with_overrides(backend=backend or options.backend, batch=batch, pages=needs.pages)
     engines = Engines(
         bundle,
         build_config,

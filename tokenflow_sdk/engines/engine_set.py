@@ -62,7 +62,7 @@ class Engines:
         self.pages = pool_pages(bundle.config, build_config)
         """Pages of a language model's pool, which its engine is built for; 0 for a tokenizer."""
         self._verified: dict[str, CachedEngine] = {}
-        here = build_config.changed(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
+        here = build_config.with_overrides(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
         self.jobs: dict[str, EngineJob] = {job.key.graph: job for job in engine_jobs(bundle, here, self._trt, device)}
 
     def missing(self) -> list[EngineJob]:
