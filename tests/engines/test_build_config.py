@@ -75,7 +75,7 @@ def test_a_plan_is_stored_with_its_engines_and_read_again() -> None:
 
 def test_what_engines_of_a_plan_can_take() -> None:
     build_config = BuildConfig(batch=(1, 2, 4), pages=70)
-    assert [build_config.covers(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
+    assert [build_config.supports(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
         True,
         False,
         True,

@@ -110,7 +110,7 @@ class BuildConfig:
         values = asdict(replace(self, targets=()))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def covers(self, batch: int, pages: int | None) -> bool:
+    def supports(self, batch: int, pages: int | None) -> bool:
         """Whether its engines take so many pictures in a call, and have so many pages (None: any)."""
         return batch <= self.batch[2] and pages in (None, self.pages)
 

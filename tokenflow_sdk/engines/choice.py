@@ -64,7 +64,7 @@ def _built(engines: Engines, needs: Needs) -> Engines:
     for build_config in engines.other_build_configs():
         # A decoder's ranges may be gone from the bundle since.
         with suppress(TokenFlowError):
-            if build_config.covers(needs.batch, needs.pages) and (other := engines.with_build_config(build_config)).usable():
+            if build_config.supports(needs.batch, needs.pages) and (other := engines.with_build_config(build_config)).usable():
                 return other
     return engines
 
