@@ -80,7 +80,7 @@ class EngineKey:
     system: str = f"{platform.system()}-{platform.machine()}".lower()
 
     @property
-    def place(self) -> tuple[str, str, str, str]:
+    def runtime_and_gpu(self) -> tuple[str, str, str, str]:
         """Where engines run that differ in nothing else: TensorRT and GPU."""
         return self.flavour, self.version, self.target, self.gpu
 

@@ -80,11 +80,11 @@ class Engines:
         """Plans that other engines of this bundle were built by, for this TensorRT and GPU: half precision first, then the
         smallest batches."""
         graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
-        here = {job.key.place for job in self.jobs.values()}
+        here = {job.key.runtime_and_gpu for job in self.jobs.values()}
         found = {
             BuildConfig.from_json(engine.build_config)
             for engine in self.cache.entries()
-            if engine.key.graph_sha256 in graphs and engine.key.place in here
+            if engine.key.graph_sha256 in graphs and engine.key.runtime_and_gpu in here
         }
         build_configs = [
             build_config for build_config in found if build_config is not None and build_config != self.build_config
