@@ -54,10 +54,10 @@ def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, back
         execution_contexts=options.execution_contexts,
         cuda_graphs=options.cuda_graphs,
     )
-    return engines if options.build_config is not None else _built(engines, needs)
+    return engines if options.build_config is not None else _prefer_built(engines, needs)
 
 
-def _built(engines: Engines, needs: Needs) -> Engines:
+def _prefer_built(engines: Engines, needs: Needs) -> Engines:
     """Engines that are there and were not refused, by whatever build config; else those that were asked for."""
     if engines.usable():
         return engines
@@ -85,11 +85,11 @@ def survey(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     """Every way to run a bundle here, the best first. Looking at one costs nothing until it is asked for."""
     if options.device != "cpu":
         for flavour in FLAVOURS:
-            yield _tensorrt(bundle, options, needs, flavour)
-    yield from _onnxruntime(bundle, options.session)
+            yield _tensorrt_candidate(bundle, options, needs, flavour)
+    yield from _onnxruntime_candidates(bundle, options.session)
 
 
-def _tensorrt(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
+def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
     try:
         engines = engines_for(bundle, options, needs, flavour)
         missing, certificate = engines.missing(), engines.certificate()
@@ -106,7 +106,7 @@ def _tensorrt(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavou
     return Candidate(flavour, flavour, True, why, engines=engines)
 
 
-def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
+def _onnxruntime_candidates(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
     try:
         available = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
@@ -114,17 +114,17 @@ def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candi
         return
     if options.device != "cpu":
         cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
-        problem = _why_not(bundle, cuda, CUDA in available, driver_problem)
+        problem = _provider_problem(bundle, cuda, CUDA in available, driver_problem)
         yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
     if not options.device.startswith("cuda"):
         providers = (OPENVINO, CPU)
         openvino = replace(options, device="auto", providers=providers)
-        problem = _why_not(bundle, openvino, OPENVINO in available, _processor_problem)
+        problem = _provider_problem(bundle, openvino, OPENVINO in available, _processor_problem)
         yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
         yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
 
 
-def _why_not(
+def _provider_problem(
     bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
 ) -> str | None:
     """Why a provider does not run here; None: it does. onnxruntime names those too whose libraries are missing, so the smallest
