@@ -47,7 +47,7 @@ def _print_choice(bundle: Bundle[Any]) -> None:
     table, chosen = Table("backend", "here", "why"), None
     for candidate in survey(bundle, RuntimeOptions()):
         chosen = chosen or (candidate.title if candidate.usable else None)
-        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.why))
+        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.reason))
     stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
     stdout.print(table)
     _print_engines(bundle)

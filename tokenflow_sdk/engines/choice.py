@@ -76,7 +76,7 @@ class Candidate:
     title: str
     backend: str
     usable: bool
-    why: str
+    reason: str
     providers: tuple[str, ...] | None = None
     engines: Engines | None = None
 
@@ -102,8 +102,8 @@ def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Nee
         )
     if certificate is not None and not certificate.passed:
         return Candidate(flavour, flavour, False, f"its engines were refused: {'; '.join(certificate.failures)}")
-    why = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"
-    return Candidate(flavour, flavour, True, why, engines=engines)
+    reason = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"
+    return Candidate(flavour, flavour, True, reason, engines=engines)
 
 
 def _onnxruntime_candidates(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
