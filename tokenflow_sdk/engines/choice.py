@@ -18,7 +18,7 @@ from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.engine_set import Engines, shown_progress
+from tokenflow_sdk.engines.engine_set import Engines, progress_bar
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 
@@ -164,7 +164,7 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         return open_onnxruntime, replace(session, device="cpu") if cpu else session
     if options.backend in FLAVOURS:
         engines = engines_for(bundle, options, needs)
-        with shown_progress() as progress:
+        with progress_bar() as progress:
             engines.prepare(options.build, progress)
         return engines.open, session
     if options.providers is not None:

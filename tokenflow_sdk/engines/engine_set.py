@@ -22,7 +22,7 @@ from tokenflow_sdk.engines.profiles import pool_pages
 from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate, certify
 
-__all__ = ["Engines", "shown_progress"]
+__all__ = ["Engines", "progress_bar"]
 
 _PREFERRED = ("fp16", "bf16", "fp32")
 
@@ -195,7 +195,7 @@ def _named(progress: Progress, title: str) -> Progress:
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress | None]:
+def progress_bar() -> Iterator[Progress | None]:
     """A progress bar on a terminal where rich is installed; else nothing."""
     try:
         console = importlib.import_module("rich.console").Console(stderr=True)
