@@ -132,7 +132,7 @@ class Engines:
             )
         for number, job in enumerate(missing, 1):
             title = f"building {job.key.graph} ({number} of {len(missing)})"
-            job.run(self._trt, self.cache, None if progress is None else _named(progress, title))
+            job.run(self._trt, self.cache, None if progress is None else _with_title(progress, title))
         certificate = self.certificate() or self.recertify()
         certificate.require(
             f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._cuda.architecture}"
@@ -190,7 +190,7 @@ class Engines:
         )
 
 
-def _named(progress: Progress, title: str) -> Progress:
+def _with_title(progress: Progress, title: str) -> Progress:
     return lambda _, share: progress(title, share)
 
 
