@@ -76,7 +76,7 @@ def pool_pages(config: object, build_config: BuildConfig) -> int:
 def graph_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> dict[str, tuple[Profile, ...]]:
     """The profiles of each graph, by its name: of `profiles_of` what concerns the graph, without what is the same twice."""
     profiles = profiles_of(bundle, build_config)
-    return {name: _needed([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
+    return {name: _without_redundant([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
 
 
 def profiles_of(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
@@ -90,11 +90,15 @@ def profiles_of(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile
         return (Profile({"batch": build_config.batch}),)
     slots = config.layers * pool_pages(config, build_config)
     pool = {"slots": (slots, slots, slots), "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)}
-    steps = [_drawing(config, build_config)] if isinstance(config, GeneratorConfig) else _answering(config, build_config)
+    steps = (
+        [_generator_sizes(config, build_config)]
+        if isinstance(config, GeneratorConfig)
+        else _understander_sizes(config, build_config)
+    )
     return tuple(Profile(pool | step) for step in steps)
 
 
-def _needed(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+def _without_redundant(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     """Without those that an earlier or larger one makes superfluous."""
     kept: list[Profile] = []
     for profile in profiles:
@@ -103,7 +107,7 @@ def _needed(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     return tuple(kept)
 
 
-def _drawing(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, DimRange]:
+def _generator_sizes(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, DimRange]:
     least, usual, most = build_config.batch
     longest = config.prefix_length + 1
     table = pages_for(config.prefix_length + config.n_codes)
@@ -117,7 +121,7 @@ def _drawing(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, Di
     }
 
 
-def _answering(config: UnderstanderConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:
+def _understander_sizes(config: UnderstanderConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:
     """Steps of one token for every answer, which come most often, and pieces of one prompt."""
     piece = min(PREFILL_CHUNK, config.context)
     # No row can be longer than the pool, whatever the model reads.
