@@ -22,7 +22,7 @@ from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 
-__all__ = ["DimRange", "Profile", "Shapes", "graph_profiles", "pool_pages", "profiles_of"]
+__all__ = ["DimRange", "Profile", "Shapes", "graph_profiles", "pool_pages", "bundle_profiles"]
 
 DimRange = tuple[int, int, int]
 """Least, usual and largest size."""
@@ -74,12 +74,12 @@ def pool_pages(config: object, build_config: BuildConfig) -> int:
 
 
 def graph_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> dict[str, tuple[Profile, ...]]:
-    """The profiles of each graph, by its name: of `profiles_of` what concerns the graph, without what is the same twice."""
-    profiles = profiles_of(bundle, build_config)
+    """The profiles of each graph, by its name: of `bundle_profiles` what concerns the graph, without what is the same twice."""
+    profiles = bundle_profiles(bundle, build_config)
     return {name: _without_redundant([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
 
 
-def profiles_of(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
+def bundle_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
     """Sizes of everything that varies in a bundle's graphs, for the batches of a build config.
 
     More than one where not everything varies with everything else: an engine's working memory is for the largest sizes of a
