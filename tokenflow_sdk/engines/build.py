@@ -102,9 +102,9 @@ def build_engine(
     def work() -> bytes:
         # A build is for the GPU of the thread that it runs on.
         with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
-            return _build(trt, heard, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
+            return _build(trt, heard, graph, lambda builder: _builder_config(trt, builder, shapes, target, workspace, monitor))
 
-    return _on_thread(work, cancelled)
+    return _run_on_thread(work, cancelled)
 
 
 def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
@@ -114,23 +114,23 @@ def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any])
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
-    plan = builder.build_serialized_network(network, configure(builder))
-    if plan is None and not threading.main_thread().is_alive():
+        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _REPORT_HINT)
+    engine = builder.build_serialized_network(network, configure(builder))
+    if engine is None and not threading.main_thread().is_alive():
         raise EngineBuildError(
             f"Building {graph.name} was given up, because the program ended.", "Build ahead with `tokenflow build BUNDLE`."
         )
-    if plan is None:
+    if engine is None:
         raise EngineBuildError(
-            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
+            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _REPORT_HINT
         )
     ignored = [text for text in heard.warnings if "Unused Input" in text]
     if ignored:
-        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
-    return bytes(plan)
+        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _REPORT_HINT)
+    return bytes(engine)
 
 
-def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
+def _run_on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
     """What `work` returns or raises. Interrupted, it is cancelled first."""
     future: Future[bytes] = Future()
 
@@ -153,7 +153,7 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
     return future.result()
 
 
-def _configured(
+def _builder_config(
     trt: Any, builder: Any, profiles: Sequence[Mapping[str, Shapes]], target: str | None, workspace: int | None, monitor: Any
 ) -> Any:
     """A builder's configuration: shapes of the inputs by profile, target, memory."""
@@ -173,7 +173,7 @@ def _configured(
     return config
 
 
-_AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
+_REPORT_HINT = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
 
 
 def _set_target(trt: Any, config: Any, target: str) -> None:
