@@ -26,7 +26,7 @@ from tokenflow_sdk.files import write_atomic
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
 
 DEFAULT_LIMIT_GB = 20.0
-_ELSEWHERE = "Name another directory for engines in $TOKENFLOW_CACHE or with --cache."
+_OTHER_DIRECTORY_HINT = "Name another directory for engines in $TOKENFLOW_CACHE or with --cache."
 _SUFFIXES = (".json", ".engine", ".kernels")
 """Record, engine, and what TensorRT-RTX compiled from it."""
 
@@ -134,7 +134,7 @@ class EngineCache:
     def get(self, key: EngineKey) -> CachedEngine | None:
         """The engine of this key, if it is whole. Nothing is removed: another process may be writing it."""
         found = self._read(self._record(key))
-        if found is None or found.key != key or not _is_whole(found, self._record(key)):
+        if found is None or found.key != key or not _is_intact(found, self._record(key)):
             return None
         with suppress(OSError):
             # Recently used; a directory that cannot be written serves all the same.
@@ -159,7 +159,9 @@ class EngineCache:
             write_atomic(path, engine)
             write_atomic(self._record(key), json.dumps(record, indent=2).encode())
         except OutputError as error:
-            raise OutputError(error.message, f"Free some space (`tokenflow cache clear`), or n{_ELSEWHERE[1:]}") from error
+            raise OutputError(
+                error.message, f"Free some space (`tokenflow cache clear`), or n{_OTHER_DIRECTORY_HINT[1:]}"
+            ) from error
         self._evict()
         return CachedEngine(key, path, len(engine), {}, dict(build_config))
 
@@ -196,7 +198,7 @@ class EngineCache:
         except OSError as error:
             raise OutputError(
                 f"{self.directory} cannot be written: {error.strerror or error}.",
-                _ELSEWHERE,
+                _OTHER_DIRECTORY_HINT,
             ) from error
         try:
             yield
@@ -205,7 +207,7 @@ class EngineCache:
 
     def entries(self) -> list[CachedEngine]:
         """All engines with a readable record, most recently used first."""
-        records = sorted(self.directory.glob("*.json"), key=_used, reverse=True)
+        records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
@@ -242,11 +244,11 @@ class EngineCache:
         total = 0
         for engine in self.entries():
             total += engine.size
-            if total > self.limit and _used(self._record(engine.key)) < self._since:
+            if total > self.limit and _last_used(self._record(engine.key)) < self._since:
                 self._remove(engine.key.digest)
 
 
-def _used(record: Path) -> float:
+def _last_used(record: Path) -> float:
     """When an engine was used last; 0 where another process has just removed it."""
     try:
         return record.stat().st_mtime
@@ -254,7 +256,7 @@ def _used(record: Path) -> float:
         return 0
 
 
-def _is_whole(engine: CachedEngine, record: Path) -> bool:
+def _is_intact(engine: CachedEngine, record: Path) -> bool:
     try:
         return (
             engine.path.stat().st_size == engine.size and file_sha256(engine.path) == json.loads(record.read_bytes())["sha256"]
