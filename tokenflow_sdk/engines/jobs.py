@@ -24,7 +24,7 @@ from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
 
 __all__ = ["EngineJob", "engine_jobs"]
 
-_FP8_FROM = 89
+_FIRST_FP8_ARCHITECTURE = 89
 """The first GPU architecture with fp8 products."""
 
 
@@ -92,13 +92,13 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
             f"{bundle.path} was exported in float16, so its engines cannot be in {build_config.precision}.",
             "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
         )
-    cuda = None if build_config.targets else _gpu_here(build_config, device)
+    cuda = None if build_config.targets else _open_gpu(build_config, device)
     targets = build_config.targets if cuda is None else (cuda.architecture,)
     # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
     gpu = cuda.model if cuda is not None and build_config.backend == "tensorrt" else ""
     profiles, annotations = graph_profiles(bundle, build_config), Annotations.of(bundle, build_config)
     if annotations.ranges is not None:
-        _require_arithmetic(annotations.ranges.dtype, targets)
+        _require_fp8_support(annotations.ranges.dtype, targets)
     for target in targets:
         for name, entry in bundle.graphs.items():
             sizes = " ".join(profile.canonical for profile in profiles[name])
@@ -125,7 +125,7 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
             )
 
 
-def _gpu_here(build_config: BuildConfig, device: int) -> Cuda:
+def _open_gpu(build_config: BuildConfig, device: int) -> Cuda:
     try:
         return Cuda(device)
     except BackendError as error:
@@ -136,13 +136,14 @@ def _gpu_here(build_config: BuildConfig, device: int) -> Cuda:
         raise
 
 
-def _require_arithmetic(dtype: EightBit, targets: tuple[str, ...]) -> None:
+def _require_fp8_support(dtype: EightBit, targets: tuple[str, ...]) -> None:
     """Raises:
     EngineBuildError: a target is older than fp8 products.
     """
     numbers = {target: re.fullmatch(r"sm(\d+)", target) for target in targets}
-    older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FP8_FROM]
+    older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FIRST_FP8_ARCHITECTURE]
     if dtype == "fp8" and older:
         raise EngineBuildError(
-            f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FP8_FROM} on have.", "Build with --decoder int8."
+            f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FIRST_FP8_ARCHITECTURE} on have.",
+            "Build with --decoder int8.",
         )
