@@ -75,7 +75,7 @@ def compare(side: Side, codec: Codec, reference: TokenizerReference) -> dict[str
     else:
         encoded, decibels = _encode(codec, reference, 1), _decode(codec, reference, 1)
         tolerances = _tolerances(side)
-        failures = tolerances.missed_by_codes(encoded.flips, encoded.agreement) + tolerances.missed_by_pictures(decibels)
+        failures = tolerances.code_failures(encoded.flips, encoded.agreement) + tolerances.decode_failures(decibels)
     shown = None if np.isinf(decibels) else round(float(decibels), 2)
     return {
         "equal_codes": encoded.equal,
@@ -90,8 +90,8 @@ def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: 
     """Tolerances that a graph misses in calls of so many images, in words: engines have kernels of their own for each batch."""
     if graph == "encode":
         encoded = _encode(codec, reference, batch)
-        return _tolerances(side).missed_by_codes(encoded.flips, encoded.agreement)
-    return _tolerances(side).missed_by_pictures(_decode(codec, reference, batch))
+        return _tolerances(side).code_failures(encoded.flips, encoded.agreement)
+    return _tolerances(side).decode_failures(_decode(codec, reference, batch))
 
 
 def _tolerances(side: Side) -> Tolerances:

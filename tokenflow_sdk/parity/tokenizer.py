@@ -55,7 +55,7 @@ class Tolerances:
     semantic_cosine: float
     decode_psnr: float
 
-    def missed_by_codes(self, flips: Sequence[Flip], agreement: float) -> list[str]:
+    def code_failures(self, flips: Sequence[Flip], agreement: float) -> list[str]:
         """In words, for all flips and the teacher-forced share of equal codes; a figure that is not a number misses its bar."""
         worst = worst_margin(flips)
         checks = [
@@ -64,7 +64,7 @@ class Tolerances:
         ]
         return [text for holds, text in checks if not holds]
 
-    def missed_by_pictures(self, decibels: float) -> list[str]:
+    def decode_failures(self, decibels: float) -> list[str]:
         """In words, for the worst decoded picture."""
         return [] if decibels >= self.decode_psnr else [f"decoded pictures agree to {decibels:.1f} dB only"]
 
@@ -152,7 +152,7 @@ class TokenizerReport:
             ),
         ]
         features = [text for holds, text in checks if not holds]
-        return tolerances.missed_by_codes(self.flips, self.overall) + features + tolerances.missed_by_pictures(self.decode_psnr)
+        return tolerances.code_failures(self.flips, self.overall) + features + tolerances.decode_failures(self.decode_psnr)
 
     @property
     def summary(self) -> str:
