@@ -23,7 +23,7 @@ from tokenflow_sdk.parity.tokenizer import (
     TokenizerReference,
     Tolerances,
     check_tokenizer,
-    judge_codes,
+    find_flips,
     worst_margin,
 )
 from tokenflow_sdk.pictures.images import preprocess, psnr
@@ -112,7 +112,7 @@ def _encode(codec: Codec, reference: TokenizerReference, batch: int) -> _Encoded
     for pictures in _batches(len(reference.images), batch):
         images = reference.images[pictures]
         for picture, codes, latent in zip(pictures, codec.encode_array(images), codec.latent(images), strict=True):
-            flips += judge_codes(picture, reference, codec.config, codes, latent)
+            flips += find_flips(picture, reference, codec.config, codes, latent)
             equal.append(float((codes == reference.code_indices[picture]).mean()))
     agreement = 1 - len(flips) / (len(equal) * reference.code_indices.shape[1])
     return _Encoded(float(np.mean(equal)), agreement, flips)

@@ -33,7 +33,7 @@ __all__ = [
     "Tolerances",
     "check_tokenizer",
     "forced_agreement",
-    "judge_codes",
+    "find_flips",
     "mean_cosine",
     "scale_cells",
     "worst_margin",
@@ -232,7 +232,7 @@ def _flips(
     return flips
 
 
-def judge_codes(
+def find_flips(
     picture: int, reference: TokenizerReference, config: TokenizerConfig, codes: NDArray[np.int32], latent: Float32
 ) -> list[Flip]:
     """Flips of an engine's latent [40, g, g], teacher-forced, and of its own codes [L] in the first scale that leaves the
@@ -270,7 +270,7 @@ def check_tokenizer(
     for i in range(len(reference.images)):
         image, expected = reference.images[i : i + 1], reference.code_indices[i]
         codes = graphs.encode(image)[0]
-        flips += judge_codes(i, reference, config, codes, graphs.latent(image)[0])
+        flips += find_flips(i, reference, config, codes, graphs.latent(image)[0])
         equal.append(float((codes == expected).mean()))
         features = graphs.features(expected[None])[0].T.reshape(reference.features[i].shape)
         errors.append(float(np.abs(features - reference.features[i]).max()))
