@@ -76,11 +76,11 @@ class EngineSwap:
 
     Args:
         prepare: builds and certifies the engines.
-        move: changes over to them.
+        swap: changes over to them.
     """
 
-    def __init__(self, prepare: Callable[[], object], move: Callable[[], None]) -> None:
-        self._prepare, self._move = prepare, move
+    def __init__(self, prepare: Callable[[], object], swap: Callable[[], None]) -> None:
+        self._prepare, self._swap = prepare, swap
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="tokenflow-engines", daemon=True)
         self._thread.start()
@@ -99,7 +99,7 @@ class EngineSwap:
     def _run(self) -> None:
         try:
             self._prepare()
-            self._move()
+            self._swap()
         except Exception as error:
             self._error = error
             logging.getLogger("tokenflow_sdk").warning("Going on without TensorRT engines: %s", error)
@@ -109,29 +109,29 @@ class SwappingSessions:
     """Opens graphs on one backend, and later moves those that are open, and opens further ones, on another.
 
     Args:
-        first: opens a graph until `move`.
+        first: opens a graph until `swap`.
     """
 
     def __init__(self, first: OpenSession) -> None:
         self._open_session = first
         self._lock = threading.Lock()
-        self._moved = False
+        self._swapped = False
         self._opened: list[tuple[SwappingSession, Path, GraphEntry, SessionOptions]] = []
 
     def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
         """An `OpenSession`."""
         with self._lock:
             session = self._open_session(path, entry, options)
-            if self._moved:
+            if self._swapped:
                 return session
             swapping = SwappingSession(session)
             self._opened.append((swapping, path, entry, options))
             return swapping
 
-    def move(self, open_session: OpenSession) -> None:
+    def swap(self, open_session: OpenSession) -> None:
         """Open everything on `open_session` from now on."""
         with self._lock:
             for session, path, entry, options in self._opened:
                 session.swap(open_session(path, entry, options))
-            self._open_session, self._moved = open_session, True
+            self._open_session, self._swapped = open_session, True
             self._opened.clear()
