@@ -1,4 +1,4 @@
-"""The command line's words and their help."""
+"""The command line's subparsers and their help."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenflow_sdk.understanding.params import AnswerParams
 
 __all__ = ["make_parser"]
 
-_Words: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _DESCRIPTION = """\
 Pictures to codes and back with TokenFlow tokenizers.
@@ -66,36 +66,36 @@ def make_parser() -> argparse.ArgumentParser:
         "tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
-    words = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     # Its own parser reads what follows; see `tokenflow_sdk.cli.main`.
-    words.add_parser("export", add_help=False, help="a released PyTorch checkpoint to a bundle; needs the extra `export`")
+    subparsers.add_parser("export", add_help=False, help="a released PyTorch checkpoint to a bundle; needs the extra `export`")
     for add in (_add_info, _add_tokenizing, _add_generating, _add_asking, _add_measuring, _add_building):
-        add(words)
+        add(subparsers)
     return parser
 
 
-def _add_info(words: _Words) -> None:
-    about = _command(words, "info", info.info, "what a bundle or a .tfc file holds")
+def _add_info(subparsers: _Subparsers) -> None:
+    about = _command(subparsers, "info", info.info, "what a bundle or a .tfc file holds")
     about.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, or a file of codes")
     about.add_argument("--bundle", metavar="PATH|NAME", help="the same as giving a bundle first")
 
 
-def _add_tokenizing(words: _Words) -> None:
-    encode = _command(words, "encode", commands.encode, "pictures to .tfc files of codes")
+def _add_tokenizing(subparsers: _Subparsers) -> None:
+    encode = _command(subparsers, "encode", commands.encode, "pictures to .tfc files of codes")
     encode.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or directories of pictures")
     _output(encode, ".tfc file for one picture, else a directory (default: the current one)")
     _engine(encode)
     _picture(encode)
 
-    decode = _command(words, "decode", commands.decode, ".tfc files to PNG pictures")
+    decode = _command(subparsers, "decode", commands.decode, ".tfc files to PNG pictures")
     decode.add_argument("files", nargs="+", type=Path, metavar="FILE.tfc", help="files of codes")
     _output(decode, "picture file for one file of codes, else a directory (default: the current one)")
     decode.add_argument("--scales", type=int, metavar="N", help="decode the N coarsest scales only")
     _engine(decode)
 
     reconstruct = _command(
-        words, "reconstruct", commands.reconstruct, "original, every scale's preview and the result in one picture"
+        subparsers, "reconstruct", commands.reconstruct, "original, every scale's preview and the result in one picture"
     )
     reconstruct.add_argument("image", type=Path, metavar="IMAGE")
     _output(reconstruct, "the picture to write (default: side_by_side.png)")
@@ -103,8 +103,8 @@ def _add_tokenizing(words: _Words) -> None:
     _picture(reconstruct)
 
 
-def _add_generating(words: _Words) -> None:
-    drawing = _command(words, "generate", generate.generate, "pictures from text")
+def _add_generating(subparsers: _Subparsers) -> None:
+    drawing = _command(subparsers, "generate", generate.generate, "pictures from text")
     drawing.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
     drawing.add_argument("--replay", type=Path, metavar="FILE.png", help="draw again what this picture's metadata says")
     drawing.add_argument("-n", type=int, default=1, metavar="N", help="pictures (default: %(default)s)")
@@ -120,8 +120,8 @@ def _add_generating(words: _Words) -> None:
     _engine(drawing, what="the generator")
 
 
-def _add_asking(words: _Words) -> None:
-    asking = _command(words, "ask", ask.ask, "a question about pictures")
+def _add_asking(subparsers: _Subparsers) -> None:
+    asking = _command(subparsers, "ask", ask.ask, "a question about pictures")
     asking.description = _ASKING
     asking.formatter_class = argparse.RawDescriptionHelpFormatter
     asking.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or .tfc files of their codes")
@@ -141,13 +141,16 @@ def _add_asking(words: _Words) -> None:
     _engine(asking, what="the understander", default="there is none")
 
 
-def _add_measuring(words: _Words) -> None:
-    checking = _command(words, "verify", verify.verify, "check a bundle's files, and its numbers against PyTorch's")
+def _add_measuring(subparsers: _Subparsers) -> None:
+    checking = _command(subparsers, "verify", verify.verify, "check a bundle's files, and its numbers against PyTorch's")
     checking.add_argument("target", nargs="?", metavar="BUNDLE")
     _engine(checking)
 
     timing = _command(
-        words, "bench", bench.bench, "time a bundle on this machine: a tokenizer's graphs, a generator's presets, or answers"
+        subparsers,
+        "bench",
+        bench.bench,
+        "time a bundle on this machine: a tokenizer's graphs, a generator's presets, or answers",
     )
     timing.add_argument("target", nargs="?", metavar="BUNDLE")
     timing.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
@@ -157,8 +160,8 @@ def _add_measuring(words: _Words) -> None:
     _engine(timing)
 
 
-def _add_building(words: _Words) -> None:
-    building = _command(words, "build", build.build, "TensorRT engines for a bundle, into the engine cache")
+def _add_building(subparsers: _Subparsers) -> None:
+    building = _command(subparsers, "build", build.build, "TensorRT engines for a bundle, into the engine cache")
     building.description = _BUILDING
     building.formatter_class = argparse.RawDescriptionHelpFormatter
     building.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
@@ -186,18 +189,18 @@ def _add_building(words: _Words) -> None:
     building.add_argument("--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use")
     _cache(building)
 
-    stored = _command(words, "cache", build.cache, "list or clear the built engines")
+    stored = _command(subparsers, "cache", build.cache, "list or clear the built engines")
     stored.add_argument("action", choices=("list", "clear"))
     _cache(stored)
 
 
 def _command(
-    words: _Words,
+    subparsers: _Subparsers,
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
 ) -> argparse.ArgumentParser:
-    parser = words.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.set_defaults(run=run)
     return parser
 
