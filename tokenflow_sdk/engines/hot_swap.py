@@ -1,4 +1,4 @@
-"""Serving from one engine while a better one is being built, and changing over without a dropped call."""
+"""Hot swap: serves from one backend while another is being prepared, then switches to it without dropping a call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ __all__ = ["EngineSwap", "SwappingSession", "SwappingSessions"]
 
 
 class SwappingSession(Session):
-    """A session whose engine can be replaced. Calls under way end where they began; the old engine is closed after the last.
+    """A session that can be switched to another session for the same graph while calls are running.
+
+    Running calls finish on the session they started on, which is closed after the last of them.
 
     Args:
-        first: runs until `swap`.
+        first: runs the calls until `swap`.
     """
 
     def __init__(self, first: Session) -> None:
@@ -33,7 +35,7 @@ class SwappingSession(Session):
         return self._current.device
 
     def swap(self, session: Session) -> None:
-        """Run on `session` from the next call on."""
+        """Run all later calls on `session`. It is closed at once if this session is closed already."""
         with self._lock:
             old, self._current = self._current, session
             idle = not self._calls.get(old)
@@ -63,7 +65,7 @@ class SwappingSession(Session):
                 session.close()
 
     def close(self) -> None:
-        """The engine is closed now, or after the last call under way."""
+        """Close the current session: now, or after its last running call."""
         with self._lock:
             self._closed = True
             idle = not self._calls.get(self._current)
@@ -72,11 +74,13 @@ class SwappingSession(Session):
 
 
 class EngineSwap:
-    """Engines being prepared on a thread, and then moved to.
+    """Prepares engines on a background thread, and then switches to them.
+
+    An error in either step is logged, and serving goes on without the engines.
 
     Args:
         prepare: builds and certifies the engines.
-        swap: changes over to them.
+        swap: switches to them.
     """
 
     def __init__(self, prepare: Callable[[], object], swap: Callable[[], None]) -> None:
@@ -86,10 +90,13 @@ class EngineSwap:
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether everything has moved, after at most `timeout` seconds.
+        """Wait until the engines are in use, for at most `timeout` seconds (None: without limit).
+
+        Returns:
+            Whether the engines are in use.
 
         Raises:
-            Exception: what preparing or moving raised.
+            Exception: the error that ended the preparation or the swap.
         """
         self._thread.join(timeout)
         if self._error is not None:
@@ -106,10 +113,10 @@ class EngineSwap:
 
 
 class SwappingSessions:
-    """Opens graphs on one backend, and later moves those that are open, and opens further ones, on another.
+    """Opens sessions on one backend, and can later switch them, and all that are opened afterwards, to another backend.
 
     Args:
-        first: opens a graph until `swap`.
+        first: opens sessions until `swap`.
     """
 
     def __init__(self, first: OpenSession) -> None:
@@ -119,7 +126,7 @@ class SwappingSessions:
         self._opened: list[tuple[SwappingSession, Path, GraphEntry, SessionOptions]] = []
 
     def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-        """An `OpenSession`."""
+        """Open a session on the current backend. An `OpenSession`; errors as that of the backend."""
         with self._lock:
             session = self._open_session(path, entry, options)
             if self._swapped:
@@ -129,7 +136,7 @@ class SwappingSessions:
             return swapping
 
     def swap(self, open_session: OpenSession) -> None:
-        """Open everything on `open_session` from now on."""
+        """Reopen every open session with `open_session`, switch to the new ones, and use it for later sessions too."""
         with self._lock:
             for session, path, entry, options in self._opened:
                 session.swap(open_session(path, entry, options))
