@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from tokenflow_sdk.cli.opening import open_understander, stdout
+from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.opening import open_understander
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.understanding.params import AnswerParams
 

@@ -20,7 +20,8 @@ from rich.table import Table
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, bundles_in, open_bundle
-from tokenflow_sdk.cli.opening import bundle_name, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache

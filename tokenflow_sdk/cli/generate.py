@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.cli.opening import open_generator, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import open_generator
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import GeneratedScale, Generator

@@ -14,7 +14,8 @@ from rich.text import Text
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.cli.opening import bundle_name, stdout
+from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.opening import bundle_name
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey

@@ -13,7 +13,8 @@ from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in, open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.cli.opening import bundle_name, runtime_options, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name, runtime_options
 from tokenflow_sdk.engines.choice import Needs, engines_for
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
