@@ -1,4 +1,4 @@
-"""`tokenflow generate`: text to pictures."""
+"""`tokenflow generate`: draws images from text."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 __all__ = ["generate"]
 
 METADATA_KEY = "tokenflow"
-"""The PNG text chunk that holds what made a picture, as JSON."""
+"""Key of the PNG text chunk that holds, as JSON, the prompt and settings that an image was drawn with."""
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Draw pictures from a prompt, or again from the metadata in a PNG."""
+    """Draw images from a prompt, or again from a PNG's metadata; write them as PNG files."""
     output: Path = arguments.output or Path()
     if arguments.replay is not None:
         metadata = read_metadata(arguments.replay)
@@ -40,7 +40,7 @@ def generate(arguments: argparse.Namespace) -> int:
         metadata, negative = None, arguments.negative_prompt
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
-        # What is wrong is said before a model is loaded.
+        # Checks the options before the model is loaded; the model's own defaults are filled in below.
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
     with open_generator(arguments) as generator:
         if metadata is None:
@@ -51,8 +51,8 @@ def generate(arguments: argparse.Namespace) -> int:
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)
         seconds = perf_counter() - began
-        made = _metadata(generator, arguments.prompt, arguments.n, negative, params)
-        _save(steps, output, made, arguments.progressive)
+        made_with = _metadata(generator, arguments.prompt, arguments.n, negative, params)
+        _save(steps, output, made_with, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
     stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}", markup=False)
     return 0
@@ -110,15 +110,18 @@ def _metadata(generator: Generator, prompt: str, n: int, negative: str | None, p
 
 
 def _model_id(bundle: Bundle[GeneratorConfig]) -> str:
-    """The transformer's first 16 hex digits of SHA-256: its weights where they lie beside the graph, else the graph."""
+    """The first 16 hex digits of the SHA-256 of the transformer's weights, or of its graph if that holds the weights."""
     return bundle.graph("transformer").files[-1].sha256[:16]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `tokenflow generate` wrote into a PNG.
+    """Read the metadata that `tokenflow generate` wrote into a PNG.
+
+    Returns:
+        prompt, negative_prompt, n, seed, cfg_scale and passes as given; model: see `_model_id`; image: index among the n.
 
     Raises:
-        ImageReadError: the file cannot be read, or holds no metadata.
+        ImageReadError: the file cannot be read, or has no such metadata.
     """
     try:
         with Image.open(path) as image:
