@@ -119,6 +119,14 @@ def build_engine(
 
 
 def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+    """Parse a graph into a strongly typed network and build its engine.
+
+    Args:
+        trt: the TensorRT module.
+        heard: collects TensorRT's messages meanwhile.
+        graph: the `.onnx` file.
+        configure: makes the builder's configuration.
+    """
     log = log_of(trt)
     builder = started(trt, heard, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

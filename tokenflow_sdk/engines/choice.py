@@ -78,7 +78,7 @@ def _prefer_built(engines: Engines, needs: Needs) -> Engines:
     if engines.usable():
         return engines
     for config in engines.other_build_configs():
-        # For example the bundle has no activation ranges any more that this build config needs.
+        # Skip a build config that no longer works, e.g. one for an 8-bit decoder whose ranges are gone from the bundle.
         with suppress(TokenFlowError):
             if config.supports(needs.batch, needs.pages) and (other := engines.with_build_config(config)).usable():
                 return other

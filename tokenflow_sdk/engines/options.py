@@ -70,8 +70,11 @@ class RuntimeOptions:
         return int(self.device.partition(":")[2] or 0)
 
     def loaded_build_config(self) -> BuildConfig | None:
-        """The build config, read from its file if it was given by name or path; None if none was given. Errors as in
-        `BuildConfig.from_file`."""
+        """The build config, read from its file if it was given by name or path; None if none was given.
+
+        Raises:
+            ArgumentError, MissingPackageError: see `BuildConfig.from_file`.
+        """
         return BuildConfig.from_file(self.build_config) if isinstance(self.build_config, str) else self.build_config
 
     def wants_onnxruntime(self) -> bool:
