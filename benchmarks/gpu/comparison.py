@@ -16,16 +16,8 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import CheckpointError
-from tokenflow_sdk.parity.tokenizer import (
-    EXACT,
-    ROUNDED,
-    Flip,
-    TokenizerReference,
-    Tolerances,
-    check_tokenizer,
-    find_flips,
-    worst_margin,
-)
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer, find_flips
+from tokenflow_sdk.parity.tokenizer_report import EXACT, ROUNDED, Flip, Tolerances, worst_margin
 from tokenflow_sdk.pictures.images import preprocess, psnr
 
 __all__ = ["batch_failures", "compare", "crops", "reference_of", "require_same_weights"]

@@ -15,7 +15,8 @@ from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.parity.generator import check_generator
 from tokenflow_sdk.parity.language_model import LanguageModelReport
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, EXACT, ROUNDED, check_tokenizer
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR, EXACT, ROUNDED
 from tokenflow_sdk.parity.understander import check_understander
 from tokenflow_sdk.passes.quantize import EightBit
 
