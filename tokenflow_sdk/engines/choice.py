@@ -43,8 +43,8 @@ class Needs:
 def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, backend: str | None = None) -> Engines:
     """The bundle's engines for the GPU and build config in `options`. Nothing is built yet.
 
-    Without a build config in `options`, cached engines that were built by another build config and meet the needs are taken
-    rather than none.
+    If `options` has no build config, and the engines of the default one are not in the cache, cached engines that were built by
+    another build config are used if they meet the needs.
 
     Args:
         bundle: of any kind.
