@@ -24,7 +24,8 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import pinned_nodes
-from tokenflow_sdk.parity.tokenizer import TIE_DISTANCE, TokenizerReference, scale_cells
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, scale_cells
+from tokenflow_sdk.parity.tokenizer_report import TIE_DISTANCE
 from tokenflow_sdk.pictures.images import psnr
 
 pytestmark = pytest.mark.slow
