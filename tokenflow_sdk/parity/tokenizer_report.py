@@ -73,7 +73,7 @@ EIGHT_BIT_PSNR = 40.0
 """Least PSNR, in dB, of images from an int8 or fp8 decoder.
 
 Errors at this level are far below those of the tokenizer itself, and a decoder with wrong quantization scales misses it.
-docs/tensorrt.md has figures.
+docs/guides/precision.md has figures.
 """
 
 
