@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-one test-slow test-gpu lint bench bench-gpu tiny-data tiny clean
+.PHONY: help install demo test test-one test-slow test-gpu lint docs bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -78,7 +78,7 @@ test-gpu: .venv-gpu/.tensorrt ## what only a GPU shows, with TensorRT and onnxru
 		status=$$?; [ $$status -le $$worst ] || worst=$$status; \
 	done; exit $$worst
 
-lint: $(VENV)/.dev ## ruff, mypy, the import contracts, and the forms of GitHub
+lint: $(VENV)/.dev ## ruff, mypy, the import contracts, the forms of GitHub, and the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -86,6 +86,13 @@ lint: $(VENV)/.dev ## ruff, mypy, the import contracts, and the forms of GitHub
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	@# What builds the documentation is not there for Python 3.10.
+	@[ ! -x $(BIN)/zensical ] || $(MAKE) --no-print-directory docs
+
+docs: $(VENV)/.dev ## the documentation as a site, into site/; broken links and references are errors
+	@[ -x $(BIN)/zensical ] || \
+		{ echo "error: the documentation is built with Python 3.11 or newer: make PYTHON=python3.12 clean docs"; exit 2; }
+	@$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes benchmarks/results/
 	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
@@ -108,4 +115,4 @@ tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and wr
 	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out models/tiny
 
 clean: ## remove .venv, caches and what the demo made
-	rm -rf $(VENV) .venv-gpu bundles checkpoints demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu bundles checkpoints demo_out site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

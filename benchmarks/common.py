@@ -19,7 +19,7 @@ def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
     """Make the checkpoint, of stand-in weights, and the bundle, where they are not there."""
 
     def export(*words: object) -> None:
-        subprocess.run([sys.executable, "-m", "export", *map(str, words)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "tokenflow_export", *map(str, words)], cwd=ROOT, check=True)
 
     if not checkpoint.exists():
         export("standin", "--variant", variant, "--out", checkpoint)

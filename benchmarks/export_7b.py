@@ -52,7 +52,7 @@ def main() -> None:
     words = ["generator", "--checkpoint", checkpoint, "--tokenizer", tokenizer, "--out", bundle, "--dtype", arguments.dtype]
     words += ["--weights", arguments.weights] if arguments.weights else []
     began = perf_counter()
-    peak = watch([sys.executable, "-m", "export", *map(str, words), "--force"])
+    peak = watch([sys.executable, "-m", "tokenflow_export", *map(str, words), "--force"])
     report = {
         "machine": machine(),
         "layers": arguments.layers,

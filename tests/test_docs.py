@@ -1,32 +1,83 @@
-"""Every command and snippet that README and examples show is run; everything they link to exists."""
+"""Every command and snippet that README, documentation and examples show is run; everything they link to exists.
+
+`python` and `bash` blocks run, a page's in order, in a directory with the example photo and small bundles where pages have
+released ones. `console` blocks show what cannot run here (released checkpoints, GPUs): the parsers must accept their words.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import tokenflow_sdk
 from tests.conftest import ROOT
+from tokenflow_sdk import cli, errors
+from tokenflow_sdk.cli.parser import make_parser
 
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
 DOCUMENTS = sorted(
     {
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob(".github/**/*.md"),
+        *PAGES,
         *ROOT.glob("examples/*.md"),
         *ROOT.glob("benchmarks/**/*.md"),
         *ROOT.glob("models/**/*.md"),
     }
 )
+RUN = [page for page in PAGES if re.search(r"^```(python|bash)$", page.read_text(), re.MULTILINE)]
+SHOWN = [document for document in DOCUMENTS if re.search(r"^```console$", document.read_text(), re.MULTILINE)]
+
+
+def name(document: Path) -> str:
+    return str(document.relative_to(ROOT))
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def console_commands(document: Path) -> list[list[str]]:
+    """What is typed: every line, or those after a prompt where there is one."""
+    commands = []
+    for block in re.findall(r"^```console\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines()
+        typed = [line[2:] for line in lines if line.startswith("$ ")] or lines
+        commands += [words for line in typed if (words := shlex.split(line, comments=True))]
+    return commands
+
+
+def refusal(words: list[str]) -> str | None:
+    """Why a command cannot be typed; None: it can."""
+    if words[0] == "tokenflow":
+        export = words[1] == "export"
+        parser = importlib.import_module("tokenflow_export.cli")._parser() if export else make_parser()
+        try:
+            parser.parse_args(words[2:] if export else words[1:])
+        except SystemExit as error:
+            return f"the parser exits with {error.code}"
+        return None
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return None if set(words[1:]) <= set(targets) else "there is no such target"
+    if words[:2] == ["pip", "install"]:
+        extras = re.findall(r"^([a-z-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        found = re.fullmatch(r"tokenflow-sdk\[([a-z,-]+)\]", words[2])
+        return None if found and set(found[1].split(",")) <= set(extras) else "there is no such extra"
+    if words[0] == "python":
+        return None if (ROOT / words[1]).is_file() else "there is no such script"
+    return None if words[0] in ("cp", "git", "cd") else "it is none of the project's commands"
 
 
 @pytest.fixture
@@ -77,6 +128,88 @@ def test_every_command_runs(project: Path) -> None:
     assert (project / "drawn" / "scales.png").exists()
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_a_page_runs(
+    page: Path,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mini_bundles: Callable[[str], Path],
+    mini_generator: Path,
+    mini_understander: Path,
+) -> None:
+    """In this process: a new one for each line would take a second. `backend="tensorrt"` runs on the stand-in for a GPU."""
+    bundles = {"clipb_256": mini_bundles("clip"), "t2i": mini_generator, "chat": mini_understander}
+    (project / "bundles").mkdir()
+    for bundle, path in bundles.items():
+        (project / "bundles" / bundle).symlink_to(path)
+    monkeypatch.chdir(project)
+    variables: dict[str, object] = {"__name__": "__main__"}
+    for language, block in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        if language == "python":
+            exec(compile(block, name(page), "exec"), variables)  # noqa: S102
+            continue
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "tokenflow", line
+            assert cli.main(words[1:]) == 0, line
+
+
+@pytest.mark.parametrize("document", SHOWN, ids=name)
+def test_what_cannot_run_here_can_be_typed(document: Path) -> None:
+    refused = {" ".join(words): why for words in console_commands(document) if (why := refusal(words))}
+    assert not refused
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokenflow export tokenizer --checkpint x.pt --out y",
+        "tokenflow build bundles/clipb_256 --recipe rtx4090",
+        "make documentation",
+        "pip install 'tokenflow-sdk[tensor]'",
+        "python docs/no_such_script.py",
+        "apt install tokenflow",
+    ],
+)
+def test_what_cannot_be_typed_is_noticed(line: str) -> None:
+    assert refusal(shlex.split(line))
+
+
+def test_the_reference_of_the_command_line_is_what_the_parsers_say() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "write_cli.py"))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "run `python docs/write_cli.py`"
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    described = set()
+    for page in ROOT.glob("docs/reference/api/*.md"):
+        described |= set(re.findall(r"^::: tokenflow_sdk\.(\w+)$", page.read_text(), re.MULTILINE))
+    # The module of errors brings all of them.
+    assert described - {"errors"} == set(tokenflow_sdk.__all__) - set(errors.__all__)
+
+
+def test_the_site_has_every_page() -> None:
+    named = set(re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES}
+
+
+def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("zensical", reason="the documentation is built with Python 3.11 or newer")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    # Through a link to it the site would be built in the repository.
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+    for part in ("tokenflow_sdk", "export", "ARCHITECTURE.md"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], tmp_path)
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    fetched = re.compile(r"<(?:script|img|iframe)[^>]* src=\"?https?://|<link[^>]* rel=\"?stylesheet\"?[^>]* href=\"?https?://")
+    assert [page for page in pages if fetched.search(page.read_text())] == []
+    # What `:::` could not find would be left as text.
+    assert [page for page in pages if ":::" in page.read_text()] == []
+
+
 def test_the_console_lines_are_tested_elsewhere() -> None:
     """Export at full size in export/test_full_size.py, the install line in test_package.py, builds in engines/test_build.py."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
@@ -100,12 +233,12 @@ def test_the_demo_runs_without_pytorch(project: Path) -> None:
     assert found == ["drawn.png", "photo.tfc", "reconstruction.png", "side_by_side.png"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
     for target in re.findall(
-        r"`((?:tokenflow_sdk|export|recipes|engines|tests|benchmarks|examples|docs)/[\w/.-]+)`", document.read_text()
+        r"`((?:tokenflow_sdk|export|recipes|engines|tests|benchmarks|examples|docs|models)/[\w/.-]+)`", document.read_text()
     ):
         assert (ROOT / target).exists(), target
 
@@ -116,9 +249,11 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "install",
         "demo",
         "test",
+        "test-one",
         "test-slow",
         "test-gpu",
         "lint",
+        "docs",
         "bench",
         "bench-gpu",
         "tiny-data",

@@ -1,35 +1,35 @@
-"""Every exception the SDK raises for a reason a user can mend.
+"""Every exception that the SDK raises for a problem the user can fix.
 
     TokenFlowError
-    ├── ArgumentError            an option or argument has a value that cannot work
-    ├── ImageError               a picture cannot be used
+    ├── ArgumentError            an option or argument has an invalid value
+    ├── ImageError               an image cannot be used
     │   ├── ImageReadError       no such file, a directory, no permission, an unreadable file object
-    │   ├── CorruptImageError    empty, truncated, or not a picture at all
+    │   ├── CorruptImageError    empty, truncated, or not an image
     │   ├── ImageTooLargeError   more pixels than allowed (decompression bomb)
-    │   └── ImageShapeError      too long and thin, or an array of the wrong size
-    ├── ArrayError               an array has the wrong dtype or rank, or holds NaN
+    │   └── ImageShapeError      an extreme aspect ratio, or not the size that the bundle takes
+    ├── ArrayError               an array has the wrong dtype or rank, or holds NaN or infinity
     ├── CodesError               code indices cannot be used
     │   ├── CodesReadError       no such file, or it cannot be read
-    │   ├── CorruptCodesError    not a .tfc file, a bad checksum, cut inside a scale
-    │   ├── CodesRangeError      an index outside the codebook, or a length that is no whole scale
-    │   └── CodebookMismatchError  codes made with another codebook than the bundle's
+    │   ├── CorruptCodesError    not a .tfc file, a wrong checksum, or truncated within a scale
+    │   ├── CodesRangeError      an index outside the codebook, or an incomplete scale
+    │   └── CodebookMismatchError  codes or a language model made with another codebook
     ├── BundleError              a bundle cannot be used
     │   ├── BundleNotFoundError  no bundle at that path or id
-    │   ├── BundleKindError      a bundle of another kind, e.g. a generator where a tokenizer is needed
-    │   ├── CorruptBundleError   a file is missing or its hash or I/O differs from bundle.json
-    │   └── BundleVersionError   written for a newer SDK than this one
+    │   ├── BundleKindError      a bundle of the wrong kind, e.g. a generator where a tokenizer is needed
+    │   ├── CorruptBundleError   a file is missing, or its hash, inputs or outputs differ from bundle.json
+    │   └── BundleVersionError   written for a newer SDK
     ├── CheckpointError          a released checkpoint cannot be loaded (export only)
     ├── ParityError              an exported or stored graph does not reproduce its reference
     ├── PromptError              a prompt is empty or too long
     ├── PagesExhausted           the pool of key/value pages is too small for what was asked
-    ├── BackendError             the engine refused to load or run a graph
+    ├── BackendError             a backend cannot start, or cannot load or run a graph
     │   ├── EngineBuildError     TensorRT cannot build an engine from a graph
     │   └── EngineRefusedError   an engine does not reproduce its bundle's reference
     ├── MissingPackageError      an optional package is not installed
     └── OutputError              a result cannot be written (read-only, disk full, exists)
 
-Each carries two sentences: `message` names the thing and says why, `hint` says what to do about it. Both are in `str(error)`.
-Mistakes inside the SDK itself are not in this tree: those surface as ordinary Python exceptions and are bugs.
+Each has two parts, both in `str(error)`: `message` names the thing and says what is wrong with it, `hint` says how to fix it.
+Other exceptions that leave the SDK, e.g. a TypeError, are bugs of the SDK.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ __all__ = [
 
 
 class TokenFlowError(Exception):
-    """Base of every error a user can mend.
+    """Base of all exceptions in this module.
 
     Args:
-        message: One sentence that names the thing and says what is wrong with it.
-        hint: One sentence with the command, argument or step that mends it.
+        message: a sentence that names the thing and says what is wrong with it.
+        hint: a sentence with the command, argument or step that fixes it.
     """
 
     def __init__(self, message: str, hint: str) -> None:
@@ -83,33 +83,33 @@ class TokenFlowError(Exception):
 
 
 class ArgumentError(TokenFlowError, ValueError):
-    """An option or argument has a value that cannot work."""
+    """An option or argument has an invalid value."""
 
 
 class ImageError(TokenFlowError):
-    """A picture cannot be used."""
+    """An image cannot be used."""
 
 
 class ImageReadError(ImageError, OSError):
-    """The picture's file does not exist, is a directory, or cannot be read."""
+    """An image file does not exist, is a directory, or cannot be read."""
 
     __str__ = TokenFlowError.__str__
 
 
 class CorruptImageError(ImageError):
-    """The bytes are empty, cut short, or no picture."""
+    """An image file is empty, truncated, or not an image."""
 
 
 class ImageTooLargeError(ImageError):
-    """The picture has more pixels than allowed."""
+    """An image has more pixels than allowed."""
 
 
 class ImageShapeError(ImageError):
-    """The picture's sides cannot be used: too long and thin, or not the size a bundle takes."""
+    """An image has an extreme aspect ratio, or not the size that the bundle takes."""
 
 
 class ArrayError(TokenFlowError, ValueError):
-    """An array has the wrong dtype or rank, or holds values that are not finite."""
+    """An array has the wrong dtype or rank, or holds NaN or infinity."""
 
 
 class CodesError(TokenFlowError):
@@ -123,15 +123,15 @@ class CodesReadError(CodesError, OSError):
 
 
 class CorruptCodesError(CodesError):
-    """A file is not a `.tfc` file, fails its checksum, or ends inside a scale."""
+    """A file is not a `.tfc` file, has a wrong checksum, or is truncated within a scale."""
 
 
 class CodesRangeError(CodesError, ValueError):
-    """An index lies outside the codebook, or the number of codes is no whole number of scales."""
+    """An index is outside the codebook, or the codes end within a scale."""
 
 
 class CodebookMismatchError(CodesError):
-    """The codes were made with another codebook."""
+    """Codes, a language model or a PNG's metadata were made with another codebook or model."""
 
 
 class BundleError(TokenFlowError):
@@ -143,15 +143,15 @@ class BundleNotFoundError(BundleError):
 
 
 class BundleKindError(BundleError):
-    """The bundle is of another kind than was asked for."""
+    """A bundle is of another kind than asked for, e.g. a generator instead of a tokenizer."""
 
 
 class CorruptBundleError(BundleError):
-    """A bundle's file is missing, or differs from what `bundle.json` says."""
+    """A file of a bundle is missing, or its hash, inputs or outputs differ from what bundle.json says."""
 
 
 class BundleVersionError(BundleError):
-    """The bundle was written for a newer SDK."""
+    """A bundle was written for a newer SDK."""
 
 
 class CheckpointError(TokenFlowError):
@@ -163,15 +163,15 @@ class ParityError(TokenFlowError):
 
 
 class PromptError(TokenFlowError, ValueError):
-    """A prompt is empty, or longer than the model takes."""
+    """A prompt is empty, or longer than the model allows."""
 
 
 class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in the field
     """The pool of key/value pages is too small.
 
     Args:
-        needed: pages that were asked for.
-        free: pages that were free.
+        needed: pages asked for.
+        free: pages that are free.
         total: pages in the pool.
     """
 
@@ -187,7 +187,7 @@ class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in th
 
 
 class BackendError(TokenFlowError, RuntimeError):
-    """The inference engine refused to load or run a graph."""
+    """A backend cannot start on this machine, or cannot load or run a graph."""
 
 
 class EngineBuildError(BackendError):
@@ -195,11 +195,11 @@ class EngineBuildError(BackendError):
 
 
 class EngineRefusedError(BackendError):
-    """An engine was compared with its bundle's reference and missed a bar."""
+    """An engine does not reproduce its bundle's reference within the tolerances."""
 
 
 class MissingPackageError(TokenFlowError, ImportError):
-    """An optional package is not installed; the hint is the `pip install` line."""
+    """An optional package is not installed, or cannot be used; the hint is the `pip install` command."""
 
 
 class OutputError(TokenFlowError, OSError):

@@ -112,7 +112,7 @@ class Tokenizer:
             return cls(bundle, session_options, batch_limit, open_session)
         engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
         tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
-        tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.move(engines.open))
+        tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.swap(engines.open))
         return tokenizer
 
     @property

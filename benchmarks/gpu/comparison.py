@@ -16,16 +16,8 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import CheckpointError
-from tokenflow_sdk.parity.tokenizer import (
-    EXACT,
-    ROUNDED,
-    Flip,
-    TokenizerReference,
-    Tolerances,
-    check_tokenizer,
-    judge_codes,
-    worst_margin,
-)
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer, find_flips
+from tokenflow_sdk.parity.tokenizer_report import EXACT, ROUNDED, Flip, Tolerances, worst_margin
 from tokenflow_sdk.pictures.images import preprocess, psnr
 
 __all__ = ["batch_failures", "compare", "crops", "reference_of", "require_same_weights"]
@@ -75,7 +67,7 @@ def compare(side: Side, codec: Codec, reference: TokenizerReference) -> dict[str
     else:
         encoded, decibels = _encode(codec, reference, 1), _decode(codec, reference, 1)
         tolerances = _tolerances(side)
-        failures = tolerances.missed_by_codes(encoded.flips, encoded.agreement) + tolerances.missed_by_pictures(decibels)
+        failures = tolerances.code_failures(encoded.flips, encoded.agreement) + tolerances.decode_failures(decibels)
     shown = None if np.isinf(decibels) else round(float(decibels), 2)
     return {
         "equal_codes": encoded.equal,
@@ -90,8 +82,8 @@ def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: 
     """Tolerances that a graph misses in calls of so many images, in words: engines have kernels of their own for each batch."""
     if graph == "encode":
         encoded = _encode(codec, reference, batch)
-        return _tolerances(side).missed_by_codes(encoded.flips, encoded.agreement)
-    return _tolerances(side).missed_by_pictures(_decode(codec, reference, batch))
+        return _tolerances(side).code_failures(encoded.flips, encoded.agreement)
+    return _tolerances(side).decode_failures(_decode(codec, reference, batch))
 
 
 def _tolerances(side: Side) -> Tolerances:
@@ -112,7 +104,7 @@ def _encode(codec: Codec, reference: TokenizerReference, batch: int) -> _Encoded
     for pictures in _batches(len(reference.images), batch):
         images = reference.images[pictures]
         for picture, codes, latent in zip(pictures, codec.encode_array(images), codec.latent(images), strict=True):
-            flips += judge_codes(picture, reference, codec.config, codes, latent)
+            flips += find_flips(picture, reference, codec.config, codes, latent)
             equal.append(float((codes == reference.code_indices[picture]).mean()))
     agreement = 1 - len(flips) / (len(equal) * reference.code_indices.shape[1])
     return _Encoded(float(np.mean(equal)), agreement, flips)

@@ -43,7 +43,7 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, past: None, b
 
 
 class GeneratorModel(nn.Module):
-    """Embeddings, transformer and head (spec section 4).
+    """Embeddings, transformer and head (docs/model.md, section 4).
 
     Args:
         text_size: text tokens, `<img>` included (the last).

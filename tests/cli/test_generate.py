@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.cli.generate import RECIPE, read_recipe
+from tokenflow_sdk.cli.generate import METADATA_KEY, read_metadata
 from tokenflow_sdk.generation.generator import Generator
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
@@ -35,8 +35,8 @@ def test_pictures_scales_and_replay(bundle: Path, capsys: pytest.CaptureFixture[
     assert run("generate", "w5 w6", *words) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["1.png", "2.png", "scales.png"]
     assert "seed 7" in capsys.readouterr().out
-    recipe = read_recipe(Path("out/2.png"))
-    assert (recipe["prompt"], recipe["seed"], recipe["n"], recipe["image"]) == ("w5 w6", 7, 2, 1)
+    metadata = read_metadata(Path("out/2.png"))
+    assert (metadata["prompt"], metadata["seed"], metadata["n"], metadata["image"]) == ("w5 w6", 7, 2, 1)
     with Generator.from_pretrained(bundle) as generator:
         expected = generator.generate("w5 w6", seed=7, n=2).images
     assert np.array_equal(np.asarray(Image.open("out/2.png")), np.asarray(expected[1]))
@@ -67,9 +67,9 @@ def test_mistakes_get_a_sentence_and_status_2(
 
     Image.new("RGB", (4, 4)).save("plain.png")
     Path("text.png").write_text("hello")
-    recipe = {"prompt": "w5", "negative_prompt": None, "n": 1, "seed": 0, "cfg_scale": 1.0, "passes": [[1, 0]], "image": 0}
+    metadata = {"prompt": "w5", "negative_prompt": None, "n": 1, "seed": 0, "cfg_scale": 1.0, "passes": [[1, 0]], "image": 0}
     chunk = PngImagePlugin.PngInfo()
-    chunk.add_itxt(RECIPE, json.dumps(recipe | {"model": "0" * 16}))
+    chunk.add_itxt(METADATA_KEY, json.dumps(metadata | {"model": "0" * 16}))
     Image.new("RGB", (4, 4)).save("other.png", pnginfo=chunk)
     before = sorted(path.name for path in here.iterdir())
     assert run("generate", *(word.format(bundle=bundle) for word in words)) == 2

@@ -32,7 +32,7 @@ from tokenflow_sdk.engines.build import REVISION, Profile, build_engine, engine_
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.jobs import engine_jobs
-from tokenflow_sdk.engines.profiles import profiles_of
+from tokenflow_sdk.engines.profiles import bundle_profiles
 from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
 from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
@@ -202,7 +202,7 @@ def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None
     """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
     bundle = Bundle.open(mini_generator, GeneratorConfig)
     config = bundle.config
-    (profile,) = profiles_of(bundle, BuildConfig(batch=(1, 2, 4), pages=9))
+    (profile,) = bundle_profiles(bundle, BuildConfig(batch=(1, 2, 4), pages=9))
     sizes = profile.sizes
     assert sizes["batch"] == (1, 4, 8)
     assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
@@ -217,7 +217,7 @@ def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> 
     """Prompts of any length in pieces, one at a time; answers of any length and setting, alone and in the largest batch."""
     bundle = Bundle.open(mini_understander, UnderstanderConfig)
     config = bundle.config
-    tokens, pieces = (profile.sizes for profile in profiles_of(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
+    tokens, pieces = (profile.sizes for profile in bundle_profiles(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
     assert (tokens["batch"], tokens["queries"]) == ((1, 4, 6), (1, 1, 1))
     assert (pieces["batch"], pieces["queries"]) == ((1, 1, 1), (1, PREFILL_CHUNK, PREFILL_CHUNK))
     for sizes in (tokens, pieces):
@@ -225,11 +225,11 @@ def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> 
         assert sizes["table"] == (1, 4, 9)
         assert sizes["seen"][2] == config.vocabulary
         assert sizes["window"][2] == config.vocabulary
-    usual = profiles_of(bundle, BuildConfig())[0].sizes
+    usual = bundle_profiles(bundle, BuildConfig())[0].sizes
     assert usual["table"][2] * PAGE_SIZE == config.context
     assert usual["slots"][2] == config.default_pages()
     large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
-    for profile in profiles_of(large, BuildConfig()):
+    for profile in bundle_profiles(large, BuildConfig()):
         sizes = profile.sizes
         found = (sizes["seen"][2], sizes["window"][2], sizes["table"][2])
         assert found == (32_768, 3840, large.config.default_pages())

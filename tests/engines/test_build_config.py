@@ -26,8 +26,8 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
     path.write_text('about = "mine"\ntargets = ["sm75"]\nbatch = [1, 4, 8]\n')
     build_config = BuildConfig.from_file(str(path))
     assert (build_config.targets, build_config.batch, build_config.precision) == (("sm75",), (1, 4, 8), "fp16")
-    assert build_config.changed(precision="fp32", batch=None).precision == "fp32"
-    assert build_config.changed(batch=None).batch == (1, 4, 8)
+    assert build_config.with_overrides(precision="fp32", batch=None).precision == "fp32"
+    assert build_config.with_overrides(batch=None).batch == (1, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_a_plan_is_stored_with_its_engines_and_read_again() -> None:
     build_config = BuildConfig("tensorrt", ("sm86",), "fp32", "int8", (1, 2, 4), 70, 1.5)
     stored = json.loads(json.dumps(build_config.to_json()))
     assert stored == build_config.to_json()
-    assert BuildConfig.from_json(stored) == build_config.changed(targets=())
+    assert BuildConfig.from_json(stored) == build_config.with_overrides(targets=())
     assert BuildConfig.from_json(stored | {"sparsity": True}) is None
     assert BuildConfig.from_json(stored | {"precision": "fp4"}) is None
 
 
 def test_what_engines_of_a_plan_can_take() -> None:
     build_config = BuildConfig(batch=(1, 2, 4), pages=70)
-    assert [build_config.covers(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
+    assert [build_config.supports(batch, pages) for batch, pages in ((4, None), (5, None), (1, 70), (1, 71))] == [
         True,
         False,
         True,

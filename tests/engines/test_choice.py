@@ -127,7 +127,7 @@ def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.Mon
     bundle = Bundle.open(mini_bundle, TokenizerConfig)
 
     def reasons(device: str = "auto") -> dict[str, tuple[bool, str]]:
-        return {c.title: (c.usable, c.why) for c in survey(bundle, RuntimeOptions(device=device, build_config=FP32))}
+        return {c.title: (c.usable, c.reason) for c in survey(bundle, RuntimeOptions(device=device, build_config=FP32))}
 
     assert "no engine built yet for encode" in reasons()["tensorrt"][1]
     assert reasons()["onnxruntime, CPU"] == (True, "always works")

@@ -35,7 +35,8 @@ from tokenflow_sdk.errors import (
     MissingPackageError,
     OutputError,
 )
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, TokenizerReference
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 
 
 def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:

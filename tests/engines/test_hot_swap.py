@@ -81,7 +81,7 @@ def test_open_graphs_move_and_later_ones_open_there() -> None:
 
     sessions = SwappingSessions(opener(1))
     first = sessions.open(None, GRAPHS["decode"], SessionOptions())  # type: ignore[arg-type]
-    sessions.move(opener(2))
+    sessions.swap(opener(2))
     second = sessions.open(None, GRAPHS["decode"], SessionOptions())  # type: ignore[arg-type]
     assert (answer(first), answer(second)) == (2, 2)
     assert [session.closed for session in made] == [1, 0, 0]

@@ -24,7 +24,8 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import pinned_nodes
-from tokenflow_sdk.parity.tokenizer import TIE_DISTANCE, TokenizerReference, scale_cells
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, scale_cells
+from tokenflow_sdk.parity.tokenizer_report import TIE_DISTANCE
 from tokenflow_sdk.pictures.images import psnr
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def released() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "tokenflow_clipb_32k_enhanced.pt"
-    command = [sys.executable, "-m", "export", "standin", "--variant", "clipb_256", "--out", str(path)]
+    command = [sys.executable, "-m", "tokenflow_export", "standin", "--variant", "clipb_256", "--out", str(path)]
     subprocess.run(command, cwd=ROOT, check=True)
     return path
 
@@ -50,10 +51,9 @@ def readme_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The README's export command, and the peak memory of its process in bytes."""
     directory = tmp_path_factory.mktemp("work")
     (directory / checkpoint.name).symlink_to(checkpoint)
-    words = re.search(r"^python -m (export tokenizer .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = re.search(r"^tokenflow (export tokenizer .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert words
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", *words[1].split()], cwd=directory, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "tokenflow_sdk.cli", *words[1].split()], cwd=directory, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return directory / "bundles" / "released", peak
 
@@ -83,7 +83,7 @@ def test_half_precision_agrees_on_real_crops(readme_export: tuple[Path, int], tm
     """24 crops of a photo, float16 against float32, without anything pinned; four of them and the reference decoded."""
     shutil.copytree(readme_export[0], tmp_path / "bundle", copy_function=os.link)
     words = ["precision-search", tmp_path / "bundle", "--images", ROOT / "examples", "--crops", "24", "--decoded", "4"]
-    subprocess.run([sys.executable, "-m", "export", *map(str, words)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "tokenflow_export", *map(str, words)], cwd=ROOT, check=True)
     bundle = Bundle.open(tmp_path / "bundle", TokenizerConfig)
     figures = bundle.parity["fp16"]
     assert min(figures["agreement"]) >= 0.975

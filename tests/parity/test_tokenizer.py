@@ -15,16 +15,8 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import CorruptBundleError, ParityError
-from tokenflow_sdk.parity.tokenizer import (
-    EXACT,
-    ROUNDED,
-    TIE_DISTANCE,
-    Flip,
-    TokenizerReference,
-    check_tokenizer,
-    forced_agreement,
-    scale_cells,
-)
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer, forced_agreement, scale_cells
+from tokenflow_sdk.parity.tokenizer_report import EXACT, ROUNDED, TIE_DISTANCE, Flip
 
 
 @pytest.fixture(scope="module")

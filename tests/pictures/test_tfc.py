@@ -25,7 +25,7 @@ def slow_pack(indices: list[int], bits: int) -> bytes:
 
 
 def slow_read(data: bytes) -> tuple[Header, list[int]]:
-    """The oracle of reading, by docs/tfc-format.md alone: bit by bit, each checksum from the file's beginning."""
+    """The oracle of reading, by docs/reference/tfc-format.md alone: bit by bit, each checksum from the file's beginning."""
 
     def number(at: int, size: int) -> int:
         return sum(data[at + i] << 8 * i for i in range(size))
@@ -111,7 +111,7 @@ def test_the_released_256_px_tokenizer_takes_1_6_kb() -> None:
     patch_nums = (1, 2, 4, 6, 8, 10, 12, 14, 16)
     codes = Codes(indices, patch_nums, 32768, "clipb_256", "ab" * 32)
     assert len(codes.to_bytes()) == 1620 < -(-817 * 15 // 8) + 100
-    assert "1,620 bytes for the 817 codes" in (ROOT / "docs" / "tfc-format.md").read_text(encoding="utf-8")
+    assert "1,620 bytes for the 817 codes" in (ROOT / "docs" / "reference" / "tfc-format.md").read_text(encoding="utf-8")
     assert Codes.from_bytes(codes.to_bytes()) == codes
 
 
@@ -121,7 +121,7 @@ def example() -> bytes:
 
 
 def test_the_documented_example_is_this_file(example: bytes) -> None:
-    text = (ROOT / "docs" / "tfc-format.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "tfc-format.md").read_text(encoding="utf-8")
     dump = re.search(r"```hex\n(.*?)```", text, re.DOTALL)
     assert dump
     assert bytes.fromhex(re.sub(r"#.*", "", dump[1]).replace("\n", " ")) == example

@@ -214,7 +214,7 @@ def test_a_bundle_without_a_reference_says_what_to_do(
     assert main(["build", str(old), "--backend", "tensorrt"]) == 2
     assert "Export it again" in capsys.readouterr().err
     found = {way.title: way for way in survey(Bundle.open(old, UnderstanderConfig), RuntimeOptions())}
-    assert "no reference that its engines could be compared with" in found["tensorrt"].why
+    assert "no reference that its engines could be compared with" in found["tensorrt"].reason
     assert main(["info", str(old)]) == 0
     assert "runs on onnxruntime, CPU" in capsys.readouterr().out
     assert main(["verify", str(old)]) == 2

@@ -1,7 +1,7 @@
 """The bundle: a directory of ONNX graphs and one `bundle.json`, the only contract between export and runtime.
 
 A bundle is data. Nothing in it is executed or unpickled; file names are plain names inside the directory; every file is
-checked against the SHA-256 in `bundle.json` before an engine sees it. docs/bundle-format.md describes the format.
+checked against the SHA-256 in `bundle.json` before an engine sees it. docs/reference/bundle-format.md describes the format.
 """
 
 from __future__ import annotations

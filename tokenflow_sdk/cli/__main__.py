@@ -1,4 +1,4 @@
-"""`python -m tokenflow_sdk.cli`, for where scripts are not on the PATH."""
+"""Runs the `tokenflow` command as `python -m tokenflow_sdk.cli`, for installations whose scripts are not on the PATH."""
 
 import sys
 

@@ -1,10 +1,11 @@
-"""`tokenflow ask`: a question about pictures, answered as it is found."""
+"""`tokenflow ask`: answers a question about images or their codes."""
 
 from __future__ import annotations
 
 import argparse
 
-from tokenflow_sdk.cli.opening import open_understander, stdout
+from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.opening import open_understander
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.understanding.params import AnswerParams
 
@@ -12,7 +13,7 @@ __all__ = ["ask"]
 
 
 def ask(arguments: argparse.Namespace) -> int:
-    """Print the answer piece by piece."""
+    """Answer the question, and print the answer while it is generated."""
     params = AnswerParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -22,9 +23,9 @@ def ask(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     with open_understander(arguments) as understander:
-        pictures = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
-        for piece in understander.stream(pictures, arguments.question, params=params):
-            # As it is: rich would turn tabs into spaces.
+        images = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
+        for piece in understander.stream(images, arguments.question, params=params):
+            # Not by rich, which would turn tabs into spaces.
             stdout.file.write(piece)
             stdout.file.flush()
         stdout.out("")

@@ -1,4 +1,4 @@
-"""`tokenflow bench`: time a bundle on this machine, every graph of a tokenizer, every preset of a generator, answers."""
+"""`tokenflow bench`: times a tokenizer's graphs, a generator's presets, or an understander's answers on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from rich.table import Table
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator
@@ -32,9 +33,9 @@ from tokenflow_sdk.understanding.understander import Understander
 __all__ = ["bench"]
 
 _PROMPT = 16
-"""Ids in the prompt that a generator is timed with, BOS included."""
+"""Tokens of the prompt that a generator is timed with, BOS included."""
 _QUESTION, _TOKENS = "What is in this picture?", 32
-"""What an understander is timed with, and how long its answers are."""
+"""The question that an understander is timed with, and the tokens of its long answers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,15 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is timed: what `calls` are called and make, a title, where it runs, and calls by name, of a batch size."""
+    """What is timed of a bundle.
+
+    Attributes:
+        unit: what one of `calls` is, for the table's first column, e.g. `graph`.
+        made: what a call makes, for the rate, e.g. `pictures`.
+        title: of the table.
+        device: where the bundle runs.
+        calls: functions of the batch size, by name.
+    """
 
     unit: str
     made: str
@@ -57,7 +66,7 @@ class _Subject:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Median and worst time by batch size: of every graph of a tokenizer, of every preset of a generator, of answers."""
+    """Time every bundle under a name for every batch size; print tables, and write the figures to --json."""
     batches = _batches(arguments.batch)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
@@ -70,7 +79,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _bench_one(path: Path, arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str, object]:
-    """Time one bundle and print its table; the figures for --json."""
+    """Time one bundle and print its table. Returns the figures for --json."""
     opener = _OPENERS.get(bundle_kind(path), _open_tokenizer)
     with ExitStack() as stack:
         began = perf_counter()
@@ -96,7 +105,7 @@ def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], 
                 for i in range(repeat + 1):
                     began = perf_counter()
                     call(batch)
-                    # The first call warms caches and memory up.
+                    # The first call is a warm-up and does not count.
                     seconds += [perf_counter() - began] if i else []
                     progress.advance(task)
                 rows.append(_Row(name, batch, median(seconds), max(seconds)))
@@ -106,7 +115,7 @@ def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], 
 def _open_tokenizer(arguments: argparse.Namespace, stack: ExitStack) -> _Subject:
     tokenizer = stack.enter_context(open_tokenizer(arguments)).load()
     return _Subject(
-        "graph", "pictures", f"{tokenizer.config.variant} on {tokenizer.device}", tokenizer.device, _calls(tokenizer)
+        "graph", "pictures", f"{tokenizer.config.variant} on {tokenizer.device}", tokenizer.device, _tokenizer_calls(tokenizer)
     )
 
 
@@ -114,14 +123,14 @@ def _open_generator(arguments: argparse.Namespace, stack: ExitStack) -> _Subject
     generator = stack.enter_context(open_generator(arguments))
     c = generator.config
     prompt = [i % c.image_token_start for i in range(1, _PROMPT)]
-    calls = {name: partial(_draw, generator, prompt, name) for name in PRESETS}
+    calls = {name: partial(_generate, generator, prompt, name) for name in PRESETS}
     title = (
         f"{c.n_codes} codes a picture by {c.layers} layers, width {c.width}, a prompt of {_PROMPT} ids, on {generator.device}"
     )
     return _Subject("preset", "pictures", title, generator.device, calls)
 
 
-def _draw(generator: Generator, prompt: Sequence[int], preset: str, n: int) -> None:
+def _generate(generator: Generator, prompt: Sequence[int], preset: str, n: int) -> None:
     generator.generate(prompt, n=n, preset=preset, seed=0)
 
 
@@ -129,13 +138,13 @@ def _open_understander(arguments: argparse.Namespace, stack: ExitStack) -> _Subj
     understander = stack.enter_context(open_understander(arguments))
     c, rng = understander.config, np.random.default_rng(0)
 
-    def pictures(count: int) -> list[np.ndarray]:
+    def random_features(count: int) -> list[np.ndarray]:
         return [rng.standard_normal((c.image_tokens, c.code_dim), np.float32) for _ in range(count)]
 
-    # As many as the largest batch, at least.
-    seen = pictures(arguments.batch_limit)
+    # `bench` made batch_limit at least the largest batch.
+    seen = random_features(arguments.batch_limit)
     calls = {
-        "first token, new picture": lambda batch: _answer(understander, pictures(batch), 1),
+        "first token, new picture": lambda batch: _answer(understander, random_features(batch), 1),
         "first token, picture seen before": lambda batch: _answer(understander, seen[:batch], 1),
         f"{_TOKENS} tokens, picture seen before": lambda batch: _answer(understander, seen[:batch], _TOKENS),
     }
@@ -143,15 +152,16 @@ def _open_understander(arguments: argparse.Namespace, stack: ExitStack) -> _Subj
     return _Subject("answer", "answers", title, understander.device, calls)
 
 
-def _answer(understander: Understander, pictures: Sequence[np.ndarray], tokens: int) -> None:
+def _answer(understander: Understander, images: Sequence[np.ndarray], tokens: int) -> None:
+    """Answer the question about each image, [N, C] features, in exactly `tokens` tokens."""
     params = AnswerParams(max_tokens=tokens, stop_ids=())
-    understander.answer_batch([(picture, _QUESTION) for picture in pictures], params=params)
+    understander.answer_batch([(image, _QUESTION) for image in images], params=params)
 
 
 _OPENERS = {GeneratorConfig.kind: _open_generator, UnderstanderConfig.kind: _open_understander}
 
 
-def _calls(tokenizer: Tokenizer) -> dict[str, Callable[[int], object]]:
+def _tokenizer_calls(tokenizer: Tokenizer) -> dict[str, Callable[[int], object]]:
     c, rng = tokenizer.config, np.random.default_rng(0)
     images = rng.integers(0, 256, (1, c.image_size, c.image_size, 3), np.uint8)
     indices = rng.integers(0, c.codebook_size, (1, c.n_codes), np.int32)

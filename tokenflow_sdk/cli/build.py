@@ -1,4 +1,4 @@
-"""`tokenflow build` and `tokenflow cache`: TensorRT engines, built where and when you say."""
+"""`tokenflow build` and `tokenflow cache`: builds TensorRT engines ahead of use, and lists or removes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, bundles_in, open_bundle
-from tokenflow_sdk.cli.opening import bundle_name, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
@@ -28,12 +29,14 @@ __all__ = ["build", "cache"]
 
 @dataclass(frozen=True)
 class _Row:
+    """An engine, and the seconds its build took; None if it was in the cache."""
+
     engine: CachedEngine
     seconds: float | None
 
 
 def build(arguments: argparse.Namespace) -> int:
-    """Build every engine of a bundle that is not in the cache yet."""
+    """Build the engines of every bundle under a name that are not in the cache, and certify them if they are for this GPU."""
     build_config = _build_config(arguments)
     if build_config.backend == ONNXRUNTIME:
         stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
@@ -50,7 +53,7 @@ def build(arguments: argparse.Namespace) -> int:
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         whole = progress.add_task("building", total=len(jobs))
         for job in jobs:
-            rows.append(_run(job, trt, store, progress))
+            rows.append(_build_engine(job, trt, store, progress))
             progress.advance(whole)
     table = Table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
     for row in rows:
@@ -65,10 +68,10 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache) -> None:
-    """Compare what was built with the bundle's reference, where this machine's GPU is one of those built for.
+    """Certify a bundle's engines if they were built for this machine's GPU; else print that they are not certified yet.
 
     Raises:
-        EngineRefusedError: they do not agree.
+        EngineRefusedError: the engines do not reproduce the reference.
     """
     try:
         engines = Engines(bundle, build_config, cache=store)
@@ -84,7 +87,7 @@ def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache)
 
 
 def cache(arguments: argparse.Namespace) -> int:
-    """List or clear the engines on this machine."""
+    """List or remove the engines in the cache."""
     store = EngineCache(arguments.cache)
     if arguments.action == "clear":
         stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", markup=False, soft_wrap=True)
@@ -103,7 +106,7 @@ def cache(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress) -> _Row:
+def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress) -> _Row:
     task = progress.add_task(job.key.title, total=1.0)
     began = perf_counter()
     engine, built = job.run(trt, store, lambda _, share: progress.update(task, completed=share))
@@ -112,13 +115,14 @@ def _run(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress
 
 
 def _build_config(arguments: argparse.Namespace) -> BuildConfig:
+    """The build config named by --config, or the default, overridden by the other options."""
     base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
     try:
         batch = None if arguments.batch is None else tuple(int(size) for size in arguments.batch.split(","))
     except ValueError as error:
         raise ArgumentError(f"--batch {arguments.batch!r} is no list of sizes.", "Write it as --batch 1,8,32.") from error
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
-    return base.changed(
+    return base.with_overrides(
         backend=arguments.backend,
         targets=targets,
         precision=arguments.precision,

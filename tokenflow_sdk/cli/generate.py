@@ -1,4 +1,4 @@
-"""`tokenflow generate`: text to pictures."""
+"""`tokenflow generate`: draws images from text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.cli.opening import open_generator, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import open_generator
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import GeneratedScale, Generator
@@ -24,34 +25,34 @@ from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["generate"]
 
-RECIPE = "tokenflow"
-"""The PNG text chunk that holds what made a picture, as JSON."""
+METADATA_KEY = "tokenflow"
+"""Key of the PNG text chunk that holds, as JSON, the prompt and settings that an image was drawn with."""
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Draw pictures from a prompt, or again from the recipe in a PNG."""
+    """Draw images from a prompt, or again from a PNG's metadata; write them as PNG files."""
     output: Path = arguments.output or Path()
     if arguments.replay is not None:
-        recipe = read_recipe(arguments.replay)
-        arguments.prompt, arguments.n = recipe["prompt"], recipe["n"]
-        params, negative = _params_of(recipe), recipe["negative_prompt"]
+        metadata = read_metadata(arguments.replay)
+        arguments.prompt, arguments.n = metadata["prompt"], metadata["n"]
+        params, negative = _params_of(metadata), metadata["negative_prompt"]
     else:
-        recipe, negative = None, arguments.negative_prompt
+        metadata, negative = None, arguments.negative_prompt
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
-        # What is wrong is said before a model is loaded.
+        # Checks the options before the model is loaded; the model's own defaults are filled in below.
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
     with open_generator(arguments) as generator:
-        if recipe is None:
+        if metadata is None:
             own = generator.config
             guidance = own.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
             params = SamplingParams.preset(arguments.preset or own.preset, guidance, arguments.seed)
-        _require_same_model(recipe, generator.bundle)
+        _require_same_model(metadata, generator.bundle)
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)
         seconds = perf_counter() - began
-        made = _recipe(generator, arguments.prompt, arguments.n, negative, params)
-        _save(steps, output, made, arguments.progressive)
+        made_with = _metadata(generator, arguments.prompt, arguments.n, negative, params)
+        _save(steps, output, made_with, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
     stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}", markup=False)
     return 0
@@ -68,7 +69,7 @@ def _draw(generator: Generator, prompt: str, n: int, negative: str | None, param
     return steps
 
 
-def _save(steps: list[GeneratedScale], output: Path, recipe: Mapping[str, Any], progressive: bool) -> None:
+def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any], progressive: bool) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,7 +77,7 @@ def _save(steps: list[GeneratedScale], output: Path, recipe: Mapping[str, Any], 
     for i, image in enumerate(steps[-1].preview()):
         path = output / f"{i + 1}.png"
         chunk = PngImagePlugin.PngInfo()
-        chunk.add_itxt(RECIPE, json.dumps({**recipe, "image": i}))
+        chunk.add_itxt(METADATA_KEY, json.dumps({**metadata, "image": i}))
         _write_png(path, image, chunk)
         stdout.print(str(path), markup=False, soft_wrap=True)
     if progressive:
@@ -96,7 +97,7 @@ def _write_png(path: Path, image: Image.Image, chunk: PngImagePlugin.PngInfo | N
     write_atomic(path, buffer.getvalue())
 
 
-def _recipe(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> dict[str, Any]:
+def _metadata(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "negative_prompt": negative,
@@ -109,41 +110,44 @@ def _recipe(generator: Generator, prompt: str, n: int, negative: str | None, par
 
 
 def _model_id(bundle: Bundle[GeneratorConfig]) -> str:
-    """The transformer's first 16 hex digits of SHA-256: its weights where they lie beside the graph, else the graph."""
+    """The first 16 hex digits of the SHA-256 of the transformer's weights, or of its graph if that holds the weights."""
     return bundle.graph("transformer").files[-1].sha256[:16]
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """What `tokenflow generate` wrote into a PNG.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata that `tokenflow generate` wrote into a PNG.
+
+    Returns:
+        prompt, negative_prompt, n, seed, cfg_scale and passes as given; model: see `_model_id`; image: index among the n.
 
     Raises:
-        ImageReadError: the file cannot be read, or holds no recipe.
+        ImageReadError: the file cannot be read, or has no such metadata.
     """
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(RECIPE)
-        recipe = json.loads(text) if text else None
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+        metadata = json.loads(text) if text else None
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
     keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
-    if not isinstance(recipe, dict) or set(recipe) != keys:
+    if not isinstance(metadata, dict) or set(metadata) != keys:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")
-    return recipe
+    return metadata
 
 
-def _params_of(recipe: Mapping[str, Any]) -> SamplingParams:
+def _params_of(metadata: Mapping[str, Any]) -> SamplingParams:
     try:
-        passes = tuple(Pass(top_k, top_p) for top_k, top_p in recipe["passes"])
-        return SamplingParams(passes, recipe["cfg_scale"], recipe["seed"])
+        passes = tuple(Pass(top_k, top_p) for top_k, top_p in metadata["passes"])
+        return SamplingParams(passes, metadata["cfg_scale"], metadata["seed"])
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"The recipe in the PNG is damaged: {error}.", "Give a PNG made by `tokenflow generate`."
+            f"The metadata in the PNG is damaged: {error}.", "Give a PNG made by `tokenflow generate`."
         ) from error
 
 
-def _require_same_model(recipe: Mapping[str, Any] | None, bundle: Bundle[GeneratorConfig]) -> None:
-    if recipe is not None and recipe["model"] != _model_id(bundle):
+def _require_same_model(metadata: Mapping[str, Any] | None, bundle: Bundle[GeneratorConfig]) -> None:
+    if metadata is not None and metadata["model"] != _model_id(bundle):
         raise CodebookMismatchError(
-            f"The picture was drawn by another model ({recipe['model']}) than {bundle.path} ({_model_id(bundle)}).",
+            f"The picture was drawn by another model ({metadata['model']}) than {bundle.path} ({_model_id(bundle)}).",
             "Give --bundle the generator that drew it.",
         )

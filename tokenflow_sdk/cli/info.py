@@ -1,4 +1,4 @@
-"""`tokenflow info`: what a file of codes or a bundle holds."""
+"""`tokenflow info`: prints what a file of codes or a bundle holds, and how the bundle would run on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.text import Text
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.cli.opening import bundle_name, stdout
+from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.opening import bundle_name
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
@@ -26,7 +27,7 @@ __all__ = ["info"]
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """What a file of codes or a bundle holds."""
+    """Describe a file of codes, or every bundle under a name."""
     target = Path(bundle_name(arguments))
     if target.is_file() and target.name != MANIFEST:
         _codes_info(target)
@@ -43,41 +44,35 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def _print_choice(bundle: Bundle[Any]) -> None:
-    """Which engine would run it here, and why not the others."""
+    """Print the backend that would run a bundle on this machine, and for all others why they would not."""
     table, chosen = Table("backend", "here", "why"), None
     for candidate in survey(bundle, RuntimeOptions()):
         chosen = chosen or (candidate.title if candidate.usable else None)
-        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.why))
+        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.reason))
     stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
     stdout.print(table)
     _print_engines(bundle)
 
 
 def _print_engines(bundle: Bundle[Any]) -> None:
-    """What was built of it on this machine, for whatever GPU, and how that compares with the reference."""
+    """Print the bundle's engines in the cache, for any GPU, with the results of their comparison with the reference."""
     graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
     sets: dict[tuple[str, str, BuildConfig], list[CachedEngine]] = {}
     for engine in EngineCache().entries():
-        build_config = BuildConfig.from_json(engine.build_config)
-        if build_config is not None and engine.key.graph_sha256 in graphs:
-            sets.setdefault((f"{build_config.backend} {engine.key.version}", engine.key.target, build_config), []).append(
-                engine
-            )
+        config = BuildConfig.from_json(engine.build_config)
+        if config is not None and engine.key.graph_sha256 in graphs:
+            sets.setdefault((f"{config.backend} {engine.key.version}", engine.key.target, config), []).append(engine)
     if not sets:
         return
     table = Table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
-    for (title, target, build_config), engines in sets.items():
+    for (title, target, config), engines in sets.items():
         certificates = [Certificate.from_json(engine.certificate) for engine in engines]
         worst = next((c for c in certificates if c is None or not c.passed), certificates[0])
         verdict = "not yet: at first use" if worst is None else worst.summary if worst.passed else "; ".join(worst.failures)
-        precision = (
-            build_config.precision
-            if build_config.decoder is None
-            else f"{build_config.precision}, decoder {build_config.decoder}"
-        )
+        precision = config.precision if config.decoder is None else f"{config.precision}, decoder {config.decoder}"
         names = ", ".join(sorted(engine.key.graph for engine in engines))
         size = _size(sum(engine.size for engine in engines))
-        table.add_row(title, target, precision, ",".join(map(str, build_config.batch)), names, size, Text(verdict))
+        table.add_row(title, target, precision, ",".join(map(str, config.batch)), names, size, Text(verdict))
     stdout.print(table)
 
 
@@ -156,7 +151,7 @@ def _print_language_model(
 
 
 def _print_pages(bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], taken: int, pages: int) -> None:
-    """Memory of the key/value cache: of a page, of `taken` pages, and of a pool of `pages`."""
+    """Print the memory of a key/value page, of the `taken` pages of an image, and of a pool of `pages`."""
     c = bundle.config
     value = next(np.dtype(spec.dtype).itemsize for spec in bundle.graph("transformer").inputs if spec.name == "k_pages")
     page = 2 * value * PAGE_SIZE * c.layers * c.kv_heads * c.head_dim
@@ -179,7 +174,7 @@ def _print_check(parity: Mapping[str, Any], choice: str) -> None:
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
     table = Table("graph", "size", "inputs", "outputs")
     for name, graph in graphs.items():
-        # As Text: in a plain string rich would take [batch, 3] for markup.
+        # In a plain string rich would read a shape such as [batch, 3] as markup.
         tensors = (Text("\n".join(map(str, specs))) for specs in (graph.inputs, graph.outputs))
         table.add_row(name, _size(sum(file.size for file in graph.files)), *tensors)
     stdout.print(table)

@@ -1,4 +1,4 @@
-"""`tokenflow verify`: are a bundle's files whole, and does an engine compute what its reference says?"""
+"""`tokenflow verify`: checks a bundle's files against their hashes, and its results on this machine against its reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in, open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.cli.opening import bundle_name, runtime_options, stderr, stdout
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_name, runtime_options
 from tokenflow_sdk.engines.choice import Needs, engines_for
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
@@ -24,16 +25,22 @@ __all__ = ["verify", "verify_bundles"]
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """A bundle's hashes, and its numbers against the stored reference."""
+    """Verify every bundle under a name."""
     verify_bundles(bundle_name(arguments), runtime_options(arguments), arguments.batch_limit)
     return 0
 
 
 def verify_bundles(name: str, options: RuntimeOptions, batch_limit: int = 1) -> None:
-    """Check every bundle under a name, and print what was found.
+    """Check every bundle under a name, and print how it agrees with its reference.
+
+    Args:
+        name: see `bundles_in`.
+        options: the backend to check.
+        batch_limit: most images in a call; engines must be built for as many.
 
     Raises:
-        CorruptBundleError, ParityError, EngineRefusedError: one is not right.
+        CorruptBundleError: a file is missing or damaged.
+        ParityError, EngineRefusedError: a bundle does not reproduce its reference.
     """
     for path in bundles_in(name):
         if options.backend in FLAVOURS:
@@ -66,12 +73,12 @@ def _verify_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
-    """The graphs here against what they gave where they were exported."""
+    """Compare the graphs' results on onnxruntime here with those at export."""
     bundle = open_bundle(path)
     with ExitStack() as stack:
         stack.enter_context(stderr.status(f"running {path}"))
         bundle.verify()
-        certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", 64)
+        certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
     stdout.print(f"{path}: {certificate.summary}", markup=False, soft_wrap=True)
     certificate.require(str(path))
 

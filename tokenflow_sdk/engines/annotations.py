@@ -1,4 +1,7 @@
-"""What searches and calibration have written into a bundle for its engines: nodes that stay in float32, 8-bit ranges."""
+"""Reads a bundle's annotations for engine building: nodes pinned to float32, and ranges of the decoder's 8-bit convolutions.
+
+`tokenflow export precision-search` and `tokenflow export calibrate` write them.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,19 @@ from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
 __all__ = ["PINNED", "RANGES", "Annotations", "decoder_ranges", "pinned_nodes"]
 
 PINNED = "pinned"
-"""The bundle's file of nodes that stay in float32, by precision and graph."""
+"""Name of the asset that lists the pinned nodes, as JSON: {precision: {graph: [node, ...]}}."""
 RANGES = "ranges"
-"""The bundle's file of magnitudes that convolutions read, by type of 8 bits, graph and node."""
+"""Name of the asset that holds the activation ranges, as JSON: {8-bit type: {graph: {node: magnitude}}}."""
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """The precision of a bundle's engines, with its exceptions.
+    """The precision of a bundle's engines and the nodes that deviate from it.
 
-    `pinned` are the nodes of each graph that stay in float32; `ranges` those of a decoder whose convolutions are rounded to 8
-    bits, None where it is not.
+    Attributes:
+        precision: of every node that is not listed below.
+        pinned: names of the nodes that stay in float32, by graph.
+        ranges: activation ranges of the decoder's convolutions that run in 8 bits; None: the decoder has no 8-bit convolutions.
     """
 
     precision: Precision
@@ -37,20 +42,21 @@ class Annotations:
 
     @classmethod
     def of(cls, bundle: Bundle[Any], build_config: BuildConfig) -> Annotations:
-        """Read what a bundle says for a build config.
+        """Read the annotations that apply to a build config.
 
         Raises:
-            EngineBuildError: a decoder in 8 bits is asked for, and the bundle has no ranges for it.
-            CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
+            EngineBuildError: the build config asks for an 8-bit decoder, and the bundle has no ranges for it.
+            CorruptBundleError: the bundle's file of pinned nodes or of ranges is damaged.
         """
         dtype = build_config.decoder if isinstance(bundle.config, TokenizerConfig) else None
         ranges = None if dtype is None else decoder_ranges(bundle, dtype)
         return cls(build_config.precision, pinned_nodes(bundle, build_config.precision), ranges)
 
     def key(self, graph: str) -> str:
-        """For the key of a graph's engine: `fp16`, `fp16, 3 pinned (1a2b3c4d)`, `fp16, int8 decoder (1a2b3c4d)`.
+        """The `precision` field of a graph's `EngineKey`, with digests of the annotations.
 
-        The decoder's ranges are in the keys of all graphs, because one certificate covers them together.
+        Examples: `fp16`, `fp16, 3 pinned (1a2b3c4d)`, `fp16, int8 decoder (1a2b3c4d)`. The decoder's ranges are in the keys of
+        all graphs, because one certificate covers all graphs of a bundle.
         """
         parts: list[str] = [self.precision]
         if pinned := self.pinned.get(graph, ()):
@@ -62,10 +68,17 @@ class Annotations:
 
 
 def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ...]]:
-    """Nodes of each graph that a precision search found must stay in float32; see `tokenflow export precision-search`.
+    """The nodes that `tokenflow export precision-search` pinned to float32.
+
+    Args:
+        bundle: of any kind.
+        precision: `fp16` or `bf16`, the precision of the other nodes.
+
+    Returns:
+        Names of the nodes, by graph; empty if no search was run for this precision.
 
     Raises:
-        CorruptBundleError: the bundle's list is damaged.
+        CorruptBundleError: the bundle's file of pinned nodes is damaged.
     """
     if PINNED not in bundle.assets:
         return {}
@@ -83,17 +96,17 @@ def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ..
 
 
 def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> ActivationRanges:
-    """What `tokenflow export calibrate` measured for the decoder.
+    """The activation ranges that `tokenflow export calibrate` measured for the decoder's convolutions.
 
     Raises:
-        EngineBuildError: nothing was measured, or everything costs too much.
-        CorruptBundleError: the bundle's file is damaged.
+        EngineBuildError: the bundle was not calibrated, or calibration found that no convolution may run in this type.
+        CorruptBundleError: the bundle's file of ranges is damaged.
     """
-    again = f"Run `tokenflow export calibrate {bundle.path} --images photos/` on photos of yours"
+    calibrate = f"Run `tokenflow export calibrate {bundle.path} --images photos/` on photos of yours"
     if RANGES not in bundle.assets:
         raise EngineBuildError(
             f"{bundle.path} does not say which magnitudes its decoder reads, so it cannot be built in {dtype}.",
-            f"{again}, or build without --decoder.",
+            f"{calibrate}, or build without --decoder.",
         )
     entry = bundle.asset(RANGES)
     bundle.verify(entry)
@@ -102,12 +115,12 @@ def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> ActivationRanges:
         found = json.loads(path.read_bytes())[dtype]["decode"]
         magnitudes = {str(name): float(value) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptBundleError(f"{path} is no list of magnitudes: {error!r}.", f"{again}.") from error
+        raise CorruptBundleError(f"{path} is no list of magnitudes: {error!r}.", f"{calibrate}.") from error
     if not magnitudes:
         raise EngineBuildError(
-            f"No convolution of {bundle.path} may be computed in {dtype}: its pictures would differ too much.",
+            f"No convolution of {bundle.path} may be computed in {dtype}: its images would differ too much.",
             "Build without --decoder.",
         )
     if not all(math.isfinite(value) and value > 0 for value in magnitudes.values()):
-        raise CorruptBundleError(f"{path} holds magnitudes that are not above 0.", f"{again}.")
+        raise CorruptBundleError(f"{path} holds magnitudes that are not above 0.", f"{calibrate}.")
     return ActivationRanges(dtype, magnitudes)

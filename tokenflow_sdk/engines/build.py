@@ -1,7 +1,8 @@
-"""TensorRT engines from a bundle's graphs: one code path for `tensorrt` (10.13 and newer) and `tensorrt_rtx`.
+"""Builds TensorRT engines from a bundle's graphs: one code path for `tensorrt` (10.13 and newer) and `tensorrt_rtx`.
 
-Networks are strongly typed: the types in the graph decide, so a half-precision engine is built from a half-precision graph
-(`tokenflow_sdk.passes.half_precision`). TensorRT-RTX builds for GPUs that are not there; full TensorRT for the one that is.
+Networks are strongly typed: TensorRT takes every type from the graph, so a half-precision engine is built from a graph that
+was rewritten in half precision (`tokenflow_sdk.passes.half_precision`). Full TensorRT builds for the GPU it runs on;
+TensorRT-RTX can also build for an architecture that is not in the machine.
 """
 
 from __future__ import annotations
@@ -30,27 +31,33 @@ __all__ = [
 ]
 
 REVISION = "2"
-"""Of everything here and in the passes that decides what an engine of a given graph is: a new one makes all engines stale."""
+"""Version of what this module and `tokenflow_sdk.passes` make of a graph; part of every engine's key.
+
+Raise it when they build another engine from the same graph: all cached engines are then rebuilt.
+"""
 
 Progress = Callable[[str, float], None]
-"""Told the phase and the share of it that is done."""
+"""Called with the name of the phase, and the fraction of it that is done, from 0 to 1."""
 
 
 def engine_graph(
     graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
 ) -> Path:
-    """What an engine is built from: a bundle's graph without integer products, in half precision or (None) in float32.
+    """Rewrite a bundle's graph for TensorRT: integer products as float products, in half precision, with 8-bit convolutions.
 
     Args:
-        graph: of the bundle; returned as it is where nothing has to change.
-        dtype: of everything but what `to_half` keeps.
-        directory: where another graph is written, its weights beside it.
-        pinned: further nodes that stay in float32.
-        ranges: of the convolutions that are rounded to 8 bits, but for pinned ones.
+        graph: the bundle's `.onnx` file.
+        dtype: half-precision type; None: the graph stays in its own float type.
+        directory: where the rewritten graph and its weights are written.
+        pinned: names of nodes that stay in float32, in addition to those that `to_half` always keeps.
+        ranges: activation ranges of the convolutions that run in 8 bits, except pinned ones; None: no 8-bit convolutions.
+
+    Returns:
+        The rewritten graph's path; `graph` itself if nothing has to change.
 
     Raises:
         MissingPackageError: onnx_ir is not installed.
-        CorruptBundleError: as `load_graph`.
+        CorruptBundleError: the graph cannot be read.
     """
     ir = import_onnx_ir()
     model = load_graph(graph)
@@ -76,62 +83,74 @@ def build_engine(
     progress: Progress | None = None,
     cuda: Cuda | None = None,
 ) -> bytes:
-    """A serialized engine.
+    """Build an engine from a graph.
 
-    It is built on a thread, and the caller's waits: TensorRT drops what a callback raises, Ctrl-C included.
+    TensorRT runs on a thread of its own while the caller waits, because TensorRT discards exceptions raised in its callbacks,
+    KeyboardInterrupt among them.
 
     Args:
-        trt: the module, from `import_tensorrt`.
-        graph: the `.onnx` file, its external data beside it.
-        entry: its inputs.
-        profiles: sizes of varying dimensions; a call must fit one of them.
-        target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that is there.
+        trt: the TensorRT module, from `import_tensorrt`.
+        graph: the `.onnx` file, with its external data beside it.
+        entry: the graph's entry in bundle.json.
+        profiles: optimization profiles; the shapes of every call must fit one of them.
+        target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that builds.
         workspace: bytes of scratch memory the engine may use; None: no limit.
-        progress: told how far the build is.
-        cuda: the GPU that full TensorRT builds on and for; None: built ahead.
+        progress: called after every step of the build's outermost phase.
+        cuda: the GPU to build on; None: no GPU is needed, because a `target` is given.
+
+    Returns:
+        The serialized engine.
 
     Raises:
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
-        BackendError: TensorRT does not start here.
-        ArgumentError: this flavour or version cannot build for the target.
+        BackendError: TensorRT does not start on this machine.
+        ArgumentError: this TensorRT cannot build for the target.
     """
     cancelled = threading.Event()
     monitor = _make_monitor(trt, progress, cancelled)
     shapes = [{spec.name: profile.shapes(spec) for spec in entry.inputs} for profile in profiles]
 
     def work() -> bytes:
-        # A build is for the GPU of the thread that it runs on.
+        # TensorRT builds for the CUDA device that is current on the building thread.
         with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
-            return _build(trt, heard, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
+            return _build(trt, heard, graph, lambda builder: _builder_config(trt, builder, shapes, target, workspace, monitor))
 
-    return _on_thread(work, cancelled)
+    return _run_on_thread(work, cancelled)
 
 
 def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+    """Parse a graph into a strongly typed network and build its engine.
+
+    Args:
+        trt: the TensorRT module.
+        heard: collects TensorRT's messages meanwhile.
+        graph: the `.onnx` file.
+        configure: makes the builder's configuration.
+    """
     log = log_of(trt)
     builder = started(trt, heard, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _AGAIN)
-    plan = builder.build_serialized_network(network, configure(builder))
-    if plan is None and not threading.main_thread().is_alive():
+        raise EngineBuildError(f"TensorRT cannot read {graph.name}: {'; '.join(errors)}.", _REPORT_HINT)
+    engine = builder.build_serialized_network(network, configure(builder))
+    if engine is None and not threading.main_thread().is_alive():
         raise EngineBuildError(
             f"Building {graph.name} was given up, because the program ended.", "Build ahead with `tokenflow build BUNDLE`."
         )
-    if plan is None:
+    if engine is None:
         raise EngineBuildError(
-            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
+            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _REPORT_HINT
         )
     ignored = [text for text in heard.warnings if "Unused Input" in text]
     if ignored:
-        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
-    return bytes(plan)
+        raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _REPORT_HINT)
+    return bytes(engine)
 
 
-def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
-    """What `work` returns or raises. Interrupted, it is cancelled first."""
+def _run_on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
+    """Run `work` on a new thread and return its result. An interrupted wait sets `cancelled` and joins the thread."""
     future: Future[bytes] = Future()
 
     def run() -> None:
@@ -140,7 +159,8 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
         except BaseException as error:
             future.set_exception(error)
 
-    # No daemon: at the end of the program it is waited for, having cancelled itself, instead of torn off inside TensorRT.
+    # Not a daemon thread: at exit Python waits for it instead of killing it inside TensorRT. The progress monitor ends the
+    # build once the main thread is gone.
     thread = threading.Thread(target=run, name="tokenflow-build", daemon=False)
     thread.start()
     try:
@@ -153,16 +173,16 @@ def _on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
     return future.result()
 
 
-def _configured(
+def _builder_config(
     trt: Any, builder: Any, profiles: Sequence[Mapping[str, Shapes]], target: str | None, workspace: int | None, monitor: Any
 ) -> Any:
-    """A builder's configuration: shapes of the inputs by profile, target, memory."""
+    """TensorRT's `IBuilderConfig`; `profiles` give each input's least, usual and largest shape."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if target is not None:
         _set_target(trt, config, target)
-    # Without this float32 products are rounded to 10 bits on recent GPUs.
+    # TF32 would round the inputs of float32 products to 10 bits of mantissa.
     config.clear_flag(trt.BuilderFlag.TF32)
     for shapes in profiles:
         optimization = builder.create_optimization_profile()
@@ -173,7 +193,7 @@ def _configured(
     return config
 
 
-_AGAIN = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
+_REPORT_HINT = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
 
 
 def _set_target(trt: Any, config: Any, target: str) -> None:
@@ -191,7 +211,7 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
 
 def _make_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the outermost phase on; inner ones are parts of it. Ends a build that is cancelled, or whose program ends."""
+        """Reports the steps of the outermost phase, and stops the build when it is cancelled or the program ends."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

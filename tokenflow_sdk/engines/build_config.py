@@ -1,4 +1,4 @@
-"""What to build for a device: precision, shapes and memory, from a build config (TOML) and from arguments."""
+"""Build configs: precision, batch sizes and memory of a bundle's TensorRT engines, given in Python, by TOML file or by name."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 ONNXRUNTIME = "onnxruntime"
-"""The backend of build configs for CPUs."""
+"""The `backend` of build configs for CPUs."""
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """How engines are built.
+    """How a bundle's TensorRT engines are built.
 
     Args:
-        backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, where nothing is built.
-        targets: GPU architectures (sm89) to build for; empty: the GPU that is there.
-        precision: of convolutions and products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
-        decoder: 8 bits for a tokenizer's decoder, `int8` or `fp8`; needs what `tokenflow export calibrate` measures. None: as
-            `precision` says.
-        batch: least (1), usual and most pictures in a call, or answers that an understander gives at once.
-        pages: of a language model's key/value pool; 0 holds eight pictures, or eight questions about pictures.
-        workspace_gb: scratch memory an engine may use; 0: no limit.
+        backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, for which no engines are built.
+        targets: GPU architectures to build for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
+        precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
+        decoder: 8-bit type of the convolutions of a tokenizer's decoder, `int8` or `fp8`; the bundle must have been calibrated
+            (`tokenflow export calibrate`). None: `precision` holds for the decoder too.
+        batch: least (always 1), usual and largest number of images in a call, or of questions an understander answers at once.
+        pages: size of a language model's key/value pool; 0: room for eight images, or for eight questions about images.
+        workspace_gb: scratch memory an engine may use, in GiB; 0: no limit.
 
     Raises:
-        ArgumentError: a value that cannot work.
+        ArgumentError: a value is invalid.
     """
 
     backend: str = "tensorrt-rtx"
@@ -64,8 +64,8 @@ class BuildConfig:
         )
         if not ascending or self.batch[0] != 1:
             raise ArgumentError(
-                f"batch={self.batch!r} is not the least, usual and most pictures in a call, from one on: what is left over of "
-                "many pictures, and the comparison before first use, go alone.",
+                f"batch={self.batch!r} is not the least, usual and most images in a call, from one on: the last call of "
+                "several, and the comparison with the reference, may have one image only.",
                 "Write it as --batch 1,8,32.",
             )
         if self.pages < 0 or self.workspace_gb < 0:
@@ -73,10 +73,14 @@ class BuildConfig:
 
     @classmethod
     def from_file(cls, name: str) -> BuildConfig:
-        """Read a build config by its name (`build_config_names`) or path.
+        """Read a build config from a TOML file.
+
+        Args:
+            name: the file's path, or the name of a build config that comes with the SDK (see `build_config_names`).
 
         Raises:
-            ArgumentError: there is none, or it says something unknown.
+            ArgumentError: there is no such build config, or it has an unknown setting or an invalid value.
+            MissingPackageError: Python is older than 3.11 and tomli is not installed.
         """
         path = next((path for path in (Path(name), packaged_data("engines/configs") / f"{name}.toml") if path.is_file()), None)
         if path is None:
@@ -98,7 +102,7 @@ class BuildConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildConfig | None:
-        """What `to_json` gave, or None where it was given by another version and cannot be read."""
+        """The inverse of `to_json`; None if another version of the SDK wrote `data` and this one cannot read it."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         try:
             return cls(**values)
@@ -106,16 +110,16 @@ class BuildConfig:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the targets: an engine is for one, and its key says which."""
+        """All settings but `targets`, for storage beside an engine: an engine's key names its one target."""
         values = asdict(replace(self, targets=()))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def covers(self, batch: int, pages: int | None) -> bool:
-        """Whether its engines take so many pictures in a call, and have so many pages (None: any)."""
+    def supports(self, batch: int, pages: int | None) -> bool:
+        """Whether engines built by this config take `batch` images in a call and have a pool of `pages` pages (None: any)."""
         return batch <= self.batch[2] and pages in (None, self.pages)
 
     def command(self, bundle: Path) -> str:
-        """What builds a bundle's engines by this build config."""
+        """The `tokenflow build` command that builds the engines of the bundle at this path by this build config."""
         words = [f"tokenflow build {bundle} --backend {self.backend}"]
         if self.precision != BuildConfig.precision:
             words.append(f"--precision {self.precision}")
@@ -129,13 +133,13 @@ class BuildConfig:
             words.append(f"--workspace-gb {self.workspace_gb:g}")
         return " ".join(words)
 
-    def changed(self, **values: Any) -> BuildConfig:
-        """This build_config with what is not None in `values`."""
+    def with_overrides(self, **values: Any) -> BuildConfig:
+        """A copy with the settings in `values` replaced, except those that are None."""
         return replace(self, **{key: value for key, value in values.items() if value is not None})
 
 
 def build_config_names() -> list[str]:
-    """Build configs that come with the SDK."""
+    """Names of the build configs that come with the SDK, sorted."""
     return sorted(path.stem for path in packaged_data("engines/configs").glob("*.toml"))
 
 

@@ -1,7 +1,7 @@
-"""Built engines on disk: found by everything that decides whether one fits, written whole or not at all, dropped when unused.
+"""A directory of built engines, each found by a key of everything it depends on, and evicted when least recently used.
 
-An engine is `<digest>.engine` with `<digest>.json` beside it, which says what it was built from and with which result it was
-checked. The JSON is written last: an engine without one was never finished.
+An engine is `<digest>.engine` with a record `<digest>.json` beside it: the engine's key, build config, size, SHA-256 and
+certificate. The record is written after the engine, so an engine without a record is incomplete and never used.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ from tokenflow_sdk.files import write_atomic
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
 
 DEFAULT_LIMIT_GB = 20.0
-_ELSEWHERE = "Name another directory for engines in $TOKENFLOW_CACHE or with --cache."
 _SUFFIXES = (".json", ".engine", ".kernels")
-"""Record, engine, and what TensorRT-RTX compiled from it."""
+"""Endings of an engine's files: its record, the engine, and the kernels that TensorRT-RTX compiled from it."""
 
 
 def default_directory() -> Path:
-    """`$TOKENFLOW_CACHE`, else `tokenflow/engines` in the user's cache directory."""
+    """The engine cache's directory: `$TOKENFLOW_CACHE`, else `tokenflow/engines` in the user's cache directory."""
     named = os.environ.get("TOKENFLOW_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(base) / "tokenflow" / "engines"
 
 
 def default_limit() -> int:
-    """Bytes of engines that are kept: `$TOKENFLOW_CACHE_GB` gigabytes, else 20.
+    """The engine cache's size limit in bytes: `$TOKENFLOW_CACHE_GB` gigabytes, else 20 GB.
 
     Raises:
-        ArgumentError: the variable is no such number.
+        ArgumentError: the variable is not a finite number of at least 0.
     """
     named = os.environ.get("TOKENFLOW_CACHE_GB")
     try:
@@ -55,17 +54,25 @@ def default_limit() -> int:
 
 
 def graph_digest(entry: GraphEntry) -> str:
-    """SHA-256 over the hashes of a graph's files."""
+    """SHA-256 over the hashes of a graph's files, as 64 hex digits."""
     return hashlib.sha256("".join(file.sha256 for file in entry.files).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What an engine depends on; a difference in any of it is another engine.
+    """Everything an engine depends on. A cached engine is used only if all of it is equal.
 
-    `graph_sha256` as `graph_digest`; `revision` of what the SDK makes of it; `flavour` tensorrt or tensorrt-rtx and its full
-    `version`; `system` operating system and processor; `target` the GPU architecture (sm86); `gpu` its model, where engines are
-    for that alone, else empty; `precision` with its pinned nodes; `profile` shapes, canonical.
+    Attributes:
+        graph: name of the graph in the bundle.
+        graph_sha256: the graph's `graph_digest`.
+        revision: `tokenflow_sdk.engines.build.REVISION`.
+        flavour: `tensorrt` or `tensorrt-rtx`.
+        version: full version of TensorRT.
+        target: GPU architecture, e.g. sm86.
+        precision: `Annotations.key` of the graph: precision, pinned nodes and ranges.
+        profile: digest of the optimization profiles and the workspace limit.
+        gpu: model of the GPU that full TensorRT built on; empty for TensorRT-RTX, whose engines run on the whole architecture.
+        system: operating system and processor architecture.
     """
 
     graph: str
@@ -80,24 +87,32 @@ class EngineKey:
     system: str = f"{platform.system()}-{platform.machine()}".lower()
 
     @property
-    def place(self) -> tuple[str, str, str, str]:
-        """Where engines run that differ in nothing else: TensorRT and GPU."""
+    def runtime_and_gpu(self) -> tuple[str, str, str, str]:
+        """What loads and runs the engine: TensorRT flavour and version, GPU architecture and GPU model."""
         return self.flavour, self.version, self.target, self.gpu
 
     @property
     def digest(self) -> str:
-        """32 hex digits: the file name."""
+        """The name of the engine's files without their endings: 32 hex digits of the key's SHA-256."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def title(self) -> str:
-        """For people: `decode, fp16, sm86, tensorrt-rtx 1.7.1.116`."""
+        """Description for messages, e.g. `decode, fp16, sm86, tensorrt-rtx 1.7.1.116`."""
         return f"{self.graph}, {self.precision}, {self.target}, {self.flavour} {self.version}"
 
 
 @dataclass(frozen=True)
 class CachedEngine:
-    """An engine on disk, verified, its certificate, and the build config that it was built by (`BuildConfig.to_json`)."""
+    """An engine in the cache.
+
+    Attributes:
+        key: what it depends on.
+        path: of the serialized engine.
+        size: in bytes.
+        certificate: result of its comparison with the reference, as `Certificate.to_json`; empty before the comparison.
+        build_config: what it was built by, as `BuildConfig.to_json`.
+    """
 
     key: EngineKey
     path: Path
@@ -107,20 +122,20 @@ class CachedEngine:
 
     @property
     def kernels(self) -> Path:
-        """Where TensorRT-RTX keeps what it compiled from the engine on this machine."""
+        """File for the kernels that TensorRT-RTX compiles from the engine on this machine."""
         return self.path.with_suffix(".kernels")
 
 
 class EngineCache:
-    """A directory of engines, shared by processes.
+    """A directory of engines. Several processes may use it at once.
 
     Args:
-        directory: made on the first write; None: `default_directory`.
-        limit: bytes to keep; None: `default_limit`. The least recently used go first beyond it, but nothing that was used since
-            this object was made: a bundle's engines must not push out each other.
+        directory: created on the first write; None: `default_directory`.
+        limit: bytes of engines to keep; None: `default_limit`. Beyond it the least recently used engines are removed, except
+            those used since this object was made, so that the engines of one bundle do not evict each other.
 
     Raises:
-        ArgumentError: `limit` is negative.
+        ArgumentError: `limit` is negative, or `$TOKENFLOW_CACHE_GB` is invalid.
     """
 
     def __init__(self, directory: Path | None = None, limit: int | None = None) -> None:
@@ -128,30 +143,38 @@ class EngineCache:
         if self.limit < 0:
             raise ArgumentError(f"limit={limit} keeps nothing.", "Give bytes, e.g. 20_000_000_000.")
         self.directory = directory or default_directory()
-        # File systems round times, some to two seconds.
+        # Some file systems round modification times to two seconds.
         self._since = time.time() - 2
 
     def get(self, key: EngineKey) -> CachedEngine | None:
-        """The engine of this key, if it is whole. Nothing is removed: another process may be writing it."""
+        """The engine of a key; None if it is missing or damaged. Marks it as used.
+
+        The engine's SHA-256 is checked. A damaged engine is not removed, because another process may be writing it.
+        """
         found = self._read(self._record(key))
-        if found is None or found.key != key or not _is_whole(found, self._record(key)):
+        if found is None or found.key != key or not _is_intact(found, self._record(key)):
             return None
         with suppress(OSError):
-            # Recently used; a directory that cannot be written serves all the same.
+            # The modification time of the record is the time of last use. A read-only cache is fine: nothing is evicted there.
             os.utime(self._record(key))
         return found
 
     def put(self, key: EngineKey, engine: bytes, build_config: Mapping[str, Any]) -> CachedEngine:
-        """Store an engine, without a certificate yet, and drop the least recently used beyond the limit.
+        """Store an engine without a certificate, and evict the least recently used engines beyond the limit.
+
+        Args:
+            key: of the engine.
+            engine: serialized.
+            build_config: what it was built by, as `BuildConfig.to_json`.
 
         Raises:
             OutputError: the directory cannot be written.
         """
-        path, digest = self._engine(key), hashlib.sha256(engine).hexdigest()
+        path = self._engine(key)
         record = {
             "key": asdict(key),
             "size": len(engine),
-            "sha256": digest,
+            "sha256": hashlib.sha256(engine).hexdigest(),
             "build_config": dict(build_config),
             "certificate": {},
         }
@@ -159,12 +182,16 @@ class EngineCache:
             write_atomic(path, engine)
             write_atomic(self._record(key), json.dumps(record, indent=2).encode())
         except OutputError as error:
-            raise OutputError(error.message, f"Free some space (`tokenflow cache clear`), or n{_ELSEWHERE[1:]}") from error
+            raise OutputError(
+                error.message,
+                "Free some space (`tokenflow cache clear`), or name another directory for engines in $TOKENFLOW_CACHE or with "
+                "--cache.",
+            ) from error
         self._evict()
         return CachedEngine(key, path, len(engine), {}, dict(build_config))
 
     def certify(self, key: EngineKey, certificate: Mapping[str, Any]) -> None:
-        """Store what an engine's check gave; nothing where the engine is gone.
+        """Store an engine's certificate (`Certificate.to_json`) in its record. Does nothing if the record is gone.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -177,7 +204,7 @@ class EngineCache:
 
     @contextmanager
     def building(self, key: EngineKey) -> Iterator[None]:
-        """Held by one process at a time; the system lets go of it when a process dies.
+        """Hold a key's lock, so that one process builds its engine at a time. The system releases the lock of a dead process.
 
         Raises:
             MissingPackageError: filelock is not installed.
@@ -196,7 +223,7 @@ class EngineCache:
         except OSError as error:
             raise OutputError(
                 f"{self.directory} cannot be written: {error.strerror or error}.",
-                _ELSEWHERE,
+                "Name another directory for engines in $TOKENFLOW_CACHE or with --cache.",
             ) from error
         try:
             yield
@@ -204,12 +231,16 @@ class EngineCache:
             lock.release()
 
     def entries(self) -> list[CachedEngine]:
-        """All engines with a readable record, most recently used first."""
-        records = sorted(self.directory.glob("*.json"), key=_used, reverse=True)
+        """All engines with a readable record, most recently used first. The engines themselves are not read."""
+        records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
-        """Remove every engine, finished or not; the number of bytes freed."""
+        """Remove all engines, records, kernels and temporary files.
+
+        Returns:
+            The number of bytes freed.
+        """
         freed = 0
         for path in self.directory.glob("*"):
             if path.suffix in _SUFFIXES or path.name.startswith("."):
@@ -242,19 +273,20 @@ class EngineCache:
         total = 0
         for engine in self.entries():
             total += engine.size
-            if total > self.limit and _used(self._record(engine.key)) < self._since:
+            if total > self.limit and _last_used(self._record(engine.key)) < self._since:
                 self._remove(engine.key.digest)
 
 
-def _used(record: Path) -> float:
-    """When an engine was used last; 0 where another process has just removed it."""
+def _last_used(record: Path) -> float:
+    """When an engine was last used, as a POSIX time; 0 if another process has removed its record."""
     try:
         return record.stat().st_mtime
     except OSError:
         return 0
 
 
-def _is_whole(engine: CachedEngine, record: Path) -> bool:
+def _is_intact(engine: CachedEngine, record: Path) -> bool:
+    """Whether the engine's size and SHA-256 are those in its record."""
     try:
         return (
             engine.path.stat().st_size == engine.size and file_sha256(engine.path) == json.loads(record.read_bytes())["sha256"]

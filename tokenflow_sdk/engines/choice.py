@@ -1,4 +1,4 @@
-"""Which engine runs a bundle here, and why."""
+"""Chooses the backend that runs a bundle on this machine: TensorRT with certified engines, or onnxruntime with a provider."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.engine_set import Engines, shown_progress
+from tokenflow_sdk.engines.engine_set import Engines, progress_bar
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, TokenFlowError
 
@@ -27,7 +27,13 @@ __all__ = ["Candidate", "Needs", "choose", "engines_for", "survey"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What engines must be built for: images in a call; pages of a pool (None: as the build config says), and their size."""
+    """What a caller needs of the engines.
+
+    Args:
+        batch: most images in a call.
+        pages: pages in a language model's key/value pool; None: as many as the build config says.
+        page_size: tokens in a page; TensorRT engines are built for the default only.
+    """
 
     batch: int = 1
     pages: int | None = None
@@ -35,61 +41,80 @@ class Needs:
 
 
 def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, backend: str | None = None) -> Engines:
-    """The bundle's engines on the GPU that `options` name, for `backend` or another TensorRT.
+    """The bundle's engines for the GPU and build config in `options`. Nothing is built yet.
+
+    If `options` has no build config, and the engines of the default one are not in the cache, cached engines that were built by
+    another build config are used if they meet the needs.
+
+    Args:
+        bundle: of any kind.
+        options: names the GPU, the build config and how sessions run.
+        needs: what the engines must be built for.
+        backend: `tensorrt` or `tensorrt-rtx`, overriding `options.backend`.
 
     Raises:
-        MissingPackageError, BackendError: TensorRT or a GPU is missing.
-        ArgumentError: a page size that engines are not built for, or a build config that cannot be read.
+        MissingPackageError: TensorRT or cuda-bindings is not installed.
+        BackendError: there is no usable GPU.
+        EngineBuildError: the bundle's engines cannot be built by the build config; see `engine_jobs`.
+        ArgumentError: `needs.page_size` is not the default, or the build config cannot be read.
     """
     if needs.page_size != PAGE_SIZE:
         raise ArgumentError(f"TensorRT engines have pages of {PAGE_SIZE} tokens.", "Leave page_size= out.")
-    build_config = options.loaded_build_config() or BuildConfig()
-    least, usual, most = build_config.batch
+    config = options.loaded_build_config() or BuildConfig()
+    least, usual, most = config.batch
     batch = (least, usual, max(most, needs.batch))
-    build_config = build_config.changed(backend=backend or options.backend, batch=batch, pages=needs.pages)
     engines = Engines(
         bundle,
-        build_config,
+        config.with_overrides(backend=backend or options.backend, batch=batch, pages=needs.pages),
         options.device_index,
         execution_contexts=options.execution_contexts,
         cuda_graphs=options.cuda_graphs,
     )
-    return engines if options.build_config is not None else _built(engines, needs)
+    return engines if options.build_config is not None else _prefer_built(engines, needs)
 
 
-def _built(engines: Engines, needs: Needs) -> Engines:
-    """Engines that are there and were not refused, by whatever build config; else those that were asked for."""
+def _prefer_built(engines: Engines, needs: Needs) -> Engines:
+    """`engines` if they are usable; else cached engines built by another build config that meet the needs; else `engines`."""
     if engines.usable():
         return engines
-    for build_config in engines.other_build_configs():
-        # A decoder's ranges may be gone from the bundle since.
+    for config in engines.other_build_configs():
+        # Skip a build config that no longer works, e.g. one for an 8-bit decoder whose ranges are gone from the bundle.
         with suppress(TokenFlowError):
-            if build_config.covers(needs.batch, needs.pages) and (other := engines.changed(build_config)).usable():
+            if config.supports(needs.batch, needs.pages) and (other := engines.with_build_config(config)).usable():
                 return other
     return engines
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a bundle here: its backend, for onnxruntime its providers, and why it can or cannot be used."""
+    """One way to run a bundle on this machine.
+
+    Attributes:
+        title: name for tables, e.g. `onnxruntime, CUDA`.
+        backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
+        usable: whether it can run the bundle now, without building.
+        reason: why it is usable or not, in words.
+        providers: onnxruntime execution providers to ask for; None: those that the device in the options implies.
+        engines: of a usable TensorRT candidate; None for others.
+    """
 
     title: str
     backend: str
     usable: bool
-    why: str
+    reason: str
     providers: tuple[str, ...] | None = None
     engines: Engines | None = None
 
 
 def survey(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> Iterator[Candidate]:
-    """Every way to run a bundle here, the best first. Looking at one costs nothing until it is asked for."""
+    """Yield every way to run a bundle on this machine, the preferred first. Each is examined when the iterator reaches it."""
     if options.device != "cpu":
         for flavour in FLAVOURS:
-            yield _tensorrt(bundle, options, needs, flavour)
-    yield from _onnxruntime(bundle, options.session)
+            yield _tensorrt_candidate(bundle, options, needs, flavour)
+    yield from _onnxruntime_candidates(bundle, options.session)
 
 
-def _tensorrt(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
+def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
     try:
         engines = engines_for(bundle, options, needs, flavour)
         missing, certificate = engines.missing(), engines.certificate()
@@ -102,11 +127,11 @@ def _tensorrt(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavou
         )
     if certificate is not None and not certificate.passed:
         return Candidate(flavour, flavour, False, f"its engines were refused: {'; '.join(certificate.failures)}")
-    why = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"
-    return Candidate(flavour, flavour, True, why, engines=engines)
+    reason = "engines are built, to be compared at first use" if certificate is None else f"certified: {certificate.summary}"
+    return Candidate(flavour, flavour, True, reason, engines=engines)
 
 
-def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
+def _onnxruntime_candidates(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
     try:
         available = importlib.import_module("onnxruntime").get_available_providers()
     except ImportError as error:
@@ -114,21 +139,29 @@ def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candi
         return
     if options.device != "cpu":
         cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
-        problem = _why_not(bundle, cuda, CUDA in available, driver_problem)
+        problem = _provider_problem(bundle, cuda, CUDA in available, driver_problem)
         yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
     if not options.device.startswith("cuda"):
         providers = (OPENVINO, CPU)
         openvino = replace(options, device="auto", providers=providers)
-        problem = _why_not(bundle, openvino, OPENVINO in available, _processor_problem)
+        problem = _provider_problem(bundle, openvino, OPENVINO in available, _processor_problem)
         yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
         yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
 
 
-def _why_not(
+def _provider_problem(
     bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
 ) -> str | None:
-    """Why a provider does not run here; None: it does. onnxruntime names those too whose libraries are missing, so the smallest
-    graph is opened."""
+    """Why an execution provider cannot run this bundle; None: it can.
+
+    onnxruntime also lists providers whose libraries are missing, so the bundle's smallest graph is opened to find out.
+
+    Args:
+        bundle: of any kind.
+        options: ask for the provider.
+        built_in: whether this onnxruntime was built with the provider.
+        hardware_problem: says what is wrong with the provider's hardware; None: nothing.
+    """
     problem = hardware_problem() if built_in else "this onnxruntime was built without it"
     if problem is not None:
         return problem
@@ -141,7 +174,10 @@ def _why_not(
 
 
 def _processor_problem() -> str | None:
-    """Why OpenVINO is no gain here: it is made for Intel's processors, and slower than onnxruntime's own kernels on others."""
+    """Why OpenVINO should not be used on this processor; None: it should.
+
+    On processors other than Intel's it is slower than onnxruntime's own kernels.
+    """
     names = [platform.processor()]
     with suppress(OSError):
         names += Path("/proc/cpuinfo").read_text().splitlines()[:8]
@@ -151,27 +187,31 @@ def _processor_problem() -> str | None:
 
 
 def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> tuple[OpenSession, SessionOptions]:
-    """How to open a bundle's sessions; engines are prepared then.
+    """Choose a backend for a bundle by the options, and prepare its engines if that is TensorRT.
+
+    Returns:
+        A function that opens the bundle's graphs, and the options to call it with.
 
     Raises:
-        MissingPackageError, BackendError: what was asked for does not work here.
+        MissingPackageError, BackendError: the backend in the options does not work on this machine.
         EngineBuildError, EngineRefusedError: see `Engines.prepare`.
+        ArgumentError: the options contradict each other, or the build config cannot be read.
     """
     session = options.session
     if options.wants_onnxruntime():
-        # With `auto` a build config for CPUs said so.
+        # With backend="auto" it is a build config for CPUs that asks for onnxruntime: run on the CPU unless told otherwise.
         cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
         return open_onnxruntime, replace(session, device="cpu") if cpu else session
     if options.backend in FLAVOURS:
         engines = engines_for(bundle, options, needs)
-        with shown_progress() as progress:
+        with progress_bar() as progress:
             engines.prepare(options.build, progress)
         return engines.open, session
     if options.providers is not None:
         return open_onnxruntime, session
     best = next((candidate for candidate in survey(bundle, options, needs) if candidate.usable), None)
     if best is None:
-        # Opening a session then says what is missing.
+        # Opening a session raises an error that says what is missing.
         return open_onnxruntime, session
     if best.engines is not None:
         best.engines.prepare(build=False)

@@ -1,4 +1,4 @@
-"""A bundle's engines on this machine's GPU: found in the cache or built, certified, and opened as sessions."""
+"""A bundle's engines on this machine's GPU: finds them in the cache or builds them, certifies them and opens their sessions."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ from tokenflow_sdk.engines.profiles import pool_pages
 from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate, certify
 
-__all__ = ["Engines", "shown_progress"]
+__all__ = ["Engines", "progress_bar"]
 
 _PREFERRED = ("fp16", "bf16", "fp32")
+"""Precisions of cached engines, the preferred first."""
 
 
 class Engines:
-    """All engines of one bundle.
+    """The engines of all graphs of a bundle, on one GPU of this machine.
 
     Args:
-        bundle: whose graphs.
-        build_config: how they are built, and with which TensorRT. Its targets are not looked at: the GPU here counts.
-        device: number of the GPU.
-        cache: where built engines are kept; None: the user's.
+        bundle: of any kind.
+        build_config: how the engines are built, and by which TensorRT. Its `targets` are ignored: engines are for the GPU
+            `device`.
+        device: CUDA index of the GPU.
+        cache: where built engines are kept; None: the user's cache.
         execution_contexts: calls of one graph that may run at once.
         cuda_graphs: see `TensorRTSession`.
 
     Raises:
         MissingPackageError: TensorRT or cuda-bindings is not installed.
         BackendError: there is no usable GPU.
-        EngineBuildError: the build config's decoder cannot be built, see `engine_jobs`.
+        EngineBuildError, CorruptBundleError: see `engine_jobs`.
     """
 
     def __init__(
@@ -60,51 +62,46 @@ class Engines:
         self._trt = import_tensorrt(build_config.backend)
         self._execution_contexts, self._cuda_graphs = execution_contexts, cuda_graphs
         self.pages = pool_pages(bundle.config, build_config)
-        """Pages of a language model's pool, which its engine is built for; 0 for a tokenizer."""
+        """Pages of the key/value pool that a language model's engine is built for; 0 for a tokenizer."""
         self._verified: dict[str, CachedEngine] = {}
-        here = build_config.changed(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
+        here = build_config.with_overrides(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
         self.jobs: dict[str, EngineJob] = {job.key.graph: job for job in engine_jobs(bundle, here, self._trt, device)}
 
     def missing(self) -> list[EngineJob]:
-        """What is not in the cache."""
+        """The jobs whose engines are not in the cache."""
         return [job for job in self.jobs.values() if self._find(job) is None]
 
     def usable(self) -> bool:
-        """Whether all are built, and were not refused."""
+        """Whether all engines are in the cache and none missed a tolerance; they may still have to be compared."""
         if self.missing():
             return False
         certificate = self.certificate()
         return certificate is None or certificate.passed
 
     def other_build_configs(self) -> list[BuildConfig]:
-        """Plans that other engines of this bundle were built by, for this TensorRT and GPU: half precision first, then the
-        smallest batches."""
+        """Build configs of this bundle's other engines in the cache, for this TensorRT and GPU.
+
+        Half precision comes before float32, then smaller batches before larger ones.
+        """
         graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
-        here = {job.key.place for job in self.jobs.values()}
+        here = {job.key.runtime_and_gpu for job in self.jobs.values()}
         found = {
             BuildConfig.from_json(engine.build_config)
             for engine in self.cache.entries()
-            if engine.key.graph_sha256 in graphs and engine.key.place in here
+            if engine.key.graph_sha256 in graphs and engine.key.runtime_and_gpu in here
         }
-        build_configs = [
-            build_config for build_config in found if build_config is not None and build_config != self.build_config
-        ]
+        others = [config for config in found if config is not None and config != self.build_config]
         return sorted(
-            build_configs,
-            key=lambda build_config: (
-                _PREFERRED.index(build_config.precision),
-                build_config.decoder or "",
-                build_config.batch,
-                build_config.pages,
-            ),
+            others,
+            key=lambda config: (_PREFERRED.index(config.precision), config.decoder or "", config.batch, config.pages),
         )
 
-    def changed(self, build_config: BuildConfig) -> Engines:
-        """The same bundle's engines by another build config."""
+    def with_build_config(self, build_config: BuildConfig) -> Engines:
+        """The same bundle's engines on the same GPU, built by another build config. Errors as in the constructor."""
         return Engines(self.bundle, build_config, self._cuda.device, self.cache, self._execution_contexts, self._cuda_graphs)
 
     def certificate(self) -> Certificate | None:
-        """The certificate stored with the engines; None where one is missing or they were not compared yet."""
+        """The certificate stored with the engines; None if an engine is missing or was not compared yet."""
         found = [self._find(job) for job in self.jobs.values()]
         engines = [engine for engine in found if engine is not None]
         stored = [Certificate.from_json(engine.certificate) for engine in engines]
@@ -113,16 +110,20 @@ class Engines:
         return next((c for c in stored if c is not None and not c.passed), stored[0])
 
     def prepare(self, build: bool = True, progress: Progress | None = None) -> Certificate:
-        """Have every engine in the cache, compared with the bundle's reference.
+        """Build the engines that are missing, and compare the engines with the bundle's reference unless that was done before.
 
         Args:
-            build: build what is missing; False refuses instead.
-            progress: told how far it is: "decode (2 of 4)", and the share of that done.
+            build: False raises an error instead of building.
+            progress: called with e.g. "building decode (2 of 4)", and the fraction of that engine's build that is done.
+
+        Returns:
+            The certificate of the engines, which has passed.
 
         Raises:
-            BackendError: something is missing and `build` is False, or TensorRT cannot load or run an engine.
-            EngineBuildError: TensorRT cannot build one.
-            EngineRefusedError: they do not reproduce the reference.
+            BackendError: an engine is missing and `build` is False, or TensorRT cannot load or run an engine.
+            EngineBuildError: TensorRT cannot build an engine.
+            EngineRefusedError: the engines do not reproduce the reference.
+            OutputError, MissingPackageError: see `EngineJob.run`.
         """
         missing = self.missing()
         if missing and not build:
@@ -132,7 +133,7 @@ class Engines:
             )
         for number, job in enumerate(missing, 1):
             title = f"building {job.key.graph} ({number} of {len(missing)})"
-            job.run(self._trt, self.cache, None if progress is None else _named(progress, title))
+            job.run(self._trt, self.cache, None if progress is None else _with_title(progress, title))
         certificate = self.certificate() or self.recertify()
         certificate.require(
             f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._cuda.architecture}"
@@ -140,7 +141,10 @@ class Engines:
         return certificate
 
     def recertify(self) -> Certificate:
-        """Compare the engines with the bundle's reference now, and store the result with each.
+        """Compare the engines with the bundle's reference now, and store the certificate with each engine.
+
+        Returns:
+            The certificate, whether it has passed or not.
 
         Raises:
             BackendError: an engine is missing, or cannot be loaded or run.
@@ -151,23 +155,28 @@ class Engines:
             for job in self.jobs.values():
                 self.cache.certify(job.key, certificate.to_json())
         except OutputError as error:
-            # Engines that were shipped with a device may lie where nothing can be written; they are as good.
+            # The cache may be read-only, e.g. on a device that was shipped with its engines.
             logging.getLogger("tokenflow_sdk").warning("The comparison is repeated at the next start: %s", error)
         self._verified.clear()
         return certificate
 
     def _find(self, job: EngineJob) -> CachedEngine | None:
-        """From the cache, where its bytes are hashed once."""
+        """The job's engine in the cache, or None. Found engines are remembered, because each look-up hashes the whole file."""
         found = self._verified.get(job.key.digest) or self.cache.get(job.key)
         if found is not None:
             self._verified[job.key.digest] = found
         return found
 
     def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-        """An `OpenSession` for engines that are prepared.
+        """Open a session on the engine of a graph. An `OpenSession`; call `prepare` first.
+
+        Args:
+            path: ignored.
+            entry: which graph.
+            options: ignored.
 
         Raises:
-            BackendError: the engine is gone, or cannot be loaded.
+            BackendError: the engine is gone from the cache, or cannot be loaded.
         """
         from tokenflow_sdk.backends.tensorrt import TensorRTSession
 
@@ -190,13 +199,14 @@ class Engines:
         )
 
 
-def _named(progress: Progress, title: str) -> Progress:
+def _with_title(progress: Progress, title: str) -> Progress:
+    """Report `title` instead of the name of TensorRT's phase."""
     return lambda _, share: progress(title, share)
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress | None]:
-    """A progress bar on a terminal where rich is installed; else nothing."""
+def progress_bar() -> Iterator[Progress | None]:
+    """Show a progress bar on stderr if that is a terminal; yields the callback, or None if rich is not installed."""
     try:
         console = importlib.import_module("rich.console").Console(stderr=True)
         bars = importlib.import_module("rich.progress")

@@ -1,4 +1,4 @@
-"""Serving from one engine while a better one is being built, and changing over without a dropped call."""
+"""Hot swap: serves from one backend while another is being prepared, then switches to it without dropping a call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ __all__ = ["EngineSwap", "SwappingSession", "SwappingSessions"]
 
 
 class SwappingSession(Session):
-    """A session whose engine can be replaced. Calls under way end where they began; the old engine is closed after the last.
+    """A session that can be switched to another session for the same graph while calls are running.
+
+    Running calls finish on the session they started on, which is closed after the last of them.
 
     Args:
-        first: runs until `swap`.
+        first: runs the calls until `swap`.
     """
 
     def __init__(self, first: Session) -> None:
@@ -33,7 +35,7 @@ class SwappingSession(Session):
         return self._current.device
 
     def swap(self, session: Session) -> None:
-        """Run on `session` from the next call on."""
+        """Run all later calls on `session`. It is closed at once if this session is closed already."""
         with self._lock:
             old, self._current = self._current, session
             idle = not self._calls.get(old)
@@ -63,7 +65,7 @@ class SwappingSession(Session):
                 session.close()
 
     def close(self) -> None:
-        """The engine is closed now, or after the last call under way."""
+        """Close the current session: now, or after its last running call."""
         with self._lock:
             self._closed = True
             idle = not self._calls.get(self._current)
@@ -72,24 +74,29 @@ class SwappingSession(Session):
 
 
 class EngineSwap:
-    """Engines being prepared on a thread, and then moved to.
+    """Prepares engines on a background thread, and then switches to them.
+
+    An error in either step is logged, and serving goes on without the engines.
 
     Args:
         prepare: builds and certifies the engines.
-        move: changes over to them.
+        swap: switches to them.
     """
 
-    def __init__(self, prepare: Callable[[], object], move: Callable[[], None]) -> None:
-        self._prepare, self._move = prepare, move
+    def __init__(self, prepare: Callable[[], object], swap: Callable[[], None]) -> None:
+        self._prepare, self._swap = prepare, swap
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="tokenflow-engines", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether everything has moved, after at most `timeout` seconds.
+        """Wait until the engines are in use, for at most `timeout` seconds (None: without limit).
+
+        Returns:
+            Whether the engines are in use.
 
         Raises:
-            Exception: what preparing or moving raised.
+            Exception: the error that ended the preparation or the swap.
         """
         self._thread.join(timeout)
         if self._error is not None:
@@ -99,39 +106,39 @@ class EngineSwap:
     def _run(self) -> None:
         try:
             self._prepare()
-            self._move()
+            self._swap()
         except Exception as error:
             self._error = error
             logging.getLogger("tokenflow_sdk").warning("Going on without TensorRT engines: %s", error)
 
 
 class SwappingSessions:
-    """Opens graphs on one backend, and later moves those that are open, and opens further ones, on another.
+    """Opens sessions on one backend, and can later switch them, and all that are opened afterwards, to another backend.
 
     Args:
-        first: opens a graph until `move`.
+        first: opens sessions until `swap`.
     """
 
     def __init__(self, first: OpenSession) -> None:
         self._open_session = first
         self._lock = threading.Lock()
-        self._moved = False
+        self._swapped = False
         self._opened: list[tuple[SwappingSession, Path, GraphEntry, SessionOptions]] = []
 
     def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-        """An `OpenSession`."""
+        """Open a session on the current backend. An `OpenSession`; errors as that of the backend."""
         with self._lock:
             session = self._open_session(path, entry, options)
-            if self._moved:
+            if self._swapped:
                 return session
             swapping = SwappingSession(session)
             self._opened.append((swapping, path, entry, options))
             return swapping
 
-    def move(self, open_session: OpenSession) -> None:
-        """Open everything on `open_session` from now on."""
+    def swap(self, open_session: OpenSession) -> None:
+        """Reopen every open session with `open_session`, switch to the new ones, and use it for later sessions too."""
         with self._lock:
             for session, path, entry, options in self._opened:
                 session.swap(open_session(path, entry, options))
-            self._open_session, self._moved = open_session, True
+            self._open_session, self._swapped = open_session, True
             self._opened.clear()

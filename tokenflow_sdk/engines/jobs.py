@@ -1,4 +1,4 @@
-"""Which engines a bundle needs, and getting them: from the cache, else built once whoever asks first."""
+"""Lists the engines that a bundle needs, and gets each from the cache or builds it into the cache."""
 
 from __future__ import annotations
 
@@ -24,13 +24,24 @@ from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
 
 __all__ = ["EngineJob", "engine_jobs"]
 
-_FP8_FROM = 89
-"""The first GPU architecture with fp8 products."""
+_FIRST_FP8_ARCHITECTURE = 89
+"""The oldest GPU architecture (sm89) with fp8 arithmetic."""
 
 
 @dataclass(frozen=True)
 class EngineJob:
-    """One engine to have: of a graph, for a target."""
+    """The engine of one graph for one GPU architecture, and all that is needed to build it.
+
+    Attributes:
+        graph: the bundle's `.onnx` file.
+        entry: the graph's entry in bundle.json.
+        key: of the engine in the cache.
+        profiles: optimization profiles.
+        build_config: precision, workspace and targets.
+        pinned: names of nodes that stay in float32.
+        ranges: activation ranges of the convolutions that run in 8 bits; None: no 8-bit convolutions.
+        cuda: the GPU to build on; None: `build_config` names targets, and no GPU is needed.
+    """
 
     graph: Path
     entry: GraphEntry
@@ -40,13 +51,22 @@ class EngineJob:
     pinned: tuple[str, ...] = ()
     ranges: ActivationRanges | None = None
     cuda: Cuda | None = None
-    """The GPU it is built on; None: built ahead."""
 
     def run(self, trt: ModuleType, cache: EngineCache, progress: Progress | None = None) -> tuple[CachedEngine, bool]:
-        """The engine, and whether it was built now. Two processes that want the same one build it once.
+        """Get the engine from the cache, or build it. Of several processes that want the same engine, one builds it.
+
+        Args:
+            trt: the TensorRT module, from `import_tensorrt`.
+            cache: where the engine is looked up and stored.
+            progress: see `build_engine`.
+
+        Returns:
+            The engine, and whether it was built by this call.
 
         Raises:
-            EngineBuildError, ArgumentError, MissingPackageError: see `build_engine`.
+            EngineBuildError, BackendError, ArgumentError: see `build_engine`.
+            MissingPackageError: onnx_ir or filelock is not installed.
+            CorruptBundleError: the graph cannot be read.
             OutputError: the cache or the temporary directory cannot be written.
         """
         with cache.building(self.key):
@@ -64,41 +84,38 @@ class EngineJob:
             return cache.put(self.key, engine, self.build_config.to_json()), True
 
     def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
-        build_config = self.build_config
-        graph = engine_graph(
-            self.graph, None if build_config.precision == "fp32" else build_config.precision, work, self.pinned, self.ranges
-        )
-        workspace = int(build_config.workspace_gb * 2**30) or None
-        target = self.key.target if build_config.targets else None
+        config = self.build_config
+        half = None if config.precision == "fp32" else config.precision
+        graph = engine_graph(self.graph, half, work, self.pinned, self.ranges)
+        workspace = int(config.workspace_gb * 2**30) or None
+        target = self.key.target if config.targets else None
         return build_engine(trt, graph, self.entry, self.profiles, target, workspace, progress, self.cuda)
 
 
 def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
-    """The engines of every graph of a bundle for every target; without one, for GPU `device`.
+    """Yield a job for every graph of a bundle and every target of a build config.
+
+    Args:
+        bundle: of any kind.
+        build_config: how the engines are built; without targets they are for the GPU `device`.
+        trt: the TensorRT module, from `import_tensorrt`.
+        device: CUDA index of the GPU.
 
     Raises:
-        MissingPackageError, BackendError: the build config names no target, and there is no GPU or no way to ask it.
-        EngineBuildError: the bundle has no reference, or was exported in float16 and another precision is asked for; or a
-            decoder in 8 bits is, for which the bundle has no ranges, or fp8 where a GPU has none.
-        CorruptBundleError: the bundle's list of pinned nodes or of ranges is damaged.
+        MissingPackageError, BackendError: the build config names no target, and cuda-bindings or a usable GPU is missing.
+        EngineBuildError: the bundle has no reference; it was exported in float16, and the build config asks for another
+            precision; the build config asks for an 8-bit decoder, and the bundle has no ranges for it, or a target has no fp8
+            arithmetic.
+        CorruptBundleError: the bundle's file of pinned nodes or of ranges is damaged.
     """
-    if "reference" not in bundle.assets:
-        raise EngineBuildError(
-            f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
-            "Export it again with `tokenflow export`, or use backend='onnxruntime'.",
-        )
-    if bundle.in_half and build_config.precision != "fp16":
-        raise EngineBuildError(
-            f"{bundle.path} was exported in float16, so its engines cannot be in {build_config.precision}.",
-            "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
-        )
-    cuda = None if build_config.targets else _gpu_here(build_config, device)
+    _require_buildable(bundle, build_config)
+    cuda = None if build_config.targets else _open_gpu(build_config, device)
     targets = build_config.targets if cuda is None else (cuda.architecture,)
-    # Full TensorRT chooses kernels for the GPU that it measures them on, and warns of others.
+    # Full TensorRT picks kernels by timing them on this GPU model, and warns when another model loads the engine.
     gpu = cuda.model if cuda is not None and build_config.backend == "tensorrt" else ""
     profiles, annotations = graph_profiles(bundle, build_config), Annotations.of(bundle, build_config)
     if annotations.ranges is not None:
-        _require_arithmetic(annotations.ranges.dtype, targets)
+        _require_fp8_support(annotations.ranges.dtype, targets)
     for target in targets:
         for name, entry in bundle.graphs.items():
             sizes = " ".join(profile.canonical for profile in profiles[name])
@@ -125,7 +142,22 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
             )
 
 
-def _gpu_here(build_config: BuildConfig, device: int) -> Cuda:
+def _require_buildable(bundle: Bundle[Any], build_config: BuildConfig) -> None:
+    """Raise EngineBuildError unless the bundle has a reference and can be built in the build config's precision."""
+    if "reference" not in bundle.assets:
+        raise EngineBuildError(
+            f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
+            "Export it again with `tokenflow export`, or use backend='onnxruntime'.",
+        )
+    if bundle.in_half and build_config.precision != "fp16":
+        raise EngineBuildError(
+            f"{bundle.path} was exported in float16, so its engines cannot be in {build_config.precision}.",
+            "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
+        )
+
+
+def _open_gpu(build_config: BuildConfig, device: int) -> Cuda:
+    """The GPU `device`; where there is none, TensorRT-RTX's error also says how to build without one."""
     try:
         return Cuda(device)
     except BackendError as error:
@@ -136,13 +168,12 @@ def _gpu_here(build_config: BuildConfig, device: int) -> Cuda:
         raise
 
 
-def _require_arithmetic(dtype: EightBit, targets: tuple[str, ...]) -> None:
-    """Raises:
-    EngineBuildError: a target is older than fp8 products.
-    """
+def _require_fp8_support(dtype: EightBit, targets: tuple[str, ...]) -> None:
+    """Raise EngineBuildError if `dtype` is fp8 and a target has no fp8 arithmetic."""
     numbers = {target: re.fullmatch(r"sm(\d+)", target) for target in targets}
-    older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FP8_FROM]
+    older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FIRST_FP8_ARCHITECTURE]
     if dtype == "fp8" and older:
         raise EngineBuildError(
-            f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FP8_FROM} on have.", "Build with --decoder int8."
+            f"{', '.join(older)} has no fp8 arithmetic; GPUs from sm{_FIRST_FP8_ARCHITECTURE} on have.",
+            "Build with --decoder int8.",
         )

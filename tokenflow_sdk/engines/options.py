@@ -1,4 +1,4 @@
-"""How a bundle is run: one frozen object behind the three `from_pretrained`."""
+"""Runtime options: the keyword arguments that the `from_pretrained` of tokenizers and language models share, in one object."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ class RuntimeOptions:
     """Which backend runs a bundle, and how.
 
     Args:
-        device: `auto` (CUDA where it works, else CPU), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (CUDA if it works, else the CPU), `cpu`, `cuda` or `cuda:N`.
         providers: onnxruntime execution providers by name, overriding `device`.
-        threads: CPU threads of one call; None takes every core this process may use.
-        backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` takes the first that works here of: TensorRT whose
-            engines are in the cache and certified, onnxruntime with CUDA, with OpenVINO, on the CPU. It never builds.
+        threads: CPU threads of one call; None: all cores that this process may use.
+        backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` never builds engines; it takes the first of these
+            that works on this machine: TensorRT with engines in the cache that did not fail certification, onnxruntime with
+            CUDA, onnxruntime with OpenVINO, onnxruntime on the CPU.
         build_config: how TensorRT engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a
-            TOML file. None takes engines that are in the cache and cover what is asked for, else float16 and default batches.
-        build: build TensorRT engines that are missing; False refuses instead.
-        serve_while_building: answer from onnxruntime until the engines are built and certified.
+            TOML file. None: use cached engines if any fit, else build by `BuildConfig()`.
+        build: whether missing TensorRT engines are built; False raises an error instead.
+        serve_while_building: run on onnxruntime until the TensorRT engines are built and certified.
         execution_contexts: calls of one graph that may run on a GPU at once.
-        cuda_graphs: replay calls with shapes seen before as one launch.
+        cuda_graphs: launch a call as a CUDA graph if it has the shapes of the call before it; saves launch time of short calls.
 
     Raises:
-        ArgumentError: no such device, backend or build config, or options that exclude each other.
+        ArgumentError: there is no such device or backend, or options contradict each other.
     """
 
     device: str = "auto"
@@ -46,7 +47,7 @@ class RuntimeOptions:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        # Checks device, providers and threads.
+        # SessionOptions checks device and threads.
         _ = self.session
         if self.backend not in BACKENDS:
             raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
@@ -60,19 +61,19 @@ class RuntimeOptions:
 
     @property
     def session(self) -> SessionOptions:
-        """What concerns a session in onnxruntime."""
+        """The options of one session."""
         return SessionOptions(self.device, self.providers, self.threads)
 
     @property
     def device_index(self) -> int:
-        """Number of the GPU, 0 where none is named."""
+        """CUDA index of the GPU in `device`; 0 if it names none."""
         return int(self.device.partition(":")[2] or 0)
 
     def loaded_build_config(self) -> BuildConfig | None:
-        """The build config, read from its file if it was named.
+        """The build config, read from its file if it was given by name or path; None if none was given.
 
         Raises:
-            ArgumentError: there is none of that name, or it says something unknown.
+            ArgumentError, MissingPackageError: see `BuildConfig.from_file`.
         """
         return BuildConfig.from_file(self.build_config) if isinstance(self.build_config, str) else self.build_config
 
@@ -80,7 +81,7 @@ class RuntimeOptions:
         """Whether the backend is onnxruntime, or the build config is for CPUs.
 
         Raises:
-            ArgumentError: the backend is TensorRT and the build config is for CPUs.
+            ArgumentError: the backend is TensorRT and the build config is for CPUs, or the build config cannot be read.
         """
         config = self.loaded_build_config()
         for_cpus = config is not None and config.backend == ONNXRUNTIME

@@ -1,4 +1,4 @@
-"""Optimization profiles: how large every dimension of a bundle's graphs that varies can be in a call of its engines."""
+"""Optimization profiles: the range of sizes that each dynamic dimension of a bundle's graphs may have in its engines."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 
-__all__ = ["DimRange", "Profile", "Shapes", "graph_profiles", "pool_pages", "profiles_of"]
+__all__ = ["DimRange", "Profile", "Shapes", "bundle_profiles", "graph_profiles", "pool_pages"]
 
 DimRange = tuple[int, int, int]
-"""Least, usual and largest size."""
+"""Least, usual and largest size of a dimension: TensorRT's min, opt and max."""
 Shapes = tuple[tuple[int, ...], ...]
-"""Least, usual and largest."""
+"""Least, usual and largest shape of an input."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Least, usual and largest size of every dimension that varies, by its name in the bundle.
+    """An optimization profile.
+
+    Args:
+        sizes: least, usual and largest size of each dynamic dimension, by its name in bundle.json.
 
     Raises:
-        ArgumentError: sizes that are not in order.
+        ArgumentError: a dimension's sizes are not positive and ascending.
     """
 
     sizes: Mapping[str, DimRange]
@@ -46,56 +49,70 @@ class Profile:
                 raise ArgumentError(f"{name} cannot go from {least} over {usual} to {most}.", "Give sizes in ascending order.")
 
     def shapes(self, spec: TensorSpec) -> Shapes:
-        """Least, usual and largest shape of an input."""
+        """Least, usual and largest shape of an input.
+
+        Raises:
+            ArgumentError: the profile lacks one of the input's dynamic dimensions.
+        """
         try:
             return tuple(tuple(dim if isinstance(dim, int) else self.sizes[dim][i] for dim in spec.shape) for i in range(3))
         except KeyError as error:
             raise ArgumentError(f"The profile says nothing about {error} of {spec}.", "Give its sizes.") from None
 
     def of(self, entry: GraphEntry) -> Profile:
-        """What concerns a graph."""
+        """This profile, limited to the dynamic dimensions of a graph's inputs."""
         return Profile({dim: self.sizes[dim] for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)})
 
     def within(self, other: Profile) -> bool:
-        """Whether `other` allows everything that this one does."""
+        """Whether `other` allows all shapes that this profile allows."""
         return all(
             other.sizes[name][0] <= least and most <= other.sizes[name][2] for name, (least, _, most) in self.sizes.items()
         )
 
     @property
     def canonical(self) -> str:
-        """For keys: the same text for the same sizes."""
+        """The sizes as JSON with sorted names: equal text for equal profiles."""
         return json.dumps(self.sizes, sort_keys=True)
 
 
 def pool_pages(config: object, build_config: BuildConfig) -> int:
-    """Pages of a language model's pool, which its engine is built for; 0 for a tokenizer."""
+    """Pages of the key/value pool that a language model's engine is built for.
+
+    Args:
+        config: of the model; a tokenizer's has no pool and gives 0.
+        build_config: its `pages`, if not 0, override the model's default.
+    """
     return (build_config.pages or config.default_pages()) if isinstance(config, LanguageModelConfig) else 0
 
 
 def graph_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> dict[str, tuple[Profile, ...]]:
-    """The profiles of each graph, by its name: of `profiles_of` what concerns the graph, without what is the same twice."""
-    profiles = profiles_of(bundle, build_config)
-    return {name: _needed([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
+    """The optimization profiles of each graph, by its name: those of `bundle_profiles`, without redundant ones."""
+    profiles = bundle_profiles(bundle, build_config)
+    return {name: _without_redundant([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
 
 
-def profiles_of(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
-    """Sizes of everything that varies in a bundle's graphs, for the batches of a build config.
+def bundle_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
+    """The optimization profiles of a bundle, each with the sizes of all dynamic dimensions of its graphs.
 
-    More than one where not everything varies with everything else: an engine's working memory is for the largest sizes of a
-    profile together, and each has kernels of its own.
+    An understander has two, one for single tokens of many answers and one for chunks of one prompt. TensorRT tunes kernels for
+    each profile and sizes working memory for its largest sizes together, so a single profile would need memory for chunks of
+    many prompts.
     """
     config = bundle.config
     if isinstance(config, TokenizerConfig):
         return (Profile({"batch": build_config.batch}),)
     slots = config.layers * pool_pages(config, build_config)
     pool = {"slots": (slots, slots, slots), "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)}
-    steps = [_drawing(config, build_config)] if isinstance(config, GeneratorConfig) else _answering(config, build_config)
+    steps = (
+        [_generator_sizes(config, build_config)]
+        if isinstance(config, GeneratorConfig)
+        else _understander_sizes(config, build_config)
+    )
     return tuple(Profile(pool | step) for step in steps)
 
 
-def _needed(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """Without those that an earlier or larger one makes superfluous."""
+def _without_redundant(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """Drop profiles that lie within another one, and repeated ones."""
     kept: list[Profile] = []
     for profile in profiles:
         if not any(profile.within(other) for other in kept):
@@ -103,13 +120,14 @@ def _needed(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     return tuple(kept)
 
 
-def _drawing(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, DimRange]:
+def _generator_sizes(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, DimRange]:
+    """Sizes for prefill and for the scales of images, in one profile."""
     least, usual, most = build_config.batch
     longest = config.prefix_length + 1
     table = pages_for(config.prefix_length + config.n_codes)
     window = min(MAX_TOP_K + TIES, config.codebook_size)
     return {
-        # A picture has two rows, with and without its prompt.
+        # Classifier-free guidance runs two rows for each image: with and without the prompt.
         "batch": (least, 2 * usual, 2 * most),
         "queries": (1, min(64, longest), max(longest, config.scales.counts[-1])),
         "table": (1, table // 2 or 1, table),
@@ -117,18 +135,18 @@ def _drawing(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, Di
     }
 
 
-def _answering(config: UnderstanderConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:
-    """Steps of one token for every answer, which come most often, and pieces of one prompt."""
-    piece = min(PREFILL_CHUNK, config.context)
-    # No row can be longer than the pool, whatever the model reads.
+def _understander_sizes(config: UnderstanderConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:
+    """Sizes for steps of one token for every running answer, which are the most frequent, and for chunks of one prompt."""
+    chunk = min(PREFILL_CHUNK, config.context)
+    # A row's block table cannot have more pages than the pool, however long the model's context is.
     table = min(pages_for(config.context), pool_pages(config, build_config))
     seen, window = min(config.context, config.vocabulary), min(MAX_TOP_K + TIES, config.vocabulary)
-    both = {
+    shared = {
         "table": (1, table // 2 or 1, table),
-        # An answer's different tokens, for a penalty: never more than fit.
+        # Distinct tokens of an answer, for the repetition penalty.
         "seen": (1, min(64, seen), seen),
         "window": (1, min(64, window), window),
     }
     tokens: dict[str, DimRange] = {"batch": build_config.batch, "queries": (1, 1, 1)}
-    pieces: dict[str, DimRange] = {"batch": (1, 1, 1), "queries": (1, piece, piece)}
-    return [both | tokens, both | pieces]
+    chunks: dict[str, DimRange] = {"batch": (1, 1, 1), "queries": (1, chunk, chunk)}
+    return [shared | tokens, shared | chunks]

@@ -1,4 +1,4 @@
-"""How image tokens are drawn: presets, the noise, and the draw itself in NumPy (spec section 4).
+"""How image tokens are drawn: presets, the noise, and the draw itself in NumPy (docs/model.md, section 4).
 
 Noise is counter-based: every uniform number is a function of seed, image, scale, pass and position alone, so a request draws
 the same codes whatever it is batched with.
@@ -102,7 +102,7 @@ def uniform(seed: int, image: int, scale: int, refinement: int, count: int) -> F
 
 
 def probabilities(logits: NDArray[np.floating], top_k: int, top_p: float) -> NDArray[np.float64]:
-    """What `sample` draws from, written as the spec says it: [..., K] -> float64 [..., K].
+    """What `sample` draws from, written as docs/model.md says it, in section 4: [..., K] -> float64 [..., K].
 
     Everything below the k-th logit is dropped, ties kept; sorted ascending, tokens are dropped while the cumulative
     probability is at most 1 - p, the best never; softmax of the rest.

@@ -1,1 +1,1 @@
-"""Comparing what sessions compute with a bundle's stored reference: sessions in, a report out."""
+"""Parity checks: run a bundle's stored reference inputs on sessions, and report how the results agree with the stored ones."""

@@ -1,4 +1,4 @@
-"""What an engine must show before it is used: the bundle's stored reference, run and compared."""
+"""Certifies engines before use: runs a bundle's reference inputs on them and checks the results against tolerances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.parity.generator import check_generator
 from tokenflow_sdk.parity.language_model import LanguageModelReport
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, EXACT, ROUNDED, check_tokenizer
+from tokenflow_sdk.parity.tokenizer import check_tokenizer
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR, EXACT, ROUNDED
 from tokenflow_sdk.parity.understander import check_understander
 from tokenflow_sdk.passes.quantize import EightBit
 
@@ -24,10 +25,12 @@ __all__ = ["Certificate", "certify"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """Result of a comparison.
+    """Result of comparing a bundle's sessions with its reference.
 
-    `failures` says in words which tolerances were missed, `summary` in one line how well it went; `figures` is the whole
-    report, as JSON.
+    Attributes:
+        failures: the tolerances that were missed, in words; empty if none.
+        summary: the main figures in one line.
+        figures: the whole report, as JSON (`TokenizerReport` or `LanguageModelReport`).
     """
 
     failures: tuple[str, ...]
@@ -41,19 +44,24 @@ class Certificate:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Certificate | None:
-        """A stored certificate, or None where there is none that can be read."""
+        """The inverse of `to_json`; None if `data` is empty or is no certificate."""
         kinds = {"failures": list, "summary": str, "figures": dict}
         if not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
             return None
         return cls(tuple(map(str, data["failures"])), data["summary"], data["figures"])
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The certificate as JSON, for an engine's record in the cache."""
         return {"failures": list(self.failures), "summary": self.summary, "figures": dict(self.figures)}
 
     def require(self, what: str) -> None:
-        """Raises:
-        EngineRefusedError: a bar was missed.
+        """Raise unless the certificate has passed.
+
+        Args:
+            what: what was compared, for the message.
+
+        Raises:
+            EngineRefusedError: a tolerance was missed.
         """
         if self.failures:
             raise EngineRefusedError(
@@ -71,17 +79,22 @@ def certify(
     page_size: int = PAGE_SIZE,
     decoder: EightBit | None = None,
 ) -> Certificate:
-    """Run a bundle's reference on sessions opened by `open_session`, and close them.
+    """Open sessions for a bundle's graphs, compare them with the bundle's reference, and close them.
 
     Args:
-        bundle: a tokenizer's or a language model's.
-        open_session: gives the engines to judge.
-        precision: of the engines; the tolerances of half precision allow for rounding.
-        pages, page_size: of a language model's pool; 0 pages: as many as its config says.
-        decoder: 8 bits of a tokenizer's decoder, which is then judged by a bar of its own.
+        bundle: of any kind.
+        open_session: opens the sessions to check.
+        precision: of the engines; `fp16` and `bf16` have wider tolerances for a tokenizer than `fp32`.
+        pages: size of a language model's key/value pool; 0: the model's default.
+        page_size: tokens in a page.
+        decoder: 8-bit type of a tokenizer's decoder, whose images have a tolerance of their own; None: not in 8 bits.
+
+    Returns:
+        The certificate, whether it has passed or not.
 
     Raises:
-        CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
+        CorruptBundleError, BackendError: the reference or a session cannot be loaded or run.
+        PagesExhausted: the pool is too small for a language model's reference.
     """
     if isinstance(bundle.config, TokenizerConfig):
         graphs = TokenizerGraphs(bundle, open_session, SessionOptions())

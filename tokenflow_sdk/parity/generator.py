@@ -1,4 +1,4 @@
-"""Does an engine run a generator's graphs as onnxruntime did at export? A prompt and a scale are stored with their results."""
+"""Compares a generator's sessions with its bundle's reference: a prompt and a scale of image tokens, run at export."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _PROMPT, _BLOCK = 48, 64
+"""Tokens in the reference's prompt and scale."""
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -33,14 +34,19 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class GeneratorInputs:
-    """What is run: a causal prompt, and a scale that follows it. token_ids: int32 [P]; code_indices: int32 [Q]."""
+    """Inputs of the reference: a prompt with causal attention, and after it a scale with bidirectional attention.
+
+    Attributes:
+        token_ids: of the prompt, int32 [P].
+        code_indices: the scale's codes, int32 [Q].
+    """
 
     token_ids: Int32
     code_indices: Int32
 
     @classmethod
     def random(cls, config: GeneratorConfig) -> GeneratorInputs:
-        """The same for every bundle of these sizes."""
+        """Random inputs, the same for every model with these sizes."""
         rng = np.random.default_rng(0)
         ids = rng.integers(0, config.text_size, _PROMPT, np.int32)
         return cls(ids, rng.integers(0, config.codebook_size, min(_BLOCK, config.n_codes), np.int32))
@@ -48,16 +54,20 @@ class GeneratorInputs:
 
 @dataclass(frozen=True)
 class GeneratorReference(GeneratorInputs, LanguageModelReference):
-    """`reference.npz` of a generator's bundle: its inputs, and what is right for them."""
+    """`reference.npz` of a generator's bundle: the inputs and their expected results."""
 
 
 def embed_inputs(sessions: Mapping[str, Session], codebook: Float32, inputs: GeneratorInputs) -> tuple[Tensor, Tensor]:
-    """Embeddings of the prompt [1, P, H] and of the scale [1, Q, H].
+    """Embed the prompt and the scale.
 
     Args:
-        sessions: `embed_text` and `embed_image`.
-        codebook: float32 [K, 40].
-        inputs: what will be run.
+        sessions: of the graphs `embed_text` and `embed_image`.
+        codebook: float32 [K, C].
+        inputs: of the reference.
+
+    Returns:
+        Embeddings of the prompt, float32 [1, P, H], and of the scale, float32 [1, Q, H]. They are valid until the sessions run
+        again.
     """
     starts = np.zeros((1, len(inputs.token_ids)), np.float32)
     starts[0, -1] = 1
@@ -70,13 +80,35 @@ def embed_inputs(sessions: Mapping[str, Session], codebook: Float32, inputs: Gen
 
 
 def run_inputs(transformer: PagedTransformer, prompt: Tensor, scale: Tensor) -> Float32:
-    """Hidden states [P + Q, H] of a causal prompt and of a bidirectional scale over its pages."""
-    seen = np.arange(1, prompt.shape[1] + 1, dtype=np.int32), np.full(scale.shape[1], scale.shape[1], np.int32)
-    return run_pieces(transformer, [(prompt, seen[0]), (scale, seen[1])], prompt.shape[1] + scale.shape[1])
+    """Run the transformer on the prompt, and then on the scale over the prompt's pages.
+
+    Args:
+        transformer: whose pool has room for P + Q tokens.
+        prompt: embeddings, float32 [1, P, H].
+        scale: embeddings, float32 [1, Q, H].
+
+    Returns:
+        Hidden states, float32 [P + Q, H].
+
+    Raises:
+        PagesExhausted: the pool is too small.
+        BackendError: the session cannot be run.
+    """
+    causal = np.arange(1, prompt.shape[1] + 1, dtype=np.int32)
+    bidirectional = np.full(scale.shape[1], scale.shape[1], np.int32)
+    return run_pieces(transformer, [(prompt, causal), (scale, bidirectional)], prompt.shape[1] + scale.shape[1])
 
 
 def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
-    """The likeliest code of each position, int32 [P + Q], without guidance."""
+    """The likeliest code at each position, without classifier-free guidance.
+
+    Args:
+        sample: session of the graph `sample`.
+        hidden: hidden states, float32 [Q, H].
+
+    Returns:
+        int32 [Q].
+    """
     feeds: dict[str, Tensor] = {
         "conditional": hidden[None],
         "unconditional": np.zeros_like(hidden[None]),
@@ -93,10 +125,17 @@ def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
 def run_generator(
     sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32, inputs: GeneratorInputs
 ) -> GeneratorReference:
-    """What some sessions make of inputs, as the one result.
+    """Run inputs on sessions, and return the results as a reference with R = 1.
+
+    Args:
+        sessions: of the graphs `embed_text`, `embed_image` and `sample`.
+        transformer: of the graph `transformer`.
+        codebook: float32 [K, C].
+        inputs: of the reference.
 
     Raises:
-        BackendError: an engine cannot be run.
+        BackendError: a session cannot be run.
+        PagesExhausted: the pool is too small.
     """
     hidden = run_inputs(transformer, *embed_inputs(sessions, codebook, inputs))
     codes = likeliest_codes(sessions["sample"], hidden)
@@ -108,10 +147,18 @@ def run_generator(
 def check_generator(
     bundle: Bundle[GeneratorConfig], sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32
 ) -> LanguageModelReport:
-    """Run a bundle's stored inputs on some sessions and compare.
+    """Run the inputs of a generator's reference on sessions, and compare the results.
+
+    Args:
+        bundle: with the reference.
+        sessions: of the graphs `embed_text`, `embed_image` and `sample`.
+        transformer: of the graph `transformer`.
+        codebook: float32 [K, C].
 
     Raises:
-        CorruptBundleError, BackendError: the reference or a session cannot be loaded or run.
+        CorruptBundleError: the bundle has no reference, or it is damaged.
+        BackendError: a session cannot be run.
+        PagesExhausted: the pool is too small.
     """
     reference = GeneratorReference.load(bundle)
     found = run_generator(sessions, transformer, codebook, reference)

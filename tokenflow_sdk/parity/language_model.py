@@ -1,4 +1,4 @@
-"""Comparing a language model's sessions with its bundle's reference: what both kinds share."""
+"""What the parity checks of generators and understanders share: running sequences, references and reports."""
 
 from __future__ import annotations
 
@@ -18,20 +18,30 @@ from tokenflow_sdk.model.transformer import PagedTransformer
 __all__ = ["LanguageModelReference", "LanguageModelReport", "Piece", "hidden_agreement", "run_pieces"]
 
 MIN_COSINE, MIN_SAME = 0.99, 0.9
+"""Tolerances of `LanguageModelReport.hidden_cosine` and `same_choice`."""
 
 R = TypeVar("R", bound="LanguageModelReference")
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Piece = tuple[Tensor, NDArray[np.int32]]
-"""Embeddings [1, Q, H], and how many of the step's own keys each query sees, int32 [Q]."""
+"""One step of a sequence: its embeddings, float32 [1, Q, H], and how many of its own keys each query sees, int32 [Q]."""
 
 
 def run_pieces(transformer: PagedTransformer, pieces: Iterable[Piece], total: int) -> Float32:
-    """Hidden states [Q, H] of a sequence of `total` tokens, run piece by piece over its pages.
+    """Run a sequence through a transformer, one step for each piece, over the pages of the pieces before it.
+
+    Args:
+        transformer: whose pool the sequence uses and leaves.
+        pieces: of the sequence, in order.
+        total: tokens in all pieces.
+
+    Returns:
+        Hidden states, float32 [total, H].
 
     Raises:
-        PagesExhausted: the pool is too small for it.
+        PagesExhausted: the pool is too small.
+        BackendError: the session cannot be run.
     """
     table, found = PageTable(transformer.pool), []
     width = pages_for(total, transformer.pool.page_size)
@@ -47,17 +57,24 @@ def run_pieces(transformer: PagedTransformer, pieces: Iterable[Piece], total: in
 
 
 def hidden_agreement(found: Float32, expected: Float32) -> tuple[float, float]:
-    """The largest difference of hidden states [Q, H], and their least cosine."""
+    """Compare hidden states, float32 [Q, H] each.
+
+    Returns:
+        The largest absolute difference, and the least cosine of any position; NaN in either states gives NaN.
+    """
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     return float(np.abs(found - expected).max()), float(((found * expected).sum(axis=1) / np.maximum(norms, 1e-12)).min())
 
 
 @dataclass(frozen=True)
 class LanguageModelReport:
-    """How a language model's sessions agree with its reference.
+    """How the results of a language model's sessions agree with its reference.
 
-    `hidden_error` is the largest difference of hidden states, `hidden_cosine` their least cosine, `same_choice` the share of
-    positions whose likeliest code or token (`choice`) is the same.
+    Attributes:
+        hidden_error: largest absolute difference of the hidden states.
+        hidden_cosine: least cosine of the hidden states at any position.
+        same_choice: fraction of positions at which the likeliest code or token is the same.
+        choice: whether the model chooses codes (generator) or tokens (understander).
     """
 
     hidden_error: float
@@ -66,7 +83,7 @@ class LanguageModelReport:
     choice: Literal["code", "token"]
 
     def failures(self) -> list[str]:
-        """Which tolerances are missed, in words; empty when all hold. A figure that is not a number misses its own."""
+        """The tolerances that are missed, in words; empty if none. NaN misses a tolerance."""
         checks = [
             (self.hidden_cosine >= MIN_COSINE, f"hidden states have a cosine of {self.hidden_cosine:.4f}"),
             (
@@ -78,22 +95,28 @@ class LanguageModelReport:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The main figures in one line."""
         return f"hidden states cosine {self.hidden_cosine:.5f}, likeliest {self.choice} the same at {self.same_choice:.1%}"
 
     def to_json(self) -> dict[str, Any]:
-        """For certificates."""
+        """All figures as JSON, for certificates."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class LanguageModelReference:
-    """What `reference.npz` of a bundle holds beside its inputs: R results of which each is right.
+    """The results in `reference.npz` of a language model's bundle: R alternatives, of which a session must reproduce one.
 
-    The first is what the graphs gave at export. Graphs with int8 weights round what a product reads as well, which engines do
-    not: the second is float32 arithmetic on the same weights.
+    The first is what onnxruntime computed from the exported graphs. Graphs with int8 weights have a second: onnxruntime also
+    rounds the activations that those weights are multiplied with, and engines do not, so it is float32 arithmetic on the same
+    weights.
 
-    hidden: float32 [R, Q, H], Q the positions of all inputs; likeliest: the likeliest code or token of each, int32 [R, Q].
+    Attributes:
+        hidden: hidden states at all Q positions of the inputs, float32 [R, Q, H].
+        likeliest: likeliest code or token at each position, int32 [R, Q].
+
+    Raises:
+        ValueError: the shapes do not match.
     """
 
     hidden: Float32
@@ -105,15 +128,20 @@ class LanguageModelReference:
 
     @classmethod
     def load(cls: type[R], bundle: Bundle[Any]) -> R:
-        """Raises:
-        CorruptBundleError: the bundle has none, or it is damaged.
+        """Read a bundle's reference.
+
+        Raises:
+            CorruptBundleError: the bundle has no reference, or it is damaged.
         """
         return load_reference(bundle, cls)
 
     def compare(self, hidden: Float32, likeliest: Int32, choice: Literal["code", "token"]) -> LanguageModelReport:
-        """How hidden states [Q, H] and choices [Q] agree with the nearest of the results.
+        """Compare results with the alternative whose hidden states have the largest least cosine.
 
-        A result is whole: hidden states of one and choices of another are no agreement.
+        Args:
+            hidden: hidden states, float32 [Q, H].
+            likeliest: likeliest codes or tokens, int32 [Q]; compared with those of the same alternative.
+            choice: whether they are codes or tokens.
         """
         found = [
             (*hidden_agreement(hidden, states), float((likeliest == chosen).mean()))

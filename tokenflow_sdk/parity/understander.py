@@ -1,5 +1,4 @@
-"""Does an engine run an understander's graphs as onnxruntime did at export? Text, a picture, and single tokens after them are
-stored with their results."""
+"""Compares an understander's sessions with its bundle's reference: text, image features and single tokens, run at export."""
 
 from __future__ import annotations
 
@@ -26,6 +25,7 @@ __all__ = [
 ]
 
 _TEXT, _IMAGE, _ANSWER = 24, 64, 4
+"""Positions of each text, of the image and of the answer in the reference."""
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -33,9 +33,13 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class UnderstanderInputs:
-    """What is run: text, features of N codes in the place of a picture, text, and then one token at a time.
+    """Inputs of the reference: text, an image's features, more text, and an answer of which each token is one step.
 
-    before, after, answer: token ids, int32 [T]; features: float32 [N, C].
+    Attributes:
+        before: token ids of the text before the image, int32 [T].
+        features: quantized features of the image, float32 [N, C].
+        after: token ids of the text after the image, int32 [T].
+        answer: token ids of the answer, int32 [T].
     """
 
     before: Int32
@@ -45,7 +49,12 @@ class UnderstanderInputs:
 
     @classmethod
     def random(cls, config: UnderstanderConfig, codebook: Float32) -> UnderstanderInputs:
-        """The same for every bundle of these sizes; features are rows of the tokenizer's codebook, float32 [K, C]."""
+        """Random inputs, the same for every model with these sizes and this codebook.
+
+        Args:
+            config: of the understander.
+            codebook: of the paired tokenizer, float32 [K, C]; its rows are the features.
+        """
         rng = np.random.default_rng(0)
         before, after, answer = (rng.integers(0, config.vocabulary, count, np.int32) for count in (_TEXT, _TEXT, _ANSWER))
         rows = rng.integers(0, len(codebook), min(_IMAGE, config.image_tokens))
@@ -57,15 +66,15 @@ class UnderstanderInputs:
 
 @dataclass(frozen=True)
 class UnderstanderReference(UnderstanderInputs, LanguageModelReference):
-    """`reference.npz` of an understander's bundle: its inputs, and what is right for them."""
+    """`reference.npz` of an understander's bundle: the inputs and their expected results."""
 
 
 def embed_pieces(sessions: Mapping[str, Session], inputs: UnderstanderInputs) -> Iterator[Piece]:
-    """Some inputs as the transformer takes them. Each piece is valid until the next is asked for.
+    """Embed the inputs and yield them as pieces for `run_pieces`, all causal. Each piece is valid until the next is taken.
 
     Args:
-        sessions: `embed_text` and `project`.
-        inputs: what will be run.
+        sessions: of the graphs `embed_text` and `project`.
+        inputs: of the reference.
     """
     texts = [("embed_text", "token_ids", ids) for ids in (inputs.before, inputs.after, *inputs.answer[:, None])]
     for graph, feed, values in (texts[0], ("project", "features", inputs.features), *texts[1:]):
@@ -74,7 +83,7 @@ def embed_pieces(sessions: Mapping[str, Session], inputs: UnderstanderInputs) ->
 
 
 def greedy_feeds(hidden: Float32, config: UnderstanderConfig) -> dict[str, Tensor]:
-    """What the head is fed to take the likeliest token after each hidden state [Q, H]."""
+    """Inputs of the graph `head` that make it choose the likeliest token after each hidden state, float32 [Q, H]."""
     ones = np.ones(len(hidden), np.float32)
     return {
         "hidden": hidden,
@@ -89,7 +98,16 @@ def greedy_feeds(hidden: Float32, config: UnderstanderConfig) -> dict[str, Tenso
 
 
 def likeliest_tokens(head: Session, hidden: Float32, config: UnderstanderConfig) -> Int32:
-    """The likeliest token after each hidden state [Q, H], int32 [Q]; as many rows at once as the engine takes."""
+    """The likeliest token after each hidden state.
+
+    Args:
+        head: session of the graph `head`; runs as many rows in a call as it can.
+        hidden: float32 [Q, H].
+        config: of the understander.
+
+    Returns:
+        Token ids, int32 [Q].
+    """
     most = head.largest("batch") or len(hidden)
     parts = [
         head.run(greedy_feeds(hidden[start : start + most], config), ["token_ids"])["token_ids"]
@@ -101,11 +119,17 @@ def likeliest_tokens(head: Session, hidden: Float32, config: UnderstanderConfig)
 def check_understander(
     bundle: Bundle[UnderstanderConfig], sessions: Mapping[str, Session], transformer: PagedTransformer
 ) -> LanguageModelReport:
-    """Run a bundle's stored inputs on some sessions, and compare with the nearest of the results that are right.
+    """Run the inputs of an understander's reference on sessions, and compare the results.
+
+    Args:
+        bundle: with the reference.
+        sessions: of the graphs `embed_text`, `project` and `head`.
+        transformer: of the graph `transformer`.
 
     Raises:
-        CorruptBundleError, BackendError: the reference or an engine cannot be loaded or run.
-        PagesExhausted: the pool is smaller than the reference.
+        CorruptBundleError: the bundle has no reference, or it is damaged.
+        BackendError: a session cannot be run.
+        PagesExhausted: the pool is too small.
     """
     reference = UnderstanderReference.load(bundle)
     hidden = run_pieces(transformer, embed_pieces(sessions, reference), len(reference))

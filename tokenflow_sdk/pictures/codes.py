@@ -22,7 +22,7 @@ __all__ = ["Codes"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Codes:
-    """The code indices of one picture: whole scales, coarse to fine, row-major in each (spec section 2).
+    """The code indices of one picture: whole scales, coarse to fine, row-major in each (docs/model.md, section 2).
 
     Immutable, also in its array, so it can be a key. Equal codes have equal indices, variant, codebook and scales.
 
@@ -122,7 +122,7 @@ class Codes:
             )
 
     def to_bytes(self) -> bytes:
-        """The content of a `.tfc` file (docs/tfc-format.md)."""
+        """The content of a `.tfc` file (docs/reference/tfc-format.md)."""
         return tfc.pack(self.header, self.indices)
 
     @classmethod

@@ -253,7 +253,7 @@ def _dtype_hint(array: NDArray[Any]) -> str:
 
 
 def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
-    """An RGB picture as u8 [size, size, 3] (spec section 2).
+    """An RGB picture as u8 [size, size, 3] (docs/model.md, section 2).
 
     `crop` is the evaluation preprocessing: halve by a 2x box filter while the short side is at least twice `size`,
     bicubic to the short side, centre crop. `squash` is the understanding preprocessing: plain bicubic of the whole picture,

@@ -1,6 +1,6 @@
 """Resizes of fixed size as constant matrices, in NumPy; what `torch.nn.functional.interpolate` computes along one side.
 
-Both resizes of the released system (spec section 2) are linear and separable, so a matrix for one side says it all:
+Both resizes of the released system (docs/model.md, section 2) are linear and separable, so a matrix for one side says it all:
 a map [s, s] becomes `m @ map @ m.T`.
 """
 

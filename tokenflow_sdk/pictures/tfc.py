@@ -1,4 +1,4 @@
-"""The `.tfc` file: codes packed to the bit, checksummed scale by scale. docs/tfc-format.md is the format's description."""
+"""The `.tfc` file: codes packed to the bit, checksummed scale by scale. docs/reference/tfc-format.md describes it."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.checkpoints.strict import Shapes, key_problems
+from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_model", "read_state_dict", "recognise", "released_shapes", "resolve"]
@@ -212,7 +212,7 @@ def load_model(state: Mapping[str, Tensor], config: TokenizerArchitecture, name:
 
 
 def _resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Position table [..., 1 + r * r, D] -> [..., 1 + grid * grid, D] (spec section 2).
+    """Position table [..., 1 + r * r, D] -> [..., 1 + grid * grid, D] (docs/model.md, section 2).
 
     The released code passes scale_factor = (grid + 0.1) / r, and the sampling coordinates use that factor, not grid / r.
     """

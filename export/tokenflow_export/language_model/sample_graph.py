@@ -9,7 +9,7 @@ __all__ = ["sample"]
 
 
 def sample(logits: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor, ranks: Tensor) -> Tensor:
-    """Top-k, top-p and one draw by inverse CDF, from the likeliest down (spec section 4).
+    """Top-k, top-p and one draw by inverse CDF, from the likeliest down (docs/model.md, section 4).
 
     Args:
         logits: float32 [R, Q, K].

@@ -1,4 +1,4 @@
-"""Sizes of a TokenFlow tokenizer, and the four released variants (spec section 1).
+"""Sizes of a TokenFlow tokenizer, and the four released variants (docs/model.md, section 1).
 
 Everything that differs between variants is a value here; the modules in `export.models` read it and nothing else.
 """

@@ -1,4 +1,4 @@
-"""The language model's transformer: Llama geometry, with what released models vary as config values (spec section 4).
+"""The language model's transformer: Llama geometry, with what released models vary as config values (docs/model.md, section 4).
 
 Eager and plain: a whole sequence with a mask, or one step over cached keys and values.
 `tokenflow_export.language_model.paged_graph` turns the same weights into the paged step.

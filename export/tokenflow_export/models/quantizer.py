@@ -1,4 +1,4 @@
-"""The shared-mapping multi-scale quantizer (paper section 3.2), written the straightforward way.
+"""The shared-mapping multi-scale quantizer (docs/model.md, section 2), written the straightforward way.
 
 Full distances, library resizes, one scale after the other: this is the reference that
 `tokenflow_export.tokenizer.graphs` is checked and timed against.

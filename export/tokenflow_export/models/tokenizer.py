@@ -1,4 +1,4 @@
-"""The whole tokenizer, eager and plain: two encoders, the shared quantizer, two decoders (spec sections 2 and 3)."""
+"""The whole tokenizer, eager and plain: two encoders, the shared quantizer, two decoders (docs/model.md, sections 2 and 3)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import RANGES, pinned_nodes
 from tokenflow_sdk.engines.build import engine_graph
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, TokenizerReference
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 from tokenflow_sdk.passes.graph import load_graph
 from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit, inner_convolutions
 from tokenflow_sdk.pictures.images import psnr, ssim

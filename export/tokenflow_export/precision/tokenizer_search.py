@@ -21,7 +21,8 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import ParityError
 from tokenflow_sdk.parity.certificate import Certificate, certify
-from tokenflow_sdk.parity.tokenizer import ROUNDED, TokenizerReference, forced_agreement, mean_cosine
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, forced_agreement, mean_cosine
+from tokenflow_sdk.parity.tokenizer_report import ROUNDED
 from tokenflow_sdk.passes.half_precision import HalfType, compute_nodes
 from tokenflow_sdk.pictures.images import psnr
 

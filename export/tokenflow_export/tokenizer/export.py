@@ -25,7 +25,8 @@ from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_e
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.parity.tokenizer import TokenizerReference, TokenizerReport, check_tokenizer
+from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer
+from tokenflow_sdk.parity.tokenizer_report import TokenizerReport
 
 __all__ = ["export_tokenizer"]
 

@@ -46,7 +46,7 @@ class SeparableResize(nn.Module):
 
 
 class CodebookSearch(nn.Module):
-    """Latent cells [B, g * g, 40] -> code indices int32 [B, L] and quantized feature [B, g * g, 40] (spec section 2)."""
+    """Latent cells [B, g * g, 40] -> code indices int32 [B, L], quantized feature [B, g * g, 40] (docs/model.md, section 2)."""
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The eager models against the slow, obvious arithmetic of the spec, and against the released code's outputs (slow)."""
+"""The eager models against the slow, obvious arithmetic of docs/model.md, and against the released code's outputs (slow)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tokenflow_export.tokenizer.reference_images import reference_pictures
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import decoder_ranges
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 from tokenflow_sdk.passes.quantize import inner_convolutions
 
 STEPS = ProgressSteps(Console(quiet=True))

@@ -1,0 +1,33 @@
+"""`tokenflow decode`: .tfc files of codes to image files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenflow_sdk.cli.files import output_paths, process_files, save_image
+from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.errors import TokenFlowError
+from tokenflow_sdk.pictures.codes import Codes
+
+__all__ = ["decode"]
+
+
+def decode(arguments: argparse.Namespace) -> int:
+    """Decode .tfc files, all scales or the coarsest ones only; write an image file for each."""
+    outputs = dict(zip(arguments.files, output_paths(arguments.files, arguments.output, ".png"), strict=True))
+    with open_tokenizer(arguments, "decode") as tokenizer:
+
+        def decode_each(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
+            for path in paths:
+                try:
+                    codes = Codes.load(path)
+                    if arguments.scales is not None:
+                        codes = codes.truncate(arguments.scales)
+                    save_image(tokenizer.decode(codes), outputs[path])
+                    yield f"{path} -> {outputs[path]}  {codes.n_scales} of {len(codes.patch_nums)} scales"
+                except TokenFlowError as error:
+                    yield error
+
+        return process_files(arguments.files, decode_each, "decoding")

@@ -1,0 +1,46 @@
+"""`tokenflow reconstruct`: an image beside its reconstructions from one scale, two scales and so on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.files import save_image
+from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
+from tokenflow_sdk.pictures.images import psnr
+
+__all__ = ["reconstruct"]
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """Encode an image, decode every prefix of its scales, and write a contact sheet with sizes and PSNR."""
+    output = arguments.output or Path("side_by_side.png")
+    with open_tokenizer(arguments) as tokenizer:
+        original = tokenizer.preprocess(arguments.image, preprocess=arguments.preprocess, fast=arguments.fast)
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            task = progress.add_task("encoding", total=1 + len(tokenizer.config.patch_nums))
+            codes = tokenizer.codes(tokenizer.encode_array(original[None])[0])
+            progress.update(task, advance=1, description="decoding")
+            tiles = [(Image.fromarray(original), f"original, {original.shape[1]} px\n{_file_size(arguments.image)}")]
+            for n in range(1, codes.n_scales + 1):
+                prefix = codes.truncate(n)
+                image = tokenizer.decode(prefix)
+                quality = psnr(original, np.asarray(image))
+                side = codes.patch_nums[n - 1]
+                what = "final" if n == codes.n_scales else f"up to {side} x {side}"
+                tiles.append((image, f"{what}, {len(prefix)} codes\n{codes.scale_ends[n - 1]:,} bytes, {quality:.2f} dB"))
+                progress.advance(task)
+    columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
+    save_image(contact_sheet(tiles, columns), output)
+    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", markup=False, soft_wrap=True)
+    return 0
+
+
+def _file_size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes as {path.suffix.lstrip('.').upper() or 'a file'}"
