@@ -187,8 +187,8 @@ class LoadedModel(Generic[R]):
     def _settle(self) -> None:
         """Hand submitted and dropped requests to the scheduler, and close if that is due. The lock is held.
 
-        Does nothing within a step, or within itself: then it was called by the garbage collector or a signal handler, and what it
-        would do is done by the loop it interrupts, or after the step.
+        Does nothing within a step or within itself: then the garbage collector or a signal handler called it, and its work is
+        done by the loop that it interrupts, or after the step.
         """
         while not (self._stepping or self._settling or self._closed):
             if self._submitted:
