@@ -51,8 +51,8 @@ def test_a_log_is_one_for_a_module_and_is_heard_by_who_listens() -> None:
 
 def test_a_log_does_not_grow_for_ever() -> None:
     log = log_of(trt := FakeTensorRT(FakeCuda()))
-    with log.listen() as heard:
+    with log.listen() as messages:
         for number in range(1000):
             log.log(trt.Severity.WARNING, str(number))
-    assert len(heard.warnings) == 50
-    assert heard.warnings[-1] == "999"
+    assert len(messages.warnings) == 50
+    assert messages.warnings[-1] == "999"

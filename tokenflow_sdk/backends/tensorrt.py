@@ -75,13 +75,13 @@ class TensorRTSession(Session):
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
-        with log.listen() as heard:
-            self._runtime = started(trt, heard, lambda: trt.Runtime(log))
+        with log.listen() as messages:
+            self._runtime = started(trt, messages, lambda: trt.Runtime(log))
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
                 f"The engine of {self._name} does not load in {trt.__name__} {trt.__version__}: "
-                f"{'; '.join(heard.errors) or 'it was built for another version or GPU'}.",
+                f"{'; '.join(messages.errors) or 'it was built for another version or GPU'}.",
                 _REBUILD,
             )
         return engine
@@ -127,11 +127,11 @@ class TensorRTSession(Session):
             idle.put(None)
             raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
-            with self._cuda.active(), self._log.listen() as heard:
+            with self._cuda.active(), self._log.listen() as messages:
                 return run(execution)
         except Refused:
             raise BackendError(
-                f"TensorRT failed to run {self._name}: {'; '.join(heard.errors) or 'it does not say why'}.",
+                f"TensorRT failed to run {self._name}: {'; '.join(messages.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:

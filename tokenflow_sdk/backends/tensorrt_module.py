@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
-__all__ = ["FLAVOURS", "Flavour", "Heard", "import_tensorrt", "log_of", "require_installed", "started"]
+__all__ = ["FLAVOURS", "Flavour", "LogMessages", "import_tensorrt", "log_of", "require_installed", "started"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -56,7 +56,7 @@ def import_tensorrt(flavour: str) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Heard:
+class LogMessages:
     """Messages of TensorRT, the last few of each kind: some come with every call, and a service runs for months."""
 
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=50))
@@ -84,32 +84,32 @@ def _make_log(trt: Any) -> Any:
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.listeners: tuple[Heard, ...] = ()
+            self.listeners: tuple[LogMessages, ...] = ()
             self.lock = threading.Lock()
 
         @contextmanager
-        def listen(self) -> Iterator[Heard]:
-            heard = Heard()
+        def listen(self) -> Iterator[LogMessages]:
+            messages = LogMessages()
             with self.lock:
-                self.listeners += (heard,)
+                self.listeners += (messages,)
             try:
-                yield heard
+                yield messages
             finally:
                 with self.lock:
-                    self.listeners = tuple(other for other in self.listeners if other is not heard)
+                    self.listeners = tuple(other for other in self.listeners if other is not messages)
 
         def log(self, severity: Any, text: str) -> None:
-            for heard in self.listeners:
+            for messages in self.listeners:
                 if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    heard.errors.append(text)
+                    messages.errors.append(text)
                 elif severity == trt.ILogger.Severity.WARNING:
-                    heard.warnings.append(text)
+                    messages.warnings.append(text)
 
     return Log()
 
 
-def started(trt: Any, heard: Heard, start: Callable[[], Any]) -> Any:
-    """What `start` makes, a builder or a runtime; `heard` meanwhile.
+def started(trt: Any, messages: LogMessages, start: Callable[[], Any]) -> Any:
+    """What `start` makes, a builder or a runtime; `messages` meanwhile.
 
     Raises:
         BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
@@ -118,11 +118,11 @@ def started(trt: Any, heard: Heard, start: Callable[[], Any]) -> Any:
         made = start()
     except (TypeError, RuntimeError) as error:
         # The bindings have no better way to say that the library gave nothing.
-        heard.errors.append(str(error).splitlines()[0])
+        messages.errors.append(str(error).splitlines()[0])
         made = None
     if made is None:
         raise BackendError(
-            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(heard.errors) or 'it does not say why'}.",
+            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(messages.errors) or 'it does not say why'}.",
             "Update the NVIDIA driver to one for this TensorRT's CUDA (`nvidia-smi` shows what it supports), or use "
             "backend='onnxruntime'.",
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
-from tokenflow_sdk.backends.tensorrt_module import Heard, log_of, started
+from tokenflow_sdk.backends.tensorrt_module import LogMessages, log_of, started
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
@@ -101,15 +101,15 @@ def build_engine(
 
     def work() -> bytes:
         # A build is for the GPU of the thread that it runs on.
-        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
-            return _build(trt, heard, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
+        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as messages:
+            return _build(trt, messages, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
 
     return _on_thread(work, cancelled)
 
 
-def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> bytes:
     log = log_of(trt)
-    builder = started(trt, heard, lambda: trt.Builder(log))
+    builder = started(trt, messages, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
@@ -122,9 +122,9 @@ def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any])
         )
     if plan is None:
         raise EngineBuildError(
-            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _AGAIN
+            f"TensorRT cannot build {graph.name}: {'; '.join(messages.errors) or 'it does not say why'}.", _AGAIN
         )
-    ignored = [text for text in heard.warnings if "Unused Input" in text]
+    ignored = [text for text in messages.warnings if "Unused Input" in text]
     if ignored:
         raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _AGAIN)
     return bytes(plan)
