@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_gpu import FakeTensorRT, install
-from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, log_of
+from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, tensorrt_logger
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 
 
@@ -34,8 +34,8 @@ def test_an_old_tensorrt_is_named(monkeypatch: pytest.MonkeyPatch, version: str,
 
 def test_a_log_is_one_for_a_module_and_is_heard_by_who_listens() -> None:
     trt = FakeTensorRT(FakeCuda())
-    log, severity = log_of(trt), trt.Severity
-    assert log_of(trt) is log
+    log, severity = tensorrt_logger(trt), trt.Severity
+    assert tensorrt_logger(trt) is log
     log.log(severity.ERROR, "nobody listens")
     with log.listen() as outer:
         log.log(severity.WARNING, "careful")
@@ -50,7 +50,7 @@ def test_a_log_is_one_for_a_module_and_is_heard_by_who_listens() -> None:
 
 
 def test_a_log_does_not_grow_for_ever() -> None:
-    log = log_of(trt := FakeTensorRT(FakeCuda()))
+    log = tensorrt_logger(trt := FakeTensorRT(FakeCuda()))
     with log.listen() as messages:
         for number in range(1000):
             log.log(trt.Severity.WARNING, str(number))

@@ -18,7 +18,7 @@ import numpy as np
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, Refused
-from tokenflow_sdk.backends.tensorrt_module import log_of, started
+from tokenflow_sdk.backends.tensorrt_module import started, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
 from tokenflow_sdk.files import write_atomic
@@ -59,7 +59,7 @@ class TensorRTSession(Session):
         kernels: Path | None = None,
     ) -> None:
         self._trt, self._cuda, self._name, self._graphs = trt, cuda, name, cuda_graphs
-        self._log = log_of(trt)
+        self._log = tensorrt_logger(trt)
         self._kernels = _Kernels(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
         with cuda.active():
             self._engine = self._deserialize(engine)

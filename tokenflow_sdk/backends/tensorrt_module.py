@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
-__all__ = ["FLAVOURS", "Flavour", "LogMessages", "import_tensorrt", "log_of", "require_installed", "started"]
+__all__ = ["FLAVOURS", "Flavour", "LogMessages", "import_tensorrt", "require_installed", "started", "tensorrt_logger"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -67,7 +67,7 @@ _logs: dict[Any, Any] = {}
 _logs_lock = threading.Lock()
 
 
-def log_of(trt: Any) -> Any:
+def tensorrt_logger(trt: Any) -> Any:
     """The logger of a TensorRT module: one for as long as the process lives, because TensorRT keeps the first that it is given.
 
     `log.listen()` gives the messages that come within a `with`, whoever caused them.

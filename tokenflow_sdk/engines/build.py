@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
-from tokenflow_sdk.backends.tensorrt_module import LogMessages, log_of, started
+from tokenflow_sdk.backends.tensorrt_module import LogMessages, started, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
@@ -101,14 +101,14 @@ def build_engine(
 
     def work() -> bytes:
         # A build is for the GPU of the thread that it runs on.
-        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as messages:
+        with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).listen() as messages:
             return _build(trt, messages, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
 
     return _on_thread(work, cancelled)
 
 
 def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> bytes:
-    log = log_of(trt)
+    log = tensorrt_logger(trt)
     builder = started(trt, messages, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
