@@ -37,21 +37,21 @@ def test_a_log_is_one_for_a_module_and_is_heard_by_who_listens() -> None:
     log, severity = tensorrt_logger(trt), trt.Severity
     assert tensorrt_logger(trt) is log
     log.log(severity.ERROR, "nobody listens")
-    with log.listen() as outer:
+    with log.collect() as outer:
         log.log(severity.WARNING, "careful")
-        with log.listen() as inner:
+        with log.collect() as inner:
             thread = threading.Thread(target=log.log, args=(severity.INTERNAL_ERROR, "broken"))
             thread.start()
             thread.join()
         log.log(severity.ERROR, "later")
     assert (list(outer.warnings), list(outer.errors)) == (["careful"], ["broken", "later"])
     assert (list(inner.warnings), list(inner.errors)) == ([], ["broken"])
-    assert log.listeners == ()
+    assert log.collectors == ()
 
 
 def test_a_log_does_not_grow_for_ever() -> None:
     log = tensorrt_logger(trt := FakeTensorRT(FakeCuda()))
-    with log.listen() as messages:
+    with log.collect() as messages:
         for number in range(1000):
             log.log(trt.Severity.WARNING, str(number))
     assert len(messages.warnings) == 50

@@ -75,7 +75,7 @@ class TensorRTSession(Session):
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
-        with log.listen() as messages:
+        with log.collect() as messages:
             self._runtime = started(trt, messages, lambda: trt.Runtime(log))
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -127,7 +127,7 @@ class TensorRTSession(Session):
             idle.put(None)
             raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
-            with self._cuda.active(), self._log.listen() as messages:
+            with self._cuda.active(), self._log.collect() as messages:
                 return run(execution)
         except Refused:
             raise BackendError(

@@ -70,7 +70,7 @@ _logs_lock = threading.Lock()
 def tensorrt_logger(trt: Any) -> Any:
     """The logger of a TensorRT module: one for as long as the process lives, because TensorRT keeps the first that it is given.
 
-    `log.listen()` gives the messages that come within a `with`, whoever caused them.
+    `log.collect()` gives the messages that come within a `with`, whoever caused them.
     """
     with _logs_lock:
         if trt not in _logs:
@@ -84,22 +84,22 @@ def _make_log(trt: Any) -> Any:
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.listeners: tuple[LogMessages, ...] = ()
+            self.collectors: tuple[LogMessages, ...] = ()
             self.lock = threading.Lock()
 
         @contextmanager
-        def listen(self) -> Iterator[LogMessages]:
+        def collect(self) -> Iterator[LogMessages]:
             messages = LogMessages()
             with self.lock:
-                self.listeners += (messages,)
+                self.collectors += (messages,)
             try:
                 yield messages
             finally:
                 with self.lock:
-                    self.listeners = tuple(other for other in self.listeners if other is not messages)
+                    self.collectors = tuple(other for other in self.collectors if other is not messages)
 
         def log(self, severity: Any, text: str) -> None:
-            for messages in self.listeners:
+            for messages in self.collectors:
                 if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                     messages.errors.append(text)
                 elif severity == trt.ILogger.Severity.WARNING:

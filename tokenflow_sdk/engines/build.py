@@ -101,7 +101,7 @@ def build_engine(
 
     def work() -> bytes:
         # A build is for the GPU of the thread that it runs on.
-        with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).listen() as messages:
+        with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).collect() as messages:
             return _build(trt, messages, graph, lambda builder: _configured(trt, builder, shapes, target, workspace, monitor))
 
     return _on_thread(work, cancelled)
