@@ -18,7 +18,7 @@ import numpy as np
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, Refused
-from tokenflow_sdk.backends.tensorrt_module import started, tensorrt_logger
+from tokenflow_sdk.backends.tensorrt_module import create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
 from tokenflow_sdk.files import write_atomic
@@ -76,7 +76,7 @@ class TensorRTSession(Session):
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
         with log.collect() as messages:
-            self._runtime = started(trt, messages, lambda: trt.Runtime(log))
+            self._runtime = create_or_raise(trt, messages, lambda: trt.Runtime(log))
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(

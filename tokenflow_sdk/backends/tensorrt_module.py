@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
-__all__ = ["FLAVOURS", "Flavour", "LogMessages", "import_tensorrt", "require_installed", "started", "tensorrt_logger"]
+__all__ = ["FLAVOURS", "Flavour", "LogMessages", "create_or_raise", "import_tensorrt", "require_installed", "tensorrt_logger"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -108,7 +108,7 @@ def _make_log(trt: Any) -> Any:
     return Log()
 
 
-def started(trt: Any, messages: LogMessages, start: Callable[[], Any]) -> Any:
+def create_or_raise(trt: Any, messages: LogMessages, start: Callable[[], Any]) -> Any:
     """What `start` makes, a builder or a runtime; `messages` meanwhile.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
-from tokenflow_sdk.backends.tensorrt_module import LogMessages, started, tensorrt_logger
+from tokenflow_sdk.backends.tensorrt_module import LogMessages, create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
@@ -109,7 +109,7 @@ def build_engine(
 
 def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> bytes:
     log = tensorrt_logger(trt)
-    builder = started(trt, messages, lambda: trt.Builder(log))
+    builder = create_or_raise(trt, messages, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
