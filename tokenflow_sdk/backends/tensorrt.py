@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
-from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, Refused
+from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCallError
 from tokenflow_sdk.backends.tensorrt_module import create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
@@ -99,7 +99,7 @@ class TensorRTSession(Session):
         try:
             keeps = (settings, self._kernels, self._engine)
             return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
-        except Refused:
+        except TensorRTCallError:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
             ) from None
@@ -129,7 +129,7 @@ class TensorRTSession(Session):
         try:
             with self._cuda.active(), self._log.collect() as messages:
                 return run(execution)
-        except Refused:
+        except TensorRTCallError:
             raise BackendError(
                 f"TensorRT failed to run {self._name}: {'; '.join(messages.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",

@@ -14,7 +14,7 @@ from tokenflow_sdk.backends.session import Array, Tensor
 from tokenflow_sdk.bundle.schema import TensorSpec
 from tokenflow_sdk.errors import BackendError
 
-__all__ = ["ExecutionContext", "Refused"]
+__all__ = ["ExecutionContext", "TensorRTCallError"]
 
 B = TypeVar("B", DeviceBuffer, PinnedBuffer)
 
@@ -22,7 +22,7 @@ _ALIGNMENT = 256
 """Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
 
 
-class Refused(Exception):  # noqa: N818 - never reaches a user
+class TensorRTCallError(Exception):
     """TensorRT returned false."""
 
 
@@ -38,7 +38,7 @@ class ExecutionContext:
         keeps: what the context needs, and must not outlive.
 
     Raises:
-        Refused: TensorRT refuses the profile.
+        TensorRTCallError: TensorRT refuses the profile.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class ExecutionContext:
         # The first one is chosen by itself.
         if profile:
             if not context.set_optimization_profile_async(profile, self._stream.handle):
-                raise Refused
+                raise TensorRTCallError
             self._stream.synchronize()
 
     def run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str]) -> list[Array]:
         """Run the engine and wait; copies of the outputs in `fetch`.
 
         Raises:
-            Refused: TensorRT refuses.
+            TensorRTCallError: TensorRT refuses.
             BackendError: CUDA does.
         """
         for spec in self._inputs:
@@ -108,7 +108,7 @@ class ExecutionContext:
     def _feed(self, spec: TensorSpec, value: Tensor) -> None:
         if self._bound.get(spec.name) != value.shape:
             if not self._context.set_input_shape(spec.name, value.shape):
-                raise Refused
+                raise TensorRTCallError
             self._bound[spec.name] = value.shape
         if isinstance(value, CudaArray):
             if value.pointer % _ALIGNMENT == 0:
@@ -128,7 +128,7 @@ class ExecutionContext:
     def _bind(self, name: str, pointer: int) -> None:
         if self._addresses.get(name) != pointer:
             if not self._context.set_tensor_address(name, pointer):
-                raise Refused
+                raise TensorRTCallError
             self._addresses[name] = pointer
 
     def _room(self, name: str, size: int) -> DeviceBuffer:
@@ -154,7 +154,7 @@ class ExecutionContext:
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise Refused
+            raise TensorRTCallError
 
 
 class Replay:
@@ -200,7 +200,7 @@ class Replay:
             finally:
                 recorded = self._stream.end_capture()
             return self._cuda.call("cudaGraphInstantiate", recorded, 0)
-        except (Refused, BackendError) as error:
+        except (TensorRTCallError, BackendError) as error:
             self._refused = True
             logging.getLogger("tokenflow_sdk").warning("Going on without CUDA graphs: %s", error or "TensorRT refuses")
             return None
