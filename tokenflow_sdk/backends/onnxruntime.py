@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
-from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, asked_for, preload_cuda, require_started
+from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_started, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
@@ -96,7 +96,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
         ort = _import()
-        providers = asked_for(list(ort.get_available_providers()), options)
+        providers = select_providers(list(ort.get_available_providers()), options)
         if any(name in (CUDA, TENSORRT) for name, _ in providers):
             preload_cuda(ort)
         _register_shared_arena(ort)

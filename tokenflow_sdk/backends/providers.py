@@ -9,7 +9,7 @@ from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "asked_for", "preload_cuda", "require_started"]
+__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "preload_cuda", "require_started", "select_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
@@ -25,7 +25,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
 _preloaded = False
 
 
-def asked_for(available: list[str], options: SessionOptions) -> list[Provider]:
+def select_providers(available: list[str], options: SessionOptions) -> list[Provider]:
     """The providers that options name, or that a device means, in order.
 
     Args:
