@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tokenflow_sdk.backends import providers
-from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, preload_cuda, require_started, select_providers
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
@@ -55,9 +55,9 @@ def test_what_is_not_built_in_is_named(gpu: SimpleNamespace) -> None:
 
 
 def test_a_provider_that_did_not_start_is_named() -> None:
-    require_started([(CUDA, {}), (CPU, {})], [CUDA, CPU])
+    require_active([(CUDA, {}), (CPU, {})], [CUDA, CPU])
     with pytest.raises(BackendError, match=rf"could not start {CUDA} .*tokenflow-sdk\[gpu\]"):
-        require_started([(CUDA, {}), (CPU, {})], [CPU])
+        require_active([(CUDA, {}), (CPU, {})], [CPU])
 
 
 def test_libraries_from_pip_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
-from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_started, select_providers
+from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
@@ -124,7 +124,7 @@ class OnnxRuntimeSession(Session):
         if options.device == "auto" and options.providers is None and CUDA not in used:
             _warn_of_cpu(providers)
         else:
-            require_started(providers, used)
+            require_active(providers, used)
         gpu = CUDA in used or TENSORRT in used
         self._bound_device = ("cuda", int(options.device.partition(":")[2] or 0)) if gpu else None
         """Where outputs are bound; None: on the CPU, nothing is."""

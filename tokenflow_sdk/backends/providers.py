@@ -9,7 +9,7 @@ from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "preload_cuda", "require_started", "select_providers"]
+__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
@@ -79,7 +79,7 @@ def preload_cuda(ort: Any) -> None:
         _preloaded = True
 
 
-def require_started(wanted: list[Provider], used: list[str]) -> None:
+def require_active(wanted: list[Provider], used: list[str]) -> None:
     """onnxruntime leaves out a provider that does not start, and goes on with the next; nobody who asked for it wants that.
 
     Raises:
