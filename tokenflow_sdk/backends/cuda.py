@@ -304,7 +304,7 @@ class CudaPages(Pages):
             self._stream.copy_rows(places[0], self._layer, places[1], self._layer, page, self.shape[0])
         self._pending = True
 
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         assert isinstance(new, CudaArray)
         _, batch, count, *_ = new.shape
         with self._cuda.active():

@@ -80,7 +80,7 @@ class Pages(ABC):
         """Copy a page."""
 
     @abstractmethod
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         """Token i of `new` [layers, B, Q, kv_heads, head_dim], row `row`, to place `offsets[i]` of page `pages[i]`."""
 
     @abstractmethod
@@ -102,7 +102,7 @@ class HostPages(Pages):
     def copy(self, source: int, target: int) -> None:
         self._array[:, target] = self._array[:, source]
 
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         self._array[:, pages, offsets] = np.asarray(new)[:, row]
 
     def close(self) -> None:

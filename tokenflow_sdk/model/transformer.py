@@ -120,5 +120,5 @@ class PagedTransformer:
             for source, target in append.copies:
                 self._k.copy(source, target)
                 self._v.copy(source, target)
-            self._k.put(output.new_k, row, append.pages, append.offsets)
-            self._v.put(output.new_v, row, append.pages, append.offsets)
+            self._k.write(output.new_k, row, append.pages, append.offsets)
+            self._v.write(output.new_v, row, append.pages, append.offsets)
