@@ -67,8 +67,8 @@ def test_pages_are_host_pages(gpu: FakeCuda, data: st.DataObject) -> None:
     for _ in range(4):
         if data.draw(st.booleans()):
             source, target = (data.draw(st.integers(0, pages - 1)) for _ in range(2))
-            host.copy(source, target)
-            device.copy(source, target)
+            host.copy_page(source, target)
+            device.copy_page(source, target)
         places = np.asarray(data.draw(st.lists(st.integers(0, pages * size - 1), min_size=1, unique=True)))
         batch = data.draw(st.integers(1, 3))
         new = np.random.default_rng(0).standard_normal((layers, batch, len(places), 2, 3)).astype(dtype)
@@ -137,7 +137,7 @@ def test_another_gpu_of_the_application_stays_its_own(gpu: FakeCuda) -> None:
         plain = getattr(gpu, name)
         setattr(gpu, name, lambda *arguments, plain=plain: (used.append(gpu.current), plain(*arguments))[1])
     pages = CudaPages(cuda, (2, 3, 4, 1, 2), np.dtype(np.float32))
-    pages.copy(0, 1)
+    pages.copy_page(0, 1)
     assert not np.asarray(pages.slots).any()
     del pages
     gc.collect()

@@ -297,7 +297,7 @@ class CudaPages(Pages):
             self._sources.clear()
         return self._slots
 
-    def copy(self, source: int, target: int) -> None:
+    def copy_page(self, source: int, target: int) -> None:
         page = self._page_size * self._token
         places = self._base + target * page, self._base + source * page
         with self._cuda.active():

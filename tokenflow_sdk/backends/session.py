@@ -76,7 +76,7 @@ class Pages(ABC):
         """What a graph is fed: [layers * pages, page_size, kv_heads, head_dim], not copied."""
 
     @abstractmethod
-    def copy(self, source: int, target: int) -> None:
+    def copy_page(self, source: int, target: int) -> None:
         """Copy a page."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class HostPages(Pages):
     def slots(self) -> Tensor:
         return self._array.reshape(-1, *self.shape[2:])
 
-    def copy(self, source: int, target: int) -> None:
+    def copy_page(self, source: int, target: int) -> None:
         self._array[:, target] = self._array[:, source]
 
     def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:

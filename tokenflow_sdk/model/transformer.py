@@ -118,7 +118,7 @@ class PagedTransformer:
         for row, table in enumerate(tables):
             append = table.append(output.new_k.shape[2])
             for source, target in append.copies:
-                self._k.copy(source, target)
-                self._v.copy(source, target)
+                self._k.copy_page(source, target)
+                self._v.copy_page(source, target)
             self._k.write(output.new_k, row, append.pages, append.offsets)
             self._v.write(output.new_v, row, append.pages, append.offsets)
