@@ -134,6 +134,6 @@ def test_needs_is_what_append_takes() -> None:
     table.append(6)
     for owner in (table, table.fork()):
         for count in (0, 1, 2, 3, 7):
-            needed, free = owner.needs(count), pool.free
+            needed, free = owner.pages_needed(count), pool.free
             owner.append(count)
             assert free - pool.free == needed

@@ -87,7 +87,7 @@ class PageTable:
         self.pages: list[int] = []
         self.length = 0
 
-    def needs(self, count: int) -> int:
+    def pages_needed(self, count: int) -> int:
         """Free pages that appending `count` tokens takes, a copied page among them."""
         return pages_for(self.length + count, self.pool.page_size) - len(self.pages) + (count > 0 and self._shares_last)
 
@@ -103,7 +103,7 @@ class PageTable:
             PagesExhausted: the pool has too few free pages.
         """
         size = self.pool.page_size
-        fresh = self.pool.allocate(self.needs(count))
+        fresh = self.pool.allocate(self.pages_needed(count))
         copies: tuple[tuple[int, int], ...] = ()
         if count and self._shares_last:
             copies = ((self.pages[-1], fresh[0]),)

@@ -142,5 +142,5 @@ class TokenScheduler:
         """Give back what only the cache holds until `count` more tokens fit each table."""
         tables = list(tables)
         pool = self.loop.transformer.pool
-        while sum(table.needs(count) for table in tables) > pool.free and self.cache.evict():
+        while sum(table.pages_needed(count) for table in tables) > pool.free and self.cache.evict():
             pass
