@@ -127,7 +127,7 @@ class PageTable:
         pages, self.pages, self.length = self.pages, [], 0
         self.pool.release(pages)
 
-    def row(self, width: int) -> NDArray[np.int32]:
+    def block_table_row(self, width: int) -> NDArray[np.int32]:
         """The page numbers as a block table row, int32 [width]; unused places name page 0, which nobody may then read."""
         row = np.zeros(width, np.int32)
         count = min(width, len(self.pages))

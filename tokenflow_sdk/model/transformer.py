@@ -102,7 +102,7 @@ class PagedTransformer:
                 "positions": positions,
                 "visible": visible,
                 "context": np.asarray(context, np.int32),
-                "block_tables": np.stack([table.row(width) for table in tables]),
+                "block_tables": np.stack([table.block_table_row(width) for table in tables]),
                 "k_pages": self._k.slots,
                 "v_pages": self._v.slots,
             }
