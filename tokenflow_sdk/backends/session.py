@@ -143,7 +143,7 @@ class Session(ABC):
         """Where the graph runs, for people: `cpu`, `cuda:0`."""
         return "cpu"
 
-    def largest(self, dim: str) -> int | None:
+    def max_size(self, dim: str) -> int | None:
         """Most of a varying dimension, e.g. `batch`, that a call may have; None: as much as memory holds."""
         return None
 

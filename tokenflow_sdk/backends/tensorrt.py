@@ -108,7 +108,7 @@ class TensorRTSession(Session):
     def device(self) -> str:
         return f"cuda:{self._cuda.device}"
 
-    def largest(self, dim: str) -> int | None:
+    def max_size(self, dim: str) -> int | None:
         return max((profile.sizes[dim][1] for profile in self._profiles if dim in profile.sizes), default=None)
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:

@@ -51,7 +51,7 @@ class PagedTransformer:
         self.pool = PagePool(pages, page_size)
         self.token_forwards = 0
         """Tokens run through the transformer so far, all rows counted."""
-        self.max_rows = session.largest("batch") or sys.maxsize
+        self.max_rows = session.max_size("batch") or sys.maxsize
         """Most rows in a step."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
@@ -61,7 +61,7 @@ class PagedTransformer:
     @classmethod
     def of(cls, config: LanguageModelConfig, session: Session, pages: int, page_size: int) -> PagedTransformer:
         """For a model of these sizes. An engine is built for a pool of one size and has that instead of `pages`."""
-        slots = session.largest("slots")
+        slots = session.max_size("slots")
         pages = slots // config.layers if slots else pages
         return cls(session, config.layers, config.kv_heads, config.head_dim, pages, page_size)
 

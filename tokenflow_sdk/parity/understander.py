@@ -90,7 +90,7 @@ def greedy_feeds(hidden: Float32, config: UnderstanderConfig) -> dict[str, Tenso
 
 def likeliest_tokens(head: Session, hidden: Float32, config: UnderstanderConfig) -> Int32:
     """The likeliest token after each hidden state [Q, H], int32 [Q]; as many rows at once as the engine takes."""
-    most = head.largest("batch") or len(hidden)
+    most = head.max_size("batch") or len(hidden)
     parts = [
         head.run(greedy_feeds(hidden[start : start + most], config), ["token_ids"])["token_ids"]
         for start in range(0, len(hidden), most)
