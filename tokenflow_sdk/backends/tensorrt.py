@@ -64,8 +64,8 @@ class TensorRTSession(Session):
         with cuda.active():
             self._engine = self._deserialize(engine)
             super().__init__(
-                [_typed(trt, self._engine, spec) for spec in entry.inputs],
-                [_typed(trt, self._engine, spec) for spec in entry.outputs],
+                [_with_engine_dtype(trt, self._engine, spec) for spec in entry.inputs],
+                [_with_engine_dtype(trt, self._engine, spec) for spec in entry.outputs],
             )
             self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
             self._execution_contexts = execution_contexts
@@ -115,13 +115,13 @@ class TensorRTSession(Session):
         return CudaPages(self._cuda, shape, dtype)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
-        return self._on_context(feeds, lambda execution: execution.run(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution: execution.run(feeds, outputs))
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
-        return self._on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
 
-    def _on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
-        idle = self._fitting(feeds).idle
+    def _run_on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
+        idle = self._select_profile(feeds).idle
         execution = idle.get()
         if execution is None:
             idle.put(None)
@@ -137,7 +137,7 @@ class TensorRTSession(Session):
         finally:
             idle.put(execution)
 
-    def _fitting(self, feeds: Mapping[str, Tensor]) -> _Profile:
+    def _select_profile(self, feeds: Mapping[str, Tensor]) -> _Profile:
         """The first profile that a call fits.
 
         Raises:
@@ -241,7 +241,7 @@ def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None
     return settings
 
 
-def _typed(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
+def _with_engine_dtype(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
     """The bundle's tensor with the type that the engine gives it: half pages in half-precision engines."""
     types = trt.DataType
     names = {
