@@ -60,7 +60,7 @@ class TensorRTSession(Session):
     ) -> None:
         self._trt, self._cuda, self._name, self._graphs = trt, cuda, name, cuda_graphs
         self._log = tensorrt_logger(trt)
-        self._kernels = _Kernels(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
+        self._kernels = _KernelCache(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
         with cuda.active():
             self._engine = self._deserialize(engine)
             super().__init__(
@@ -194,7 +194,7 @@ class _Profile:
                     self.sizes[dim] = max(low, first[0]), min(high, first[1])
 
 
-class _Kernels:
+class _KernelCache:
     """What TensorRT-RTX compiled for this GPU, on disk from one start to the next. Only a saving: whatever goes wrong with it,
     kernels are compiled again.
 
@@ -224,7 +224,7 @@ class _Kernels:
                 write_atomic(self._path, data)
 
 
-def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None, inputs: Sequence[TensorSpec]) -> Any:
+def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, inputs: Sequence[TensorSpec]) -> Any:
     """What TensorRT-RTX makes execution contexts with; None for full TensorRT, which has no such settings."""
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
         return None
