@@ -78,12 +78,12 @@ class ExecutionContext:
         for spec in self._outputs:
             shape = tuple(self._context.get_tensor_shape(spec.name))
             self._bound[spec.name] = shape
-            self._bind(spec.name, self._room(spec.name, _bytes(shape, spec)).pointer)
+            self._bind(spec.name, self._device_buffer(spec.name, _bytes(shape, spec)).pointer)
         self._execute()
         staged = []
         for spec in (spec for name in fetch for spec in self._outputs if spec.name == name):
             size = _bytes(self._bound[spec.name], spec)
-            buffer = self._staging(spec.name, size)
+            buffer = self._staging_buffer(spec.name, size)
             self._stream.to_host(buffer.pointer, self._device[spec.name].pointer, size)
             staged.append(buffer.view(self._bound[spec.name], np.dtype(spec.dtype)))
         self._stream.synchronize()
@@ -93,8 +93,8 @@ class ExecutionContext:
         """As `run`, with the outputs where they lie; the next run overwrites them."""
         self.run(feeds, fetch=())
         types = {spec.name: np.dtype(spec.dtype) for spec in self._outputs}
-        rooms = ((name, self._device[name]) for name in names)
-        return [CudaArray(self._cuda, room.pointer, self._bound[name], types[name], room) for name, room in rooms]
+        buffers = ((name, self._device[name]) for name in names)
+        return [CudaArray(self._cuda, buffer.pointer, self._bound[name], types[name], buffer) for name, buffer in buffers]
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -114,14 +114,14 @@ class ExecutionContext:
             if value.pointer % _ALIGNMENT == 0:
                 self._bind(spec.name, value.pointer)
                 return
-            buffer = self._room(spec.name, value.nbytes)
+            buffer = self._device_buffer(spec.name, value.nbytes)
             self._stream.on_device(buffer.pointer, value.pointer, value.nbytes)
             self._bind(spec.name, buffer.pointer)
             return
         array = np.asarray(value)
-        staging = self._staging(spec.name, array.nbytes)
+        staging = self._staging_buffer(spec.name, array.nbytes)
         np.copyto(staging.view(array.shape, array.dtype), array)
-        buffer = self._room(spec.name, array.nbytes)
+        buffer = self._device_buffer(spec.name, array.nbytes)
         self._stream.to_device(buffer.pointer, staging.pointer, array.nbytes)
         self._bind(spec.name, buffer.pointer)
 
@@ -131,14 +131,14 @@ class ExecutionContext:
                 raise TensorRTCallError
             self._addresses[name] = pointer
 
-    def _room(self, name: str, size: int) -> DeviceBuffer:
+    def _device_buffer(self, name: str, size: int) -> DeviceBuffer:
         """The tensor's device memory, at least `size` bytes; never shrinks."""
-        return self._sized(DeviceBuffer, self._device, name, size)
+        return self._at_least(DeviceBuffer, self._device, name, size)
 
-    def _staging(self, name: str, size: int) -> PinnedBuffer:
-        return self._sized(PinnedBuffer, self._host, name, size)
+    def _staging_buffer(self, name: str, size: int) -> PinnedBuffer:
+        return self._at_least(PinnedBuffer, self._host, name, size)
 
-    def _sized(self, kind: type[B], held: dict[str, B], name: str, size: int) -> B:
+    def _at_least(self, kind: type[B], held: dict[str, B], name: str, size: int) -> B:
         """The first is exactly as large; one that replaces another has room, so that what grows by a little fits a while."""
         old = held.get(name)
         if old is None or old.size < size:
