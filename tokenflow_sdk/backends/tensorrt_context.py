@@ -33,7 +33,7 @@ class ExecutionContext:
         cuda: the GPU.
         context: TensorRT's.
         inputs, outputs: of the engine.
-        replay: as `Replay`.
+        replay: as `CudaGraphReplay`.
         profile: number of the profile.
         keeps: what the context needs, and must not outlive.
 
@@ -57,7 +57,7 @@ class ExecutionContext:
         self._host: dict[str, PinnedBuffer] = {}
         self._addresses: dict[str, int] = {}
         self._bound: dict[str, tuple[int, ...]] = {}
-        self._replay = Replay(cuda, self._stream) if replay else None
+        self._replay = CudaGraphReplay(cuda, self._stream) if replay else None
         # After the context, as attributes are dropped in this order.
         self._keeps = keeps
         # The first one is chosen by itself.
@@ -157,7 +157,7 @@ class ExecutionContext:
             raise TensorRTCallError
 
 
-class Replay:
+class CudaGraphReplay:
     """The CUDA graph of an execution context: a call like the one before it is captured, and launched as one from then on.
 
     A graph holds for its context as it was when captured, so a call of other shapes or addresses ends it. The first call after
