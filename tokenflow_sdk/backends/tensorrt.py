@@ -41,7 +41,7 @@ class TensorRTSession(Session):
         cuda: the GPU.
         execution_contexts: calls of a profile that may run at once; each has its own working memory.
         cuda_graphs: launch a call as one where it is like the one before it. Saves launch time where a call is short.
-        kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
+        kernels: where TensorRT-RTX keep_alive the kernels that it compiles at first runs, for the next start; None: nowhere.
 
     Raises:
         BackendError: the engine does not fit this TensorRT or GPU, or memory is short.
@@ -97,8 +97,8 @@ class TensorRTSession(Session):
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
         try:
-            keeps = (settings, self._kernels, self._engine)
-            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
+            keep_alive = (settings, self._kernels, self._engine)
+            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keep_alive)
         except TensorRTCallError:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD

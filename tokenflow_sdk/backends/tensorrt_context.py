@@ -35,7 +35,7 @@ class ExecutionContext:
         inputs, outputs: of the engine.
         replay: as `CudaGraphReplay`.
         profile: number of the profile.
-        keeps: what the context needs, and must not outlive.
+        keep_alive: what the context needs, and must not outlive.
 
     Raises:
         TensorRTCallError: TensorRT refuses the profile.
@@ -49,7 +49,7 @@ class ExecutionContext:
         outputs: Sequence[TensorSpec],
         replay: bool,
         profile: int = 0,
-        keeps: object = None,
+        keep_alive: object = None,
     ) -> None:
         self._cuda, self._context, self._inputs, self._outputs = cuda, context, inputs, outputs
         self._stream = Stream(cuda)
@@ -59,7 +59,7 @@ class ExecutionContext:
         self._bound: dict[str, tuple[int, ...]] = {}
         self._replay = CudaGraphReplay(cuda, self._stream) if replay else None
         # After the context, as attributes are dropped in this order.
-        self._keeps = keeps
+        self._keep_alive = keep_alive
         # The first one is chosen by itself.
         if profile:
             if not context.set_optimization_profile_async(profile, self._stream.handle):
@@ -100,7 +100,7 @@ class ExecutionContext:
         self._stream.synchronize()
         if self._replay is not None:
             self._replay.clear()
-        self._context = self._keeps = None
+        self._context = self._keep_alive = None
         self._device.clear()
         self._host.clear()
         self._stream.close()
