@@ -42,23 +42,23 @@ def select_providers(available: list[str], options: SessionOptions) -> list[Prov
             raise ArgumentError(
                 f"onnxruntime has no provider {', '.join(missing) or '(none given)'} here.", f"It has: {', '.join(available)}."
             )
-        names, wish = options.providers, f"providers={list(options.providers)}"
+        names, request = options.providers, f"providers={list(options.providers)}"
     elif options.device.startswith("cuda"):
         if CUDA not in available:
             raise BackendError(
                 f"device={options.device!r}, but the installed onnxruntime has no CUDA provider.",
                 "Run `pip uninstall onnxruntime` and `pip install 'tokenflow-sdk[gpu]'`, or use device='cpu'.",
             )
-        names, wish = (CUDA, CPU), f"device={options.device!r}"
+        names, request = (CUDA, CPU), f"device={options.device!r}"
     else:
-        return [_with_settings(name, options) for name in _automatic(available, options.device)]
+        return [_with_settings(name, options) for name in _default_providers(available, options.device)]
     problem = driver_problem() if {CUDA, TENSORRT} & set(names) else None
     if problem is not None:
-        raise BackendError(f"{wish}, but {problem}.", "See whether `nvidia-smi` lists the GPU, or use device='cpu'.")
+        raise BackendError(f"{request}, but {problem}.", "See whether `nvidia-smi` lists the GPU, or use device='cpu'.")
     return [_with_settings(name, options) for name in names]
 
 
-def _automatic(available: list[str], device: str) -> tuple[str, ...]:
+def _default_providers(available: list[str], device: str) -> tuple[str, ...]:
     """Where there is no GPU, CUDA is not tried: onnxruntime would print a page of errors."""
     return (CUDA, CPU) if device == "auto" and CUDA in available and driver_problem() is None else (CPU,)
 
