@@ -30,7 +30,7 @@ _arena_lock = threading.Lock()
 _arena_registered = False
 
 
-def _import() -> Any:
+def _import_onnxruntime() -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -95,7 +95,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
-        ort = _import()
+        ort = _import_onnxruntime()
         providers = select_providers(list(ort.get_available_providers()), options)
         if any(name in (CUDA, TENSORRT) for name, _ in providers):
             preload_cuda(ort)
@@ -122,13 +122,13 @@ class OnnxRuntimeSession(Session):
         _trim_heap()
         used = self._session.get_providers()
         if options.device == "auto" and options.providers is None and CUDA not in used:
-            _warn_of_cpu(providers)
+            _warn_if_cuda_inactive(providers)
         else:
             require_active(providers, used)
         gpu = CUDA in used or TENSORRT in used
         self._bound_device = ("cuda", int(options.device.partition(":")[2] or 0)) if gpu else None
         """Where outputs are bound; None: on the CPU, nothing is."""
-        self._cuda = None if self._bound_device is None else _memory_of(self._bound_device[1])
+        self._cuda = None if self._bound_device is None else _open_cuda(self._bound_device[1])
         self._check_io(path)
 
     def _check_io(self, path: Path) -> None:
@@ -156,7 +156,7 @@ class OnnxRuntimeSession(Session):
         except MemoryError:
             raise
         except Exception as error:
-            raise _failed(error) from error
+            raise _run_error(error) from error
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
         if self._cuda is None or self._bound_device is None:
@@ -164,7 +164,7 @@ class OnnxRuntimeSession(Session):
         try:
             found = self._run_bound(feeds, outputs, self._bound_device[0]).get_outputs()
         except Exception as error:
-            raise _failed(error) from error
+            raise _run_error(error) from error
         specs = {spec.name: np.dtype(spec.dtype) for spec in self.outputs}
         return [
             CudaArray(self._cuda, value.data_ptr(), tuple(value.shape()), specs[name], value)
@@ -203,14 +203,14 @@ def _compatible(want: TensorSpec, have: TensorSpec) -> bool:
     )
 
 
-def _warn_of_cpu(wanted: list[Provider]) -> None:
+def _warn_if_cuda_inactive(wanted: list[Provider]) -> None:
     if any(name == CUDA for name, _ in wanted):
         logging.getLogger("tokenflow_sdk").warning(
             "onnxruntime could not start CUDA on the GPU that is here, and runs on the CPU; device='cuda' says why."
         )
 
 
-def _memory_of(index: int) -> Cuda | None:
+def _open_cuda(index: int) -> Cuda | None:
     """The GPU's memory, where cuda-bindings is there to reach it; without it, pages cross at every step."""
     try:
         return Cuda(index)
@@ -221,7 +221,7 @@ def _memory_of(index: int) -> Cuda | None:
         return None
 
 
-def _failed(error: Exception) -> BackendError:
+def _run_error(error: Exception) -> BackendError:
     return BackendError(
         f"onnxruntime failed: {_first_line(error)}",
         "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
