@@ -25,16 +25,16 @@ HalfType = Literal["fp16", "bf16"]
 
 _COMPUTE = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 """Computed in half."""
-_FOLLOWING = re.compile(
+_FOLLOWS_INPUTS = re.compile(
     "Add|Sub|Mul|Sigmoid|Tanh|Erf|Gelu|Relu|Max|Min|Clip|Reshape|Transpose|Concat|Split|Slice|Squeeze|Unsqueeze|Expand|Pad|"
     "Resize|Gather|Identity|DepthToSpace|SpaceToDepth|Flatten"
 )
 """Computed in half where everything they read is half already, so that no norm or softmax is rounded on its way."""
-_WEIGHTS = "DequantizeLinear"
+_INT4_WEIGHTS = "DequantizeLinear"
 """Makes the weights of a product from int4. In half itself: engines fuse it with the product where nothing is between."""
 _LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.3895313892515355e38}
 """Finite numbers of each type."""
-_EXACT_AFTER = ("latent", "logits")
+_DECISION_TENSORS = ("latent", "logits")
 """Tensors whose consumers decide codes."""
 
 
@@ -52,27 +52,27 @@ def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> N
     ir = import_onnx_ir()
     graph = model.graph
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
-    keep = set(pinned) | _after_decisions(graph) | _last_steps(graph)
-    rewriter = _Rewriter(graph, half)
+    keep = set(pinned) | _decision_nodes(graph) | _postprocessing_nodes(graph)
+    rewriter = _TypeRewriter(graph, half)
     for value in graph.inputs:
         if value.name in ("k_pages", "v_pages"):
             value.type = ir.TensorType(half)
     for node in list(graph):
-        rewriter.settle(node, pinned=node.name in keep)
-    rewriter.settle_outputs()
+        rewriter.assign_type(node, pinned=node.name in keep)
+    rewriter.restore_output_types()
 
 
 def compute_nodes(model: ir.Model) -> list[str]:
     """Names of the products and convolutions that `to_half` would run in half: what a precision search tries to pin."""
-    keep = _after_decisions(model.graph) | _last_steps(model.graph)
+    keep = _decision_nodes(model.graph) | _postprocessing_nodes(model.graph)
     return [str(node.name) for node in model.graph if node.op_type in _COMPUTE and node.name not in keep]
 
 
-def _after_decisions(graph: ir.Graph) -> set[str]:
+def _decision_nodes(graph: ir.Graph) -> set[str]:
     """Nodes that compute from a latent or from logits, and the products that make logits."""
     names: set[str] = set()
     for output in graph.outputs:
-        if output.name in _EXACT_AFTER:
+        if output.name in _DECISION_TENSORS:
             names |= {str(node.name) for node in _downstream(output)}
             start = output.producer()
             # The latent leaves transposed: what it is a view of decides as well.
@@ -84,7 +84,7 @@ def _after_decisions(graph: ir.Graph) -> set[str]:
     return names
 
 
-def _last_steps(graph: ir.Graph) -> set[str]:
+def _postprocessing_nodes(graph: ir.Graph) -> set[str]:
     """What stands between the last convolution and a picture of integers."""
     names: set[str] = set()
     for output in graph.outputs:
@@ -110,7 +110,7 @@ def _downstream(value: ir.Value) -> Iterator[ir.Node]:
             pending += [use.node for output in node.outputs for use in output.uses()]
 
 
-class _Rewriter:
+class _TypeRewriter:
     """Gives every float tensor its type, and puts casts where a node wants another."""
 
     def __init__(self, graph: ir.Graph, half: Any) -> None:
@@ -118,7 +118,7 @@ class _Rewriter:
         self.graph, self.half, self.full = graph, half, self.ir.DataType.FLOAT
         self.casts: dict[tuple[str, Any], ir.Value] = {}
 
-    def settle(self, node: ir.Node, pinned: bool) -> None:
+    def assign_type(self, node: ir.Node, pinned: bool) -> None:
         """Cast a node's float inputs to the type it computes in, and set its outputs'."""
         if node.op_type == "Cast":
             return
@@ -126,11 +126,13 @@ class _Rewriter:
         # A Resize's scales are float32 always.
         inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
         read = [value for value in inputs if value is not None and value.dtype in floats and not value.is_initializer()]
-        following = (
-            _FOLLOWING.fullmatch(node.op_type) is not None and bool(read) and all(value.dtype == self.half for value in read)
+        follows = (
+            _FOLLOWS_INPUTS.fullmatch(node.op_type) is not None
+            and bool(read)
+            and all(value.dtype == self.half for value in read)
         )
-        weights = node.op_type == _WEIGHTS
-        wanted = self.half if not pinned and (node.op_type in _COMPUTE or following or weights) else self.full
+        weights = node.op_type == _INT4_WEIGHTS
+        wanted = self.half if not pinned and (node.op_type in _COMPUTE or follows or weights) else self.full
         for index, value in enumerate(inputs):
             if value is not None and value.dtype in floats and value.dtype != wanted:
                 node.replace_input_with(index, self._cast(value, wanted))
@@ -139,7 +141,7 @@ class _Rewriter:
             if value.dtype in floats or weights:
                 value.type = self.ir.TensorType(wanted)
 
-    def settle_outputs(self) -> None:
+    def restore_output_types(self) -> None:
         """Give graph outputs the types they had: float32, except new keys and values, which go where the pages are."""
         for index, value in enumerate(list(self.graph.outputs)):
             paged = value.name in ("new_k", "new_v")
