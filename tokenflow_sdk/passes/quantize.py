@@ -77,7 +77,7 @@ def quantize(model: ir.Model, ranges: ActivationRanges) -> None:
         model: a graph whose float types are settled (`tokenflow_sdk.passes.half_precision`).
         ranges: names that the graph does not have are ignored.
     """
-    rounder = _Rounder(model.graph, ranges.dtype)
+    inserter = _QdqInserter(model.graph, ranges.dtype)
     for node in list(model.graph):
         if node.name not in ranges.magnitudes:
             continue
@@ -85,8 +85,8 @@ def quantize(model: ir.Model, ranges: ActivationRanges) -> None:
         assert rows is not None and weight is not None and rows.dtype is not None
         array = _constant(weight)
         assert array is not None, f"{node.name} has no constant weights"
-        node.replace_input_with(0, rounder.activations(rows, ranges.magnitudes[str(node.name)]))
-        node.replace_input_with(1, rounder.weights(node, array.astype(np.float32), rows.dtype))
+        node.replace_input_with(0, inserter.activations(rows, ranges.magnitudes[str(node.name)]))
+        node.replace_input_with(1, inserter.weights(node, array.astype(np.float32), rows.dtype))
     drop_unused(model)
 
 
@@ -99,7 +99,7 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
     return value.const_value.numpy()
 
 
-class _Rounder:
+class _QdqInserter:
     """Makes the pairs; convolutions that read the same tensor share its pair."""
 
     def __init__(self, graph: ir.Graph, dtype: EightBit) -> None:
@@ -114,9 +114,9 @@ class _Rounder:
             scale = self._scale(f"{name}_scale", np.float32(magnitude), value.dtype)
             zero = self._initializer(f"{name}_zero", np.zeros((), self.type.numpy()), self.type)
             quantized = self.ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
-            rounded = self._settle(quantized, f"{name}_rounded", value.shape, self.type)
+            rounded = self._set_output(quantized, f"{name}_rounded", value.shape, self.type)
             dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], name=f"{name}_dequantize")
-            restored = self._settle(dequantized, f"{name}_restored", value.shape, value.dtype)
+            restored = self._set_output(dequantized, f"{name}_restored", value.shape, value.dtype)
             producer = value.producer()
             if producer is None:
                 self.graph.insert_before(self.graph[0], [quantized, dequantized])
@@ -138,7 +138,7 @@ class _Rounder:
         zero = self._initializer(f"{name}_zero", np.zeros(len(array), self.type.numpy()), self.type)
         dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], {"axis": 0}, name=f"{name}_dequantize")
         self.graph.insert_before(node, dequantized)
-        return self._settle(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
+        return self._set_output(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
 
     def _scale(self, name: str, magnitude: NDArray[np.float32] | np.float32, dtype: Any) -> ir.Value:
         scale = np.maximum(np.asarray(magnitude) / self.largest, _LEAST_SCALE)
@@ -150,7 +150,7 @@ class _Rounder:
         self.graph.register_initializer(value)
         return value
 
-    def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
+    def _set_output(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
         result = node.outputs[0]
         result.name, result.shape, result.type = name, shape, self.ir.TensorType(dtype)
         return result
