@@ -30,7 +30,7 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
 
     rows, weight = product.inputs[0], product.inputs[1]
     # MatMulInteger, Cast, Mul by the row's scale, Mul by the column's.
-    last = _only_user(_only_user(_only_user(product)))
+    last = _only_consumer(_only_consumer(_only_consumer(product)))
     scale = next(value for value in last.inputs if value is not None and value.is_initializer())
     assert weight is not None and weight.const_value is not None and scale.const_value is not None
     q, s = weight.const_value, scale.const_value
@@ -42,7 +42,7 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
         model.graph.register_initializer(
             ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
         )
-    plain = ir.node("MatMul", [_unrounded(rows), model.graph.initializers[name]], name=f"{product.name}_float")
+    plain = ir.node("MatMul", [_float_activations(rows), model.graph.initializers[name]], name=f"{product.name}_float")
     model.graph.insert_before(last, plain)
     old, result = last.outputs[0], plain.outputs[0]
     result.name, result.shape, result.type = old.name, old.shape, old.type
@@ -54,12 +54,12 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
     model.graph.remove(last, safe=True)
 
 
-def _only_user(node: ir.Node) -> ir.Node:
+def _only_consumer(node: ir.Node) -> ir.Node:
     (use,) = node.outputs[0].uses()
     return use.node
 
 
-def _unrounded(rows: ir.Value | None) -> ir.Value:
+def _float_activations(rows: ir.Value | None) -> ir.Value:
     """What Cast(Add(Round(Div(x, scale)), 128)) was made from."""
     for operator in ("Cast", "Add", "Round", "Div"):
         node = None if rows is None else rows.producer()
