@@ -104,7 +104,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
         return _from_array(source, name, max_pixels)
     if isinstance(source, Image.Image):
         _check_size(source.size, name, max_pixels)
-        return _decoded(source, name, None)
+        return _decode_rgb(source, name, None)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _from_file(io.BytesIO(source), name, max_pixels, draft_size)
     if isinstance(source, (str, os.PathLike)):
@@ -153,17 +153,17 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | Non
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
     except UnidentifiedImageError as error:
-        raise _unidentified(file, name) from error
+        raise _unidentified_error(file, name) from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like at damaged bytes
-        raise _damaged(name, error) from error
+        raise _damaged_error(name, error) from error
     with image:
         _check_size(image.size, name, max_pixels)
-        return _decoded(image, name, draft_size)
+        return _decode_rgb(image, name, draft_size)
 
 
-def _unidentified(file: BinaryIO, name: str) -> CorruptImageError:
+def _unidentified_error(file: BinaryIO, name: str) -> CorruptImageError:
     file.seek(0)
     if not file.read(1):
         return CorruptImageError(f"{name} is empty.", "Give a picture, e.g. PNG or JPEG.")
@@ -188,26 +188,26 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def _decoded(image: Image.Image, name: str, draft_size: int | None) -> Image.Image:
+def _decode_rgb(image: Image.Image, name: str, draft_size: int | None) -> Image.Image:
     try:
         if draft_size is not None and image.format in _JPEG_FORMATS:
             image.draft(None, (draft_size, draft_size))
         image.load()
-        return _to_rgb(_upright(image), name)
+        return _to_rgb(_apply_orientation(image), name)
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
     except Exception as error:  # decoders raise what they like at damaged bytes
-        raise _damaged(name, error) from error
+        raise _damaged_error(name, error) from error
 
 
-def _damaged(name: str, error: Exception) -> CorruptImageError:
+def _damaged_error(name: str, error: Exception) -> CorruptImageError:
     why = str(error) or type(error).__name__
     return CorruptImageError(f"{name} is damaged or cut short: {why}.", "Copy or save the picture again.")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF says. Damaged EXIF does not make the pixels unusable."""
     try:
         return ImageOps.exif_transpose(image)
