@@ -1,8 +1,7 @@
-"""TensorRT and TensorRT-RTX: a serialized engine as a `Session`. One class for both, by the API that they share.
+"""Run serialized engines of TensorRT and TensorRT-RTX as sessions, with the part of the Python API that both share.
 
-A session has one or more execution contexts, each with a stream and memory of its own, so that as many calls run at once.
-An engine may have several optimization profiles, each for calls of other shapes; every one has execution contexts of its own.
-Results may stay on the GPU (`run_resident`) and be fed to another session there.
+Every optimization profile of an engine has the same number of execution contexts. Each has its own stream and buffers, so that
+as many calls can run at once.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ _REBUILD = "Build it again on this machine with `tokenflow build BUNDLE`; if mem
 
 
 class TensorRTSession(Session):
-    """One engine.
+    """A deserialized engine.
 
     Args:
-        engine: serialized.
-        name: of the graph, for messages.
-        entry: what bundle.json says of the graph's inputs and outputs.
+        engine: the serialized engine.
+        name: name of the graph, for error messages.
+        entry: the graph's entry in bundle.json.
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
-        execution_contexts: calls of a profile that may run at once; each has its own working memory.
-        cuda_graphs: launch a call as one where it is like the one before it. Saves launch time where a call is short.
-        kernels: where TensorRT-RTX keep_alive the kernels that it compiles at first runs, for the next start; None: nowhere.
+        execution_contexts: number of calls of a profile that can run at once; each context has its own working memory.
+        cuda_graphs: run repeated calls of equal shapes as CUDA graphs, which saves launch time where calls are short.
+        kernels: file for the kernels that TensorRT-RTX compiles at run time, read now and written by `close`; None keeps none.
 
     Raises:
-        BackendError: the engine does not fit this TensorRT or GPU, or memory is short.
+        BackendError: the engine was built for another version or GPU, or there is not enough GPU memory.
     """
 
     def __init__(
@@ -138,10 +137,10 @@ class TensorRTSession(Session):
             idle.put(execution)
 
     def _select_profile(self, feeds: Mapping[str, Tensor]) -> _Profile:
-        """The first profile that a call fits.
+        """The first optimization profile whose limits hold the inputs.
 
         Raises:
-            ArgumentError: there is none.
+            ArgumentError: no profile holds them.
         """
         sizes = {dim: size for spec in self.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)}
         misses = []
@@ -150,7 +149,7 @@ class TensorRTSession(Session):
             if not missed:
                 return profile
             misses.append(missed)
-        # Of the profile that is nearest: fewest sizes missed, and of those the widest.
+        # The error names a limit of the nearest profile: fewest dimensions out of range, then the largest limit.
         nearest = min(misses, key=lambda missed: (len(missed), -max(high for _, high in missed.values())))
         dim, (low, high) = next(iter(nearest.items()))
         raise ArgumentError(
@@ -161,7 +160,7 @@ class TensorRTSession(Session):
         )
 
     def close(self) -> None:
-        """Waits for calls under way; later ones are refused. Closing twice is fine."""
+        """Wait for running calls and free the engine; later calls raise BackendError. May be called more than once."""
         execution_contexts, self._execution_contexts = self._execution_contexts, 0
         with self._cuda.active():
             idle = [profile.idle.get() for profile in self._profiles for _ in range(execution_contexts)]
@@ -176,10 +175,10 @@ class TensorRTSession(Session):
 
 
 class _Profile:
-    """One of an engine's optimization profiles.
+    """An optimization profile of an engine.
 
-    `idle` holds its execution contexts that are not busy, and None once the session is closed; `sizes` the least and the
-    largest size of each dimension that varies.
+    `idle` holds its execution contexts that no call uses, and None once the session is closed. `sizes` holds the smallest and
+    the largest size of each dynamic dimension.
     """
 
     def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
@@ -195,11 +194,12 @@ class _Profile:
 
 
 class _KernelCache:
-    """What TensorRT-RTX compiled for this GPU, on disk from one start to the next. Only a saving: whatever goes wrong with it,
-    kernels are compiled again.
+    """Stores TensorRT-RTX's runtime cache, the kernels it compiled for this GPU, in a file for the next start.
+
+    Errors in reading or writing the file are ignored: kernels are then compiled again.
 
     Args:
-        path: the file. TensorRT-RTX checks itself whether it fits this GPU, driver and version.
+        path: the file. TensorRT-RTX itself checks that its content fits the GPU, driver and version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -209,7 +209,7 @@ class _KernelCache:
             self._stored = path.read_bytes()
 
     def attach(self, settings: Any) -> None:
-        """Have a context use them; all contexts of an engine share one cache."""
+        """Give the cache to the settings of an execution context; all contexts of an engine share it."""
         if self._cache is None:
             self._cache = settings.create_runtime_cache()
             if self._stored and not self._cache.deserialize(self._stored):
@@ -217,7 +217,7 @@ class _KernelCache:
         settings.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write them, if there are new ones."""
+        """Write the cache to the file if it has changed."""
         found = None if self._cache is None else self._cache.serialize()
         if found is not None and (data := bytes(found)) != self._stored:
             with suppress(OutputError):
@@ -225,12 +225,13 @@ class _KernelCache:
 
 
 def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, inputs: Sequence[TensorSpec]) -> Any:
-    """What TensorRT-RTX makes execution contexts with; None for full TensorRT, which has no such settings."""
+    """Settings with which TensorRT-RTX creates execution contexts; None for TensorRT, which has none."""
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
         return None
     settings = engine.create_runtime_config()
-    # Its default changes kernels behind running calls: results would differ from those that were certified, and from one call
-    # to the next. Batches are few, so each gets its own kernels; the sizes of language models' steps are not.
+    # The default, lazy specialization, replaces kernels in the background: results would change between calls and differ from the
+    # certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have too
+    # many.
     strategies = trt.DynamicShapesKernelSpecializationStrategy
     varying = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if varying == {"batch"} else strategies.NONE
@@ -242,12 +243,12 @@ def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | 
 
 
 def _with_engine_dtype(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
-    """The bundle's tensor with the type that the engine gives it: half pages in half-precision engines."""
+    """A tensor of bundle.json with the type it has in the engine, e.g. float16 for the pages of half-precision engines."""
     types = trt.DataType
     names = {
         types.FLOAT: "float32",
         types.HALF: "float16",
-        # NumPy has no bfloat16; such pages never leave the GPU, so only their size matters.
+        # NumPy has no bfloat16. Only pages have this type, and they stay on the GPU, so that only its size matters.
         types.BF16: "uint16",
         types.INT32: "int32",
         types.INT64: "int64",

@@ -1,4 +1,4 @@
-"""An execution context of a TensorRT engine, with a stream and memory of its own, and perhaps a CUDA graph."""
+"""`ExecutionContext`: a TensorRT execution context with its own CUDA stream, buffers and, optionally, CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ __all__ = ["ExecutionContext", "TensorRTCallError"]
 B = TypeVar("B", DeviceBuffer, PinnedBuffer)
 
 _ALIGNMENT = 256
-"""Bytes that TensorRT wants addresses to be multiples of; CUDA's own always are, parts of an array may not be."""
+"""Alignment in bytes that TensorRT requires of addresses. Allocations have it; slices of arrays may not."""
 
 
 class TensorRTCallError(Exception):
-    """TensorRT returned false."""
+    """A call of TensorRT returned false. Sessions turn it into a BackendError."""
 
 
 class ExecutionContext:
-    """A context, its stream and its memory, for calls of one of the engine's profiles. Used by one call at a time.
+    """Runs an engine with one of its optimization profiles. Only one call at a time may use it.
 
     Args:
         cuda: the GPU.
-        context: TensorRT's.
-        inputs, outputs: of the engine.
-        replay: as `CudaGraphReplay`.
-        profile: number of the profile.
-        keep_alive: what the context needs, and must not outlive.
+        context: TensorRT's execution context.
+        inputs, outputs: tensors of the engine.
+        replay: record repeated calls as a CUDA graph; see `CudaGraphReplay`.
+        profile: number of the optimization profile.
+        keep_alive: objects that must live as long as the context.
 
     Raises:
         TensorRTCallError: TensorRT refuses the profile.
+        BackendError: a CUDA call failed.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class ExecutionContext:
         self._addresses: dict[str, int] = {}
         self._bound: dict[str, tuple[int, ...]] = {}
         self._replay = CudaGraphReplay(cuda, self._stream) if replay else None
-        # After the context, as attributes are dropped in this order.
+        # Set after `_context`, because attributes are released in this order.
         self._keep_alive = keep_alive
-        # The first one is chosen by itself.
+        # A new context has profile 0.
         if profile:
             if not context.set_optimization_profile_async(profile, self._stream.handle):
                 raise TensorRTCallError
             self._stream.synchronize()
 
     def run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str]) -> list[Array]:
-        """Run the engine and wait; copies of the outputs in `fetch`.
+        """Run the engine, wait for it, and return host copies of the outputs named in `fetch`.
 
         Raises:
-            TensorRTCallError: TensorRT refuses.
-            BackendError: CUDA does.
+            TensorRTCallError: TensorRT refuses the inputs or the execution.
+            BackendError: a CUDA call failed, e.g. because memory ran out.
         """
         for spec in self._inputs:
             self._feed(spec, feeds[spec.name])
@@ -90,7 +91,7 @@ class ExecutionContext:
         return [view.copy() for view in staged]
 
     def run_resident(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[CudaArray]:
-        """As `run`, with the outputs where they lie; the next run overwrites them."""
+        """As `run`, but the outputs in `names` stay in GPU memory; the next run overwrites them."""
         self.run(feeds, fetch=())
         types = {spec.name: np.dtype(spec.dtype) for spec in self._outputs}
         buffers = ((name, self._device[name]) for name in names)
@@ -132,14 +133,17 @@ class ExecutionContext:
             self._addresses[name] = pointer
 
     def _device_buffer(self, name: str, size: int) -> DeviceBuffer:
-        """The tensor's device memory, at least `size` bytes; never shrinks."""
+        """The tensor's GPU buffer, of at least `size` bytes."""
         return self._at_least(DeviceBuffer, self._device, name, size)
 
     def _staging_buffer(self, name: str, size: int) -> PinnedBuffer:
         return self._at_least(PinnedBuffer, self._host, name, size)
 
     def _at_least(self, kind: type[B], held: dict[str, B], name: str, size: int) -> B:
-        """The first is exactly as large; one that replaces another has room, so that what grows by a little fits a while."""
+        """The tensor's buffer in `held`, replaced if it is smaller than `size`.
+
+        A replacement is a quarter larger than needed, because some inputs grow a little at every call.
+        """
         old = held.get(name)
         if old is None or old.size < size:
             held[name] = kind(self._cuda, size if old is None else size + size // 4)
@@ -158,10 +162,11 @@ class ExecutionContext:
 
 
 class CudaGraphReplay:
-    """The CUDA graph of an execution context: a call like the one before it is captured, and launched as one from then on.
+    """Records an execution context's calls as a CUDA graph, which saves the time of launching kernels one by one.
 
-    A graph holds for its context as it was when captured, so a call of other shapes or addresses ends it. The first call after
-    such a change is left alone, because TensorRT allocates and chooses then. Source: TensorRT's guide on CUDA graphs.
+    A graph is valid for the shapes and addresses it was captured with. The first call with new ones runs normally, because
+    TensorRT may allocate memory and choose kernels in it; the second is captured; later ones launch the graph. Source: the
+    TensorRT developer guide, "CUDA Graphs".
     """
 
     def __init__(self, cuda: Cuda, stream: Stream) -> None:
@@ -169,14 +174,14 @@ class CudaGraphReplay:
         self._key: Any = None
         self._graph: Any = None
         self._refused = False
-        """Capturing failed; everything is enqueued from then on."""
+        """Whether capturing failed, after which all calls run normally."""
 
     def run(self, key: object, enqueue: Callable[[], None]) -> None:
-        """Enqueue, or launch what doing so recorded.
+        """Run a call: enqueue it, or launch the graph captured from an equal call.
 
         Args:
-            key: of the shapes and addresses of the call.
-            enqueue: gives the call to the stream.
+            key: equal for calls with the same shapes and addresses.
+            enqueue: enqueues the call on the stream.
         """
         if key != self._key:
             self.clear()
@@ -191,7 +196,7 @@ class CudaGraphReplay:
             self._stream.launch(self._graph)
 
     def _capture(self, enqueue: Callable[[], None]) -> Any:
-        """What `enqueue` does as a CUDA graph; None where that cannot be recorded."""
+        """Capture `enqueue` as an executable CUDA graph; None, with a warning, if that fails."""
         recorded = None
         try:
             self._stream.begin_capture()
@@ -210,6 +215,7 @@ class CudaGraphReplay:
                     self._cuda.call("cudaGraphDestroy", recorded)
 
     def clear(self) -> None:
+        """Destroy the captured graph."""
         graph, self._graph, self._key = self._graph, None, None
         if graph is not None:
             self._cuda.call("cudaGraphExecDestroy", graph)

@@ -1,4 +1,4 @@
-"""A TensorRT's Python module, `tensorrt` or `tensorrt_rtx`: importing it, starting it, and hearing what it says."""
+"""Import the Python module of TensorRT or TensorRT-RTX, create its objects, and collect its log messages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ __all__ = ["FLAVOURS", "Flavour", "LogMessages", "create_or_raise", "import_tens
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Module of each flavour."""
+"""Name of the Python module of each flavour."""
 _OLDEST = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 5)}
 
 
 def require_installed(flavour: str) -> None:
-    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
+    """Check that a flavour is installed, without importing it, which takes a second.
+
+    Raises:
+        ArgumentError: no such flavour.
+        MissingPackageError: it is not installed.
+    """
     if flavour not in FLAVOURS:
         raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
     if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
@@ -33,11 +38,14 @@ def require_installed(flavour: str) -> None:
 
 
 def import_tensorrt(flavour: str) -> ModuleType:
-    """The flavour's Python module.
+    """Import the Python module of a flavour.
+
+    Args:
+        flavour: `tensorrt` or `tensorrt-rtx`.
 
     Raises:
         ArgumentError: no such flavour.
-        MissingPackageError: it is not installed, libraries that it needs are not, or it is too old.
+        MissingPackageError: the package or a library it needs is not installed, or it is too old.
     """
     require_installed(flavour)
     try:
@@ -57,7 +65,7 @@ def import_tensorrt(flavour: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class LogMessages:
-    """Messages of TensorRT, the last few of each kind: some come with every call, and a service runs for months."""
+    """The last 50 errors and the last 50 warnings of TensorRT, bounded because a long-running service collects them."""
 
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=50))
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=50))
@@ -68,9 +76,12 @@ _logs_lock = threading.Lock()
 
 
 def tensorrt_logger(trt: Any) -> Any:
-    """The logger of a TensorRT module: one for as long as the process lives, because TensorRT keeps the first that it is given.
+    """The logger to give to a TensorRT module, one for the whole process because TensorRT uses only the first it is given.
 
-    `log.collect()` gives the messages that come within a `with`, whoever caused them.
+    `with logger.collect() as messages:` collects all messages logged meanwhile, of any thread, as `LogMessages`.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
     """
     with _logs_lock:
         if trt not in _logs:
@@ -80,7 +91,7 @@ def tensorrt_logger(trt: Any) -> Any:
 
 def _make_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Hands messages to those who listen instead of printing them."""
+        """Gives messages to the current collectors instead of printing them."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -108,16 +119,21 @@ def _make_log(trt: Any) -> Any:
     return Log()
 
 
-def create_or_raise(trt: Any, messages: LogMessages, start: Callable[[], Any]) -> Any:
-    """What `start` makes, a builder or a runtime; `messages` meanwhile.
+def create_or_raise(trt: Any, messages: LogMessages, create: Callable[[], Any]) -> Any:
+    """Create a builder or a runtime, and raise if TensorRT returns none.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
+        messages: messages collected meanwhile, which the error quotes.
+        create: creates the object.
 
     Raises:
-        BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
+        BackendError: TensorRT cannot start: the GPU or its driver is missing, or the driver is too old.
     """
     try:
-        made = start()
+        made = create()
     except (TypeError, RuntimeError) as error:
-        # The bindings have no better way to say that the library gave nothing.
+        # The Python bindings raise these where the library returns a null pointer.
         messages.errors.append(str(error).splitlines()[0])
         made = None
     if made is None:

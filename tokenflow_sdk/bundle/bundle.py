@@ -260,7 +260,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
-    """Load a bundle's `reference.npz`, the stored inputs and PyTorch outputs of its parity check.
+    """Load a bundle's `reference.npz`: inputs, and the outputs that engines must reproduce.
 
     Args:
         bundle: the bundle.

@@ -169,7 +169,7 @@ class LanguageModelConfig(ABC):
 
     @abstractmethod
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """Largest number of pages that one image takes.
+        """Bound on the pages that one image takes.
 
         Args:
             page_size: tokens in a page.
