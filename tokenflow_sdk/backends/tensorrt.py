@@ -229,9 +229,9 @@ def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | 
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
         return None
     settings = engine.create_runtime_config()
-    # The default, lazy specialization, replaces kernels in the background: results would change between calls and differ from the
-    # certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have too
-    # many.
+    # The default, lazy specialization, replaces kernels in the background: results would change between calls, and differ from
+    # the certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have
+    # too many.
     strategies = trt.DynamicShapesKernelSpecializationStrategy
     varying = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if varying == {"batch"} else strategies.NONE

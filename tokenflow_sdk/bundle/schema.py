@@ -56,6 +56,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> TensorSpec:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         require(isinstance(values["name"], str), where, "has no name")
         require(values["dtype"] in get_args(DType), where, f"has the unknown dtype {values['dtype']!r}")
@@ -83,6 +84,7 @@ class FileEntry:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> FileEntry:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         name, size, digest = values["name"], values["size"], values["sha256"]
         plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
@@ -107,6 +109,7 @@ class GraphEntry:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> GraphEntry:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         for key, value in values.items():
             require(isinstance(value, list) and len(value) > 0, where, f"lists no {key}")
