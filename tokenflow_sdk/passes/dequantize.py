@@ -1,7 +1,7 @@
 """Replace integer matrix products by float ones.
 
-TensorRT cannot build `MatMulInteger`, which int8 bundles contain. The weights keep their int8 values; the activations are no
-longer rounded.
+TensorRT cannot build `MatMulInteger`, which int8 bundles contain. The float weights are the dequantized int8 weights; the
+activations are no longer rounded.
 """
 
 from __future__ import annotations
