@@ -150,7 +150,7 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """The `cudaStream_t` as an int, as TensorRT takes it."""
+        """The CUDA handle as an int, as TensorRT takes it."""
         return int(self._stream)
 
     def to_device(self, pointer: int, host: int, size: int) -> None:
