@@ -139,10 +139,10 @@ def test_pages_on_the_gpu_are_host_pages() -> None:
         pinned.view(new.shape, new.dtype)[...] = new
         stream.to_device(buffer.pointer, pinned.pointer, new.nbytes)
         stream.synchronize()
-        host.put(new, 1, places // 16, places % 16)
-        device.put(CudaArray(cuda, buffer.pointer, new.shape, dtype, buffer), 1, places // 16, places % 16)
-        host.copy(2, 5)
-        device.copy(2, 5)
+        host.write(new, 1, places // 16, places % 16)
+        device.write(CudaArray(cuda, buffer.pointer, new.shape, dtype, buffer), 1, places // 16, places % 16)
+        host.copy_page(2, 5)
+        device.copy_page(2, 5)
         np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))
     stream.close()
 

@@ -1,4 +1,4 @@
-"""Files: what comes with the SDK, and results that are written whole or not at all."""
+"""Locate data files shipped with the SDK, and write output files atomically."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ __all__ = ["packaged_data", "write_atomic"]
 
 
 def packaged_data(name: str) -> Path:
-    """A directory that comes with the SDK, e.g. `models/tiny`: inside the package where it was installed from a wheel, beside
-    it in a checkout."""
+    """Path of a data directory shipped with the SDK.
+
+    Args:
+        name: its path in the repository, e.g. `models/tiny`.
+
+    Returns:
+        The directory inside the installed package or, in a checkout, in the repository. It may not exist.
+    """
     package = Path(__file__).parent
     inside = package / "_data" / name
     return inside if inside.is_dir() else package.parent / name
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` through a temporary file beside it, so that no reader ever sees a part.
+    """Write a file atomically: to a temporary file in the same directory, which then replaces `path`.
+
+    Args:
+        path: the file to create or replace.
+        data: its whole content.
 
     Raises:
-        OutputError: the directory is missing or read-only, the disk is full, or `path` is a directory.
+        OutputError: the directory is missing or read-only, the disk is full, or `path` exists and is not a regular file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}")

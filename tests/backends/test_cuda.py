@@ -67,20 +67,20 @@ def test_pages_are_host_pages(gpu: FakeCuda, data: st.DataObject) -> None:
     for _ in range(4):
         if data.draw(st.booleans()):
             source, target = (data.draw(st.integers(0, pages - 1)) for _ in range(2))
-            host.copy(source, target)
-            device.copy(source, target)
+            host.copy_page(source, target)
+            device.copy_page(source, target)
         places = np.asarray(data.draw(st.lists(st.integers(0, pages * size - 1), min_size=1, unique=True)))
         batch = data.draw(st.integers(1, 3))
         new = np.random.default_rng(0).standard_normal((layers, batch, len(places), 2, 3)).astype(dtype)
         row = data.draw(st.integers(0, batch - 1))
-        host.put(new, row, places // size, places % size)
-        device.put(on_device(cuda, new), row, places // size, places % size)
+        host.write(new, row, places // size, places % size)
+        device.write(on_device(cuda, new), row, places // size, places % size)
         np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))
 
 
 def test_closed_pages_are_given_back_whoever_holds_them(gpu: FakeCuda) -> None:
     pages = CudaPages(Cuda(), (2, 3, 4, 1, 2), np.dtype(np.float32))
-    pages.put(on_device(Cuda(), np.ones((2, 1, 1, 1, 2), np.float32)), 0, np.array([1]), np.array([0]))
+    pages.write(on_device(Cuda(), np.ones((2, 1, 1, 1, 2), np.float32)), 0, np.array([1]), np.array([0]))
     gc.collect()
     # What a copy under way reads is held until it has been waited for.
     assert len(gpu.device_memory) == 2
@@ -137,7 +137,7 @@ def test_another_gpu_of_the_application_stays_its_own(gpu: FakeCuda) -> None:
         plain = getattr(gpu, name)
         setattr(gpu, name, lambda *arguments, plain=plain: (used.append(gpu.current), plain(*arguments))[1])
     pages = CudaPages(cuda, (2, 3, 4, 1, 2), np.dtype(np.float32))
-    pages.copy(0, 1)
+    pages.copy_page(0, 1)
     assert not np.asarray(pages.slots).any()
     del pages
     gc.collect()

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tokenflow_sdk.backends import providers
-from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, asked_for, preload_cuda, require_started
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
@@ -24,14 +24,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_cuda_computes_float32_in_float32(gpu: SimpleNamespace) -> None:
     """TF32 rounds what products read to 10 bits, and is on by default."""
     for options in (SessionOptions(), SessionOptions("cuda"), SessionOptions("cuda:0", (CUDA, CPU))):
-        assert asked_for(ALL, options) == [(CUDA, {"use_tf32": "0", "device_id": "0"}), (CPU, {})]
-    assert asked_for(ALL, SessionOptions("cuda:2"))[0][1]["device_id"] == "2"
-    assert asked_for(ALL, SessionOptions("auto", (TENSORRT, CPU))) == [(TENSORRT, {"device_id": "0"}), (CPU, {})]
+        assert select_providers(ALL, options) == [(CUDA, {"use_tf32": "0", "device_id": "0"}), (CPU, {})]
+    assert select_providers(ALL, SessionOptions("cuda:2"))[0][1]["device_id"] == "2"
+    assert select_providers(ALL, SessionOptions("auto", (TENSORRT, CPU))) == [(TENSORRT, {"device_id": "0"}), (CPU, {})]
 
 
 def test_openvino_computes_float32_in_float32() -> None:
     """Its own choice on recent processors is bfloat16."""
-    assert asked_for(ALL, SessionOptions("auto", (OPENVINO, CPU))) == [
+    assert select_providers(ALL, SessionOptions("auto", (OPENVINO, CPU))) == [
         (OPENVINO, {"device_type": "CPU", "precision": "FP32"}),
         (CPU, {}),
     ]
@@ -39,25 +39,25 @@ def test_openvino_computes_float32_in_float32() -> None:
 
 def test_cuda_is_not_tried_without_a_gpu(gpu: SimpleNamespace) -> None:
     gpu.problem = "there is no NVIDIA driver here"
-    assert asked_for(ALL, SessionOptions()) == [(CPU, {})]
-    assert asked_for(ALL, SessionOptions("cpu")) == [(CPU, {})]
+    assert select_providers(ALL, SessionOptions()) == [(CPU, {})]
+    assert select_providers(ALL, SessionOptions("cpu")) == [(CPU, {})]
     for options, wish in ((SessionOptions("cuda"), "device='cuda'"), (SessionOptions("auto", (TENSORRT,)), "providers=")):
         with pytest.raises(BackendError, match=f"{wish}.*, but there is no NVIDIA driver here.*nvidia-smi"):
-            asked_for(ALL, options)
+            select_providers(ALL, options)
 
 
 def test_what_is_not_built_in_is_named(gpu: SimpleNamespace) -> None:
-    assert asked_for([CPU], SessionOptions()) == [(CPU, {})]
+    assert select_providers([CPU], SessionOptions()) == [(CPU, {})]
     with pytest.raises(BackendError, match=r"no CUDA provider.*tokenflow-sdk\[gpu\]"):
-        asked_for([CPU], SessionOptions("cuda"))
+        select_providers([CPU], SessionOptions("cuda"))
     with pytest.raises(ArgumentError, match=f"no provider {CUDA} here. It has: {CPU}"):
-        asked_for([CPU], SessionOptions("auto", (CUDA, CPU)))
+        select_providers([CPU], SessionOptions("auto", (CUDA, CPU)))
 
 
 def test_a_provider_that_did_not_start_is_named() -> None:
-    require_started([(CUDA, {}), (CPU, {})], [CUDA, CPU])
+    require_active([(CUDA, {}), (CPU, {})], [CUDA, CPU])
     with pytest.raises(BackendError, match=rf"could not start {CUDA} .*tokenflow-sdk\[gpu\]"):
-        require_started([(CUDA, {}), (CPU, {})], [CPU])
+        require_active([(CUDA, {}), (CPU, {})], [CPU])
 
 
 def test_libraries_from_pip_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

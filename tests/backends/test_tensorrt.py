@@ -60,7 +60,7 @@ def test_calls_of_any_batch_give_what_onnxruntime_gives(machine: Machine, mini_b
     expected = OnnxRuntimeSession(mini_bundle / "encode.onnx", entry, SessionOptions(device="cpu", threads=1))
     with session(machine, mini_bundle, "encode") as engine:
         assert engine.device == "cuda:0"
-        assert (engine.largest("batch"), engine.largest("pages")) == (8, None)
+        assert (engine.max_size("batch"), engine.max_size("pages")) == (8, None)
         for batch in (1, 3, 2, 3):
             feeds = images(batch)
             found, right = engine.run(feeds), expected.run(feeds)
@@ -156,7 +156,7 @@ def test_each_call_runs_by_a_profile_that_it_fits(machine: Machine, mini_underst
         return {"token_ids": RNG.integers(0, 200, (batch, queries), np.int32)}
 
     with session(machine, mini_understander, "embed_text", profiles=profiles) as engine:
-        assert (engine.largest("batch"), engine.largest("queries"), engine.largest("pages")) == (4, 9, None)
+        assert (engine.max_size("batch"), engine.max_size("queries"), engine.max_size("pages")) == (4, 9, None)
         assert machine[1].contexts_left == 1000 - 2
         kept = []
         for batch, queries in ((1, 9), (4, 1), (1, 1), (1, 5), (3, 1), (1, 9)):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_gpu import FakeTensorRT, install
-from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, log_of
+from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, tensorrt_logger
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 
 
@@ -34,25 +34,25 @@ def test_an_old_tensorrt_is_named(monkeypatch: pytest.MonkeyPatch, version: str,
 
 def test_a_log_is_one_for_a_module_and_is_heard_by_who_listens() -> None:
     trt = FakeTensorRT(FakeCuda())
-    log, severity = log_of(trt), trt.Severity
-    assert log_of(trt) is log
+    log, severity = tensorrt_logger(trt), trt.Severity
+    assert tensorrt_logger(trt) is log
     log.log(severity.ERROR, "nobody listens")
-    with log.listen() as outer:
+    with log.collect() as outer:
         log.log(severity.WARNING, "careful")
-        with log.listen() as inner:
+        with log.collect() as inner:
             thread = threading.Thread(target=log.log, args=(severity.INTERNAL_ERROR, "broken"))
             thread.start()
             thread.join()
         log.log(severity.ERROR, "later")
     assert (list(outer.warnings), list(outer.errors)) == (["careful"], ["broken", "later"])
     assert (list(inner.warnings), list(inner.errors)) == ([], ["broken"])
-    assert log.listeners == ()
+    assert log.collectors == ()
 
 
 def test_a_log_does_not_grow_for_ever() -> None:
-    log = log_of(trt := FakeTensorRT(FakeCuda()))
-    with log.listen() as heard:
+    log = tensorrt_logger(trt := FakeTensorRT(FakeCuda()))
+    with log.collect() as messages:
         for number in range(1000):
             log.log(trt.Severity.WARNING, str(number))
-    assert len(heard.warnings) == 50
-    assert heard.warnings[-1] == "999"
+    assert len(messages.warnings) == 50
+    assert messages.warnings[-1] == "999"

@@ -47,18 +47,18 @@ def test_engines_are_found_however_they_were_built(machine, mini_bundle: Path) -
     for backend in ("tensorrt", "auto"):
         with Tokenizer.from_pretrained(mini_bundle, backend=backend, batch_limit=4, build=False) as tokenizer:
             assert tokenizer.load("features").device == "cuda:0"
-            assert tokenizer.graphs.load("features").largest("batch") == 4
+            assert tokenizer.graphs.load("features").max_size("batch") == 4
     with Tokenizer.from_pretrained(mini_bundle, batch_limit=5) as tokenizer:
         assert tokenizer.load("features").device == "cpu"
     assert len(machine[1].builds) == 4
     half = BuildConfig("tensorrt", batch=(1, 1, 6))
     on_engines(mini_bundle, build_config=half).close()
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        assert tokenizer.load("features").graphs.load("features").largest("batch") == 6
+        assert tokenizer.load("features").graphs.load("features").max_size("batch") == 6
     machine[1].broken.add("decode")
     assert not Engines(Bundle.open(mini_bundle, TokenizerConfig), half).recertify().passed
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        assert tokenizer.load("features").graphs.load("features").largest("batch") == 4
+        assert tokenizer.load("features").graphs.load("features").max_size("batch") == 4
     assert len(machine[1].builds) == 8
 
 

@@ -17,8 +17,8 @@ def test_tokens_fill_pages_in_order() -> None:
     assert (first.pages.tolist(), first.offsets.tolist()) == ([0, 0], [0, 1])
     assert (second.pages.tolist(), second.offsets.tolist()) == ([0, 1, 1, 1, 2], [2, 0, 1, 2, 0])
     assert first.copies == second.copies == ()
-    assert table.row(5).tolist() == [0, 1, 2, 0, 0]
-    assert table.row(2).tolist() == [0, 1]
+    assert table.block_table_row(5).tolist() == [0, 1, 2, 0, 0]
+    assert table.block_table_row(2).tolist() == [0, 1]
 
 
 def test_a_shared_page_with_room_is_copied_on_write() -> None:
@@ -134,6 +134,6 @@ def test_needs_is_what_append_takes() -> None:
     table.append(6)
     for owner in (table, table.fork()):
         for count in (0, 1, 2, 3, 7):
-            needed, free = owner.needs(count), pool.free
+            needed, free = owner.pages_needed(count), pool.free
             owner.append(count)
             assert free - pool.free == needed

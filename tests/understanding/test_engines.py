@@ -120,9 +120,9 @@ def test_nothing_large_crosses_in_a_step(
 ) -> None:
     """What is copied to and from the GPU while an answer grows: numbers of tokens and pages, settings, the tokens drawn."""
     crossed: list[str] = []
-    staging, fetched = ExecutionContext._staging, CudaArray.numpy
+    staging, fetched = ExecutionContext._staging_buffer, CudaArray.numpy
     monkeypatch.setattr(
-        ExecutionContext, "_staging", lambda context, name, size: (crossed.append(name), staging(context, name, size))[1]
+        ExecutionContext, "_staging_buffer", lambda context, name, size: (crossed.append(name), staging(context, name, size))[1]
     )
     with on_engines(mini_understander, cuda_graphs=cuda_graphs) as understander:
         monkeypatch.setattr(CudaArray, "numpy", lambda array: (crossed.append("an array"), fetched(array))[1])

@@ -51,9 +51,9 @@ def test_an_evicted_beginning_lives_on_in_those_who_use_it() -> None:
     table = table_of(pool, 6)
     cache.put(b"a", table, 6)
     cache.put(b"a", table, 6)
-    assert table.needs(1) == 1
+    assert table.pages_needed(1) == 1
     assert cache.evict()
-    assert (pool.free, table.needs(1), table.needs(3)) == (2, 0, 1)
+    assert (pool.free, table.pages_needed(1), table.pages_needed(3)) == (2, 0, 1)
     table.release()
     assert pool.free == 4
 

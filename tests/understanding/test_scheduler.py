@@ -46,7 +46,7 @@ class FakeGraph(Session):
         self.name, self.tokens, self.calls, self.most = name, tokens, 0, most
         self.shapes: list[tuple[int, ...]] = []
 
-    def largest(self, dim: str) -> int | None:
+    def max_size(self, dim: str) -> int | None:
         return self.most if dim == "batch" else None
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

@@ -1,1 +1,4 @@
-"""Backends behind one interface, `Session`, which runs one graph. Each imports its library on use, never on import."""
+"""Backends that run graphs behind one interface, `Session`: onnxruntime, TensorRT and TensorRT-RTX.
+
+Their libraries are imported when a session is opened, so that only the one in use needs to be installed.
+"""

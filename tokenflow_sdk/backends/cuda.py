@@ -1,4 +1,4 @@
-"""GPU memory through cuda-bindings: buffers, copies, streams, and key/value pages. No PyTorch, no kernels of our own."""
+"""GPU buffers, copies, streams and key/value pages with cuda-bindings; needs neither PyTorch nor custom kernels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "St
 
 
 class Cuda:
-    """One GPU.
+    """The CUDA runtime, for one GPU.
 
     Args:
-        device: its number.
+        device: number of the GPU.
 
     Raises:
         MissingPackageError: cuda-bindings is not installed.
@@ -47,9 +47,10 @@ class Cuda:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """This GPU as the calling thread's, and then again the one it had: applications use several.
+        """Context manager: make this GPU the calling thread's current one, and restore the previous one afterwards.
 
-        One that the process does not use is not put back: that would take hundreds of megabytes of it.
+        A previous GPU on which the process has no context is not restored, because that would create one, which takes hundreds
+        of megabytes of its memory.
         """
         before = self.call("cudaGetDevice")
         self.call("cudaSetDevice", self.device)
@@ -60,15 +61,22 @@ class Cuda:
                 self.call("cudaSetDevice", before)
 
     def _in_use(self, device: int) -> bool:
-        """Whether this process has a context on a GPU."""
+        """Whether the process has an active context on GPU `device`."""
         status, _, active = self._driver.cuDevicePrimaryCtxGetState(device)
         return int(status) == 0 and bool(active)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime; what it returns beside its status.
+        """Call a function of the CUDA runtime.
+
+        Args:
+            name: its name, e.g. `cudaMemcpy`.
+            arguments: its arguments.
+
+        Returns:
+            Its first result after the status; None if it has none.
 
         Raises:
-            BackendError: its status is an error.
+            BackendError: the status is an error.
         """
         status, *results = getattr(self.runtime, name)(*arguments)
         if int(status) != 0:
@@ -80,24 +88,24 @@ class Cuda:
 
     @property
     def architecture(self) -> str:
-        """`sm89`, as engines are built for."""
+        """Compute capability of the GPU, e.g. `sm89`."""
         properties = self.call("cudaGetDeviceProperties", self.device)
         return f"sm{properties.major}{properties.minor}"
 
     @property
     def model(self) -> str:
-        """`NVIDIA L4`."""
+        """Name of the GPU, e.g. `NVIDIA L4`."""
         name = self.call("cudaGetDeviceProperties", self.device).name
         return (name.split(b"\0")[0].decode(errors="replace") if isinstance(name, bytes) else str(name)).strip()
 
     def copy_from_device(self, array: Array, pointer: int) -> None:
-        """Fill a host array; waits for it."""
+        """Copy GPU memory at `pointer` into a host array, and wait for it."""
         with self.active():
             kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, kind)
 
     def free(self, name: str, pointer: Any) -> None:
-        """Give something back by the function `name`; nobody is left to tell if that fails."""
+        """Release a resource with the CUDA function `name`. Errors are ignored, because destructors call this."""
         with suppress(BackendError), self.active():
             getattr(self.runtime, name)(pointer)
 
@@ -108,11 +116,11 @@ _USABLE = {
     "needs 580 or newer (CUDA 13); `pip install 'cuda-bindings<13'` serves older ones. Or use device='cpu'.",
     "cudaErrorNoDevice": "See whether `nvidia-smi` lists the GPU and CUDA_VISIBLE_DEVICES hides none, or use device='cpu'.",
 }
-"""What mends each reason for which no GPU can be used."""
+"""Hint for each status of `cudaGetDeviceCount` that means that no GPU can be used."""
 
 
 def driver_problem() -> str | None:
-    """Why no NVIDIA GPU can be used here, as the driver tells without any package; None: one can."""
+    """Why no NVIDIA GPU can be used, for error messages; None if one can. Asks the driver and needs no Python package."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(library)
@@ -126,7 +134,14 @@ def driver_problem() -> str | None:
 
 
 class Stream:
-    """Work that the GPU does in order."""
+    """A non-blocking CUDA stream, on which copies and engine calls run in order.
+
+    Only `synchronize` waits. Pointers are addresses; sizes, pitches and widths are in bytes. All methods raise BackendError if
+    their CUDA call fails.
+
+    Args:
+        cuda: the GPU.
+    """
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -135,37 +150,40 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """What TensorRT takes."""
+        """The CUDA handle as an int, as TensorRT takes it."""
         return int(self._stream)
 
     def to_device(self, pointer: int, host: int, size: int) -> None:
+        """Copy host memory to GPU memory at `pointer`."""
         self._copy(pointer, host, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def to_host(self, host: int, pointer: int, size: int) -> None:
+        """Copy GPU memory at `pointer` to host memory."""
         self._copy(host, pointer, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def on_device(self, target: int, source: int, size: int) -> None:
+        """Copy GPU memory to GPU memory."""
         self._copy(target, source, size, self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """`rows` pieces of `width` bytes, both on the device, `pitch` bytes apart."""
+        """Copy `rows` rows of `width` bytes on the GPU, which begin a pitch apart from each other."""
         kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._cuda.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self._stream)
 
     def zero(self, pointer: int, size: int) -> None:
-        """Fill with zeros."""
+        """Fill GPU memory at `pointer` with zeros."""
         self._cuda.call("cudaMemsetAsync", pointer, 0, size, self._stream)
 
     def begin_capture(self) -> None:
-        """What is given to the stream from now on is recorded, not run."""
+        """Begin to record the following work of this thread as a CUDA graph instead of running it."""
         mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._cuda.call("cudaStreamBeginCapture", self._stream, mode)
 
     def end_capture(self) -> Any:
-        """The recorded CUDA graph."""
+        """End the recording, and return the CUDA graph."""
         return self._cuda.call("cudaStreamEndCapture", self._stream)
 
     def launch(self, executable: Any) -> None:
@@ -173,15 +191,15 @@ class Stream:
         self._cuda.call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
-        """Wait until all is done.
+        """Wait for all work on the stream.
 
         Raises:
-            BackendError: something on it failed.
+            BackendError: some of the work failed.
         """
         self._cuda.call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Closing twice is fine."""
+        """Destroy the stream. May be called more than once."""
         if self._stream is not None:
             stream, self._stream = self._stream, None
             self._cuda.free("cudaStreamDestroy", stream)
@@ -192,10 +210,10 @@ class Stream:
 
 
 class DeviceBuffer:
-    """GPU memory, given back when nobody refers to it any more.
+    """GPU memory of `size` bytes, which is freed with this object.
 
     Raises:
-        BackendError: there is not enough.
+        BackendError: there is not enough free memory.
     """
 
     def __init__(self, cuda: Cuda, size: int) -> None:
@@ -216,14 +234,18 @@ class DeviceBuffer:
 
 
 class PinnedBuffer:
-    """Page-locked host memory, which the GPU copies from and to by itself."""
+    """Page-locked host memory of `size` bytes, which the GPU can copy asynchronously; it is freed with this object.
+
+    Raises:
+        BackendError: it cannot be allocated.
+    """
 
     def __init__(self, cuda: Cuda, size: int) -> None:
         self._cuda, self.size, self.pointer = cuda, size, 0
         self.pointer = int(cuda.call("cudaHostAlloc", max(1, size), 0))
 
     def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Its beginning as an array, not copied."""
+        """The beginning of the buffer as an array that shares its memory. The buffer must outlive it."""
         count = int(np.prod(shape)) * dtype.itemsize
         memory = (ctypes.c_uint8 * count).from_address(self.pointer)
         found: Array = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
@@ -236,10 +258,13 @@ class PinnedBuffer:
 
 
 class CudaArray(DeviceArray):
-    """An array on a GPU.
+    """An array in GPU memory.
 
     Args:
-        owner: what must live as long as the memory.
+        cuda: the GPU.
+        pointer: address of its first element.
+        shape, dtype: as in NumPy.
+        owner: object that owns the memory, kept alive by the array.
     """
 
     def __init__(self, cuda: Cuda, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: object) -> None:
@@ -268,7 +293,7 @@ class CudaArray(DeviceArray):
 
 
 class CudaPages(Pages):
-    """Pages on a GPU. New keys and values go to their places by copies between rows, without a kernel of our own."""
+    """Pages in GPU memory. New keys and values are written by strided copies (`cudaMemcpy2DAsync`) on a stream of its own."""
 
     def __init__(self, cuda: Cuda, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
@@ -283,12 +308,12 @@ class CudaPages(Pages):
         self._base = buffer.pointer
         self._pending = True
         self._sources: list[Tensor] = []
-        """What copies under way read."""
+        """Sources of copies that are not finished, kept alive."""
         self._slots: CudaArray | None = CudaArray(cuda, buffer.pointer, (layers * pages, *shape[2:]), dtype, buffer)
 
     @property
     def slots(self) -> Tensor:
-        """Waits for copies that are under way."""
+        """As `Pages.slots`; waits for copies that are not finished."""
         assert self._slots is not None
         if self._pending:
             with self._cuda.active():
@@ -297,14 +322,14 @@ class CudaPages(Pages):
             self._sources.clear()
         return self._slots
 
-    def copy(self, source: int, target: int) -> None:
+    def copy_page(self, source: int, target: int) -> None:
         page = self._page_size * self._token
         places = self._base + target * page, self._base + source * page
         with self._cuda.active():
             self._stream.copy_rows(places[0], self._layer, places[1], self._layer, page, self.shape[0])
         self._pending = True
 
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         assert isinstance(new, CudaArray)
         _, batch, count, *_ = new.shape
         with self._cuda.active():
@@ -330,13 +355,13 @@ class CudaPages(Pages):
 
 
 def _runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """(first index, place, length) of each stretch of neighbouring places."""
+    """Split into runs of consecutive places: (index of the first, its place, length of the run)."""
     starts = np.flatnonzero(np.diff(places, prepend=places[0] - 2) != 1)
     for first, stop in zip(starts, [*starts[1:], len(places)], strict=True):
         yield int(first), int(places[first]), int(stop - first)
 
 
 def _memory(cuda: Cuda) -> tuple[int, int]:
-    """Free and total bytes."""
+    """Free and total bytes of GPU memory; zeros if CUDA cannot tell."""
     status, free, total = cuda.runtime.cudaMemGetInfo()
     return (free, total) if int(status) == 0 else (0, 0)

@@ -1,4 +1,4 @@
-"""onnxruntime: the CPU provider, and CUDA with I/O binding where onnxruntime-gpu is installed."""
+"""Run graphs with onnxruntime: on the CPU, or on a GPU with I/O binding where onnxruntime-gpu is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
-from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, asked_for, preload_cuda, require_started
+from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
@@ -30,7 +30,7 @@ _arena_lock = threading.Lock()
 _arena_registered = False
 
 
-def _import() -> Any:
+def _import_onnxruntime() -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -41,17 +41,17 @@ def _import() -> Any:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity mask, not the machine's size."""
+    """Number of cores that the process may use: of its affinity mask where the system has one, else of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _register_shared_arena(ort: Any) -> None:
-    """One CPU arena for all sessions of the process, growing by what is asked.
+    """Register one CPU memory arena for all sessions of the process, which grows only by the requested sizes.
 
-    Without it every graph keeps its own high-water mark: encode + decode of clipb_256 held 2.85 GB instead of 2.08 GB
-    (with memory patterns off, below), at the same speed.
+    By default every session has an arena, which keeps its peak size: encode and decode of clipb_256 together took 2.85 GB
+    instead of 2.08 GB with a shared arena and without memory patterns, at the same speed.
     """
     global _arena_registered
     with _arena_lock:
@@ -61,17 +61,17 @@ def _register_shared_arena(ort: Any) -> None:
         try:
             ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
         except Exception as error:
-            # The application around us may have registered its own, which then serves us as well.
+            # The application may have registered an arena already, which is then shared.
             if "registered" not in str(error):
                 raise
         _arena_registered = True
 
 
 def _trim_heap() -> None:
-    """Give the heap's free pages back to the system, where the C library can.
+    """Return the heap's free memory to the operating system, where the C library has `malloc_trim`.
 
-    Loading packs weights into the layouts that kernels read and frees the originals, which glibc keeps: 250 MB after
-    loading the decoder of clipb_256.
+    While loading, onnxruntime repacks weights and frees the originals, whose memory glibc would keep: 250 MB for the decoder of
+    clipb_256.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -80,23 +80,24 @@ def _trim_heap() -> None:
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX graph in onnxruntime.
+    """A graph loaded in onnxruntime.
 
     Args:
-        path: the `.onnx` file; external data lies beside it.
-        entry: what bundle.json says of the graph's inputs and outputs.
+        path: the `.onnx` file, with its external data in the same directory.
+        entry: the graph's entry in bundle.json.
         options: device, providers, threads.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
-        BackendError: the graph cannot be loaded, or the asked device does not work.
-        CorruptBundleError: the graph's inputs or outputs are not those in bundle.json.
+        ArgumentError: `options` names a provider that onnxruntime does not have.
+        BackendError: the graph cannot be loaded, or the requested device or provider does not work.
+        CorruptBundleError: the graph's inputs or outputs differ from those in bundle.json.
     """
 
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
-        ort = _import()
-        providers = asked_for(list(ort.get_available_providers()), options)
+        ort = _import_onnxruntime()
+        providers = select_providers(list(ort.get_available_providers()), options)
         if any(name in (CUDA, TENSORRT) for name, _ in providers):
             preload_cuda(ort)
         _register_shared_arena(ort)
@@ -104,15 +105,15 @@ class OnnxRuntimeSession(Session):
         settings.intra_op_num_threads = options.threads or available_cores()
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
-        # Patterns reserve a second, contiguous copy of the peak: a third more memory for no measurable speed.
+        # Memory patterns reserve the peak a second time as one block: a third more memory, and not measurably faster.
         settings.enable_mem_pattern = False
         settings.add_session_config_entry("session.use_env_allocators", "1")
-        # Spinning threads of one session starve another's: two at once ran 15 % slower, one alone no faster.
+        # Spinning threads take time from those of other sessions: two sessions at once ran 15 % slower, one alone no faster.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without VNNI, pairs of 8-bit products are added in 16 bits, which overflow silently; this takes kernels that do not.
+        # On CPUs without VNNI, the default kernels add pairs of 8-bit products in 16 bits, which overflow silently.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            # Without its fallback: that would print, and quietly run on the CPU.
+            # The fallback would print a message and run on the CPU instead.
             self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
         except Exception as error:
             raise BackendError(
@@ -122,13 +123,13 @@ class OnnxRuntimeSession(Session):
         _trim_heap()
         used = self._session.get_providers()
         if options.device == "auto" and options.providers is None and CUDA not in used:
-            _warn_of_cpu(providers)
+            _warn_if_cuda_inactive(providers)
         else:
-            require_started(providers, used)
+            require_active(providers, used)
         gpu = CUDA in used or TENSORRT in used
         self._bound_device = ("cuda", int(options.device.partition(":")[2] or 0)) if gpu else None
-        """Where outputs are bound; None: on the CPU, nothing is."""
-        self._cuda = None if self._bound_device is None else _memory_of(self._bound_device[1])
+        """Device name and number for I/O binding; None on the CPU, which needs none."""
+        self._cuda = None if self._bound_device is None else _open_cuda(self._bound_device[1])
         self._check_io(path)
 
     def _check_io(self, path: Path) -> None:
@@ -156,7 +157,7 @@ class OnnxRuntimeSession(Session):
         except MemoryError:
             raise
         except Exception as error:
-            raise _failed(error) from error
+            raise _run_error(error) from error
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
         if self._cuda is None or self._bound_device is None:
@@ -164,7 +165,7 @@ class OnnxRuntimeSession(Session):
         try:
             found = self._run_bound(feeds, outputs, self._bound_device[0]).get_outputs()
         except Exception as error:
-            raise _failed(error) from error
+            raise _run_error(error) from error
         specs = {spec.name: np.dtype(spec.dtype) for spec in self.outputs}
         return [
             CudaArray(self._cuda, value.data_ptr(), tuple(value.shape()), specs[name], value)
@@ -175,7 +176,7 @@ class OnnxRuntimeSession(Session):
         return super().make_pages(shape, dtype) if self._cuda is None else CudaPages(self._cuda, shape, dtype)
 
     def _run_bound(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...], where: str) -> Any:
-        """Run with the outputs asked for bound to a device, so that nothing else leaves the GPU; the binding."""
+        """Run with the wanted outputs bound to device `where`, so that no other output is copied, and return the binding."""
         assert self._bound_device is not None
         binding = self._session.io_binding()
         for name, value in feeds.items():
@@ -185,7 +186,7 @@ class OnnxRuntimeSession(Session):
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name in outputs:
             binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
-        # onnxruntime makes its GPU the thread's, and leaves it so.
+        # onnxruntime changes the thread's current GPU and does not restore it.
         with nullcontext() if self._cuda is None else self._cuda.active():
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
@@ -196,22 +197,22 @@ class OnnxRuntimeSession(Session):
 
 
 def _compatible(want: TensorSpec, have: TensorSpec) -> bool:
-    """Same name and dtype, and every fixed size of bundle.json found in the graph (a varying one may have any name)."""
+    """Whether a graph's tensor has the name, dtype and shape of bundle.json; dynamic dimensions may have other names."""
     return (want.name, want.dtype, len(want.shape)) == (have.name, have.dtype, len(have.shape)) and all(
         not isinstance(theirs, int) if isinstance(ours, str) else ours == theirs
         for ours, theirs in zip(want.shape, have.shape, strict=True)
     )
 
 
-def _warn_of_cpu(wanted: list[Provider]) -> None:
+def _warn_if_cuda_inactive(wanted: list[Provider]) -> None:
     if any(name == CUDA for name, _ in wanted):
         logging.getLogger("tokenflow_sdk").warning(
             "onnxruntime could not start CUDA on the GPU that is here, and runs on the CPU; device='cuda' says why."
         )
 
 
-def _memory_of(index: int) -> Cuda | None:
-    """The GPU's memory, where cuda-bindings is there to reach it; without it, pages cross at every step."""
+def _open_cuda(index: int) -> Cuda | None:
+    """Access to the GPU's memory for pages; None without cuda-bindings, where pages are copied to the GPU at every step."""
     try:
         return Cuda(index)
     except MissingPackageError:
@@ -221,7 +222,7 @@ def _memory_of(index: int) -> Cuda | None:
         return None
 
 
-def _failed(error: Exception) -> BackendError:
+def _run_error(error: Exception) -> BackendError:
     return BackendError(
         f"onnxruntime failed: {_first_line(error)}",
         "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
@@ -233,5 +234,5 @@ def _first_line(error: Exception) -> str:
 
 
 def open_onnxruntime(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-    """The default `OpenSession`: a graph in onnxruntime, which is imported now and not before."""
+    """Load a graph in onnxruntime: the default `OpenSession`. Arguments and errors as for `OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, entry, options)

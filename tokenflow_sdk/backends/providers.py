@@ -1,4 +1,7 @@
-"""Execution providers of onnxruntime: which of them run a graph, and settings without which they would round codes away."""
+"""Choose onnxruntime's execution providers, and their options.
+
+The options keep float32 products at full precision, because reduced precision changes codes.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,32 @@ from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "asked_for", "preload_cuda", "require_started"]
+__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
-"""Name and settings."""
+"""Name and options of an execution provider."""
 
 _SETTINGS: dict[str, dict[str, str]] = {
-    # Recent GPUs would round what float32 products read to 10 bits, recent CPUs to bfloat16's 8.
+    # By default, recent GPUs round the inputs of float32 products to TF32, and OpenVINO on recent CPUs to bfloat16.
     CUDA: {"use_tf32": "0"},
     OPENVINO: {"device_type": "CPU", "precision": "FP32"},
 }
 _preloaded = False
 
 
-def asked_for(available: list[str], options: SessionOptions) -> list[Provider]:
-    """The providers that options name, or that a device means, in order.
+def select_providers(available: list[str], options: SessionOptions) -> list[Provider]:
+    """The execution providers to run a graph with, in order of preference.
 
     Args:
-        available: what the installed onnxruntime was built with.
-        options: `auto` means CUDA where it is built in and the driver finds a GPU, else the CPU.
+        available: names of the providers that the installed onnxruntime was built with.
+        options: names the providers or a device. `auto` means CUDA if it is available and the driver finds a GPU, else the CPU.
 
     Raises:
-        ArgumentError: a provider by name that is not built in.
-        BackendError: device cuda, without a provider or a GPU for it.
+        ArgumentError: `options` names a provider that is not available.
+        BackendError: `options` asks for CUDA, and the provider, the driver or the GPU is missing.
     """
     if options.providers is not None:
         missing = [name for name in options.providers if name not in available]
@@ -42,24 +45,24 @@ def asked_for(available: list[str], options: SessionOptions) -> list[Provider]:
             raise ArgumentError(
                 f"onnxruntime has no provider {', '.join(missing) or '(none given)'} here.", f"It has: {', '.join(available)}."
             )
-        names, wish = options.providers, f"providers={list(options.providers)}"
+        names, request = options.providers, f"providers={list(options.providers)}"
     elif options.device.startswith("cuda"):
         if CUDA not in available:
             raise BackendError(
                 f"device={options.device!r}, but the installed onnxruntime has no CUDA provider.",
                 "Run `pip uninstall onnxruntime` and `pip install 'tokenflow-sdk[gpu]'`, or use device='cpu'.",
             )
-        names, wish = (CUDA, CPU), f"device={options.device!r}"
+        names, request = (CUDA, CPU), f"device={options.device!r}"
     else:
-        return [_with_settings(name, options) for name in _automatic(available, options.device)]
+        return [_with_settings(name, options) for name in _default_providers(available, options.device)]
     problem = driver_problem() if {CUDA, TENSORRT} & set(names) else None
     if problem is not None:
-        raise BackendError(f"{wish}, but {problem}.", "See whether `nvidia-smi` lists the GPU, or use device='cpu'.")
+        raise BackendError(f"{request}, but {problem}.", "See whether `nvidia-smi` lists the GPU, or use device='cpu'.")
     return [_with_settings(name, options) for name in names]
 
 
-def _automatic(available: list[str], device: str) -> tuple[str, ...]:
-    """Where there is no GPU, CUDA is not tried: onnxruntime would print a page of errors."""
+def _default_providers(available: list[str], device: str) -> tuple[str, ...]:
+    """The providers of `auto` and `cpu`. CUDA is not tried without a GPU, because onnxruntime would print errors."""
     return (CUDA, CPU) if device == "auto" and CUDA in available and driver_problem() is None else (CPU,)
 
 
@@ -71,19 +74,27 @@ def _with_settings(name: str, options: SessionOptions) -> Provider:
 
 
 def preload_cuda(ort: Any) -> None:
-    """Let onnxruntime find CUDA and cuDNN where pip puts them (`tokenflow-sdk[gpu]`), without a toolkit on the machine."""
+    """Load the CUDA and cuDNN libraries that pip installed (`tokenflow-sdk[gpu]`), so that no CUDA toolkit is needed.
+
+    Args:
+        ort: the module onnxruntime.
+    """
     global _preloaded
-    # Without such packages there is nothing to find, and it would print that.
+    # Without these packages, onnxruntime would print that it found nothing.
     if not _preloaded and hasattr(ort, "preload_dlls") and importlib.util.find_spec("nvidia") is not None:
         ort.preload_dlls()
         _preloaded = True
 
 
-def require_started(wanted: list[Provider], used: list[str]) -> None:
-    """onnxruntime leaves out a provider that does not start, and goes on with the next; nobody who asked for it wants that.
+def require_active(wanted: list[Provider], used: list[str]) -> None:
+    """Check that a session uses all the providers it was asked to use; onnxruntime silently skips those that fail to start.
+
+    Args:
+        wanted: the providers requested.
+        used: names of the providers that the session uses.
 
     Raises:
-        BackendError: a provider did not start.
+        BackendError: a requested provider did not start.
     """
     lost = [name for name, _ in wanted if name not in used]
     if lost:

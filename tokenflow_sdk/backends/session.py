@@ -1,4 +1,4 @@
-"""What a backend is: a class that runs one graph."""
+"""The interface of backends: `Session`, which runs one graph, and the arrays and key/value pages in its memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Array = NDArray[np.generic]
 
 
 class DeviceArray(ABC):
-    """An array in an engine's own memory, C-contiguous. `np.asarray` copies it to the host."""
+    """A C-contiguous array in device memory. `np.asarray` copies it to the host."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -41,15 +41,15 @@ class DeviceArray(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> DeviceArray:
-        """Some of the first axis, not copied."""
+        """A contiguous slice along the first axis, as a view."""
 
     @abstractmethod
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same numbers in another shape, not copied. Every size must be given."""
+        """A view of another shape. Every size must be given; -1 is not allowed."""
 
     @abstractmethod
     def numpy(self) -> Array:
-        """A copy on the host."""
+        """Copy the array to the host."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         found = self.numpy()
@@ -60,36 +60,48 @@ Tensor = Array | DeviceArray
 
 
 class Pages(ABC):
-    """Keys or values of all pages and layers, where the engine reads them: [layers, pages, page_size, kv_heads, head_dim]."""
+    """The keys, or the values, of all layers and pages, in the memory from which a session's graph reads them.
+
+    Args:
+        shape: (layers, pages, page_size, kv_heads, head_dim).
+        dtype: type of the graph's `k_pages` and `v_pages`.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
         self.shape, self.dtype = shape, dtype
 
     @property
     def page_bytes(self) -> int:
-        """Memory of one page in all layers."""
+        """Size in bytes of one page in all layers."""
         return int(np.prod(self.shape)) * self.dtype.itemsize // self.shape[1]
 
     @property
     @abstractmethod
     def slots(self) -> Tensor:
-        """What a graph is fed: [layers * pages, page_size, kv_heads, head_dim], not copied."""
+        """The input `k_pages` or `v_pages` of the graph: a view [layers * pages, page_size, kv_heads, head_dim]."""
 
     @abstractmethod
-    def copy(self, source: int, target: int) -> None:
-        """Copy a page."""
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy page `source` to page `target` in all layers."""
 
     @abstractmethod
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        """Token i of `new` [layers, B, Q, kv_heads, head_dim], row `row`, to place `offsets[i]` of page `pages[i]`."""
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        """Write the new keys or values of one row into pages.
+
+        Args:
+            new: output of a step, [layers, B, Q, kv_heads, head_dim].
+            row: number of the row, 0 .. B - 1.
+            pages: page of each token, int64 [Q].
+            offsets: place of each token in its page, int64 [Q].
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Free the memory; nothing else works afterwards. Closing twice is fine."""
+        """Free the memory; the pages cannot be used afterwards. May be called more than once."""
 
 
 class HostPages(Pages):
-    """Pages in NumPy."""
+    """Pages in host memory."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
@@ -99,10 +111,10 @@ class HostPages(Pages):
     def slots(self) -> Tensor:
         return self._array.reshape(-1, *self.shape[2:])
 
-    def copy(self, source: int, target: int) -> None:
+    def copy_page(self, source: int, target: int) -> None:
         self._array[:, target] = self._array[:, source]
 
-    def put(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         self._array[:, pages, offsets] = np.asarray(new)[:, row]
 
     def close(self) -> None:
@@ -111,12 +123,15 @@ class HostPages(Pages):
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a graph is run.
+    """How a session runs a graph.
 
     Args:
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        providers: onnxruntime execution providers by name, overriding `device`.
-        threads: CPU threads of one call; None takes the cores this process may use.
+        device: `auto` (CUDA if it is usable, else the CPU), `cpu`, `cuda` or `cuda:N`.
+        providers: names of onnxruntime execution providers, in order of preference; overrides the choice by `device`.
+        threads: CPU threads of one call; None uses all cores that the process may use.
+
+    Raises:
+        ArgumentError: an unknown device, or fewer than one thread.
     """
 
     device: str = "auto"
@@ -132,7 +147,11 @@ class SessionOptions:
 
 
 class Session(ABC):
-    """One loaded graph. `run` is safe to call from several threads; subclasses fill in `_infer` and `close`."""
+    """One loaded graph. `run` may be called from several threads; a backend implements `_infer` and `close`.
+
+    Args:
+        inputs, outputs: the graph's tensors, in order.
+    """
 
     def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         self.inputs = tuple(inputs)
@@ -140,37 +159,49 @@ class Session(ABC):
 
     @property
     def device(self) -> str:
-        """Where the graph runs, for people: `cpu`, `cuda:0`."""
+        """Device that runs the graph, e.g. `cpu` or `cuda:0`."""
         return "cpu"
 
-    def largest(self, dim: str) -> int | None:
-        """Most of a varying dimension, e.g. `batch`, that a call may have; None: as much as memory holds."""
+    def max_size(self, dim: str) -> int | None:
+        """Largest size of a dynamic dimension, e.g. `batch`, that a call may have; None if only memory limits it."""
         return None
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
 
         Args:
-            feeds: one array for each input, C-contiguous, of its dtype and shape.
-            outputs: the outputs wanted (others are neither copied nor, where the engine can tell, computed); None: all.
+            feeds: one C-contiguous array for each input, of its dtype and shape.
+            outputs: names of the wanted outputs; None means all. The others are not copied to the host, and some backends do
+                not compute them.
+
+        Returns:
+            The wanted outputs by name, in host memory.
 
         Raises:
-            BackendError: the engine failed, e.g. for lack of memory.
+            ValueError: an input is missing, unknown or of another dtype or shape, or an output is unknown.
+            BackendError: the backend failed, e.g. because memory ran out.
         """
         names = self._checked(feeds, outputs)
         return dict(zip(names, self._infer(feeds, names), strict=True))
 
     def run_resident(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """As `run`, with the results left in the engine's memory. They are valid until the session runs again."""
+        """Run the graph and leave the outputs in device memory. They are valid until the next call of this session.
+
+        Args, Raises:
+            As `run`.
+
+        Returns:
+            The wanted outputs by name, to be fed to another session or read with `np.asarray`.
+        """
         names = self._checked(feeds, outputs)
         return dict(zip(names, self._infer_resident(feeds, names), strict=True))
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
-        """Pages of zeros where this session's graph reads them."""
+        """Allocate zeroed pages in the memory from which this session's graph reads them; arguments as in `Pages`."""
         return HostPages(shape, dtype)
 
     def _checked(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None) -> tuple[str, ...]:
-        """The names of the outputs wanted."""
+        """Check the inputs, and return the names of the wanted outputs."""
         self._check(feeds)
         names = tuple(spec.name for spec in self.outputs) if outputs is None else tuple(outputs)
         unknown = set(names) - {spec.name for spec in self.outputs}
@@ -193,15 +224,15 @@ class Session(ABC):
 
     @abstractmethod
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
-        """The named outputs, in order; feeds are already checked."""
+        """Run the graph on checked inputs, and return the named outputs, in order, in host memory."""
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
-        """As `_infer`, left where they are; engines whose memory is the host's need nothing else."""
+        """As `_infer`, with the outputs in device memory. A backend whose device is the CPU need not override it."""
         return self._infer(feeds, outputs)
 
     @abstractmethod
     def close(self) -> None:
-        """Free the engine's memory. The session cannot run afterwards; closing twice is fine."""
+        """Free the graph and its memory; the session cannot run afterwards. May be called more than once."""
 
     def __enter__(self) -> Session:
         return self
@@ -211,4 +242,4 @@ class Session(ABC):
 
 
 OpenSession = Callable[[Path, GraphEntry, SessionOptions], Session]
-"""Loads a graph: its file, what bundle.json says of it, how it is to run."""
+"""A function that loads a graph, given its `.onnx` file, its entry in bundle.json and how to run it."""

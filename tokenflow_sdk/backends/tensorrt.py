@@ -1,8 +1,7 @@
-"""TensorRT and TensorRT-RTX: a serialized engine as a `Session`. One class for both, by the API that they share.
+"""Run serialized engines of TensorRT and TensorRT-RTX as sessions, with the part of the Python API that both share.
 
-A session has one or more execution contexts, each with a stream and memory of its own, so that as many calls run at once.
-An engine may have several optimization profiles, each for calls of other shapes; every one has execution contexts of its own.
-Results may stay on the GPU (`run_resident`) and be fed to another session there.
+Every optimization profile of an engine has the same number of execution contexts. Each has its own stream and buffers, so that
+as many calls can run at once.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
-from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, Refused
-from tokenflow_sdk.backends.tensorrt_module import log_of, started
+from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCallError
+from tokenflow_sdk.backends.tensorrt_module import create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
 from tokenflow_sdk.files import write_atomic
@@ -31,20 +30,20 @@ _REBUILD = "Build it again on this machine with `tokenflow build BUNDLE`; if mem
 
 
 class TensorRTSession(Session):
-    """One engine.
+    """A deserialized engine.
 
     Args:
-        engine: serialized.
-        name: of the graph, for messages.
-        entry: what bundle.json says of the graph's inputs and outputs.
+        engine: the serialized engine.
+        name: name of the graph, for error messages.
+        entry: the graph's entry in bundle.json.
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
-        execution_contexts: calls of a profile that may run at once; each has its own working memory.
-        cuda_graphs: launch a call as one where it is like the one before it. Saves launch time where a call is short.
-        kernels: where TensorRT-RTX keeps the kernels that it compiles at first runs, for the next start; None: nowhere.
+        execution_contexts: number of calls of a profile that can run at once; each context has its own working memory.
+        cuda_graphs: run repeated calls of equal shapes as CUDA graphs, which saves launch time where calls are short.
+        kernels: file for the kernels that TensorRT-RTX compiles at run time, read now and written by `close`; None keeps none.
 
     Raises:
-        BackendError: the engine does not fit this TensorRT or GPU, or memory is short.
+        BackendError: the engine was built for another version or GPU, or there is not enough GPU memory.
     """
 
     def __init__(
@@ -59,13 +58,13 @@ class TensorRTSession(Session):
         kernels: Path | None = None,
     ) -> None:
         self._trt, self._cuda, self._name, self._graphs = trt, cuda, name, cuda_graphs
-        self._log = log_of(trt)
-        self._kernels = _Kernels(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
+        self._log = tensorrt_logger(trt)
+        self._kernels = _KernelCache(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
         with cuda.active():
             self._engine = self._deserialize(engine)
             super().__init__(
-                [_typed(trt, self._engine, spec) for spec in entry.inputs],
-                [_typed(trt, self._engine, spec) for spec in entry.outputs],
+                [_with_engine_dtype(trt, self._engine, spec) for spec in entry.inputs],
+                [_with_engine_dtype(trt, self._engine, spec) for spec in entry.outputs],
             )
             self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
             self._execution_contexts = execution_contexts
@@ -75,13 +74,13 @@ class TensorRTSession(Session):
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
-        with log.listen() as heard:
-            self._runtime = started(trt, heard, lambda: trt.Runtime(log))
+        with log.collect() as messages:
+            self._runtime = create_or_raise(trt, messages, lambda: trt.Runtime(log))
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
                 f"The engine of {self._name} does not load in {trt.__name__} {trt.__version__}: "
-                f"{'; '.join(heard.errors) or 'it was built for another version or GPU'}.",
+                f"{'; '.join(messages.errors) or 'it was built for another version or GPU'}.",
                 _REBUILD,
             )
         return engine
@@ -97,9 +96,9 @@ class TensorRTSession(Session):
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
         try:
-            keeps = (settings, self._kernels, self._engine)
-            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keeps)
-        except Refused:
+            keep_alive = (settings, self._kernels, self._engine)
+            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keep_alive)
+        except TensorRTCallError:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
             ) from None
@@ -108,40 +107,40 @@ class TensorRTSession(Session):
     def device(self) -> str:
         return f"cuda:{self._cuda.device}"
 
-    def largest(self, dim: str) -> int | None:
+    def max_size(self, dim: str) -> int | None:
         return max((profile.sizes[dim][1] for profile in self._profiles if dim in profile.sizes), default=None)
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
-        return self._on_context(feeds, lambda execution: execution.run(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution: execution.run(feeds, outputs))
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
-        return self._on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
 
-    def _on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
-        idle = self._fitting(feeds).idle
+    def _run_on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
+        idle = self._select_profile(feeds).idle
         execution = idle.get()
         if execution is None:
             idle.put(None)
             raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
-            with self._cuda.active(), self._log.listen() as heard:
+            with self._cuda.active(), self._log.collect() as messages:
                 return run(execution)
-        except Refused:
+        except TensorRTCallError:
             raise BackendError(
-                f"TensorRT failed to run {self._name}: {'; '.join(heard.errors) or 'it does not say why'}.",
+                f"TensorRT failed to run {self._name}: {'; '.join(messages.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
             idle.put(execution)
 
-    def _fitting(self, feeds: Mapping[str, Tensor]) -> _Profile:
-        """The first profile that a call fits.
+    def _select_profile(self, feeds: Mapping[str, Tensor]) -> _Profile:
+        """The first optimization profile whose limits hold the inputs.
 
         Raises:
-            ArgumentError: there is none.
+            ArgumentError: no profile holds them.
         """
         sizes = {dim: size for spec in self.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)}
         misses = []
@@ -150,7 +149,7 @@ class TensorRTSession(Session):
             if not missed:
                 return profile
             misses.append(missed)
-        # Of the profile that is nearest: fewest sizes missed, and of those the widest.
+        # The error names a limit of the nearest profile: fewest dimensions out of range, then the largest limit.
         nearest = min(misses, key=lambda missed: (len(missed), -max(high for _, high in missed.values())))
         dim, (low, high) = next(iter(nearest.items()))
         raise ArgumentError(
@@ -161,7 +160,7 @@ class TensorRTSession(Session):
         )
 
     def close(self) -> None:
-        """Waits for calls under way; later ones are refused. Closing twice is fine."""
+        """Wait for running calls and free the engine; later calls raise BackendError. May be called more than once."""
         execution_contexts, self._execution_contexts = self._execution_contexts, 0
         with self._cuda.active():
             idle = [profile.idle.get() for profile in self._profiles for _ in range(execution_contexts)]
@@ -176,10 +175,10 @@ class TensorRTSession(Session):
 
 
 class _Profile:
-    """One of an engine's optimization profiles.
+    """An optimization profile of an engine.
 
-    `idle` holds its execution contexts that are not busy, and None once the session is closed; `sizes` the least and the
-    largest size of each dimension that varies.
+    `idle` holds its execution contexts that no call uses, and None once the session is closed. `sizes` holds the smallest and
+    the largest size of each dynamic dimension.
     """
 
     def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
@@ -194,12 +193,13 @@ class _Profile:
                     self.sizes[dim] = max(low, first[0]), min(high, first[1])
 
 
-class _Kernels:
-    """What TensorRT-RTX compiled for this GPU, on disk from one start to the next. Only a saving: whatever goes wrong with it,
-    kernels are compiled again.
+class _KernelCache:
+    """Stores TensorRT-RTX's runtime cache, the kernels it compiled for this GPU, in a file for the next start.
+
+    Errors in reading or writing the file are ignored: kernels are then compiled again.
 
     Args:
-        path: the file. TensorRT-RTX checks itself whether it fits this GPU, driver and version.
+        path: the file. TensorRT-RTX itself checks that its content fits the GPU, driver and version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -209,7 +209,7 @@ class _Kernels:
             self._stored = path.read_bytes()
 
     def attach(self, settings: Any) -> None:
-        """Have a context use them; all contexts of an engine share one cache."""
+        """Give the cache to the settings of an execution context; all contexts of an engine share it."""
         if self._cache is None:
             self._cache = settings.create_runtime_cache()
             if self._stored and not self._cache.deserialize(self._stored):
@@ -217,20 +217,21 @@ class _Kernels:
         settings.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write them, if there are new ones."""
+        """Write the cache to the file if it has changed."""
         found = None if self._cache is None else self._cache.serialize()
         if found is not None and (data := bytes(found)) != self._stored:
             with suppress(OutputError):
                 write_atomic(self._path, data)
 
 
-def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None, inputs: Sequence[TensorSpec]) -> Any:
-    """What TensorRT-RTX makes execution contexts with; None for full TensorRT, which has no such settings."""
+def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, inputs: Sequence[TensorSpec]) -> Any:
+    """Settings with which TensorRT-RTX creates execution contexts; None for TensorRT, which has none."""
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
         return None
     settings = engine.create_runtime_config()
-    # Its default changes kernels behind running calls: results would differ from those that were certified, and from one call
-    # to the next. Batches are few, so each gets its own kernels; the sizes of language models' steps are not.
+    # The default, lazy specialization, replaces kernels in the background: results would change between calls, and differ from
+    # the certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have
+    # too many.
     strategies = trt.DynamicShapesKernelSpecializationStrategy
     varying = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if varying == {"batch"} else strategies.NONE
@@ -241,13 +242,13 @@ def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _Kernels | None
     return settings
 
 
-def _typed(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
-    """The bundle's tensor with the type that the engine gives it: half pages in half-precision engines."""
+def _with_engine_dtype(trt: Any, engine: Any, spec: TensorSpec) -> TensorSpec:
+    """A tensor of bundle.json with the type it has in the engine, e.g. float16 for the pages of half-precision engines."""
     types = trt.DataType
     names = {
         types.FLOAT: "float32",
         types.HALF: "float16",
-        # NumPy has no bfloat16; such pages never leave the GPU, so only their size matters.
+        # NumPy has no bfloat16. Only pages have this type, and they stay on the GPU, so that only its size matters.
         types.BF16: "uint16",
         types.INT32: "int32",
         types.INT64: "int64",

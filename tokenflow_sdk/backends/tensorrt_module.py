@@ -1,4 +1,4 @@
-"""A TensorRT's Python module, `tensorrt` or `tensorrt_rtx`: importing it, starting it, and hearing what it says."""
+"""Import the Python module of TensorRT or TensorRT-RTX, create its objects, and collect its log messages."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from typing import Any, Literal
 
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 
-__all__ = ["FLAVOURS", "Flavour", "Heard", "import_tensorrt", "log_of", "require_installed", "started"]
+__all__ = ["FLAVOURS", "Flavour", "LogMessages", "create_or_raise", "import_tensorrt", "require_installed", "tensorrt_logger"]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Module of each flavour."""
+"""Name of the Python module of each flavour."""
 _OLDEST = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 5)}
 
 
 def require_installed(flavour: str) -> None:
-    """Look for a flavour without the second that importing it takes. Errors as in `import_tensorrt`."""
+    """Check that a flavour is installed, without importing it, which takes a second.
+
+    Raises:
+        ArgumentError: no such flavour.
+        MissingPackageError: it is not installed.
+    """
     if flavour not in FLAVOURS:
         raise ArgumentError(f"There is no backend {flavour!r} to build for.", f"Choose one of: {', '.join(FLAVOURS)}.")
     if FLAVOURS[flavour] not in sys.modules and importlib.util.find_spec(FLAVOURS[flavour]) is None:
@@ -33,11 +38,14 @@ def require_installed(flavour: str) -> None:
 
 
 def import_tensorrt(flavour: str) -> ModuleType:
-    """The flavour's Python module.
+    """Import the Python module of a flavour.
+
+    Args:
+        flavour: `tensorrt` or `tensorrt-rtx`.
 
     Raises:
         ArgumentError: no such flavour.
-        MissingPackageError: it is not installed, libraries that it needs are not, or it is too old.
+        MissingPackageError: the package or a library it needs is not installed, or it is too old.
     """
     require_installed(flavour)
     try:
@@ -56,8 +64,8 @@ def import_tensorrt(flavour: str) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """Messages of TensorRT, the last few of each kind: some come with every call, and a service runs for months."""
+class LogMessages:
+    """The last 50 errors and the last 50 warnings of TensorRT, bounded because a long-running service collects them."""
 
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=50))
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=50))
@@ -67,10 +75,13 @@ _logs: dict[Any, Any] = {}
 _logs_lock = threading.Lock()
 
 
-def log_of(trt: Any) -> Any:
-    """The logger of a TensorRT module: one for as long as the process lives, because TensorRT keeps the first that it is given.
+def tensorrt_logger(trt: Any) -> Any:
+    """The logger to give to a TensorRT module, one for the whole process because TensorRT uses only the first it is given.
 
-    `log.listen()` gives the messages that come within a `with`, whoever caused them.
+    `with logger.collect() as messages:` collects all messages logged meanwhile, of any thread, as `LogMessages`.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
     """
     with _logs_lock:
         if trt not in _logs:
@@ -80,49 +91,54 @@ def log_of(trt: Any) -> Any:
 
 def _make_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Hands messages to those who listen instead of printing them."""
+        """Gives messages to the current collectors instead of printing them."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.listeners: tuple[Heard, ...] = ()
+            self.collectors: tuple[LogMessages, ...] = ()
             self.lock = threading.Lock()
 
         @contextmanager
-        def listen(self) -> Iterator[Heard]:
-            heard = Heard()
+        def collect(self) -> Iterator[LogMessages]:
+            messages = LogMessages()
             with self.lock:
-                self.listeners += (heard,)
+                self.collectors += (messages,)
             try:
-                yield heard
+                yield messages
             finally:
                 with self.lock:
-                    self.listeners = tuple(other for other in self.listeners if other is not heard)
+                    self.collectors = tuple(other for other in self.collectors if other is not messages)
 
         def log(self, severity: Any, text: str) -> None:
-            for heard in self.listeners:
+            for messages in self.collectors:
                 if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    heard.errors.append(text)
+                    messages.errors.append(text)
                 elif severity == trt.ILogger.Severity.WARNING:
-                    heard.warnings.append(text)
+                    messages.warnings.append(text)
 
     return Log()
 
 
-def started(trt: Any, heard: Heard, start: Callable[[], Any]) -> Any:
-    """What `start` makes, a builder or a runtime; `heard` meanwhile.
+def create_or_raise(trt: Any, messages: LogMessages, create: Callable[[], Any]) -> Any:
+    """Create a builder or a runtime, and raise if TensorRT returns none.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
+        messages: messages collected meanwhile, which the error quotes.
+        create: creates the object.
 
     Raises:
-        BackendError: TensorRT cannot start: there is no GPU or driver, or the driver is too old for it.
+        BackendError: TensorRT cannot start: the GPU or its driver is missing, or the driver is too old.
     """
     try:
-        made = start()
+        made = create()
     except (TypeError, RuntimeError) as error:
-        # The bindings have no better way to say that the library gave nothing.
-        heard.errors.append(str(error).splitlines()[0])
+        # The Python bindings raise these where the library returns a null pointer.
+        messages.errors.append(str(error).splitlines()[0])
         made = None
     if made is None:
         raise BackendError(
-            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(heard.errors) or 'it does not say why'}.",
+            f"{trt.__name__} {trt.__version__} does not start here: {'; '.join(messages.errors) or 'it does not say why'}.",
             "Update the NVIDIA driver to one for this TensorRT's CUDA (`nvidia-smi` shows what it supports), or use "
             "backend='onnxruntime'.",
         )

@@ -1,1 +1,1 @@
-"""The bundle on disk: finding it, checking it, and the text tokenizer and reference that it holds. Runs nothing."""
+"""Bundles on disk: find, validate and read them. Loads no graph."""

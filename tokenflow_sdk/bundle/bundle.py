@@ -1,7 +1,7 @@
-"""The bundle: a directory of ONNX graphs and one `bundle.json`, the only contract between export and runtime.
+"""`Bundle`: a directory of ONNX graphs and a `bundle.json`, the format in which the exporter hands models to the runtime.
 
-A bundle is data. Nothing in it is executed or unpickled; file names are plain names inside the directory; every file is
-checked against the SHA-256 in `bundle.json` before an engine sees it. docs/reference/bundle-format.md describes the format.
+A bundle is data only: nothing in it is unpickled or run as Python. File names have no directory part, and every file is checked
+against its SHA-256 in `bundle.json` before a backend loads it. docs/reference/bundle-format.md describes the format.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CONFIGS: tuple[type[TokenizerConfig] | type[GeneratorConfig] | type[Understander
 )
 KINDS = tuple(config.kind for config in CONFIGS)
 TINY = "tiny"
-"""Name of the trained model that comes with the SDK."""
+"""Name of the trained model that is shipped with the SDK."""
 SCHEMA_VERSION = 1
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -61,7 +61,7 @@ _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
 
 class _Config(Protocol):
-    """A frozen dataclass that knows what kind of bundle it describes."""
+    """A frozen dataclass with the model's sizes; `kind` is the kind of bundle it describes."""
 
     kind: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -75,7 +75,7 @@ R = TypeVar("R")
 
 
 def file_sha256(path: Path) -> str:
-    """Lower-case hex SHA-256 of a file."""
+    """SHA-256 of a file's content, in lower-case hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
@@ -85,10 +85,21 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bundle(Generic[C]):
-    """A parsed `bundle.json` and where it lies.
+    """A bundle: its directory and the parsed content of its `bundle.json`.
 
-    `graphs` are the ONNX graphs by name, `assets` the other files by what they are for. `parity` holds the figures of the
-    export's self-check, `provenance` where the weights came from; both are for people.
+    Args:
+        path: the directory.
+        config: sizes of the model.
+        graphs: the ONNX graphs by name, e.g. `encode`.
+        assets: the other files by purpose, e.g. `reference`.
+        parity: figures of the check against PyTorch at export; informative.
+        provenance: the checkpoint and the package versions it was exported with; informative.
+
+    Example:
+        >>> bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
+        >>> sorted(bundle.graphs)
+        ['decode', 'encode', 'features', 'semantic']
+        >>> bundle.verify()
     """
 
     path: Path
@@ -100,22 +111,22 @@ class Bundle(Generic[C]):
 
     @property
     def in_half(self) -> bool:
-        """Whether it was exported in float16, so that nothing of it is known in float32."""
+        """Whether the model was exported in float16, so that there are no float32 results to compare with."""
         return any(spec.dtype == "float16" for entry in self.graphs.values() for spec in entry.inputs)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: type[C]) -> Bundle[C]:
-        """Read and check `bundle.json`; that every file is there and has its size. Hashes are checked by `verify`.
+        """Read and validate `bundle.json`, and check that every file exists and has its size; `verify` checks the hashes.
 
         Args:
             path: the bundle's directory.
-            config: the kind of bundle wanted, e.g. `TokenizerConfig`.
+            config: the config class of the wanted kind, e.g. `TokenizerConfig`.
 
         Raises:
-            BundleNotFoundError: no such directory, or no bundle.json in it.
-            BundleVersionError: written for a newer SDK.
+            BundleNotFoundError: the directory or its bundle.json does not exist or cannot be read.
+            BundleVersionError: the bundle was written for a newer SDK.
             CorruptBundleError: bundle.json is damaged, or a file is missing or has another size.
-            BundleKindError: it is a bundle of another kind.
+            BundleKindError: the bundle is of another kind.
         """
         path = Path(path)
         data = _read_manifest(path)
@@ -142,7 +153,11 @@ class Bundle(Generic[C]):
         return bundle
 
     def write_manifest(self) -> None:
-        """Write `bundle.json`, which makes the directory a bundle; the exporter's last step."""
+        """Write `bundle.json`. The exporter does this last, because a directory without it is not a bundle.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         data = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.config.kind,
@@ -155,12 +170,14 @@ class Bundle(Generic[C]):
         write_atomic(self.path / MANIFEST, json.dumps(data, indent=2).encode())
 
     def files(self) -> list[FileEntry]:
-        """Every file of the bundle but bundle.json."""
+        """Every file of the bundle except bundle.json."""
         return [file for graph in self.graphs.values() for file in graph.files] + list(self.assets.values())
 
     def graph(self, name: str) -> GraphEntry:
-        """Raises:
-        CorruptBundleError: the bundle has no such graph.
+        """The entry of a graph in bundle.json.
+
+        Raises:
+            CorruptBundleError: the bundle has no such graph.
         """
         if name not in self.graphs:
             have = ", ".join(self.graphs) or "none"
@@ -168,31 +185,36 @@ class Bundle(Generic[C]):
         return self.graphs[name]
 
     def graph_path(self, name: str) -> Path:
-        """Where a graph's `.onnx` file is. Errors as in `graph`."""
+        """Path of a graph's `.onnx` file. Raises as `graph`."""
         return self.path / self.graph(name).files[0].name
 
     def asset_path(self, name: str) -> Path:
-        """Where an asset is. Errors as in `asset`."""
+        """Path of an asset's file. Raises as `asset`."""
         return self.path / self.asset(name).name
 
     def asset(self, name: str) -> FileEntry:
-        """Raises:
-        CorruptBundleError: the bundle has no such file.
+        """The entry of an asset in bundle.json.
+
+        Raises:
+            CorruptBundleError: the bundle has no such asset.
         """
         if name not in self.assets:
             raise CorruptBundleError(f"{self.path} has no {name!r} file.", _AGAIN)
         return self.assets[name]
 
     def verify(self, *entries: FileEntry) -> None:
-        """Compare files with their SHA-256; without arguments, all of them.
+        """Compare files with their size and SHA-256 in bundle.json.
+
+        Args:
+            entries: the files to check; all files of the bundle if none are given.
 
         Raises:
-            CorruptBundleError: naming the first file that differs.
+            CorruptBundleError: a file differs or is missing. The message names the first one.
         """
         entries = entries or tuple(self.files())
         for entry in entries:
             self._check_size(entry)
-        # hashlib lets go of the interpreter lock: two files at a time take half as long.
+        # hashlib releases the GIL, so that two files at a time take half as long.
         with ThreadPoolExecutor(2) as pool:
             digests = list(pool.map(file_sha256, [self.path / entry.name for entry in entries]))
         for entry, digest in zip(entries, digests, strict=True):
@@ -238,10 +260,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
-    """A bundle's `reference.npz` as the dataclass `kind`, whose fields are its arrays.
+    """Load a bundle's `reference.npz`: inputs, and the outputs that engines must reproduce.
+
+    Args:
+        bundle: the bundle.
+        kind: a dataclass with one field for each array of the file.
 
     Raises:
-        CorruptBundleError: the bundle has none, or it is damaged.
+        CorruptBundleError: the bundle has no reference, or it is damaged.
     """
     path = bundle.asset_path("reference")
     bundle.verify(bundle.asset("reference"))
@@ -253,10 +279,10 @@ def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
 
 
 def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:
-    """A generator's codebook, float32 [K, 40].
+    """Load a generator's codebook, float32 [K, C]; the semantic and the pixel half of each row have unit length.
 
     Raises:
-        CorruptBundleError: the file holds something else.
+        CorruptBundleError: the bundle has no codebook, or the file is not a float32 array with K rows.
     """
     path = bundle.asset_path("codebook")
     try:
@@ -269,7 +295,7 @@ def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:
 
 
 def bundle_kind(path: Path) -> str:
-    """What kind of bundle lies there: one of `KINDS`. Errors as in `Bundle.open`."""
+    """The kind that a bundle's `bundle.json` names: `tokenizer`, `generator` or `understander`. Raises as `Bundle.open`."""
     kind = _read_manifest(path).get("kind")
     if not isinstance(kind, str):
         raise CorruptBundleError(f"{path / MANIFEST} has no 'kind'.", _AGAIN)
@@ -277,22 +303,26 @@ def bundle_kind(path: Path) -> str:
 
 
 def open_bundle(path: Path) -> Bundle[Any]:
-    """The bundle there, of whatever kind. Errors as in `Bundle.open`."""
+    """Open a bundle of any kind. Raises as `Bundle.open`."""
     kind = bundle_kind(path)
     return Bundle.open(path, next((config for config in CONFIGS if config.kind == kind), TokenizerConfig))
 
 
 def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
-    """The directory of a bundle, or the bundle of one kind in a directory that holds several.
+    """Resolve the name of a bundle to its directory.
 
     Args:
-        name: a path; `tiny`, the trained model that comes with the SDK; or a Hugging Face hub id (`org/name`, fetched once and
-            cached).
-        kind: one of `KINDS`: where `name` has no bundle itself but one in a subdirectory of this name, that one.
+        name: a path; `tiny`, the trained model shipped with the SDK; or a Hugging Face hub id (`org/name`), which is downloaded
+            once and cached.
+        kind: `tokenizer`, `generator` or `understander`. If `name` is not a bundle but has a bundle in a subdirectory of this
+            name, that one is meant.
+
+    Returns:
+        The directory. A path that does not exist is returned unchanged; `Bundle.open` reports it.
 
     Raises:
-        BundleNotFoundError: neither a directory here nor a repository on the hub.
-        MissingPackageError: a hub id without huggingface_hub installed.
+        BundleNotFoundError: a hub id that is not on the hub or cannot be downloaded.
+        MissingPackageError: a hub id, and huggingface_hub is not installed.
     """
     path = _locate(name)
     inside = path / (kind or "")
@@ -300,7 +330,13 @@ def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
 
 
 def bundles_in(name: str | os.PathLike[str]) -> list[Path]:
-    """Every bundle that `find_bundle` finds under a name; if there is none, what it would give."""
+    """Directories of all bundles that a name resolves to, one or several kinds.
+
+    If there is none, the list holds the path that `find_bundle` returns, so that opening it reports the error.
+
+    Raises:
+        As `find_bundle`.
+    """
     found = [find_bundle(name, kind) for kind in KINDS]
     return [path for path in dict.fromkeys(found) if (path / MANIFEST).exists()] or found[:1]
 

@@ -1,4 +1,4 @@
-"""What a model of each kind says about itself in `bundle.json`: sizes, frozen and validated."""
+"""Sizes of tokenizers, generators and understanders, read from `bundle.json` and validated."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = [
 ]
 
 PAGE_SIZE = 16
-"""Tokens in a page of keys and values, unless told otherwise."""
+"""Default number of tokens in a page of keys and values."""
 DEFAULT_IMAGES = 8
-"""Images that a generator's default pool holds at once, and questions that an understander's does."""
+"""Images, or questions about images, for which a default pool has pages at once."""
 DEFAULT_TEXT = 512
-"""Tokens of a question and its answer that the default pool has room for."""
+"""Tokens of text, question and answer together, for which a default pool has pages for each question."""
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
-    """Pages that so many tokens fill, the last perhaps in part."""
+    """Number of pages that `tokens` tokens take, the last one possibly partly filled."""
     return -(-tokens // page_size)
 
 
@@ -45,7 +45,7 @@ def _require_texts(values: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def _as_numbers(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Lists of whole numbers as tuples."""
+    """Non-empty lists of non-negative integers, as tuples."""
     for key in names:
         numbers = values[key]
         whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
@@ -54,19 +54,25 @@ def _as_numbers(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tup
 
 
 def _require_storable(variant: str, codebook_sha256: str, codebook_size: int, patch_nums: tuple[int, ...]) -> None:
-    """Codes of this tokenizer must fit the file format."""
+    """Require that the tokenizer's codes can be stored in a `.tfc` file."""
     problem = Header(variant, codebook_sha256[:16], codebook_size, patch_nums).problem()
     require(problem is None, "config", f"claims {problem}")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a tokenizer bundle (docs/model.md, sections 1 and 2).
+    """Sizes of a tokenizer (docs/model.md, sections 1 and 2).
 
-    `image_size` is in pixels; `patch_nums` are the sides of the scales in cells, coarse to fine; `semantic_width` is the
-    width of the semantic decoder's features; `codebook_sha256` is over the float32 little-endian codebooks as released
-    (semantic, then pixel); `pixel_weight` is the weight of the pixel half's distance in the search; `preprocess` is how a
-    picture is made square.
+    Args:
+        variant: its name, e.g. `clipb_256`.
+        image_size: side of its images in pixels.
+        patch_nums: sides of the scales in codes, coarse to fine.
+        codebook_size: number of codebook entries K.
+        semantic_dim, pixel_dim: widths of the two halves of a codebook entry; together C.
+        pixel_weight: weight of the pixel half's squared distance in the codebook search.
+        semantic_width: width W of the semantic decoder's features.
+        codebook_sha256: hex SHA-256 of the float32 little-endian codebooks as released, semantic before pixel.
+        preprocess: how images are made square; see `tokenflow_sdk.pictures.images.fit`.
     """
 
     kind: ClassVar[str] = "tokenizer"
@@ -84,28 +90,30 @@ class TokenizerConfig:
 
     @cached_property
     def scales(self) -> Scales:
-        """Where each scale's codes stand in a row of all codes."""
+        """The scales, with the place of each one's codes in the row of all codes."""
         return Scales(self.patch_nums)
 
     @property
     def grid(self) -> int:
-        """Side of the finest scale."""
+        """Side of the finest scale, g."""
         return self.patch_nums[-1]
 
     @property
     def n_codes(self) -> int:
-        """Codes of a whole picture."""
+        """Number of codes of an image, L."""
         return self.scales.total
 
     @property
     def code_dim(self) -> int:
-        """Width of the quantized feature."""
+        """Width of the quantized features, C."""
         return self.semantic_dim + self.pixel_dim
 
     @classmethod
     def from_json(cls, data: object) -> TokenizerConfig:
-        """Raises:
-        CorruptBundleError: a field is missing, unknown or has a value that cannot be.
+        """Read the sizes from parsed JSON.
+
+        Raises:
+            CorruptBundleError: a field is missing or unknown, or has an impossible value.
         """
         values = checked_fields(cls, data, "config")
         _require_sizes(values, ("image_size", "codebook_size", "semantic_dim", "pixel_dim", "semantic_width"))
@@ -122,10 +130,16 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class LanguageModelConfig(ABC):
-    """What the configurations of both language models share.
+    """Sizes that generators and understanders have in common.
 
-    The transformer: `width`, `layers`, `kv_heads`, `head_dim`. Images: `patch_nums` and `codebook_sha256` of the tokenizer
-    `tokenizer_variant`, which is expected at the path `tokenizer`, relative to the bundle.
+    Args:
+        width: hidden width H of the transformer.
+        layers: number of its layers.
+        kv_heads: key/value heads of a layer.
+        head_dim: width of a head.
+        patch_nums, codebook_sha256: of the paired tokenizer, as in `TokenizerConfig`.
+        tokenizer_variant: name of the paired tokenizer.
+        tokenizer: where its bundle is, relative to this bundle.
     """
 
     kind: ClassVar[str]
@@ -141,32 +155,47 @@ class LanguageModelConfig(ABC):
 
     @cached_property
     def scales(self) -> Scales:
-        """Where each scale's codes stand in a row of all codes."""
+        """The scales, with the place of each one's codes in the row of all codes."""
         return Scales(self.patch_nums)
 
     @classmethod
     @abstractmethod
     def from_json(cls, data: object) -> LanguageModelConfig:
-        """Raises:
-        CorruptBundleError: a field is missing, unknown or has a value that cannot be.
+        """Read the sizes from parsed JSON.
+
+        Raises:
+            CorruptBundleError: a field is missing or unknown, or has an impossible value.
         """
 
     @abstractmethod
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """Most pages that one image takes."""
+        """Bound on the pages that one image takes.
+
+        Args:
+            page_size: tokens in a page.
+        """
 
     @abstractmethod
     def default_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """Pages of a pool whose size nobody gave."""
+        """Number of pages of a pool for which the caller gives no size.
+
+        Args:
+            page_size: tokens in a page.
+        """
 
 
 @dataclass(frozen=True)
 class GeneratorConfig(LanguageModelConfig):
-    """Sizes of a text-to-image bundle (docs/model.md, section 4).
+    """Sizes of a text-to-image model (docs/model.md, section 4).
 
-    Text: `text_size` rows of the text embedding table, which is the vocabulary without the image codes that begin at
-    `image_token_start`; `bos_id`; `image_start_ids`, usually one; prompts of at most `max_prompt` ids, BOS included. For
-    requests that name none: `negative_prompt`, `preset`, `cfg_scale`. The codebook has `codebook_size` entries.
+    Args:
+        text_size: rows of the text embedding table: the vocabulary without the K image tokens.
+        image_token_start: id of the first image token; text ids above the image tokens are K lower in the table.
+        bos_id: id that begins every prompt.
+        image_start_ids: ids that end every prompt; the last one predicts the first scale.
+        max_prompt: largest number of prompt ids, BOS included, `image_start_ids` not.
+        negative_prompt, preset, cfg_scale: defaults of a request.
+        codebook_size: number of codebook entries K.
     """
 
     kind: ClassVar[str] = "generator"
@@ -183,28 +212,37 @@ class GeneratorConfig(LanguageModelConfig):
 
     @property
     def n_codes(self) -> int:
-        """Codes of a whole picture."""
+        """Number of codes of an image, L."""
         return self.scales.total
 
     @property
     def prefix_length(self) -> int:
-        """Positions before the first image token's input: the longest prompt and the image start ids but the last."""
+        """Position of image token 0, which the last image start id has; image token i has position `prefix_length` + i.
+
+        Prompts are padded on the left to `max_prompt`, so that it does not depend on the prompt.
+        """
         return self.max_prompt + len(self.image_start_ids) - 1
 
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """Most pages that one image's two rows take beyond their prefixes, with a copied page each."""
+        """Bound on the pages that one image takes in addition to those of its prompts.
+
+        An image has two rows, conditional and unconditional. The bound allows each a copy of its prompt's last page and one
+        partly filled page.
+        """
         stored = self.scales.starts[-1] - 1
         return 2 * (pages_for(stored, page_size) + 2)
 
     def default_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """A pool for eight images of eight prompts of any length, and one negative prompt."""
+        """Pages for eight images with eight prompts of any length and a common negative prompt."""
         prefix = pages_for(self.prefix_length + 1, page_size)
         return DEFAULT_IMAGES * (self.image_pages(page_size) + prefix) + prefix
 
     @classmethod
     def from_json(cls, data: object) -> GeneratorConfig:
-        """Raises:
-        CorruptBundleError: a field is missing, unknown or has a value that cannot be.
+        """Read the sizes from parsed JSON.
+
+        Raises:
+            CorruptBundleError: a field is missing or unknown, or has an impossible value.
         """
         values = checked_fields(cls, data, "config")
         _require_sizes(values, ("width", "layers", "kv_heads", "head_dim", "text_size", "max_prompt", "codebook_size"))
@@ -220,10 +258,17 @@ class GeneratorConfig(LanguageModelConfig):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation is written: parts are token ids (control tokens) and text.
+    """The tokens around the parts of a conversation. Every field is a sequence of token ids (control tokens) and texts.
 
-    `opening` begins it, `user` comes before a question, `after_image` after each of its images, which come first, `assistant`
-    between question and answer, and `closing` after an answer.
+    A conversation is `opening`, then for each turn `user`, the question, `assistant`, the answer and `closing`. Images come
+    before the question of the first turn, each followed by `after_image`.
+
+    Args:
+        opening: begins the conversation.
+        user: precedes a question and its images.
+        after_image: follows an image.
+        assistant: follows a question.
+        closing: follows an answer.
     """
 
     opening: tuple[int | str, ...]
@@ -234,8 +279,10 @@ class ChatTemplate:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> ChatTemplate:
-        """Raises:
-        CorruptBundleError: a part is neither a token id nor text.
+        """Read the template from parsed JSON; `where` names its place in error messages.
+
+        Raises:
+            CorruptBundleError: a field is missing or unknown, or a part is neither a token id nor text.
         """
         values = checked_fields(cls, data, where)
         for key, parts in values.items():
@@ -246,10 +293,15 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class UnderstanderConfig(LanguageModelConfig):
-    """Sizes of a bundle that answers questions about images (docs/model.md, section 5).
+    """Sizes of a model that answers questions about images (docs/model.md, section 5).
 
-    The transformer was trained for up to `context` tokens. Text: `vocabulary` tokens, of which `stop_ids` end an answer;
-    `template`. Images: `image_tokens` features of `code_dim` values each.
+    Args:
+        context: largest number of tokens of a conversation, images included.
+        vocabulary: number of text tokens V.
+        stop_ids: tokens that end an answer.
+        template: how conversations are written.
+        image_tokens: feature vectors of an image, one for each token it takes.
+        code_dim: width C of a feature vector.
     """
 
     kind: ClassVar[str] = "understander"
@@ -262,17 +314,19 @@ class UnderstanderConfig(LanguageModelConfig):
     code_dim: int
 
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """Pages of one image's tokens."""
+        """Number of pages that the tokens of one image take."""
         return pages_for(self.image_tokens, page_size)
 
     def default_pages(self, page_size: int = PAGE_SIZE) -> int:
-        """A pool for eight questions about eight images."""
+        """Pages for eight questions about an image each, with 512 tokens of text, or as many as the context allows."""
         return DEFAULT_IMAGES * pages_for(min(self.image_tokens + DEFAULT_TEXT, self.context), page_size)
 
     @classmethod
     def from_json(cls, data: object) -> UnderstanderConfig:
-        """Raises:
-        CorruptBundleError: a field is missing, unknown or has a value that cannot be.
+        """Read the sizes from parsed JSON.
+
+        Raises:
+            CorruptBundleError: a field is missing or unknown, or has an impossible value.
         """
         values = checked_fields(cls, data, "config")
         _require_sizes(values, ("width", "layers", "kv_heads", "head_dim", "context", "vocabulary", "image_tokens", "code_dim"))

@@ -1,4 +1,4 @@
-"""Files, tensors and graphs as `bundle.json` lists them: frozen, validated dataclasses."""
+"""Validated dataclasses for the files, tensors and graphs that `bundle.json` lists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ DType = Literal["uint8", "int32", "int64", "float16", "float32"]
 
 
 def checked_fields(cls: type, data: object, where: str) -> dict[str, Any]:
-    """`data` as keyword arguments of dataclass `cls`: exactly its fields, no more and no fewer."""
+    """Check that a JSON object has exactly the fields of a dataclass, and return it as a dict.
+
+    Args:
+        cls: the dataclass.
+        data: parsed JSON.
+        where: its place in bundle.json, for error messages.
+
+    Raises:
+        CorruptBundleError: not an object, or a field is missing or unknown.
+    """
     if not isinstance(data, Mapping):
         raise CorruptBundleError(f"bundle.json: {where} is not an object.", _REBUILD)
     names = {field.name for field in fields(cls)}
@@ -26,13 +35,20 @@ def checked_fields(cls: type, data: object, where: str) -> dict[str, Any]:
 
 
 def require(condition: bool, where: str, what: str) -> None:
+    """Raise CorruptBundleError "bundle.json: `where` `what`." unless the condition holds."""
     if not condition:
         raise CorruptBundleError(f"bundle.json: {where} {what}.", _REBUILD)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a graph. A string in `shape` names a dimension that varies, as `batch` does."""
+    """An input or output of a graph.
+
+    Args:
+        name: its name in the graph.
+        dtype: its NumPy type, e.g. `float32`.
+        shape: an int is a fixed size, a string names a dynamic dimension, e.g. `batch`.
+    """
 
     name: str
     dtype: str
@@ -40,6 +56,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> TensorSpec:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         require(isinstance(values["name"], str), where, "has no name")
         require(values["dtype"] in get_args(DType), where, f"has the unknown dtype {values['dtype']!r}")
@@ -53,7 +70,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the bundle, by plain name (never a path), with its size in bytes and its SHA-256."""
+    """A file of a bundle.
+
+    Args:
+        name: its name in the bundle's directory, without any directory part.
+        size: its size in bytes.
+        sha256: its SHA-256 in hex.
+    """
 
     name: str
     size: int
@@ -61,6 +84,7 @@ class FileEntry:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> FileEntry:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         name, size, digest = values["name"], values["size"], values["sha256"]
         plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
@@ -72,7 +96,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """One ONNX graph: its files (the `.onnx` first, then external data) and its inputs and outputs."""
+    """An ONNX graph.
+
+    Args:
+        files: the `.onnx` file, then its external data.
+        inputs, outputs: its tensors, in order.
+    """
 
     files: tuple[FileEntry, ...]
     inputs: tuple[TensorSpec, ...]
@@ -80,6 +109,7 @@ class GraphEntry:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> GraphEntry:
+        """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         for key, value in values.items():
             require(isinstance(value, list) and len(value) > 0, where, f"lists no {key}")

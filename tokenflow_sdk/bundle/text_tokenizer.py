@@ -1,4 +1,4 @@
-"""The text tokenizer of a bundle, with the Hugging Face `tokenizers` library."""
+"""Load a bundle's text tokenizer with the Hugging Face `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ __all__ = ["load_text_tokenizer"]
 
 
 def load_text_tokenizer(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` in a bundle's tokenizer.json.
+    """Load a bundle's `tokenizer.json`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
 
     Raises:
-        MissingPackageError: the package is not installed.
+        MissingPackageError: the package `tokenizers` is not installed.
         CorruptBundleError: the file cannot be read.
     """
     try:

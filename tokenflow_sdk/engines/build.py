@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import Cuda
-from tokenflow_sdk.backends.tensorrt_module import Heard, log_of, started
+from tokenflow_sdk.backends.tensorrt_module import LogMessages, create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
@@ -112,23 +112,25 @@ def build_engine(
 
     def work() -> bytes:
         # TensorRT builds for the CUDA device that is current on the building thread.
-        with nullcontext() if cuda is None else cuda.active(), log_of(trt).listen() as heard:
-            return _build(trt, heard, graph, lambda builder: _builder_config(trt, builder, shapes, target, workspace, monitor))
+        with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).collect() as messages:
+            return _build(
+                trt, messages, graph, lambda builder: _builder_config(trt, builder, shapes, target, workspace, monitor)
+            )
 
     return _run_on_thread(work, cancelled)
 
 
-def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> bytes:
     """Parse a graph into a strongly typed network and build its engine.
 
     Args:
         trt: the TensorRT module.
-        heard: collects TensorRT's messages meanwhile.
+        messages: collects TensorRT's messages meanwhile.
         graph: the `.onnx` file.
         configure: makes the builder's configuration.
     """
-    log = log_of(trt)
-    builder = started(trt, heard, lambda: trt.Builder(log))
+    log = tensorrt_logger(trt)
+    builder = create_or_raise(trt, messages, lambda: trt.Builder(log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
@@ -141,9 +143,9 @@ def _build(trt: Any, heard: Heard, graph: Path, configure: Callable[[Any], Any])
         )
     if engine is None:
         raise EngineBuildError(
-            f"TensorRT cannot build {graph.name}: {'; '.join(heard.errors) or 'it does not say why'}.", _REPORT_HINT
+            f"TensorRT cannot build {graph.name}: {'; '.join(messages.errors) or 'it does not say why'}.", _REPORT_HINT
         )
-    ignored = [text for text in heard.warnings if "Unused Input" in text]
+    ignored = [text for text in messages.warnings if "Unused Input" in text]
     if ignored:
         raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _REPORT_HINT)
     return bytes(engine)

@@ -1,1 +1,1 @@
-"""The arithmetic of a model over its sessions: tokenizer graphs, the paged transformer, sampling. No requests, no threads."""
+"""What runs a model's graphs for one batch: tokenizer graphs, the transformer with a paged key/value cache, sampling."""

@@ -1,7 +1,7 @@
-"""Pages of keys and values: who holds which. Bookkeeping only, no tensors, so it can be tested anywhere.
+"""Page allocation of the key/value cache: which pages hold the tokens of which sequence. Bookkeeping only, no tensors.
 
-A pool hands out page numbers and counts who refers to each. A `PageTable` is one sequence: the pages its tokens fill, in order.
-Tables are forked to share a prefix; the first append to a shared page that still has room copies that page (copy on write).
+A `PagePool` hands out page numbers and counts the references to each. A `PageTable` lists the pages of one sequence in order.
+Forking a table shares the pages of a prefix; appending to a partly filled page that is shared copies it first (copy on write).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["Append", "PagePool", "PageTable"]
 
 
 class PagePool:
-    """Free pages and reference counts.
+    """Free pages, and a reference count for each page in use.
 
     Args:
-        pages: pages in the pool.
+        pages: number of pages.
         page_size: tokens in a page.
     """
 
@@ -35,14 +35,14 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of free pages."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, each held once; all or none.
+        """Take `count` free pages, with one reference each.
 
         Raises:
-            PagesExhausted: there are fewer.
+            PagesExhausted: fewer pages are free; none is taken.
         """
         if count > len(self._free):
             raise PagesExhausted(count, len(self._free), self.pages)
@@ -52,13 +52,13 @@ class PagePool:
         return taken
 
     def retain(self, pages: Iterable[int]) -> None:
-        """Hold pages once more."""
+        """Add a reference to each page."""
         for page in pages:
             assert self._counts[page] > 0, "a free page cannot be shared"
             self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Let go of pages; those that nobody holds any more become free."""
+        """Drop a reference to each page; pages without references become free."""
         for page in pages:
             assert self._counts[page] > 0, "a page was released twice"
             self._counts[page] -= 1
@@ -66,13 +66,19 @@ class PagePool:
                 self._free.append(page)
 
     def shared(self, page: int) -> bool:
-        """Whether more than one table holds the page."""
+        """Whether the page has more than one reference."""
         return self._counts[page] > 1
 
 
 @dataclass(frozen=True)
 class Append:
-    """Where new tokens go: token i into slot `offsets[i]` of page `pages[i]`, after copying each `copies` pair (from, to)."""
+    """Where the keys and values of appended tokens are to be written, after the copies.
+
+    Args:
+        pages: page number of each token, int64 [tokens].
+        offsets: place of each token in its page, int64 [tokens].
+        copies: pages to copy before writing, as pairs (source, target).
+    """
 
     pages: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -80,30 +86,47 @@ class Append:
 
 
 class PageTable:
-    """One sequence's pages. Release it exactly once, or fork it and release each."""
+    """The pages of one sequence, in order, and its length in tokens.
+
+    A table and each of its forks must be released exactly once.
+
+    Args:
+        pool: where pages are taken from.
+
+    Example:
+        >>> pool = PagePool(pages=4, page_size=2)
+        >>> table = PageTable(pool)
+        >>> table.append(3).pages.tolist()
+        [0, 0, 1]
+        >>> fork = table.fork()
+        >>> fork.append(1).copies
+        ((1, 2),)
+        >>> pool.free
+        1
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.pages: list[int] = []
         self.length = 0
 
-    def needs(self, count: int) -> int:
-        """Free pages that appending `count` tokens takes, a copied page among them."""
+    def pages_needed(self, count: int) -> int:
+        """Number of free pages that appending `count` tokens takes, including a page for copy on write."""
         return pages_for(self.length + count, self.pool.page_size) - len(self.pages) + (count > 0 and self._shares_last)
 
     @property
     def _shares_last(self) -> bool:
-        """Whether the page that the next token goes into is there already, and others hold it too."""
+        """Whether the next token goes into a partly filled page that is shared."""
         return bool(self.length % self.pool.page_size) and self.pool.shared(self.pages[-1])
 
     def append(self, count: int) -> Append:
-        """Make room for `count` more tokens; on failure nothing changes.
+        """Allocate space for `count` more tokens.
 
         Raises:
-            PagesExhausted: the pool has too few free pages.
+            PagesExhausted: the pool has too few free pages; the table is unchanged.
         """
         size = self.pool.page_size
-        fresh = self.pool.allocate(self.needs(count))
+        fresh = self.pool.allocate(self.pages_needed(count))
         copies: tuple[tuple[int, int], ...] = ()
         if count and self._shares_last:
             copies = ((self.pages[-1], fresh[0]),)
@@ -115,7 +138,7 @@ class PageTable:
         return Append(np.asarray(self.pages, np.int64)[slots // size], slots % size, copies)
 
     def fork(self, length: int | None = None) -> PageTable:
-        """A table of the same tokens, or of the first `length` of them, sharing their pages."""
+        """A new table of the first `length` tokens (None: all), which shares their pages."""
         other = PageTable(self.pool)
         other.length = self.length if length is None else length
         other.pages = self.pages[: pages_for(other.length, self.pool.page_size)]
@@ -123,12 +146,15 @@ class PageTable:
         return other
 
     def release(self) -> None:
-        """Give every page back."""
+        """Drop the references to all pages and empty the table."""
         pages, self.pages, self.length = self.pages, [], 0
         self.pool.release(pages)
 
-    def row(self, width: int) -> NDArray[np.int32]:
-        """The page numbers as a block table row, int32 [width]; unused places name page 0, which nobody may then read."""
+    def block_table_row(self, width: int) -> NDArray[np.int32]:
+        """The table's row of a block table: page numbers int32 [width], filled up with 0 or cut to `width`.
+
+        The filling must not be read, so a step's `context` must not exceed the tokens that the row covers.
+        """
         row = np.zeros(width, np.int32)
         count = min(width, len(self.pages))
         row[:count] = self.pages[:count]

@@ -1,7 +1,7 @@
-"""How image tokens are drawn: presets, the noise, and the draw itself in NumPy (docs/model.md, section 4).
+"""Sampling of codes: parameters, presets, random numbers, and top-k/top-p sampling in NumPy (docs/model.md, section 4).
 
-Noise is counter-based: every uniform number is a function of seed, image, scale, pass and position alone, so a request draws
-the same codes whatever it is batched with.
+Random numbers are counter-based: each is a function of seed, image, scale, pass and position alone, so that a request gets the
+same codes in any batch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,25 @@ from tokenflow_sdk.errors import ArgumentError
 __all__ = ["MAX_TOP_K", "PRESETS", "Pass", "Preset", "SamplingParams", "guidance", "probabilities", "sample", "uniform"]
 
 MAX_TOP_K = 3832
-"""TensorRT sorts at most 3840 values; eight are kept for ties at the k-th."""
+"""Largest `top_k`: TensorRT sorts at most 3840 values, and `TIES` of them are reserved for ties."""
 TIES = 8
-"""Logits equal to the k-th that are kept beyond k."""
+"""Number of logits beyond the k-th that the sampling graph sorts, to keep those that equal the k-th."""
 
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One drawing of a scale's codes: the `top_k` best, of these the nucleus that holds `top_p` of the probability."""
+    """Parameters of one sampling pass over a scale's codes.
+
+    Args:
+        top_k: number of likeliest codes to sample from, 1 .. 3832.
+        top_p: of these, sample from the likeliest whose probabilities add up to this share (nucleus sampling), 0 .. 1;
+            0 always takes the likeliest code.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
 
     top_k: int
     top_p: float
@@ -53,15 +62,20 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw a picture.
+    """Parameters of sampling an image.
 
     Args:
-        passes: one entry a refinement pass; the first scale always takes one.
-        cfg_scale: strength of guidance at the finest scale; 0 is none.
-        seed: of all noise, 0 .. 2**63 - 1.
+        passes: sampling passes over each scale, 1 to 8. Passes after the first see the codes of the one before (refinement).
+            The first scale takes only the first pass.
+        cfg_scale: strength of classifier-free guidance at the finest scale, 0 .. 1000; 0 turns it off.
+        seed: seed of all random numbers, 0 .. 2**63 - 1.
 
     Raises:
-        ArgumentError: a value that cannot work.
+        ArgumentError: a value is out of range.
+
+    Example:
+        >>> SamplingParams.preset("fast", seed=1)
+        SamplingParams(passes=(Pass(top_k=600, top_p=0.6),), cfg_scale=7.5, seed=1)
     """
 
     passes: tuple[Pass, ...] = PRESETS["paper"]
@@ -80,10 +94,14 @@ class SamplingParams:
 
     @classmethod
     def preset(cls, name: str, cfg_scale: float = 7.5, seed: int = 0) -> SamplingParams:
-        """`fast` (1 pass), `balanced` (2) or `paper` (3).
+        """The parameters of a named preset.
+
+        Args:
+            name: `fast` (1 pass), `balanced` (2 passes) or `paper` (3 passes).
+            cfg_scale, seed: as in `SamplingParams`.
 
         Raises:
-            ArgumentError: no such preset, or a value that cannot work.
+            ArgumentError: there is no such preset, or a value is out of range.
         """
         if name not in PRESETS:
             raise ArgumentError(f"There is no preset {name!r}.", f"Choose one of: {', '.join(PRESETS)}.")
@@ -91,27 +109,58 @@ class SamplingParams:
 
 
 def guidance(cfg_scale: float, scale: int, n_scales: int) -> float:
-    """t of scale 0 .. n_scales - 1: logits are (1 + t) conditional - t unconditional; grows linearly to cfg_scale."""
+    """Guidance strength t of a scale, where logits are (1 + t) conditional - t unconditional.
+
+    Args:
+        cfg_scale: strength at the finest scale.
+        scale: scale number, 0 .. n_scales - 1.
+        n_scales: number of scales.
+
+    Returns:
+        t, which grows linearly from 0 at the first scale to `cfg_scale` at the last.
+
+    Example:
+        >>> [guidance(6.0, scale, 4) for scale in range(4)]
+        [0.0, 2.0, 4.0, 6.0]
+    """
     return cfg_scale * scale / (n_scales - 1) if n_scales > 1 else cfg_scale
 
 
 def uniform(seed: int, image: int, scale: int, refinement: int, count: int) -> Float32:
-    """float32 [count] in [0, 1): position i of a scale always gets the i-th number of this Philox stream."""
+    """Uniform random numbers float32 [count] in [0, 1), one for each position of a scale.
+
+    They are the first numbers of a Philox stream of its own for every seed, image, scale and pass.
+
+    Args:
+        seed: seed of the request.
+        image: number of the image in the request.
+        scale: scale number; for text, number of the token.
+        refinement: number of the pass, 0 for the first.
+        count: how many numbers.
+    """
     stream = np.random.Generator(np.random.Philox(key=[seed, image], counter=[0, refinement, scale, 0]))
     return stream.random(count, dtype=np.float32)
 
 
 def probabilities(logits: NDArray[np.floating], top_k: int, top_p: float) -> NDArray[np.float64]:
-    """What `sample` draws from, written as docs/model.md says it, in section 4: [..., K] -> float64 [..., K].
+    """The distribution that `sample` samples from: top-k, then top-p, as the released code does it (docs/model.md, section 4).
 
-    Everything below the k-th logit is dropped, ties kept; sorted ascending, tokens are dropped while the cumulative
-    probability is at most 1 - p, the best never; softmax of the rest.
+    Logits below the k-th largest are dropped; ties with it are kept. Then the least likely tokens are dropped as long as their
+    probabilities add up to at most 1 - top_p, but never the likeliest token. The rest is normalized.
+
+    Args:
+        logits: float [..., K].
+        top_k: as in `Pass`.
+        top_p: as in `Pass`.
+
+    Returns:
+        Probabilities float64 [..., K]; dropped tokens have 0.
     """
     logits = logits.astype(np.float64)
     kth = np.sort(logits, axis=-1)[..., -min(top_k, logits.shape[-1]), None]
     kept = np.where(logits < kth, -np.inf, logits)
     weights = _softmax(kept)
-    # Stable and descending, then turned round: of equal logits the first counts as the better one.
+    # Sorted descending with a stable sort, then reversed, so that of equal logits the first counts as the likelier one.
     ascending = np.argsort(-kept, axis=-1, kind="stable")[..., ::-1]
     dropped = np.cumsum(np.take_along_axis(weights, ascending, -1), axis=-1) <= 1 - top_p
     dropped[..., -1] = False
@@ -127,9 +176,18 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def sample(logits: NDArray[np.floating], top_k: int, top_p: float, noise: Float32) -> NDArray[np.int32]:
-    """One code a row: logits [..., K], noise [...] in [0, 1) -> int32 [...], by inverse CDF from the likeliest down.
+    """Sample one code per row by inverse transform sampling, with the codes ordered from the likeliest down.
 
-    The twin of the sampling graph: with the same noise it gives the same codes, but for rounding.
+    It does what the sampling graph of a bundle does; with the same noise both give the same codes, except for rounding.
+
+    Args:
+        logits: float [..., K].
+        top_k: as in `Pass`.
+        top_p: as in `Pass`.
+        noise: float32 [...], uniform in [0, 1).
+
+    Returns:
+        Codes int32 [...].
     """
     weights = probabilities(logits, top_k, top_p)
     order = np.argsort(-weights, axis=-1, kind="stable")

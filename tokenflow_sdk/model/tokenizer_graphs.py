@@ -1,4 +1,4 @@
-"""A tokenizer's graphs as functions of arrays: images to codes, codes to images and features."""
+"""Run a tokenizer's graphs on arrays: images to codes and latents, codes to images and features."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Int32 = NDArray[np.int32]
 
 
 class TokenizerGraphs:
-    """The graphs of a tokenizer's bundle, each loaded when it is first needed. Safe to call from several threads.
+    """The graphs of a tokenizer's bundle, each loaded on first use. Safe to call from several threads.
 
-    Inputs are taken as they are: their owner has checked them. `code_indices` are int32 [B, L], -1 throughout absent scales.
+    Values of inputs are not checked; `Tokenizer` does that. `code_indices` are int32 [B, L], -1 in absent scales.
 
     Args:
-        bundle: whose graphs.
+        bundle: a tokenizer's bundle.
         open_session: loads a graph.
-        options: of sessions.
-        batch_limit: most rows in one call of a session; larger batches are split.
+        options: how graphs are run.
+        batch_limit: largest batch in one call of a session; larger batches are split.
     """
 
     def __init__(
@@ -43,15 +43,18 @@ class TokenizerGraphs:
 
     @property
     def devices(self) -> list[str]:
-        """Where the graphs loaded so far run."""
+        """Devices of the graphs loaded so far, sorted, e.g. `["cuda:0"]`."""
         with self._lock:
             return sorted({session.device for session in self._sessions.values()})
 
     def load(self, name: str) -> Session:
-        """The session of a graph, opened now if it was not yet.
+        """The session of a graph, loaded if it is not yet.
+
+        Args:
+            name: `encode`, `decode`, `features` or `semantic`.
 
         Raises:
-            ArgumentError: this is closed.
+            ArgumentError: `close` was called.
             CorruptBundleError, BackendError, MissingPackageError: the graph is missing or cannot be loaded.
         """
         with self._lock:
@@ -63,27 +66,27 @@ class TokenizerGraphs:
             return self._sessions[name]
 
     def encode(self, images: NDArray[np.uint8]) -> Int32:
-        """u8 [B, H, W, 3] -> code indices int32 [B, L]."""
+        """Images u8 [B, H, W, 3] -> code indices int32 [B, L]."""
         return self._run("encode", "images", images, "code_indices").astype(np.int32, copy=False)
 
     def latent(self, images: NDArray[np.uint8]) -> Float32:
-        """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search."""
+        """Images u8 [B, H, W, 3] -> the encoders' output before the codebook search, float32 [B, C, g, g]."""
         return self._run("encode", "images", images, "latent").astype(np.float32, copy=False)
 
     def decode(self, code_indices: Int32) -> NDArray[np.uint8]:
-        """Code indices -> u8 [B, H, W, 3]."""
+        """Code indices -> images u8 [B, H, W, 3]."""
         return self._run("decode", "code_indices", code_indices, "images").astype(np.uint8, copy=False)
 
     def features(self, code_indices: Int32) -> Float32:
-        """Code indices -> quantized features float32 [B, g * g, C]."""
+        """Code indices -> quantized features, float32 [B, g * g, C]."""
         return self._run("features", "code_indices", code_indices, "features").astype(np.float32, copy=False)
 
     def semantic(self, code_indices: Int32) -> Float32:
-        """Code indices -> the semantic decoder's features float32 [B, g * g, width]."""
+        """Code indices -> features of the semantic decoder, float32 [B, g * g, W]."""
         return self._run("semantic", "code_indices", code_indices, "features").astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Free the sessions. Closing twice is fine; anything else afterwards raises ArgumentError."""
+        """Close the sessions. May be called more than once; other calls then raise ArgumentError."""
         with self._lock:
             self._closed = True
             for session in self._sessions.values():

@@ -1,7 +1,7 @@
-"""A transformer over paged keys and values: the graph, the pages it reads, and the steps between them.
+"""Run the `transformer` graph over a paged key/value cache: prefill, a scale of image tokens, or one token per sequence.
 
-Used for prefill, for a scale of image tokens, and for single tokens alike. Nothing that a batch could change enters a row's
-arithmetic: the width of its block table is fixed by its caller, so a sequence gives the same numbers in any batch.
+The shape of a row's computation must not depend on the other rows, because sums of another length round differently. The caller
+therefore gives the width of the block tables.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from tokenflow_sdk.model.kv_cache import PagePool, PageTable
 __all__ = ["PREFILL_CHUNK", "PagedTransformer", "StepOutput"]
 
 PREFILL_CHUNK = 256
-"""Tokens of a prompt in one step: what running answers wait for a newcomer between two tokens."""
+"""Largest number of prompt tokens in one prefill step, which bounds how long running answers wait for their next token."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """hidden float32 [B, Q, H]; the step's own keys and values [layers, B, Q, kv_heads, head_dim], in the pages' type.
+    """Outputs of a step, in the memory of the session's device. They are valid until the next step.
 
-    They lie where the engine left them, and are valid until the next step.
+    Args:
+        hidden: hidden states after the final norm, float32 [B, Q, H].
+        new_k, new_v: keys and values of the step's tokens [layers, B, Q, kv_heads, head_dim], in the type of the pages.
     """
 
     hidden: Tensor
@@ -36,23 +38,23 @@ class StepOutput:
 
 
 class PagedTransformer:
-    """Runs steps and keeps the pages.
+    """The `transformer` graph with its key/value cache.
 
     Args:
-        session: the `transformer` graph.
-        layers: of the transformer.
-        kv_heads: key/value heads.
-        head_dim: values in a head.
-        pages: pages in the pool.
+        session: the loaded graph.
+        layers: number of layers.
+        kv_heads: key/value heads of a layer.
+        head_dim: width of a head.
+        pages: number of pages.
         page_size: tokens in a page.
     """
 
     def __init__(self, session: Session, layers: int, kv_heads: int, head_dim: int, pages: int, page_size: int) -> None:
         self.pool = PagePool(pages, page_size)
         self.token_forwards = 0
-        """Tokens run through the transformer so far, all rows counted."""
-        self.max_rows = session.largest("batch") or sys.maxsize
-        """Most rows in a step."""
+        """Number of tokens run through the transformer so far, summed over rows."""
+        self.max_rows = session.max_size("batch") or sys.maxsize
+        """Largest number of rows B in a step."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
         dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))
@@ -60,8 +62,11 @@ class PagedTransformer:
 
     @classmethod
     def of(cls, config: LanguageModelConfig, session: Session, pages: int, page_size: int) -> PagedTransformer:
-        """For a model of these sizes. An engine is built for a pool of one size and has that instead of `pages`."""
-        slots = session.largest("slots")
+        """Create one with the sizes of `config`.
+
+        A TensorRT engine is built for one number of pages, which then replaces `pages`.
+        """
+        slots = session.max_size("slots")
         pages = slots // config.layers if slots else pages
         return cls(session, config.layers, config.kv_heads, config.head_dim, pages, page_size)
 
@@ -72,7 +77,7 @@ class PagedTransformer:
 
     @property
     def page_bytes(self) -> int:
-        """Memory of one page, keys and values of all layers."""
+        """Size in bytes of one page: keys and values of all layers."""
         return 2 * self._k.page_bytes
 
     def step(
@@ -84,15 +89,16 @@ class PagedTransformer:
         context: Sequence[int],
         width: int,
     ) -> StepOutput:
-        """One forward pass; nothing is stored.
+        """Run one forward pass. The new keys and values are not stored; `store` does that.
 
         Args:
-            embeddings: float32 [B, Q, H].
-            positions: int32 [B, Q].
-            visible: int32 [B, Q], how many of the step's own keys each query sees, in order.
-            tables: each row's pages.
-            context: how many of its tokens each row sees.
-            width: pages of every row's block table.
+            embeddings: input embeddings, float32 [B, Q, H].
+            positions: positions for the rotary embedding, int32 [B, Q].
+            visible: int32 [B, Q]; query q attends to the first `visible[b, q]` of the step's own keys: q + 1 is causal
+                attention, Q bidirectional.
+            tables: pages of each row's sequence, B of them.
+            context: number of cached tokens that each row attends to.
+            width: number of pages in each row of the block table, at least as many as `context` takes.
         """
         batch, length, _ = embeddings.shape
         self.token_forwards += batch * length
@@ -102,7 +108,7 @@ class PagedTransformer:
                 "positions": positions,
                 "visible": visible,
                 "context": np.asarray(context, np.int32),
-                "block_tables": np.stack([table.row(width) for table in tables]),
+                "block_tables": np.stack([table.block_table_row(width) for table in tables]),
                 "k_pages": self._k.slots,
                 "v_pages": self._v.slots,
             }
@@ -110,7 +116,11 @@ class PagedTransformer:
         return StepOutput(found["hidden"], found["new_k"], found["new_v"])
 
     def store(self, output: StepOutput, tables: Sequence[PageTable]) -> None:
-        """Append a step's keys and values to the rows' tables.
+        """Append the keys and values of a step to the cache.
+
+        Args:
+            output: result of the last step.
+            tables: the tables that were given to it.
 
         Raises:
             PagesExhausted: the pool has too few free pages; rows before the failing one are stored.
@@ -118,7 +128,7 @@ class PagedTransformer:
         for row, table in enumerate(tables):
             append = table.append(output.new_k.shape[2])
             for source, target in append.copies:
-                self._k.copy(source, target)
-                self._v.copy(source, target)
-            self._k.put(output.new_k, row, append.pages, append.offsets)
-            self._v.put(output.new_v, row, append.pages, append.offsets)
+                self._k.copy_page(source, target)
+                self._v.copy_page(source, target)
+            self._k.write(output.new_k, row, append.pages, append.offsets)
+            self._v.write(output.new_v, row, append.pages, append.offsets)

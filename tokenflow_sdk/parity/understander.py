@@ -108,7 +108,7 @@ def likeliest_tokens(head: Session, hidden: Float32, config: UnderstanderConfig)
     Returns:
         Token ids, int32 [Q].
     """
-    most = head.largest("batch") or len(hidden)
+    most = head.max_size("batch") or len(hidden)
     parts = [
         head.run(greedy_feeds(hidden[start : start + most], config), ["token_ids"])["token_ids"]
         for start in range(0, len(hidden), most)

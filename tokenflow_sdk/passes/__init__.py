@@ -1,1 +1,1 @@
-"""Passes that rewrite ONNX graphs for engines: half precision, 8-bit convolutions, float products. None opens a session."""
+"""Passes that rewrite a bundle's ONNX graphs before engines are built: half precision, 8-bit convolutions, dequantization."""

@@ -1,4 +1,8 @@
-"""int8 graphs for engines without integer products: the same weights, with activations left in floating point."""
+"""Replace integer matrix products by float ones.
+
+TensorRT cannot build `MatMulInteger`, which int8 bundles contain. The float weights are the dequantized int8 weights; the
+activations are no longer rounded.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,14 @@ __all__ = ["dequantize"]
 
 
 def dequantize(model: ir.Model) -> None:
-    """Put a MatMul with float32 weights for every product of rows in 8 bits, in place; other graphs stay as they are.
+    """Replace every `MatMulInteger` and its scales by a float32 `MatMul` on the unrounded activations, in place.
 
-    The exporter writes such a product as Mul(Mul(Cast(MatMulInteger(q, w)), row scale), column scale), with q rounded from the
-    float activations. Leaving them unrounded brings the result nearer to that of the unquantized model.
+    The exporter writes a quantized product as Mul(Mul(Cast(MatMulInteger(q, w)), row scale), column scale), where q are the
+    activations rounded to 8 bits. Without that rounding the result is nearer to the unquantized model's. A graph without
+    `MatMulInteger` only loses its unused nodes and weights.
+
+    Args:
+        model: a graph of a bundle.
     """
     for node in [node for node in model.graph if node.op_type == "MatMulInteger"]:
         _replace(model, node)
@@ -29,8 +37,8 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
     import onnx_ir as ir
 
     rows, weight = product.inputs[0], product.inputs[1]
-    # MatMulInteger, Cast, Mul by the row's scale, Mul by the column's.
-    last = _only_user(_only_user(_only_user(product)))
+    # The product is followed by a Cast, a Mul by the row scale and a Mul by the column scale.
+    last = _only_consumer(_only_consumer(_only_consumer(product)))
     scale = next(value for value in last.inputs if value is not None and value.is_initializer())
     assert weight is not None and weight.const_value is not None and scale.const_value is not None
     q, s = weight.const_value, scale.const_value
@@ -42,7 +50,7 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
         model.graph.register_initializer(
             ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
         )
-    plain = ir.node("MatMul", [_unrounded(rows), model.graph.initializers[name]], name=f"{product.name}_float")
+    plain = ir.node("MatMul", [_float_activations(rows), model.graph.initializers[name]], name=f"{product.name}_float")
     model.graph.insert_before(last, plain)
     old, result = last.outputs[0], plain.outputs[0]
     result.name, result.shape, result.type = old.name, old.shape, old.type
@@ -54,13 +62,13 @@ def _replace(model: ir.Model, product: ir.Node) -> None:
     model.graph.remove(last, safe=True)
 
 
-def _only_user(node: ir.Node) -> ir.Node:
+def _only_consumer(node: ir.Node) -> ir.Node:
     (use,) = node.outputs[0].uses()
     return use.node
 
 
-def _unrounded(rows: ir.Value | None) -> ir.Value:
-    """What Cast(Add(Round(Div(x, scale)), 128)) was made from."""
+def _float_activations(rows: ir.Value | None) -> ir.Value:
+    """The float activations x of quantized ones, Cast(Add(Round(Div(x, scale)), 128))."""
     for operator in ("Cast", "Add", "Round", "Div"):
         node = None if rows is None else rows.producer()
         assert node is not None and node.op_type == operator, f"{operator} expected before an integer product"

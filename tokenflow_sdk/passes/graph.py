@@ -1,4 +1,4 @@
-"""A bundle's graph as something that passes can rewrite."""
+"""Load a bundle's ONNX graph with onnx_ir, and remove the parts of a graph that a pass left unused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["import_onnx_ir", "load_graph"]
+__all__ = ["drop_unused", "import_onnx_ir", "load_graph"]
 
 
 def import_onnx_ir() -> Any:
-    """Raises:
-    MissingPackageError: onnx_ir is not installed.
+    """The module onnx_ir, imported on first use because devices that build no engines do not have it.
+
+    Raises:
+        MissingPackageError: onnx_ir is not installed.
     """
     try:
         import onnx_ir
@@ -30,14 +32,20 @@ def import_onnx_ir() -> Any:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """A graph of a bundle, its weights mapped from the files beside it.
+    """Load an ONNX graph, with its external weights memory-mapped.
 
-    Links are followed: caches of the hub and backups are made of them, and onnx_ir's own reader refuses both kinds. What
-    vouches for a bundle's files is the hashes in its manifest.
+    Symbolic and hard links to weight files are followed. The hub's cache and some backups consist of links, which onnx_ir's own
+    loader refuses; a bundle's files are protected by the hashes in its manifest instead.
+
+    Args:
+        path: the `.onnx` file; its external data must lie in the same directory.
+
+    Returns:
+        The graph. Weights stay on disk until they are read.
 
     Raises:
         MissingPackageError: onnx_ir is not installed.
-        CorruptBundleError: the weights are said to lie in another directory, or their file is missing or short.
+        CorruptBundleError: the graph names weights in another directory, or their file is missing or too short.
     """
     onnx_ir = import_onnx_ir()
     model: ir.Model = onnx_ir.load(path)
@@ -70,7 +78,7 @@ def _corrupt(path: Path, problem: str) -> CorruptBundleError:
 
 
 def drop_unused(model: ir.Model) -> None:
-    """Remove, in place, nodes that nobody reads, then those that only they read, then what is left over of the weights."""
+    """Remove nodes and weights that no output of the graph depends on, in place."""
     unused = [node for node in model.graph if not any(value.uses() or value.is_graph_output() for value in node.outputs)]
     while unused:
         sources = {value.producer() for node in unused for value in node.inputs if value is not None}

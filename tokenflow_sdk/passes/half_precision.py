@@ -1,9 +1,10 @@
-"""Half-precision versions of a graph, with every type written into it: what strongly typed engines need.
+"""Rewrite a float32 graph in mixed precision, with an explicit type on every tensor.
 
-Convolutions and products become float16 or bfloat16, and what stands between them where all it reads is. Where rounding
-would show, float32 stays: norms, softmax, rotations, unit length, the codebook search, sampling, the last step to pixels, and a
-residual stream that norms write to. A `Cast` stands wherever a tensor crosses. float16 is the more exact of the two, by three
-bits; bfloat16 has float32's range.
+TensorRT builds strongly typed networks, whose precision is that of the graph. Matrix products and convolutions run in float16
+or bfloat16, and so do elementwise and layout operators all of whose activations are half already. Everything that is sensitive
+to rounding stays in float32: norms, softmax, rotary embeddings, unit normalization, the codebook search, sampling, the
+conversion to pixels, and a residual stream to which norms add their output. A `Cast` is inserted wherever the type changes.
+float16 has three more bits of mantissa than bfloat16, which has the range of float32.
 """
 
 from __future__ import annotations
@@ -24,27 +25,32 @@ __all__ = ["HalfType", "compute_nodes", "to_half"]
 HalfType = Literal["fp16", "bf16"]
 
 _COMPUTE = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
-"""Computed in half."""
-_FOLLOWING = re.compile(
+"""Operators that run in half precision."""
+_FOLLOWS_INPUTS = re.compile(
     "Add|Sub|Mul|Sigmoid|Tanh|Erf|Gelu|Relu|Max|Min|Clip|Reshape|Transpose|Concat|Split|Slice|Squeeze|Unsqueeze|Expand|Pad|"
     "Resize|Gather|Identity|DepthToSpace|SpaceToDepth|Flatten"
 )
-"""Computed in half where everything they read is half already, so that no norm or softmax is rounded on its way."""
-_WEIGHTS = "DequantizeLinear"
-"""Makes the weights of a product from int4. In half itself: engines fuse it with the product where nothing is between."""
+"""Operators that run in half precision only where all their activations are half already, so that the float32 results of norms
+and softmax are not rounded."""
+_INT4_WEIGHTS = "DequantizeLinear"
+"""Operator that dequantizes int4 weights. Its output has the type of the product, so that no `Cast` keeps TensorRT from fusing
+the two."""
 _LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.3895313892515355e38}
-"""Finite numbers of each type."""
-_EXACT_AFTER = ("latent", "logits")
-"""Tensors whose consumers decide codes."""
+"""Largest finite number of each type."""
+_DECISION_TENSORS = ("latent", "logits")
+"""Graph outputs from which codes or tokens are chosen; everything computed from them stays in float32."""
 
 
 def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> None:
-    """Rewrite a float32 graph in place. Inputs and outputs keep their types, except float32 pages, which become half.
+    """Rewrite a float32 graph in mixed precision, in place.
+
+    Inputs and outputs keep their types, except the pages of keys and values (`k_pages`, `v_pages`, `new_k`, `new_v`), which
+    become half.
 
     Args:
-        model: a graph of a bundle, standard operators only.
-        dtype: of what is not kept in float32.
-        pinned: names of further nodes that stay in float32 (`compute_nodes` gives all that can be pinned).
+        model: a graph of a bundle, with standard operators only.
+        dtype: `fp16` or `bf16`, the type of everything that does not stay in float32.
+        pinned: names of nodes that stay in float32 in addition; `compute_nodes` lists the candidates.
 
     Raises:
         MissingPackageError: onnx_ir is not installed.
@@ -52,30 +58,30 @@ def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> N
     ir = import_onnx_ir()
     graph = model.graph
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
-    keep = set(pinned) | _after_decisions(graph) | _last_steps(graph)
-    rewriter = _Rewriter(graph, half)
+    keep = set(pinned) | _decision_nodes(graph) | _postprocessing_nodes(graph)
+    rewriter = _TypeRewriter(graph, half)
     for value in graph.inputs:
         if value.name in ("k_pages", "v_pages"):
             value.type = ir.TensorType(half)
     for node in list(graph):
-        rewriter.settle(node, pinned=node.name in keep)
-    rewriter.settle_outputs()
+        rewriter.assign_type(node, pinned=node.name in keep)
+    rewriter.restore_output_types()
 
 
 def compute_nodes(model: ir.Model) -> list[str]:
-    """Names of the products and convolutions that `to_half` would run in half: what a precision search tries to pin."""
-    keep = _after_decisions(model.graph) | _last_steps(model.graph)
+    """Names of the matrix products and convolutions that `to_half` runs in half precision when nothing is pinned."""
+    keep = _decision_nodes(model.graph) | _postprocessing_nodes(model.graph)
     return [str(node.name) for node in model.graph if node.op_type in _COMPUTE and node.name not in keep]
 
 
-def _after_decisions(graph: ir.Graph) -> set[str]:
-    """Nodes that compute from a latent or from logits, and the products that make logits."""
+def _decision_nodes(graph: ir.Graph) -> set[str]:
+    """Names of the nodes downstream of the latent or the logits, which must stay in float32."""
     names: set[str] = set()
     for output in graph.outputs:
-        if output.name in _EXACT_AFTER:
+        if output.name in _DECISION_TENSORS:
             names |= {str(node.name) for node in _downstream(output)}
             start = output.producer()
-            # The latent leaves transposed: what it is a view of decides as well.
+            # The latent output is a transposed view; the codebook search reads the tensor before the transpose.
             while start is not None and start.op_type in ("Transpose", "Reshape"):
                 source = start.inputs[0]
                 assert source is not None
@@ -84,8 +90,8 @@ def _after_decisions(graph: ir.Graph) -> set[str]:
     return names
 
 
-def _last_steps(graph: ir.Graph) -> set[str]:
-    """What stands between the last convolution and a picture of integers."""
+def _postprocessing_nodes(graph: ir.Graph) -> set[str]:
+    """Names of the nodes between the last convolution and the u8 output `images`."""
     names: set[str] = set()
     for output in graph.outputs:
         if output.name != "images":
@@ -110,37 +116,39 @@ def _downstream(value: ir.Value) -> Iterator[ir.Node]:
             pending += [use.node for output in node.outputs for use in output.uses()]
 
 
-class _Rewriter:
-    """Gives every float tensor its type, and puts casts where a node wants another."""
+class _TypeRewriter:
+    """Assigns every float tensor its type and inserts a `Cast` where a node needs another one."""
 
     def __init__(self, graph: ir.Graph, half: Any) -> None:
         self.ir = import_onnx_ir()
         self.graph, self.half, self.full = graph, half, self.ir.DataType.FLOAT
         self.casts: dict[tuple[str, Any], ir.Value] = {}
 
-    def settle(self, node: ir.Node, pinned: bool) -> None:
-        """Cast a node's float inputs to the type it computes in, and set its outputs'."""
+    def assign_type(self, node: ir.Node, pinned: bool) -> None:
+        """Cast a node's float inputs to the type it computes in, and give its outputs that type."""
         if node.op_type == "Cast":
             return
         floats = (self.half, self.full)
-        # A Resize's scales are float32 always.
+        # The scales of a Resize are float32 by definition.
         inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
         read = [value for value in inputs if value is not None and value.dtype in floats and not value.is_initializer()]
-        following = (
-            _FOLLOWING.fullmatch(node.op_type) is not None and bool(read) and all(value.dtype == self.half for value in read)
+        follows = (
+            _FOLLOWS_INPUTS.fullmatch(node.op_type) is not None
+            and bool(read)
+            and all(value.dtype == self.half for value in read)
         )
-        weights = node.op_type == _WEIGHTS
-        wanted = self.half if not pinned and (node.op_type in _COMPUTE or following or weights) else self.full
+        weights = node.op_type == _INT4_WEIGHTS
+        wanted = self.half if not pinned and (node.op_type in _COMPUTE or follows or weights) else self.full
         for index, value in enumerate(inputs):
             if value is not None and value.dtype in floats and value.dtype != wanted:
                 node.replace_input_with(index, self._cast(value, wanted))
         for value in node.outputs:
-            # The exporter does not say which type int4 weights become.
+            # The exporter leaves the output type of the int4 weights' DequantizeLinear open.
             if value.dtype in floats or weights:
                 value.type = self.ir.TensorType(wanted)
 
-    def settle_outputs(self) -> None:
-        """Give graph outputs the types they had: float32, except new keys and values, which go where the pages are."""
+    def restore_output_types(self) -> None:
+        """Cast the graph's outputs back to float32, except new keys and values, which get the type of the pages."""
         for index, value in enumerate(list(self.graph.outputs)):
             paged = value.name in ("new_k", "new_v")
             wanted = self.half if paged else self.full
@@ -150,8 +158,10 @@ class _Rewriter:
                 self._keep_finite(index)
 
     def _keep_finite(self, index: int) -> None:
-        """Numbers beyond the type's become its largest, and NaN becomes 0. Others may be given the page afterwards, and what
-        they do not see is multiplied by 0, which is 0 for finite numbers only."""
+        """Replace infinities of a graph output by the largest finite numbers, and NaN by 0.
+
+        Pages are reused by other sequences. Attention multiplies masked values by 0, which is 0 only for finite numbers.
+        """
         value = self.graph.outputs[index]
         most = _LARGEST[self.half.name]
         numbers = {"zero": 0.0, "least": -most, "largest": most}
@@ -170,7 +180,7 @@ class _Rewriter:
         return value
 
     def _append_output(self, index: int, operator: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> None:
-        """Let an output of the graph be what a node makes of it, under its name."""
+        """Append a node and make its result the graph's output `index`, under the old output's name."""
         old = self.graph.outputs[index]
         name = old.name
         old.name = f"{name}_before_{operator.lower()}"

@@ -1,7 +1,7 @@
-"""8-bit convolutions, written into a graph: explicit Q/DQ pairs, which strongly typed engines run as int8 or fp8 products.
+"""Quantize convolutions to int8 or fp8 with explicit Q/DQ pairs, which strongly typed TensorRT engines run as 8-bit products.
 
-What a convolution reads is rounded with one scale a tensor, its weights with one scale an output channel; both are symmetric.
-The scales have the graph's own float type. onnxruntime computes the same pairs, so what they cost is measured without a GPU.
+Quantization is symmetric, with one scale per tensor for activations and one per output channel for weights. Scales have the
+float type of the graph. onnxruntime runs the same Q/DQ pairs, so the loss of quality can be measured without a GPU.
 """
 
 from __future__ import annotations
@@ -24,36 +24,42 @@ __all__ = ["LARGEST", "ActivationRanges", "EightBit", "inner_convolutions", "qua
 
 EightBit = Literal["int8", "fp8"]
 LARGEST: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
-"""Largest magnitude of each type. fp8 is float8e4m3fn: four bits of exponent, three of mantissa, no infinity."""
+"""Largest magnitude of each type. fp8 is float8e4m3fn: 4 exponent bits, 3 mantissa bits, no infinity."""
 
 _NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
 _LEAST_SCALE = 2.0**-18
-"""Still six bits of mantissa in float16, where smaller scales would be rounded too much."""
+"""Smallest scale. It is subnormal in float16, with six bits left; smaller scales would be rounded too coarsely."""
 
 
 @dataclass(frozen=True)
 class ActivationRanges:
-    """Which convolutions are rounded, and how: to `dtype`; `magnitudes` gives for each, by name, the magnitude of its input
-    that becomes the largest number of the type. What is beyond saturates."""
+    """The convolutions to quantize and the range of each one's input.
+
+    Args:
+        dtype: `int8` or `fp8`.
+        magnitudes: for each convolution, by node name, the input magnitude that maps to the largest number of the type; larger
+            inputs saturate.
+    """
 
     dtype: EightBit
     magnitudes: Mapping[str, float]
 
     def without(self, names: Collection[str]) -> ActivationRanges:
+        """The same ranges without the convolutions in `names`."""
         return ActivationRanges(self.dtype, {name: value for name, value in self.magnitudes.items() if name not in names})
 
     @property
     def digest(self) -> str:
-        """8 hex digits, for keys."""
+        """First 8 hex digits of the SHA-256 of the ranges, for cache keys."""
         text = json.dumps([self.dtype, sorted(self.magnitudes.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def inner_convolutions(model: ir.Model) -> list[str]:
-    """Names of the convolutions behind a norm and before another convolution, in the order of the graph.
+    """Names of the convolutions that have a norm upstream and another convolution downstream, in graph order.
 
-    The outermost ones cost little time and much precision: what the first read has outliers in unusual pictures, and nothing
-    averages out what the last ones round.
+    The others, at both ends of the graph, take little time and lose much quality in 8 bits: the inputs of the first ones have
+    outliers in unusual images, and no later layer averages out the rounding of the last one.
     """
     normal: set[ir.Value] = set()
     followed: set[ir.Value] = set()
@@ -71,13 +77,13 @@ def inner_convolutions(model: ir.Model) -> list[str]:
 
 
 def quantize(model: ir.Model, ranges: ActivationRanges) -> None:
-    """Round inputs and weights of convolutions to 8 bits, in place.
+    """Quantize the inputs and weights of convolutions to 8 bits, in place.
 
     Args:
-        model: a graph whose float types are settled (`tokenflow_sdk.passes.half_precision`).
-        ranges: names that the graph does not have are ignored.
+        model: a graph whose float types are final: if it is to run in half precision, `to_half` was applied before.
+        ranges: the convolutions to quantize; names that are not in the graph are ignored.
     """
-    rounder = _Rounder(model.graph, ranges.dtype)
+    inserter = _QdqInserter(model.graph, ranges.dtype)
     for node in list(model.graph):
         if node.name not in ranges.magnitudes:
             continue
@@ -85,13 +91,13 @@ def quantize(model: ir.Model, ranges: ActivationRanges) -> None:
         assert rows is not None and weight is not None and rows.dtype is not None
         array = _constant(weight)
         assert array is not None, f"{node.name} has no constant weights"
-        node.replace_input_with(0, rounder.activations(rows, ranges.magnitudes[str(node.name)]))
-        node.replace_input_with(1, rounder.weights(node, array.astype(np.float32), rows.dtype))
+        node.replace_input_with(0, inserter.activations(rows, ranges.magnitudes[str(node.name)]))
+        node.replace_input_with(1, inserter.weights(node, array.astype(np.float32), rows.dtype))
     drop_unused(model)
 
 
 def _constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """What a weight holds: an initializer, or casts of one."""
+    """The values of an initializer, looking through `Cast` nodes; None if the tensor is not constant."""
     while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
     if value is None or value.const_value is None:
@@ -99,8 +105,8 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
     return value.const_value.numpy()
 
 
-class _Rounder:
-    """Makes the pairs; convolutions that read the same tensor share its pair."""
+class _QdqInserter:
+    """Inserts Q/DQ pairs into a graph. Convolutions that read the same tensor share one pair."""
 
     def __init__(self, graph: ir.Graph, dtype: EightBit) -> None:
         self.ir = import_onnx_ir()
@@ -109,14 +115,15 @@ class _Rounder:
         self.pairs: dict[str, ir.Value] = {}
 
     def activations(self, value: ir.Value, magnitude: float) -> ir.Value:
+        """The tensor after quantization and dequantization; `magnitude` maps to the largest number of the type."""
         name = str(value.name)
         if name not in self.pairs:
             scale = self._scale(f"{name}_scale", np.float32(magnitude), value.dtype)
             zero = self._initializer(f"{name}_zero", np.zeros((), self.type.numpy()), self.type)
             quantized = self.ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
-            rounded = self._settle(quantized, f"{name}_rounded", value.shape, self.type)
+            rounded = self._set_output(quantized, f"{name}_rounded", value.shape, self.type)
             dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], name=f"{name}_dequantize")
-            restored = self._settle(dequantized, f"{name}_restored", value.shape, value.dtype)
+            restored = self._set_output(dequantized, f"{name}_restored", value.shape, value.dtype)
             producer = value.producer()
             if producer is None:
                 self.graph.insert_before(self.graph[0], [quantized, dequantized])
@@ -126,7 +133,7 @@ class _Rounder:
         return self.pairs[name]
 
     def weights(self, node: ir.Node, array: NDArray[np.float32], dtype: Any) -> ir.Value:
-        """[out, in, ...], rounded here: the graph holds 8 bits and what restores them."""
+        """Weights [out, in, ...], stored in 8 bits and dequantized in the graph."""
         name = f"{node.name}_weight"
         scale = self._scale(f"{name}_scale", np.abs(array).reshape(len(array), -1).max(axis=1), dtype)
         assert scale.const_value is not None
@@ -138,7 +145,7 @@ class _Rounder:
         zero = self._initializer(f"{name}_zero", np.zeros(len(array), self.type.numpy()), self.type)
         dequantized = self.ir.node("DequantizeLinear", [rounded, scale, zero], {"axis": 0}, name=f"{name}_dequantize")
         self.graph.insert_before(node, dequantized)
-        return self._settle(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
+        return self._set_output(dequantized, f"{name}_restored", self.ir.Shape(array.shape), dtype)
 
     def _scale(self, name: str, magnitude: NDArray[np.float32] | np.float32, dtype: Any) -> ir.Value:
         scale = np.maximum(np.asarray(magnitude) / self.largest, _LEAST_SCALE)
@@ -150,7 +157,7 @@ class _Rounder:
         self.graph.register_initializer(value)
         return value
 
-    def _settle(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
+    def _set_output(self, node: ir.Node, name: str, shape: Any, dtype: Any) -> ir.Value:
         result = node.outputs[0]
         result.name, result.shape, result.type = name, shape, self.ir.TensorType(dtype)
         return result

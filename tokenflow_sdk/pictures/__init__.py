@@ -1,1 +1,1 @@
-"""Pictures and codes as plain data: reading and fitting images, `Codes` and its file format, resize matrices."""
+"""Images and codes as plain data: loading and preprocessing, `Codes` and its file format, resize matrices."""

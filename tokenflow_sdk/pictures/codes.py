@@ -1,4 +1,4 @@
-"""`Codes`: the code indices of one picture, coarse to fine."""
+"""`Codes`: the code indices of one image, which can be truncated, compared and stored as a `.tfc` file."""
 
 from __future__ import annotations
 
@@ -22,22 +22,33 @@ __all__ = ["Codes"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Codes:
-    """The code indices of one picture: whole scales, coarse to fine, row-major in each (docs/model.md, section 2).
+    """The code indices of one image: whole scales, coarse to fine, each in row-major order (docs/model.md, section 2).
 
-    Immutable, also in its array, so it can be a key. Equal codes have equal indices, variant, codebook and scales.
+    Immutable, including its array, and hashable. Two `Codes` are equal if their indices, variant, codebook and scales are.
+    NumPy functions take them as the array `indices`.
 
     Args:
-        indices: 1-D integers in [0, codebook_size), the first n >= 1 scales; kept as a read-only int32 array.
-        patch_nums: sides of all the tokenizer's scales, also those that are absent here.
-        codebook_size: entries of the codebook.
+        indices: 1-D integers in [0, codebook_size), the coarsest n >= 1 scales; stored as a read-only int32 array.
+        patch_nums: sides of all scales of the tokenizer, including those that `indices` lacks.
+        codebook_size: number of codebook entries K.
         variant: the tokenizer's name, e.g. `clipb_256`.
-        codebook_id: the codebook's SHA-256 in hex. Only its first 16 digits are kept, as only they are in a file: codes
-            from an encoder and from a file compare equal.
+        codebook_id: the codebook's SHA-256 in hex, of which the first 16 digits are kept, as in a file. Codes from an encoder
+            and from a file therefore compare equal.
 
     Raises:
         ArrayError: indices are not a 1-D integer array.
-        CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
-        ArgumentError: sizes or names that no file could hold.
+        CodesRangeError: an index is outside the codebook, or the length is not that of whole scales.
+        ArgumentError: sizes or names that the file format cannot hold.
+
+    Example:
+        >>> codes = Codes(np.array([2, 0, 1, 3, 0]), patch_nums=(1, 2), codebook_size=4, variant="demo", codebook_id="ab" * 32)
+        >>> codes.scale(1)
+        array([[0, 1],
+               [3, 0]], dtype=int32)
+        >>> codes.truncate(1).complete
+        False
+        >>> Codes.from_bytes(codes.to_bytes()) == codes
+        True
     """
 
     indices: NDArray[np.int32]
@@ -46,7 +57,7 @@ class Codes:
     variant: str
     codebook_id: str
     n_scales: int = field(init=False)
-    """Scales present."""
+    """Number of scales present."""
 
     def __post_init__(self) -> None:
         header = _checked_header(self)
@@ -59,12 +70,12 @@ class Codes:
 
     @property
     def header(self) -> tfc.Header:
-        """What a file says before its codes."""
+        """The header of these codes' `.tfc` file."""
         return tfc.Header(self.variant, self.codebook_id, self.codebook_size, self.patch_nums)
 
     @property
     def scales(self) -> Scales:
-        """All the tokenizer's scales, also those that are absent here."""
+        """All scales of the tokenizer, including those that are absent here."""
         return self.header.scales
 
     @property
@@ -74,14 +85,17 @@ class Codes:
 
     @property
     def scale_ends(self) -> list[int]:
-        """The bytes that a file takes up to the end of each scale present: where it may be cut. The last is its size."""
+        """Byte offsets in the `.tfc` file at which each scale present ends and the file may be cut; the last is its size."""
         return tfc.scale_ends(self.header)[: self.n_scales]
 
     def scale(self, i: int) -> NDArray[np.int32]:
-        """Scale `i` (from 0; negative from the finest present) as a read-only int32 map [s, s].
+        """The codes of one scale, a read-only int32 view [s, s].
+
+        Args:
+            i: scale number, 0 is the coarsest; negative numbers count from the finest scale present.
 
         Raises:
-            ArgumentError: there is no such scale here.
+            ArgumentError: there is no such scale.
         """
         if not -self.n_scales <= i < self.n_scales:
             raise ArgumentError(f"There is no scale {i} in codes of {self.n_scales} scales.", f"Use 0 .. {self.n_scales - 1}.")
@@ -89,10 +103,13 @@ class Codes:
         return self.indices[scales.starts[i] : scales.ends[i]].reshape(scales.sides[i], scales.sides[i])
 
     def truncate(self, n_scales: int) -> Codes:
-        """The `n_scales` coarsest scales: a coarser picture, still decodable. Shares the array.
+        """The `n_scales` coarsest scales, which decode to a coarser image. Shares the array.
+
+        Args:
+            n_scales: number of scales to keep.
 
         Raises:
-            ArgumentError: fewer than 1 or more than are present.
+            ArgumentError: `n_scales` is less than 1 or more than are present.
         """
         if not 1 <= n_scales <= self.n_scales:
             raise ArgumentError(
@@ -103,16 +120,22 @@ class Codes:
         )
 
     def padded(self) -> NDArray[np.int32]:
-        """int32 [L] for the decode graph: all scales, -1 throughout the absent ones. The caller's own copy."""
+        """The indices of all scales as the decode graph reads them: a new int32 array [L], -1 in absent scales."""
         full = np.full(self.scales.total, -1, np.int32)
         full[: len(self.indices)] = self.indices
         return full
 
     def require(self, variant: str, codebook_id: str, codebook_size: int, patch_nums: tuple[int, ...]) -> None:
-        """Check that these codes belong to a tokenizer. Its name may differ: the codebook and the scales decide.
+        """Check that these codes were made with a tokenizer's codebook and scales.
+
+        Args:
+            variant: the tokenizer's name, for the error message only.
+            codebook_id: the codebook's SHA-256 in hex, or its first 16 digits.
+            codebook_size: number of codebook entries.
+            patch_nums: sides of the scales.
 
         Raises:
-            CodebookMismatchError: they were made with another codebook or other scales.
+            CodebookMismatchError: the codebook or the scales differ.
         """
         theirs = tfc.Header(variant, codebook_id[:16].lower(), codebook_size, tuple(patch_nums))
         if (self.codebook_id, self.codebook_size, self.patch_nums) != (theirs.codebook_id, codebook_size, theirs.patch_nums):
@@ -122,12 +145,12 @@ class Codes:
             )
 
     def to_bytes(self) -> bytes:
-        """The content of a `.tfc` file (docs/reference/tfc-format.md)."""
+        """Serialize to the content of a `.tfc` file (docs/reference/tfc-format.md)."""
         return tfc.pack(self.header, self.indices)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Codes:
-        """Read the content of a `.tfc` file; one cut at a scale's end gives the scales before it.
+        """Parse the content of a `.tfc` file. A file cut at the end of a scale gives the scales before the cut.
 
         Raises:
             CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
@@ -135,21 +158,24 @@ class Codes:
         return cls._parse(bytes(data), describe(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.tfc` file, whole or not at all.
+        """Write a `.tfc` file atomically.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview) -> Codes:
-        """Read a `.tfc` file from a path, an open binary file (read to its end) or bytes.
+        """Read a `.tfc` file. A file cut at the end of a scale gives the scales before the cut.
+
+        Args:
+            source: a path, an open binary file, which is read to its end, or the content as bytes.
 
         Raises:
             CodesReadError: the file cannot be read.
             CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
-            ArgumentError: none of the things above.
+            ArgumentError: `source` is of another type.
         """
         if isinstance(source, (bytes, bytearray, memoryview)):
             return cls.from_bytes(source)
@@ -172,7 +198,7 @@ class Codes:
         return hash((self.header, self.indices.tobytes()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Arrays come out of a pickle or a deep copy writable; codes must not.
+        # By default, pickle and deepcopy would restore the array writable.
         return type(self).from_bytes, (self.to_bytes(),)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -231,7 +257,7 @@ def _checked_indices(indices: ArrayLike, header: tfc.Header) -> NDArray[np.integ
 
 
 def _immutable(array: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-    """The values as int32 over `bytes`, which nobody can make writable; shared where they already are."""
+    """The values as int32 over `bytes`, so that the array cannot be made writable; not copied if they already are."""
     owner: object = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -241,7 +267,7 @@ def _immutable(array: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
 
 
 def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """A whole file, but no more than tells a valid one from one that is too long."""
+    """The content of a file, up to one byte more than the largest valid file has."""
     limit = tfc.MAX_BYTES + 1
     if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
         raise ArgumentError(
@@ -252,7 +278,7 @@ def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
             with Path(source).open("rb") as file:
                 return file.read(limit)
         data = bytearray()
-        # Pipes and sockets give less than they are asked for.
+        # Pipes and sockets may return fewer bytes than requested.
         while len(data) < limit and (part := source.read(limit - len(data))):
             data += part
         return bytes(data)

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in rows with captions under them."""
+"""Contact sheets: a grid of images with captions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _PAPER = (255, 255, 255)
 
 
 def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
-    """An RGB picture of `tiles`, row by row; each is a picture and its caption of one or more lines.
+    """Arrange images in a grid, row by row, each with its caption below.
 
-    All pictures must have one size.
+    Args:
+        tiles: at least one pair of an image and its caption; images must have the same size, captions may have several lines.
+        columns: most images in a row.
+
+    Returns:
+        An RGB image.
     """
     width, height = tiles[0][0].size
     lines = max(caption.count("\n") + 1 for _, caption in tiles)

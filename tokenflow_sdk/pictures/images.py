@@ -1,4 +1,4 @@
-"""From a user's picture to what the encode graph reads: u8 RGB of the tokenizer's size, exactly as the released system does."""
+"""Load images and preprocess them to the u8 RGB input of the encode graph, exactly as the released system does."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ __all__ = [
 ]
 
 MAX_PIXELS = 89_478_485
-"""Largest picture accepted unless told otherwise: Pillow's own bound against decompression bombs."""
+"""Default limit on an image's number of pixels, which is Pillow's limit against decompression bombs."""
 MAX_ASPECT = 100
-"""Longest side over shortest. Beyond it a crop shows next to nothing, and resizing would blow the picture up."""
+"""Largest ratio of the long side to the short side. Beyond it a crop shows almost nothing of the image, and resizing its short
+side up would take too much memory."""
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]"
 Preprocess = Literal["crop", "squash", "pad"]
@@ -53,10 +54,10 @@ _JPEG_FORMATS = ("JPEG", "MPO")
 
 
 def pictures_in(directory: Path) -> list[Path]:
-    """The picture files of a directory, by name.
+    """The image files of a directory, chosen by their suffix and sorted by name.
 
     Raises:
-        ImageReadError: there is none.
+        ImageReadError: the directory does not exist or has no image files.
     """
     found = (
         sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()) if directory.is_dir() else []
@@ -69,15 +70,15 @@ def pictures_in(directory: Path) -> list[Path]:
 def preprocess(
     source: ImageSource, size: int, mode: Preprocess, *, fast: bool = False, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Load a picture and fit it to u8 [size, size, 3].
+    """Load an image and make it square: u8 RGB [size, size, 3].
 
     Args:
         source: a path, bytes, binary file object, PIL image, or u8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
-        size: side in pixels.
-        mode: see `fit`.
-        fast: let the JPEG decoder shrink large photos (by 2, 4 or 8) while it decodes. Much quicker, and pixels, hence
-            some codes, differ slightly from the reference path.
-        max_pixels: largest picture accepted.
+        size: side of the result in pixels.
+        mode: `crop`, `squash` or `pad`; see `fit`.
+        fast: let the JPEG decoder downscale large photos by 2, 4 or 8 while decoding. Much faster, but the pixels, and hence
+            some codes, differ slightly from those of the released system.
+        max_pixels: largest number of pixels accepted.
 
     Raises:
         ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
@@ -89,22 +90,26 @@ def preprocess(
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size: int | None = None) -> Image.Image:
-    """A picture as RGB: orientation applied, first frame, 16-bit scaled to 8, transparency over white.
+    """Load an image as 8-bit RGB.
+
+    The EXIF orientation is applied, animations give their first frame, 16-bit values are scaled to 8 bits, and transparent
+    images are composited over white.
 
     Args:
-        source: see `preprocess`. The caller's image or file object is neither changed nor closed.
-        max_pixels: largest picture accepted.
-        draft_size: shrink JPEGs while decoding, the short side staying at least this long; None decodes fully.
+        source: as for `preprocess`. The caller's image or file object is neither changed nor closed.
+        max_pixels: largest number of pixels accepted.
+        draft_size: downscale JPEGs while decoding to a short side of at least this many pixels; None decodes at full size.
 
     Raises:
-        See `preprocess`.
+        ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
+            `tokenflow_sdk.errors`.
     """
     name = describe(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
     if isinstance(source, Image.Image):
         _check_size(source.size, name, max_pixels)
-        return _decoded(source, name, None)
+        return _decode_rgb(source, name, None)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _from_file(io.BytesIO(source), name, max_pixels, draft_size)
     if isinstance(source, (str, os.PathLike)):
@@ -118,7 +123,12 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
 
 
 def describe(source: object) -> str:
-    """A short name of a source for messages: `photo.jpg`, `<1234 bytes>`, `<array uint8[480, 640, 3]>`."""
+    """A short name of an image or file source for error messages.
+
+    Example:
+        >>> describe("photo.jpg"), describe(b"1234"), describe(np.zeros((480, 640, 3), np.uint8))
+        ('photo.jpg', '<4 bytes>', '<array uint8[480, 640, 3]>')
+    """
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -135,7 +145,7 @@ def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_s
         raise ImageReadError(f"{name} is an address, not a file.", "Download it first and give its path or bytes.")
     path = Path(path)
     try:
-        # A pipe or device could block for ever; only files are pictures.
+        # Opening a pipe or a device could block for ever, so only regular files are opened.
         if stat.S_ISREG(path.stat().st_mode):
             with path.open("rb") as file:
                 return _from_file(file, name, max_pixels, draft_size)
@@ -153,17 +163,17 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | Non
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
     except UnidentifiedImageError as error:
-        raise _unidentified(file, name) from error
+        raise _unidentified_error(file, name) from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise what they like at damaged bytes
-        raise _damaged(name, error) from error
+    except Exception as error:  # decoders raise any exception on damaged bytes
+        raise _damaged_error(name, error) from error
     with image:
         _check_size(image.size, name, max_pixels)
-        return _decoded(image, name, draft_size)
+        return _decode_rgb(image, name, draft_size)
 
 
-def _unidentified(file: BinaryIO, name: str) -> CorruptImageError:
+def _unidentified_error(file: BinaryIO, name: str) -> CorruptImageError:
     file.seek(0)
     if not file.read(1):
         return CorruptImageError(f"{name} is empty.", "Give a picture, e.g. PNG or JPEG.")
@@ -188,27 +198,27 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def _decoded(image: Image.Image, name: str, draft_size: int | None) -> Image.Image:
+def _decode_rgb(image: Image.Image, name: str, draft_size: int | None) -> Image.Image:
     try:
         if draft_size is not None and image.format in _JPEG_FORMATS:
             image.draft(None, (draft_size, draft_size))
         image.load()
-        return _to_rgb(_upright(image), name)
+        return _to_rgb(_apply_orientation(image), name)
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
-    except Exception as error:  # decoders raise what they like at damaged bytes
-        raise _damaged(name, error) from error
+    except Exception as error:  # decoders raise any exception on damaged bytes
+        raise _damaged_error(name, error) from error
 
 
-def _damaged(name: str, error: Exception) -> CorruptImageError:
+def _damaged_error(name: str, error: Exception) -> CorruptImageError:
     why = str(error) or type(error).__name__
     return CorruptImageError(f"{name} is damaged or cut short: {why}.", "Copy or save the picture again.")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says. Damaged EXIF does not make the pixels unusable."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """The image rotated as its EXIF orientation says; unchanged if the EXIF data are damaged."""
     try:
         return ImageOps.exif_transpose(image)
     except MemoryError:
@@ -253,11 +263,15 @@ def _dtype_hint(array: NDArray[Any]) -> str:
 
 
 def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
-    """An RGB picture as u8 [size, size, 3] (docs/model.md, section 2).
+    """Make an RGB image square: u8 [size, size, 3] (docs/model.md, section 2).
 
-    `crop` is the evaluation preprocessing: halve by a 2x box filter while the short side is at least twice `size`,
-    bicubic to the short side, centre crop. `squash` is the understanding preprocessing: plain bicubic of the whole picture,
-    aspect not kept. `pad` keeps aspect and the whole picture, centred on white.
+    Args:
+        image: an RGB image.
+        size: side of the result in pixels.
+        mode: `crop` is the evaluation preprocessing of the released system: halve with a 2 x 2 box filter while the short side
+            is at least twice `size`, resize the short side to `size` (bicubic), crop the centre. `squash` is its understanding
+            preprocessing: resize the whole image (bicubic) without keeping its aspect ratio. `pad` resizes the long side
+            instead of the short one and centres the image on white.
     """
     if mode == "squash":
         return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -276,11 +290,15 @@ def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
 
 
 def check_batch(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """u8 [B, size, size, 3], B >= 1, made C-contiguous.
+    """Check a batch of images for the encode graph, and return it C-contiguous.
+
+    Args:
+        images: u8 [B, size, size, 3], B >= 1.
+        size: side in pixels that the tokenizer takes.
 
     Raises:
-        ArrayError: not a u8 array of rank 4 with three channels.
-        ImageShapeError: pictures of another size.
+        ArrayError: not a u8 array of shape [B, H, W, 3] with B >= 1.
+        ImageShapeError: the images have another size.
     """
     if not isinstance(images, np.ndarray):
         raise ArrayError(
@@ -302,13 +320,22 @@ def check_batch(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of two u8 arrays of one shape, in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio in dB of two u8 arrays of the same shape; infinite if they are equal.
+
+    Example:
+        >>> round(psnr(np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)), 2)
+        48.13
+    """
     error = float(np.mean(np.square(a.astype(np.float64) - b)))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Mean structural similarity of two u8 pictures [H, W, 3], -1 .. 1 (Wang et al. 2004; luma, windows of 7 x 7)."""
+    """Mean structural similarity of two u8 images [H, W, 3], from -1 to 1.
+
+    Computed on luma with uniform 7 x 7 windows. Source: Wang et al., "Image quality assessment: from error visibility to
+    structural similarity", 2004.
+    """
     luma = np.array([0.299, 0.587, 0.114])
     windows = [np.lib.stride_tricks.sliding_window_view(picture @ luma, (7, 7)) for picture in (a, b)]
     (x, y), (xx, yy) = ([w.mean(axis=(2, 3)) for w in windows], [w.var(axis=(2, 3), ddof=1) for w in windows])

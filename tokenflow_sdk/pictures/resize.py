@@ -1,7 +1,7 @@
-"""Resizes of fixed size as constant matrices, in NumPy; what `torch.nn.functional.interpolate` computes along one side.
+"""Matrices that resize along one axis as `torch.nn.functional.interpolate` does, in NumPy.
 
-Both resizes of the released system (docs/model.md, section 2) are linear and separable, so a matrix for one side says it all:
-a map [s, s] becomes `m @ map @ m.T`.
+Both resizes of the quantizer (docs/model.md, section 2) are linear and separable, so one matrix per pair of sides suffices:
+a map [source, source] becomes `m @ map @ m.T`, [target, target].
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ __all__ = ["area_matrix", "bicubic_matrix"]
 
 
 def area_matrix(source: int, target: int) -> NDArray[np.float64]:
-    """[target, source]: adaptive average pooling (`mode="area"`); cell i averages floor(i s/t) .. ceil((i + 1) s/t)."""
+    """Matrix of adaptive average pooling, `interpolate(mode="area")`.
+
+    Args:
+        source: cells before.
+        target: cells after.
+
+    Returns:
+        float64 [target, source]. Cell i averages the source cells from floor(i source / target) up to, but not including,
+        ceil((i + 1) source / target).
+
+    Example:
+        >>> area_matrix(4, 2)
+        array([[0.5, 0.5, 0. , 0. ],
+               [0. , 0. , 0.5, 0.5]])
+    """
     matrix = np.zeros((target, source))
     for i in range(target):
         start, stop = i * source // target, -((i + 1) * source // -target)
@@ -22,7 +36,17 @@ def area_matrix(source: int, target: int) -> NDArray[np.float64]:
 
 
 def bicubic_matrix(source: int, target: int) -> NDArray[np.float64]:
-    """[target, source]: bicubic (a = -0.75), align_corners off, no antialias, edges clamped (`mode="bicubic"`)."""
+    """Matrix of bicubic interpolation, `interpolate(mode="bicubic", align_corners=False)`.
+
+    Cubic convolution with a = -0.75, no antialiasing, and samples beyond the edges clamped to them.
+
+    Args:
+        source: cells before.
+        target: cells after.
+
+    Returns:
+        float64 [target, source]; every row sums to 1.
+    """
     centre = (np.arange(target) + 0.5) * (source / target) - 0.5
     first = np.floor(centre).astype(np.int64) - 1
     matrix = np.zeros((target, source))
@@ -33,7 +57,7 @@ def bicubic_matrix(source: int, target: int) -> NDArray[np.float64]:
 
 
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' convolution kernel at distance x, with a = -0.75 as in PyTorch."""
+    """Keys' cubic convolution kernel at distance x >= 0, with a = -0.75 as in PyTorch."""
     a = -0.75
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

@@ -1,4 +1,4 @@
-"""The scales of a picture's codes, coarse to fine: how many codes each has, and where in the row they stand."""
+"""`Scales`: where the codes of each scale are in the row of all codes of an image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ D = TypeVar("D", bound=np.generic)
 
 @dataclass(frozen=True)
 class Scales:
-    """Scale i is a map of `sides[i]` x `sides[i]` codes; the codes of all scales stand in one row, coarse to fine.
+    """The scales of an image's codes, which are stored in one row, coarse to fine. Scale i has `sides[i]` x `sides[i]` codes.
 
     Args:
-        sides: the released name of these numbers is `patch_nums`.
+        sides: side of each scale, coarse to fine; called `patch_nums` in the released code.
+
+    Example:
+        >>> scales = Scales((1, 2, 4))
+        >>> scales.counts, scales.starts, scales.ends, scales.total
+        ((1, 4, 16), (0, 1, 5), (1, 5, 21), 21)
     """
 
     sides: tuple[int, ...]
@@ -30,25 +35,28 @@ class Scales:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Codes of each scale."""
+        """Number of codes of each scale."""
         return tuple(side * side for side in self.sides)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Codes up to the end of each scale: the lengths that a row of whole scales can have."""
+        """End index of each scale in the row, exclusive: the possible lengths of a row of whole scales."""
         return tuple(accumulate(self.counts))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Codes before each scale."""
+        """Start index of each scale in the row."""
         return (0, *self.ends[:-1])
 
     @property
     def total(self) -> int:
-        """Codes of all scales."""
+        """Number of codes of all scales, L."""
         return self.ends[-1]
 
     def split(self, row: NDArray[D], axis: int = -1) -> list[NDArray[D]]:
-        """The scales of an array that has all codes along `axis`, as views."""
+        """Split an array with the L codes along `axis` into one view for each scale.
+
+        Where the array is shorter, the last view is cut short and those of absent scales are empty.
+        """
         parts: list[NDArray[Any]] = np.split(row, self.ends[:-1], axis=axis)
         return parts

@@ -1,4 +1,4 @@
-"""The `.tfc` file: codes packed to the bit, checksummed scale by scale. docs/reference/tfc-format.md describes it."""
+"""Read and write the `.tfc` format: bit-packed codes with a checksum for every scale (docs/reference/tfc-format.md)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,25 @@ MAX_CODES = 2**21
 MAX_CODEBOOK = 2**24
 MAX_NAME_BYTES = 64
 MAX_BYTES = 8 * 2**20
-"""No valid file is larger; readers stop here."""
+"""Bound on the size of a valid file; readers stop here."""
 
 _FIXED = struct.Struct("<3sBIB8sBB")
 _CRC = struct.Struct("<I")
-# A file's name for itself is shown on terminals and may be put into paths; lone surrogates have no UTF-8.
+# The variant's name is printed on terminals and may become part of a path, hence no control characters and no separators. Lone
+# surrogates cannot be encoded in UTF-8.
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its codes. `codebook_id` is 16 hex digits."""
+    """The header of a `.tfc` file.
+
+    Args:
+        variant: the tokenizer's name.
+        codebook_id: the first 16 hex digits of the codebook's SHA-256, lower case.
+        codebook_size: number of codebook entries K.
+        patch_nums: sides of all scales of the tokenizer, coarse to fine.
+    """
 
     variant: str
     codebook_id: str
@@ -43,25 +51,25 @@ class Header:
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Bits of one code, ceil(log2 K)."""
         return (self.codebook_size - 1).bit_length()
 
     @property
     def size(self) -> int:
-        """Bytes before the first scale."""
+        """Size of the header in bytes."""
         return _FIXED.size + 2 * len(self.patch_nums) + len(self.variant.encode()) + _CRC.size
 
     @property
     def scales(self) -> Scales:
-        """All the tokenizer's scales."""
+        """All scales of the tokenizer."""
         return Scales(self.patch_nums)
 
     def segment_size(self, count: int) -> int:
-        """Bytes of a scale of `count` codes: packed, and their checksum."""
+        """Size in bytes of the segment of a scale of `count` codes: the packed codes and their checksum."""
         return -(-count * self.bits // 8) + _CRC.size
 
     def problem(self) -> str | None:
-        """What no file may say, or None."""
+        """The first value that the format does not allow, in words for an error message; None if the header is valid."""
         sides = self.patch_nums
         if not 2 <= self.codebook_size <= MAX_CODEBOOK:
             return f"a codebook of {self.codebook_size} entries"
@@ -77,12 +85,12 @@ class Header:
 
 
 def scale_ends(header: Header) -> list[int]:
-    """The byte offsets at which a file may end: the end of each scale, coarse to fine."""
+    """Byte offset of the end of each scale, coarse to fine. A file may end at any of them."""
     return list(accumulate(map(header.segment_size, header.scales.counts), initial=header.size))[1:]
 
 
 def pack_header(header: Header) -> tuple[bytes, int]:
-    """The bytes before the first scale, and the checksum that the first scale's continues."""
+    """The header as bytes, and its CRC-32, from which the first scale's CRC-32 continues."""
     name = header.variant.encode()
     sides = header.patch_nums
     fixed = _FIXED.pack(
@@ -94,8 +102,17 @@ def pack_header(header: Header) -> tuple[bytes, int]:
 
 
 def pack_scale(indices: NDArray[np.int32], bits: int, previous_crc: int) -> tuple[bytes, int]:
-    """The segment of one scale's codes [s * s], each in [0, 2^bits), and its checksum for the next scale's to continue."""
-    # Big-endian words have their bits in the file's order; packbits fills the last byte with zeros.
+    """The segment of one scale: its packed codes and checksum.
+
+    Args:
+        indices: codes int32 [s * s], each in [0, 2^bits).
+        bits: bits of one code.
+        previous_crc: CRC-32 of the header or of the previous scale, which this scale's CRC-32 continues.
+
+    Returns:
+        The segment, and its CRC-32 for the next scale.
+    """
+    # The bits of big-endian words are in the file's order; packbits pads the last byte with zeros.
     words = np.unpackbits(indices.astype(">u4").view(np.uint8)).reshape(-1, 32)
     payload = np.packbits(words[:, 32 - bits :]).tobytes()
     crc = zlib.crc32(payload, previous_crc)
@@ -103,7 +120,12 @@ def pack_scale(indices: NDArray[np.int32], bits: int, previous_crc: int) -> tupl
 
 
 def pack(header: Header, indices: NDArray[np.int32]) -> bytes:
-    """A whole file, or with fewer scales' codes, the first part of one."""
+    """The content of a file.
+
+    Args:
+        header: the file's header.
+        indices: codes int32 of whole scales, coarse to fine; may lack the finer scales.
+    """
     data, crc = pack_header(header)
     parts = [data]
     for scale in header.scales.split(indices):
@@ -115,10 +137,17 @@ def pack(header: Header, indices: NDArray[np.int32]) -> bytes:
 
 
 def unpack(data: bytes, name: str = "The file") -> tuple[Header, NDArray[np.int32]]:
-    """Header and code indices of a file that may end at any scale's end. `name` is what errors call the file.
+    """Parse the content of a file, which may end after any scale.
+
+    Args:
+        data: the content.
+        name: what error messages call the file.
+
+    Returns:
+        The header, and the codes int32 of the scales present.
 
     Raises:
-        CorruptCodesError: anything else.
+        CorruptCodesError: not a `.tfc` file, damaged, cut inside a scale, or with data after the last scale.
     """
     header, crc = _unpack_header(data, name)
     found: list[NDArray[np.int32]] = []
@@ -168,7 +197,7 @@ def _unpack_header(data: bytes, name: str) -> tuple[Header, int]:
         raise CorruptCodesError(f"{name} is damaged: the checksum of its header does not fit.", again)
     _, version, size, bits, codebook, _, _ = _FIXED.unpack_from(data)
     sides = struct.unpack_from(f"<{n_scales}H", data, _FIXED.size)
-    # Bytes that are no UTF-8 become lone surrogates, which no name may hold.
+    # Bytes that are not UTF-8 become lone surrogates, which `problem` refuses.
     header = Header(data[end - name_length : end].decode(errors="surrogateescape"), codebook.hex(), size, sides)
     problem = f"format version {version}" if version != VERSION else header.problem()
     if not problem and bits != header.bits:

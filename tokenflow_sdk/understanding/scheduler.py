@@ -141,5 +141,5 @@ class TokenScheduler:
         """Evict from the prefix cache until each table has room for `count` more tokens."""
         tables = list(tables)
         pool = self.loop.transformer.pool
-        while sum(table.needs(count) for table in tables) > pool.free and self.cache.evict():
+        while sum(table.pages_needed(count) for table in tables) > pool.free and self.cache.evict():
             pass
