@@ -9,8 +9,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,7 +18,7 @@ def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
     """Make the checkpoint, of stand-in weights, and the bundle, where they are not there."""
 
     def export(*words: object) -> None:
-        subprocess.run([sys.executable, "-m", "export", *map(str, words)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "tokenflow_export", *map(str, words)], cwd=ROOT, check=True)
 
     if not checkpoint.exists():
         export("standin", "--variant", variant, "--out", checkpoint)
@@ -27,9 +26,9 @@ def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
         export("tokenizer", "--checkpoint", checkpoint, "--variant", variant, "--out", bundle)
 
 
-def random_codes(config: TokenizerConfig) -> np.ndarray:
-    """int32 [1, L]."""
-    return np.random.default_rng(0).integers(0, config.codebook_size, (1, config.n_codes), np.int32)
+def random_codes(codebook_size: int, n_codes: int) -> NDArray[np.int32]:
+    """Code indices int32 [1, L] of one picture of `n_codes` codes; the same every time."""
+    return np.random.default_rng(0).integers(0, codebook_size, (1, n_codes), np.int32)
 
 
 def peak_resident() -> int:

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import machine, watch
 from tests.support.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 4096,
     "num_attention_heads": 32,
     "intermediate_size": 11008,
@@ -52,7 +53,7 @@ def main() -> None:
     words = ["generator", "--checkpoint", checkpoint, "--tokenizer", tokenizer, "--out", bundle, "--dtype", arguments.dtype]
     words += ["--weights", arguments.weights] if arguments.weights else []
     began = perf_counter()
-    peak = watch([sys.executable, "-m", "export", *map(str, words), "--force"])
+    peak = watch([sys.executable, "-m", "tokenflow_export", *map(str, words), "--force"])
     report = {
         "machine": machine(),
         "layers": arguments.layers,
@@ -76,7 +77,9 @@ def write_random(directory: Path, layers: int) -> None:
     shapes = generator_shapes(sizes, TEXT + 4, CODES, PATCH_NUMS_16)
     write_checkpoint(directory, sizes, {}, TEXT, CODES)
     (directory / "model.safetensors").unlink()
-    generator, where, shard = torch.Generator().manual_seed(0), {}, {}
+    generator = torch.Generator().manual_seed(0)
+    where: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
     for key, shape in shapes.items():
         value = torch.empty(shape, dtype=torch.bfloat16)
         shard[key] = value.fill_(1) if key.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)

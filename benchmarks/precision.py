@@ -57,7 +57,8 @@ def main() -> None:
 
 def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
     checkpoint, tokenizer = standin(directory, SIZES)
-    sessions, rows = {}, {}
+    sessions: dict[str, Session] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
         out = export_quietly(checkpoint, tokenizer, directory / precision.name.replace(" ", "_"), precision)
         bundle = Bundle.open(out, GeneratorConfig)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,7 @@ from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportP
 from tokenflow_sdk import AnswerParams, Understander
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 
-SIZES = BASE | {
+SIZES: dict[str, Any] = BASE | {
     "model_type": "llava_qwen",
     "hidden_size": 1024,
     "num_hidden_layers": 8,
@@ -119,7 +120,7 @@ def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
     return report | machine() | {"one": medians(one), "eight": medians(eight)}
 
 
-def picture(seed: int) -> np.ndarray:
+def picture(seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((PATCH_NUMS[-1] ** 2, 40)).astype(np.float32)
 
 
@@ -148,7 +149,9 @@ def compare_eight(ours: dict[str, Understander], theirs: Transformers, seed: int
     return {name: throughput(ours, theirs, pictures) for name, pictures in cases.items()}
 
 
-def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Sequence[np.ndarray]) -> dict[str, float]:
+def throughput(
+    ours: dict[str, Understander], theirs: Transformers, pictures: Sequence[NDArray[np.float32]]
+) -> dict[str, float]:
     questions = [(image, QUESTION + " Say it well." * i) for i, image in enumerate(pictures)]
     prompts = [ours["fp32"]._answering._text.first([ImageBlock(image)], question) for image, question in questions]
     inputs = [theirs.embed(prompt) for prompt in prompts]
@@ -166,7 +169,7 @@ def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Se
     return {side: sum(LENGTHS) / seconds(call) for side, call in calls.items()}
 
 
-def answer_all(understander: Understander, questions: Sequence[tuple[np.ndarray, str]]) -> None:
+def answer_all(understander: Understander, questions: Sequence[tuple[NDArray[np.float32], str]]) -> None:
     turns = [
         understander._request(image, question, AnswerParams(max_tokens=count, stop_ids=()))
         for (image, question), count in zip(questions, LENGTHS, strict=True)

@@ -58,8 +58,8 @@ _NO_MEMORY = re.compile(
 class Codec(Protocol):
     """What is timed and compared; `Tokenizer` is one. Shapes and types are those of its methods."""
 
-    config: TokenizerConfig
-
+    @property
+    def config(self) -> TokenizerConfig: ...
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]: ...
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]: ...
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
@@ -131,15 +131,18 @@ class TorchCodec:
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         with torch.inference_mode():
-            return self._encode(self._sent(images))[0].cpu().numpy()
+            codes: NDArray[np.int32] = self._encode(self._sent(images))[0].cpu().numpy()
+        return codes
 
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return self._encode(self._sent(images))[1].cpu().numpy()
+            latent: NDArray[np.float32] = self._encode(self._sent(images))[1].cpu().numpy()
+        return latent
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
         with torch.inference_mode():
-            return self._decode(self._sent(code_indices)).cpu().numpy()
+            pictures: NDArray[np.uint8] = self._decode(self._sent(code_indices)).cpu().numpy()
+        return pictures
 
     def close(self) -> None:
         """The model stays for the other sides; its working memory is given back."""

@@ -120,7 +120,7 @@ class Gpu(Device):
             "memory_bytes": torch.cuda.mem_get_info(self.index)[1],
             "driver": _driver(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
 
     def synchronize(self) -> None:

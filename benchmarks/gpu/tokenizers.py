@@ -166,7 +166,7 @@ class _Graph:
         self._calls[batch][side.key] = call
         return {"memory_bytes": memory}
 
-    def _call(self, codec: Codec, data: NDArray[np.generic]) -> Call:
+    def _call(self, codec: Codec, data: NDArray[Any]) -> Call:
         run = codec.encode_array if self.name == "encode" else codec.decode_array
 
         def call() -> float:

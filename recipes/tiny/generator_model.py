@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from recipes.tiny.config import TINY
 from recipes.tiny.prompts import PAD
 from tokenflow_export.models.config import TransformerConfig
-from tokenflow_export.models.llama import Attention, Transformer
+from tokenflow_export.models.llama import Attention, KeysValues, Transformer
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
 __all__ = ["SIZES", "GeneratorModel"]
@@ -34,12 +33,14 @@ SIZES = TransformerConfig(
 MAX_PROMPT = 128
 
 
-def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, past: None, bias: Tensor) -> Tensor:
-    """`Attention.attend` without a past, through PyTorch's fused kernel, which training needs and tracing does not like."""
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=bias[:, 0].to(q.dtype))
-    result: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
-    return result
+class FusedAttention(Attention):
+    """Attention without a past by PyTorch's fused kernel, which makes training faster but does not trace to ONNX."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, 0].to(q.dtype))
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class GeneratorModel(nn.Module):
@@ -60,18 +61,16 @@ class GeneratorModel(nn.Module):
         self.projector = nn.Sequential(nn.Linear(codebook.shape[1], width), nn.GELU(), nn.Linear(width, width))
         self.levels = nn.Embedding(len(TINY.patch_nums) + 1, width)
         self.places = nn.Embedding(TINY.n_codes, width)
-        self.transformer = Transformer(SIZES)
+        self.transformer = Transformer(SIZES, FusedAttention)
         self.head = nn.Linear(width, len(codebook), bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("layernorm.weight"):
+                # These normalise what a sublayer adds to the residual stream: their weights say how much that is.
+                nn.init.constant_(parameter, 0.3)
+            elif name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-        # Outputs of sublayers are normalised before they are added: their norms' weights say how much each adds.
-        for layer in self.transformer.layers:
-            nn.init.constant_(layer.input_layernorm.weight, 0.3)
-            nn.init.constant_(layer.post_attention_layernorm.weight, 0.3)
-            layer.self_attn.attend = partial(_attend, layer.self_attn)
         sides = TINY.patch_nums
         self.up = [torch.from_numpy(bicubic_matrix(a, b)).float() for a, b in pairwise(sides)]
 
@@ -120,7 +119,7 @@ class GeneratorModel(nn.Module):
         return images
 
     def _rows(self, codes: Tensor, side: int) -> Tensor:
-        return F.embedding(codes, self.codebook).transpose(1, 2).unflatten(2, (side, side))
+        return torch.unflatten(F.embedding(codes, self.codebook).transpose(1, 2), 2, (side, side))
 
     def _geometry(self, text: int, counts: Sequence[int], seen: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [1, Q] and mask [B, Q, Q]: text causal, scales bidirectional, pads unseen."""

@@ -26,6 +26,7 @@ def initialise(model: TokenFlowTokenizer, pictures: Tensor) -> None:
     components, mean, scale = _pca(pictures, model.config.pixel_encoder.stride, model.config.pixel_dim)
     encode, decode = model.encoder.skip, model.decoder.skip
     assert encode is not None and decode is not None
+    assert encode.bias is not None and decode.bias is not None
     count = len(components)
     with torch.no_grad():
         for module in (model.encoder.conv_out, model.decoder.conv_out, encode, decode):
@@ -38,6 +39,7 @@ def initialise(model: TokenFlowTokenizer, pictures: Tensor) -> None:
         decode.bias[:] = mean
         for conv in (model.quant_conv, model.post_quant_conv):
             conv.weight.mul_(0.1)
+            assert conv.bias is not None
             conv.bias.zero_()
             conv.weight[:count, :count, 0, 0] = torch.eye(count)
 

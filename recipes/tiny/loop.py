@@ -39,7 +39,7 @@ def device() -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether it multiplies bfloat16 itself; a CPU that only converts is several times slower than with float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 

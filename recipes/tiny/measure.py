@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -127,7 +127,7 @@ def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenize
     indices = torch.from_numpy(codes).long()
     images = torch.from_numpy(np.array(picture))[None]
     with torch.inference_mode():
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "encode": lambda: tokenizer.encode_array(picture[None]),
             "encode_eager": lambda: model.encode(images),
             "decode": lambda: tokenizer.decode_array(codes),

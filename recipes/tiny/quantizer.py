@@ -42,7 +42,7 @@ class TrainingQuantizer:
         self.halves = [config.semantic_dim, config.pixel_dim]
 
     def _unit(self, cells: Tensor) -> Tensor:
-        semantic, pixel = cells.split(self.halves, dim=-1)
+        semantic, pixel = torch.split(cells, self.halves, dim=-1)
         return torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
 
     def __call__(self, model: TokenFlowTokenizer, latent: Tensor, scales: int | None = None) -> Quantized:
@@ -78,6 +78,6 @@ class TrainingQuantizer:
 
     def set_codes(self, model: TokenFlowTokenizer, codes: Tensor, cells: Tensor) -> None:
         """Put residual cells [M, C] into the codebooks' rows `codes` [M]."""
-        semantic, pixel = self._unit(cells).split(self.halves, dim=-1)
+        semantic, pixel = torch.split(self._unit(cells), self.halves, dim=-1)
         model.quantize.embedding_vqkd.weight.data[codes] = semantic
         model.quantize.embedding_vqgan.weight.data[codes] = pixel

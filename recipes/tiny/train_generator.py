@@ -25,7 +25,7 @@ from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
-from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, train_prompt_tokenizer
+from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
 from tokenflow_export.models import TokenFlowTokenizer
 
@@ -62,7 +62,7 @@ def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[Gene
     """The averaged generator of a training directory, and its prompt tokenizer."""
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
     codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-    model = GeneratorModel(prompts.token_to_id("<vq_token_0>") + 1, codebook)
+    model = GeneratorModel(text_size(prompts), codebook)
     model.load_state_dict(torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
     return model.eval().requires_grad_(False), prompts
 
@@ -84,9 +84,8 @@ class GeneratorTraining:
         self.entries = [entry for entry in train if entry["label"] in wanted]
         self.codes = self._encode(pictures, tokenizer)
         self.prompts = train_prompt_tokenizer(words, TINY.codebook_size)
-        first = self.prompts.token_to_id("<vq_token_0>")
         codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-        self.model = GeneratorModel(first + 1, codebook).to(self.device)
+        self.model = GeneratorModel(text_size(self.prompts), codebook).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
 
@@ -131,7 +130,7 @@ class GeneratorTraining:
         redrawn = self._redrawn(prompts, codes, scales, rng) if rng.random() < REDRAWN else None
         loss = self._loss(self.model, prompts, seen, codes, scales, redrawn)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         decay = min(0.998, (1 + self.step) / (10 + self.step))

@@ -45,7 +45,7 @@ class TokenizerTraining:
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
         self.half = has_bfloat16(device)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = Teacher().to(device)
         with torch.no_grad():
@@ -68,8 +68,7 @@ class TokenizerTraining:
             latent = self._latent(x)
             losses = self._losses(x, latent.float(), scales)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self._update_average()
@@ -95,8 +94,8 @@ class TokenizerTraining:
             self._count(quantized.indices, quantized.cells)
         else:
             losses["codes"] = 0.01 * latent.square().mean()
-        maps = features.transpose(1, 2).unflatten(2, (TINY.grid, TINY.grid))
-        semantic, pixel = maps.split([TINY.semantic_dim, TINY.pixel_dim], dim=1)
+        maps = torch.unflatten(features.transpose(1, 2), 2, (TINY.grid, TINY.grid))
+        semantic, pixel = torch.split(maps, [TINY.semantic_dim, TINY.pixel_dim], dim=1)
         y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
         losses["pixels"] = 5 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * _gradient_loss(y, x)
         told = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()

@@ -39,14 +39,18 @@ def standin_weight(key: str, shape: tuple[int, ...], seed: int = 0) -> NDArray[n
     if key.endswith("codebook_used"):
         return np.zeros(shape, np.float32)
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()) + seed))
-    draw = generator.standard_normal(shape, dtype=np.float32)
+    values = generator.standard_normal(shape, dtype=np.float32)
     if key.endswith((".bias", "_bias")):
-        return draw * np.float32(0.02)
-    if "class_embedding" in key:
-        return generator.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
-    if len(shape) == 1:
-        return 1 + np.float32(0.1) * draw
-    return draw * np.float32(_factor(key, shape))
+        values *= np.float32(0.02)
+    elif "class_embedding" in key:
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(0.3)
+    elif len(shape) == 1:
+        values *= np.float32(0.1)
+        values += 1
+    else:
+        values *= np.float32(_factor(key, shape))
+    return values
 
 
 def standin_arrays(config: TokenizerArchitecture, seed: int = 0) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -171,13 +171,13 @@ def _embed_text_spec(
 
 
 def _embed_image_spec(directory: HfDirectory, dims: Mapping[str, Any]) -> GraphSpec:
-    module = projector(directory)
+    code_dim = directory.shapes["model.mm_projector.0.weight"][1]
     levels, positions = directory.tensor("model.lvl_embed.weight"), directory.tensor("model.pos_1LC")
     return GraphSpec(
         "embed_image",
-        EmbedImageGraph(module, levels, positions),
+        EmbedImageGraph(projector(directory), levels, positions),
         {
-            "features": (_zeros(2, 3, module[0].in_features), {0: dims["batch"], 1: dims["queries"]}),
+            "features": (_zeros(2, 3, code_dim), {0: dims["batch"], 1: dims["queries"]}),
             "level": (_counts(1), {}),
             "places": (_counts(3), {0: dims["queries"]}),
         },

@@ -17,6 +17,9 @@ class EmbedTextGraph(nn.Module):
     the image start token, which takes the first image position as well.
     """
 
+    table: Tensor
+    first_position: Tensor
+
     def __init__(self, table: Tensor, first_position: Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table)
@@ -29,6 +32,9 @@ class EmbedTextGraph(nn.Module):
 class EmbedImageGraph(nn.Module):
     """features float32 [B, Q, 40], level int32 [1], places int32 [Q] -> embeddings [B, Q, H]: projector + level + position."""
 
+    levels: Tensor
+    positions: Tensor
+
     def __init__(self, projector: nn.Module, levels: Tensor, positions: Tensor) -> None:
         super().__init__()
         self.projector = projector
@@ -36,7 +42,8 @@ class EmbedImageGraph(nn.Module):
         self.register_buffer("positions", positions)
 
     def forward(self, features: Tensor, level: Tensor, places: Tensor) -> Tensor:
-        return self.projector(features) + (F.embedding(level, self.levels) + F.embedding(places, self.positions))
+        projected: Tensor = self.projector(features)
+        return projected + (F.embedding(level, self.levels) + F.embedding(places, self.positions))
 
 
 class SampleGraph(nn.Module):
@@ -47,6 +54,8 @@ class SampleGraph(nn.Module):
     ranks int32 [W], the numbers 0 .. W - 1, W at least every top_k. Outputs: code_indices int32 [R, Q]; logits [R, Q, K].
     Only the W likeliest are sorted. The head has no bias, so guidance is applied to its input: one product, not two.
     """
+
+    head: Tensor
 
     def __init__(self, head: Tensor) -> None:
         super().__init__()

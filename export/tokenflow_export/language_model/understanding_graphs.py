@@ -14,6 +14,8 @@ __all__ = ["EmbedTokensGraph", "HeadGraph"]
 class EmbedTokensGraph(nn.Module):
     """token_ids int32 [B, Q] -> embeddings float32 [B, Q, H]."""
 
+    table: Tensor
+
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table)

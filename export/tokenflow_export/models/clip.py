@@ -23,7 +23,8 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads))
+        out: Tensor = self.out_proj(attend(q, k, v, self.heads))
+        return out
 
 
 class QuickGelu(nn.Module):
@@ -42,7 +43,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        out: Tensor = x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        return out
 
 
 class Transformer(nn.Module):
@@ -68,9 +70,10 @@ class ClipEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.conv1(x).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.conv1(x).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(tokens.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([first, tokens], dim=1) + self.positional_embedding)
         for block in self.transformer.resblocks:
             tokens = block(tokens)
-        return self.ln_post(tokens[:, 1:])
+        out: Tensor = self.ln_post(tokens[:, 1:])
+        return out

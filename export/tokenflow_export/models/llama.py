@@ -95,7 +95,8 @@ class Attention(nn.Module):
         weights = (scores + bias).softmax(dim=-1).to(q.dtype)
         out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ values
         out = out.reshape(batch, self.config.kv_heads, groups, length, dim).permute(0, 3, 1, 2, 4)
-        return self.o_proj(out.reshape(batch, length, heads * dim))
+        result: Tensor = self.o_proj(out.reshape(batch, length, heads * dim))
+        return result
 
 
 class Mlp(nn.Module):
@@ -106,16 +107,17 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
     """Sublayers read the residual stream through a norm (`pre`), or as it is and have their output normalised (`output`)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.config = config
-        self.self_attn = Attention(config)
+        self.self_attn = attention(config)
         self.mlp = Mlp(config)
         self.input_layernorm = RmsNorm(config.width, config.norm_eps)
         self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
@@ -137,10 +139,10 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The layers and the final norm, without embeddings and head."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -149,4 +151,5 @@ class Transformer(nn.Module):
         bias = score_bias(mask)
         for layer in self.layers:
             x, _, _ = layer(x, cos, sin, None, bias)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out

@@ -33,7 +33,7 @@ class SharedQuantizer(nn.Module):
     def distances(self, cells: Tensor) -> Tensor:
         """Squared distances [M, K] of unnormalised cells [M, 40] to every code, both halves added by their weights."""
         total = torch.zeros(())
-        halves = cells.split([self.semantic_dim, cells.shape[1] - self.semantic_dim], dim=1)
+        halves = torch.split(cells, [self.semantic_dim, cells.shape[1] - self.semantic_dim], dim=1)
         for half, codebook, weight in zip(halves, self.codebooks(), self.weights, strict=True):
             z = F.normalize(half, dim=-1)
             total = total + weight * (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T)

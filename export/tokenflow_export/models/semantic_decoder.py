@@ -25,7 +25,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads))
+        out: Tensor = self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads))
+        return out
 
 
 class Mlp(nn.Module):
@@ -35,7 +36,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -48,7 +50,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class PatchEmbed(nn.Module):
@@ -57,7 +60,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 class SemanticDecoder(nn.Module):
@@ -72,8 +76,9 @@ class SemanticDecoder(nn.Module):
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_embed(x)
+        tokens: Tensor = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
-        return self.fc_norm(tokens[:, 1:])
+        out: Tensor = self.fc_norm(tokens[:, 1:])
+        return out

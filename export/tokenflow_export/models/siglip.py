@@ -25,7 +25,8 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        out: Tensor = self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return out
 
 
 class Mlp(nn.Module):
@@ -35,7 +36,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class Layer(nn.Module):
@@ -48,7 +50,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class Embeddings(nn.Module):
@@ -58,7 +61,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.position_grid**2, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patch_embedding(x).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        x = self.patch_embedding(x)
+        return x.flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 
 class LayerStack(nn.Module):
@@ -82,7 +86,7 @@ class SiglipEncoder(nn.Module):
         self.vision_model = VisionModel(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.vision_model.embeddings(x)
+        tokens: Tensor = self.vision_model.embeddings(x)
         for layer in self.vision_model.encoder.layers:
             tokens = layer(tokens)
         return tokens

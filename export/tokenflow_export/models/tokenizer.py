@@ -75,11 +75,13 @@ class TokenFlowTokenizer(nn.Module):
 
     def semantic_branch(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] -> S [B, N, 32]."""
-        return self.encode_task_layer(self.encoder_vqkd(self.scaling_layer(x)))
+        out: Tensor = self.encode_task_layer(self.encoder_vqkd(self.scaling_layer(x)))
+        return out
 
     def pixel_branch(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] -> P [B, 8, g, g]."""
-        return self.quant_conv(self.encoder(self._resized(x, self.config.pixel_input_size)))
+        out: Tensor = self.quant_conv(self.encoder(self._resized(x, self.config.pixel_input_size)))
+        return out
 
     def latent(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] in [-1, 1] -> what the quantizer reads, [B, 40, g, g]."""
@@ -99,7 +101,8 @@ class TokenFlowTokenizer(nn.Module):
     def semantic(self, code_indices: Tensor) -> Tensor:
         """Code indices [B, l], l whole scales -> teacher-like features [B, g * g, out_width]."""
         half = self.quantize.decode(code_indices)[:, : self.config.semantic_dim]
-        return self.decode_task_layer(self.decoder_vqkd(half))
+        features: Tensor = self.decode_task_layer(self.decoder_vqkd(half))
+        return features
 
     @staticmethod
     def _resized(x: Tensor, size: int) -> Tensor:

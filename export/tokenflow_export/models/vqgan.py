@@ -29,7 +29,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        out: Tensor = (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -47,7 +48,8 @@ class AttentionBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         out = attend(q, k, v, heads=1)
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        result: Tensor = x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        return result
 
 
 class Downsample(nn.Module):
@@ -58,7 +60,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -69,22 +72,36 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; attention follows each residual block where `attention` is set."""
+    """The residual blocks of one resolution, each followed by attention if `attention` is set, then the resize to the next."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(out_channels if i else in_channels, out_channels) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
+        for resize in (self.downsample, self.upsample):
+            if resize is not None:
+                x = resize(x)
         return x
 
 
@@ -103,10 +120,7 @@ class VqganEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         channels, last = config.base_channels, len(widths) - 1
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.blocks, attention=i == last)
-            if i != last:
-                level.downsample = Downsample(width)
-            self.conv_blocks.append(level)
+            self.conv_blocks.append(Level(channels, width, config.blocks, attention=i == last, downsample=i != last))
             channels = width
         self.mid = _middle(channels)
         self.norm_out = _norm(channels)
@@ -117,10 +131,10 @@ class VqganEncoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        out = self.conv_out(F.silu(self.norm_out(self.mid(h))))
-        return out if self.skip is None else out + self.skip(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        if self.skip is not None:
+            out = out + self.skip(x)
+        return out
 
 
 class VqganDecoder(nn.Module):
@@ -134,10 +148,7 @@ class VqganDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         channels, last = widths[0], len(widths) - 1
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.blocks + 1, attention=i == 0)
-            if i != last:
-                level.upsample = Upsample(width)
-            self.conv_blocks.append(level)
+            self.conv_blocks.append(Level(channels, width, config.blocks + 1, attention=i == 0, upsample=i != last))
             channels = width
         self.norm_out = _norm(channels)
         self.patch, self.stride = config.patch, config.stride
@@ -148,8 +159,6 @@ class VqganDecoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        out = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
         return out if self.skip is None else out + F.pixel_shuffle(self.skip(z), self.stride)

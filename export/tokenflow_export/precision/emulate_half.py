@@ -153,7 +153,7 @@ class _Emulator:
 def _lazily(tensor: Any, half: ir.DataType, name: str) -> ir.LazyTensor:
     """Weights in float32 rounded to half, read when they are written."""
 
-    def rounded() -> ir.Tensor:
+    def rounded() -> ir.Tensor[Any]:
         # What is beyond the largest number of the type becomes infinite, as in an engine.
         with np.errstate(over="ignore"):
             return ir.Tensor(tensor.numpy().astype(half.numpy()).astype(np.float32), name=name)

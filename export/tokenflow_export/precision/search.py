@@ -109,7 +109,7 @@ def store(bundle: Bundle[Any], asset: str, content: object, figures: Mapping[str
     path = bundle.path / f"{asset}.json"
     write_atomic(path, json.dumps(content, indent=2).encode())
     assets = dict(bundle.assets) | {asset: file_entry(path)}
-    replace(bundle, assets=assets, parity=dict(bundle.parity) | figures).write_manifest()
+    replace(bundle, assets=assets, parity={**bundle.parity, **figures}).write_manifest()
 
 
 def store_pinned(

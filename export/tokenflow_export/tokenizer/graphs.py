@@ -48,6 +48,9 @@ class SeparableResize(nn.Module):
 class CodebookSearch(nn.Module):
     """Latent cells [B, g * g, 40] -> code indices int32 [B, L] and quantized feature [B, g * g, 40] (spec section 2)."""
 
+    codebook: Tensor
+    codebook_t: Tensor
+
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
         config = model.config
@@ -62,7 +65,8 @@ class CodebookSearch(nn.Module):
                 self.register_buffer(f"up_{side}", _of_map(bicubic_matrix(side, config.grid)))
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        found, out = [], None
+        found: list[Tensor] = []
+        out: Tensor | None = None
         for side in self.patch_nums:
             down, up = getattr(self, f"down_{side}", None), getattr(self, f"up_{side}", None)
             cells = residual if down is None else down @ residual
@@ -74,6 +78,7 @@ class CodebookSearch(nn.Module):
             out = q if out is None else out + q
             residual = residual - q
             found.append(indices)
+        assert out is not None
         return torch.cat(found, dim=1).to(torch.int32), out
 
 
@@ -108,6 +113,9 @@ class EncodeGraph(nn.Module):
 class CodeSum(nn.Module):
     """code_indices int32 [B, L] -> sum over the scales of their resized codes, [B, g * g, dims]; -1 adds nothing."""
 
+    codebook: Tensor
+    up: Tensor
+
     def __init__(self, model: TokenFlowTokenizer, start: int, stop: int) -> None:
         super().__init__()
         config = model.config
@@ -129,7 +137,8 @@ class FeaturesGraph(nn.Module):
         self.sum = CodeSum(model, 0, model.config.code_dim)
 
     def forward(self, code_indices: Tensor) -> Tensor:
-        return self.sum(code_indices)
+        features: Tensor = self.sum(code_indices)
+        return features
 
 
 class DecodeGraph(nn.Module):
@@ -160,4 +169,5 @@ class SemanticGraph(nn.Module):
     def forward(self, code_indices: Tensor) -> Tensor:
         grid = self.config.grid
         half = self.sum(code_indices).transpose(1, 2).reshape(-1, self.config.semantic_dim, grid, grid)
-        return self.decode_task_layer(self.decoder_vqkd(half))
+        features: Tensor = self.decode_task_layer(self.decoder_vqkd(half))
+        return features

@@ -55,7 +55,7 @@ def store_resizes(model: ir.Model, patch_nums: Sequence[int]) -> None:
     grid = patch_nums[-1]
     sides = {f"up_{side}": bicubic_matrix(side, grid) for side in patch_nums}
     sides |= {f"down_{side}": area_matrix(grid, side) for side in patch_nums}
-    makers = {(name,): map_matrix(side) for name, side in sides.items()}
+    makers: dict[tuple[str, ...], NDArray[np.float32]] = {(name,): map_matrix(side) for name, side in sides.items()}
     makers[tuple(f"up_{side}" for side in patch_nums)] = np.concatenate([makers[f"up_{side}",] for side in patch_nums], axis=1)
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value

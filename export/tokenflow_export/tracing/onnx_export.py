@@ -75,7 +75,8 @@ def export_graph(
     assert domains == {""}, f"{spec.name} uses operators outside ONNX: {domains}"
     assert not model.functions, f"{spec.name} holds local functions"
     path = directory / f"{spec.name}.onnx"
-    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     external = f"{path.name}.data" if weight_bytes >= _INLINE_BYTES else None
     report = progress or (lambda _: None)
     ir.save(model, path, external_data=external, callback=lambda _, state: report((state.index + 1) / state.total))

@@ -169,7 +169,7 @@ class _Rewrite:
         assert matrix.name and matrix.const_value is not None
         self.name = matrix.name
         self.tensor = matrix.const_value
-        self.inputs, self.outputs = (int(size) for size in self.tensor.shape)
+        self.inputs, self.outputs = self.tensor.shape.numpy()
 
     def _read(self) -> Float32:
         return self.tensor.numpy().astype(np.float32, copy=False)
