@@ -1,0 +1,1 @@
+"""Reading released checkpoints: strict about keys and shapes, never unpickling code."""
