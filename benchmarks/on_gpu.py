@@ -33,23 +33,14 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 
 from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, VARIANT, GeneratorSizes, Request
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
+from tokenflow_sdk.cli import exit_status
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 wrong results or not everything measured, 2 nothing can be measured, 130 interrupted."""
-    console = Console(stderr=True, highlight=False)
-    try:
-        problems = _run(_parser().parse_args(argv), sys.argv[1:] if argv is None else argv)
-    except TokenFlowError as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written", style="yellow")
-        return 130
-    for sentence in problems:
-        console.print(f"error: {sentence}", style="bold red", soft_wrap=True, markup=False)
-    return 1 if problems else 0
+    words = sys.argv[1:] if argv is None else argv
+    return exit_status.run(lambda: _measure(_parser().parse_args(words), words), interrupted="interrupted; nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, words: list[str]) -> list[str]:
+def _measure(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, shlex.join(["python", "benchmarks/on_gpu.py", *words]))
     try:
         from benchmarks.gpu.run import run
@@ -94,7 +85,10 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> list[str]:
             f"This benchmark needs a package that is not installed ({error}).",
             "Run `make bench-gpu`, which installs everything into .venv-gpu.",
         ) from error
-    return run(request)
+    problems = run(request)
+    for sentence in problems:
+        Console(stderr=True, highlight=False).print(f"error: {sentence}", style="bold red", soft_wrap=True, markup=False)
+    return 1 if problems else 0
 
 
 def _request(arguments: argparse.Namespace, command: str) -> Request:

@@ -18,8 +18,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.request import DTYPES, TITLES, TORCH, Dtype
 from benchmarks.gpu.timing import console, say_why
 from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_pixels, to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_pixels, to_unit_range
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle

@@ -18,7 +18,7 @@ from recipes.tiny.captions import held_out_caption
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.pictures.images import psnr
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.models.config import TokenizerArchitecture
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.tokenizer.graphs import CodebookSearch
 
 __all__ = ["Quantized", "TrainingQuantizer"]

@@ -27,7 +27,7 @@ from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 
 __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
 

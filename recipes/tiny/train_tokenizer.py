@@ -23,7 +23,7 @@ from recipes.tiny.initial import initialise
 from recipes.tiny.loop import device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["TokenizerTraining", "main"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.checkpoints.strict import Shapes, key_problems
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 

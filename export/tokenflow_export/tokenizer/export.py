@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from tokenflow_export.atomic_directory import atomic_directory, versions
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_unit_range
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
 from tokenflow_export.tokenizer.reference_images import reference_pictures

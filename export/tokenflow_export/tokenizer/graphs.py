@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_pixels, to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_pixels, to_unit_range
 from tokenflow_export.tracing.resizes import map_matrix
 from tokenflow_sdk.pictures.resize import area_matrix, bicubic_matrix
 
