@@ -21,6 +21,7 @@ from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
 from recipes.tiny.train_generator import load_generator, load_tokenizer
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.generator import export_generator
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
@@ -82,18 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compress=True)
         generator, prompts = load_generator(arguments.generator, model)
         write_released_layout(generator, prompts, Path(work))
-        agreement = export_generator(
+        job = ExportJob(
             HfDirectory(Path(work)),
             Bundle.open(out / "tokenizer", TokenizerConfig),
             out / "generator",
             steps,
             force=True,
             precision=ExportPrecision("fp32", "int8"),
-            negative_prompt=NEGATIVE_PROMPT,
-            preset=PRESET,
-            cfg_scale=CFG_SCALE,
             compress=True,
         )
+        agreement = export_generator(job, NEGATIVE_PROMPT, PRESET, arguments.cfg_scale)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB; int8 transformer: likeliest code the same at {agreement.same_code:.1%} of positions")
     return 0

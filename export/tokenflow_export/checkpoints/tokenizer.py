@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
-from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.checkpoints.strict import Shapes, key_problems
+from tokenflow_export.models.config import STANDARD, VARIANTS, TokenizerArchitecture
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_model", "read_state_dict", "recognise", "released_shapes", "resolve"]
@@ -173,7 +173,7 @@ def recognise(shapes: Shapes, variant: str | None = None, name: str = "checkpoin
             f"{name} holds a {' or '.join(sorted(candidates))} tokenizer, not {variant}.", "Leave --variant out, or correct it."
         )
     config = VARIANTS[variant or candidates[0]]
-    decoder = VARIANTS["clipb_256"].pixel_decoder if enhanced else VARIANTS["clipb_224"].pixel_decoder
+    decoder = VARIANTS["clipb_256"].pixel_decoder if enhanced else STANDARD
     return replace(config, pixel_decoder=decoder)
 
 

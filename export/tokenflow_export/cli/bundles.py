@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenflow_export.language_model.agreement import Agreement
+    from tokenflow_export.language_model.bundle_writer import ExportJob
 
 __all__ = ["generator", "tokenizer", "understanding"]
 
@@ -51,8 +52,9 @@ def understanding(arguments: argparse.Namespace) -> None:
     _language_model(arguments, export_understanding, "token")
 
 
-def _language_model(arguments: argparse.Namespace, export: Callable[..., Agreement], choice: str) -> None:
+def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob], Agreement], choice: str) -> None:
     from tokenflow_export.checkpoints.hf_directory import HfDirectory
+    from tokenflow_export.language_model.bundle_writer import ExportJob
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tracing.weight_quantization import ExportPrecision
     from tokenflow_sdk.bundle.bundle import Bundle
@@ -62,7 +64,8 @@ def _language_model(arguments: argparse.Namespace, export: Callable[..., Agreeme
     tokenizer = Bundle.open(arguments.tokenizer, TokenizerConfig)
     precision = ExportPrecision(arguments.dtype, arguments.weights)
     with ProgressSteps() as steps:
-        found = export(HfDirectory(arguments.checkpoint), tokenizer, arguments.out, steps, arguments.force, precision)
+        directory = HfDirectory(arguments.checkpoint)
+        found = export(ExportJob(directory, tokenizer, arguments.out, steps, arguments.force, precision))
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
     print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
     print(f"  likeliest {choice} the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["ClipEncoder"]
 

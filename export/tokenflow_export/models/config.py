@@ -5,10 +5,11 @@ Everything that differs between variants is a value here; the modules in `export
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = [
+    "STANDARD",
     "VARIANTS",
     "SemanticDecoderConfig",
     "SemanticEncoderConfig",
@@ -61,6 +62,10 @@ class VqganConfig:
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
+STANDARD = VqganConfig(base_channels=128, blocks=2)
+"""Both halves of the released tokenizers, but for the enhanced decoder of `clipb_256`."""
+
+
 @dataclass(frozen=True)
 class SemanticDecoderConfig:
     """The small ViT that turns semantic codes into teacher-like features (`decoder_vqkd`, `decode_task_layer`)."""
@@ -84,9 +89,9 @@ class TokenizerArchitecture:
     image_size: int
     patch_nums: tuple[int, ...]
     semantic_encoder: SemanticEncoderConfig
-    pixel_encoder: VqganConfig
-    pixel_decoder: VqganConfig
     semantic_decoder: SemanticDecoderConfig
+    pixel_encoder: VqganConfig = STANDARD
+    pixel_decoder: VqganConfig = STANDARD
     preprocess: Literal["crop", "squash"] = "crop"
     codebook_size: int = 32768
     semantic_dim: int = 32
@@ -151,50 +156,20 @@ _VITAMIN = SemanticEncoderConfig(
 _SIGLIP = SemanticEncoderConfig(
     kind="siglip", width=1152, layers=26, heads=16, mlp_width=4304, patch_size=14, position_grid=27, unused_layers=1
 )
-_STANDARD = VqganConfig(base_channels=128, blocks=2)
+_CLIP_DECODER = SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14)
+_VITAMIN_DECODER = SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=16)
+_SIGLIP_DECODER = replace(_VITAMIN_DECODER, position_grid=27)
 _ENHANCED = VqganConfig(base_channels=256, blocks=4)
 _PATCH_NUMS_14 = (1, 2, 4, 6, 8, 10, 12, 14)
 _PATCH_NUMS_16 = (*_PATCH_NUMS_14, 16)
+_PATCH_NUMS_27 = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
 
 VARIANTS: dict[str, TokenizerArchitecture] = {
     config.variant: config
     for config in (
-        TokenizerArchitecture(
-            variant="clipb_224",
-            image_size=224,
-            patch_nums=_PATCH_NUMS_14,
-            semantic_encoder=_CLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
-        ),
-        TokenizerArchitecture(
-            variant="clipb_256",
-            image_size=256,
-            patch_nums=_PATCH_NUMS_16,
-            semantic_encoder=_CLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_ENHANCED,
-            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
-        ),
-        TokenizerArchitecture(
-            variant="vitamin_256",
-            image_size=256,
-            patch_nums=_PATCH_NUMS_16,
-            semantic_encoder=_VITAMIN,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=16),
-        ),
-        TokenizerArchitecture(
-            variant="siglip_384",
-            image_size=384,
-            patch_nums=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27),
-            semantic_encoder=_SIGLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=27),
-            preprocess="squash",
-        ),
+        TokenizerArchitecture("clipb_224", 224, _PATCH_NUMS_14, _CLIP, _CLIP_DECODER),
+        TokenizerArchitecture("clipb_256", 256, _PATCH_NUMS_16, _CLIP, _CLIP_DECODER, pixel_decoder=_ENHANCED),
+        TokenizerArchitecture("vitamin_256", 256, _PATCH_NUMS_16, _VITAMIN, _VITAMIN_DECODER),
+        TokenizerArchitecture("siglip_384", 384, _PATCH_NUMS_27, _SIGLIP, _SIGLIP_DECODER, preprocess="squash"),
     )
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticDecoderConfig
+from tokenflow_export.models.layers import Mlp, attend
 
 __all__ = ["SemanticDecoder"]
 
@@ -26,17 +25,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         out: Tensor = self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads))
-        return out
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, mlp_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 

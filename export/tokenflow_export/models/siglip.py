@@ -7,10 +7,9 @@ Keys follow transformers 4.43.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import Mlp, attend
 
 __all__ = ["SiglipEncoder"]
 
@@ -29,23 +28,12 @@ class SelfAttention(nn.Module):
         return out
 
 
-class Mlp(nn.Module):
-    def __init__(self, width: int, mlp_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
-
-
 class Layer(nn.Module):
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config.width, config.heads)
         self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = Mlp(config.width, config.mlp_width)
+        self.mlp = Mlp(config.width, config.mlp_width, approximate="tanh")
         self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["VitaminEncoder"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import VqganConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["VqganDecoder", "VqganEncoder"]
 

@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 
-from tokenflow_export.models.config import VARIANTS
 from tokenflow_export.checkpoints.standin import standin_arrays, standin_weight
+from tokenflow_export.models.config import VARIANTS
 
 
 def test_weights_are_the_same_on_every_machine() -> None:

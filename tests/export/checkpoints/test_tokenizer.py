@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tokenflow_export.checkpoints.tokenizer import check_keys, load_model, read_state_dict, recognise, released_shapes, resolve
-from tokenflow_export.models.config import VARIANTS
 from tests.conftest import DATA
 from tests.support.mini import MINI, mini_state
+from tokenflow_export.checkpoints.tokenizer import check_keys, load_model, read_state_dict, recognise, released_shapes, resolve
+from tokenflow_export.models.config import VARIANTS
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 
