@@ -1,4 +1,4 @@
-"""Writing a language model's bundle: one routine for generators and understanders."""
+"""Writes the bundle of a generator or an understander."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ class Source(ABC, Generic[C]):
 
     @abstractmethod
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key that the checkpoint must have, and its shape."""
+        """The shape of every tensor that the checkpoint must have, by its key."""
 
     @abstractmethod
     def graphs(self) -> Iterator[GraphSpec]:
-        """What to trace, one at a time, so that no two hold their weights at once."""
+        """Yield the graphs to trace, one at a time, so that the weights of only one are in memory."""
 
     @abstractmethod
     def write_assets(self, directory: Path) -> dict[str, FileEntry]:
-        """Write the bundle's other files."""
+        """Write the other files of the bundle into `directory`, and describe each by its name in the bundle."""
 
     @abstractmethod
     def compare(self, bundle: Bundle[C]) -> tuple[Agreement, LanguageModelReference]:
-        """How the written graphs agree with PyTorch in float32, and what an engine must compute."""
+        """Compare the written graphs with PyTorch in float32. Also returns the reference for engines."""
 
 
 def write_bundle(source: Source[Any]) -> Agreement:

@@ -1,8 +1,8 @@
-"""A released text-to-image directory to a bundle: one transformer graph, embeddings, sampling, and the prompt tokenizer.
+"""Exports a released text-to-image directory to a generator bundle.
 
-Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory; only the
-image rows of the head and only the text rows of the embedding table are exported. The transformer graph is compared with
-the eager model before the bundle appears.
+The bundle holds the paged transformer, the embeddings of text and images, the sampling of codes, and the prompt tokenizer.
+Of the head only the rows of image codes are exported, and of the embedding table only the rows of text tokens. Weights are read
+one tensor at a time and written at once, so the model need not fit in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEGATIVE_PROMPT = (
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 CFG_SCALE = 7.5
-"""What the released model was published with."""
+"""The guidance that the released model was published with."""
 MAX_PROMPT = 128
 
 
@@ -53,9 +53,9 @@ def export_generator(
 
     Args:
         job: what to export; its tokenizer decodes the model's codes.
-        negative_prompt: what guidance leads away from when a request names nothing.
-        preset: of sampling, when a request names none.
-        cfg_scale: strength of guidance, when a request names none.
+        negative_prompt: for requests that give none.
+        preset: of sampling, for requests that give none.
+        cfg_scale: strength of guidance, for requests that give none.
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
@@ -85,7 +85,7 @@ def export_generator(
 
 @dataclass(frozen=True)
 class _GeneratorSource(Source[GeneratorConfig]):
-    """`text` is the prompts' tokenizer.json; `codebook` float32 [K, C]."""
+    """A text-to-image checkpoint. `text` is the content of tokenizer.json, `codebook` is float32 [K, C]."""
 
     model: TransformerConfig
     text: dict[str, Any]
@@ -184,6 +184,6 @@ def _sample_spec(
 
 
 def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
-    """The head's rows of image codes, float32 [K, H]."""
+    """The rows of the head that give the logits of image codes, float32 [K, H]."""
     start = config.image_token_start
     return directory.tensor("lm_head.weight")[start : start + config.codebook_size].clone()

@@ -1,8 +1,8 @@
-"""A released LLaVA directory (Qwen2 or Llama keys) to a bundle: embeddings, projector, the paged transformer, and the head.
+"""Exports a released LLaVA directory (Qwen2 or Llama keys) to an understander bundle.
 
-Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory. A vision
-tower in the directory is left out: pictures come as the tokenizer's quantized features. All graphs are compared with the eager
-model before the bundle appears.
+The bundle holds the embeddings, the projector, the paged transformer, the head and the text tokenizer. A vision tower in the
+directory is left out, because pictures are read as the tokenizer's quantized features. Weights are read one tensor at a time
+and written at once, so the model need not fit in memory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def export_understanding(job: ExportJob) -> Agreement:
 
 @dataclass(frozen=True)
 class _UnderstanderSource(Source[UnderstanderConfig]):
-    """`text` is the `tokenizers.Tokenizer` of conversations; `head_key` names the head's weight."""
+    """An understanding checkpoint. `text` is its text tokenizer, `head_key` the key of the head's weight."""
 
     model: TransformerConfig
     text: Any
@@ -82,7 +82,7 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
         table = (self.config.vocabulary, self.model.width)
         expected = transformer_shapes(self.model) | projector_shapes(self.model.width, self.config.code_dim)
         expected |= {_EMBEDDING: table}
-        # Some savers write a tied head as well; it is then the embedding table again.
+        # Some checkpoints store a tied head too, as a copy of the embedding table.
         directory = self.job.directory
         tied = directory.config.get("tie_word_embeddings") and _HEAD not in directory.shapes
         return expected if tied else expected | {_HEAD: table}
@@ -121,7 +121,7 @@ def _size(directory: HfDirectory, key: str) -> int:
 def _head_spec(
     directory: HfDirectory, config: UnderstanderConfig, precision: ExportPrecision, head_key: str, dims: dict[str, Any]
 ) -> GraphSpec:
-    """The head, whose weight is read when the graph is saved."""
+    """The graph of the head, to be traced. Its weight is read when the graph is saved."""
     batch = {0: dims["batch"]}
     with FakeTensorMode():
         graph = HeadGraph(config.width, config.vocabulary, precision.torch_dtype)
