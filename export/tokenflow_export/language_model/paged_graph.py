@@ -82,8 +82,8 @@ class TransformerGraph(nn.Module):
 
     Inputs: embeddings float32 [B, Q, H]; positions int32 [B, Q], for RoPE; visible int32 [B, Q], how many of the step's keys
     each query sees, from the first on (q + 1 for query q is causal, Q for all is bidirectional); context int32 [B], how many
-    cached tokens each row has; block_tables int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden
-    float32 [B, Q, H], after the final norm; new_k and new_v [layers, B, Q, kv_heads, D]. Pages have the dtype of the arithmetic.
+    cached tokens each row has; block_tables int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D], in the dtype of
+    the arithmetic. Outputs: hidden float32 [B, Q, H], after the final norm; new_k and new_v [layers, B, Q, kv_heads, D].
     """
 
     def __init__(self, transformer: Transformer) -> None:

@@ -1,1 +1,1 @@
-"""PyTorch definitions of the released models, under the released state-dict keys. Plain and eager: the reference."""
+"""PyTorch definitions of the released models under the released state-dict keys: the reference for everything else."""

@@ -1,4 +1,4 @@
-"""The semantic encoder of `clipb_*`: OpenAI CLIP's visual tower, read at its patch tokens before `proj`."""
+"""The semantic encoder of `clipb_*`: OpenAI CLIP's visual tower without its projection `proj`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ClipEncoder"]
 
 
 class PackedAttention(nn.Module):
-    """nn.MultiheadAttention's parameters (packed `in_proj`), without its wrapper."""
+    """Self-attention with the parameters of nn.MultiheadAttention: queries, keys and values in one `in_proj`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class Transformer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """x [B, 3, H, W] in [-1, 1], as it is -> patch features [B, N, width].
+    """x [B, 3, H, W] in [-1, 1], without CLIP's mean and std -> patch features [B, N, width].
 
-    `positional_embedding` holds the table for this model's own grid; the released one is resized when it is loaded.
+    `positional_embedding` is the table for this grid; a released table of another grid is resized when it is loaded.
     """
 
     def __init__(self, config: SemanticEncoderConfig, grid: int) -> None:

@@ -1,7 +1,4 @@
-"""Sizes of a TokenFlow tokenizer, and the four released variants (spec section 1).
-
-Everything that differs between variants is a value here; the modules in `export.models` read it and nothing else.
-"""
+"""Sizes of tokenizers and transformers, and the four released tokenizers (docs/model.md, section 1)."""
 
 from __future__ import annotations
 
@@ -21,11 +18,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SemanticEncoderConfig:
-    """The ViT of the semantic branch (`encoder_vqkd`).
+    """Sizes of the semantic encoder (`encoder_vqkd`), a ViT.
 
-    `position_grid` is the side of the released position table (0: no positions). `stem_widths` and `stem_depths` are the
-    MBConv stages in front of a ViTamin transformer. `unused_layers` trail the feature that is read: their keys are in a
-    released checkpoint, but they are neither built nor exported.
+    `position_grid` is the side of the released position table (0: no positions). `stem_widths` and `stem_depths` are those of
+    the MBConv stages before the transformer of ViTamin. `unused_layers` come after the layer whose output is used: a released
+    checkpoint has their weights, but they are neither built nor exported. The same is true of a projection to
+    `projection_width`.
     """
 
     kind: Literal["clip", "vitamin", "siglip"]
@@ -43,10 +41,11 @@ class SemanticEncoderConfig:
 
 @dataclass(frozen=True)
 class VqganConfig:
-    """One VQGAN half: `blocks` residual blocks a level; channels of level i are `base_channels * multipliers[i]`.
+    """Sizes of a VQGAN encoder or decoder.
 
-    `patch` pixels on a side are channels of the finest level (1 in the released variants). With `linear_skip`, one linear map
-    between a cell's pixels and its latent runs beside the convolutions and is added to what they give.
+    Each level has `blocks` residual blocks (one more in a decoder) and `base_channels * multipliers[i]` channels. The finest
+    level reads or writes patches of `patch` x `patch` pixels as channels (1 in the released tokenizers). With `linear_skip`, a
+    linear map between the pixels of a cell and its latent is added to the output.
     """
 
     base_channels: int
@@ -58,17 +57,17 @@ class VqganConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels on a side of a latent cell."""
+        """The side of a latent cell in pixels."""
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 STANDARD = VqganConfig(base_channels=128, blocks=2)
-"""Both halves of the released tokenizers, but for the enhanced decoder of `clipb_256`."""
+"""The encoder and decoder of the released tokenizers, except for the larger decoder of `clipb_256`."""
 
 
 @dataclass(frozen=True)
 class SemanticDecoderConfig:
-    """The small ViT that turns semantic codes into teacher-like features (`decoder_vqkd`, `decode_task_layer`)."""
+    """Sizes of the semantic decoder (`decoder_vqkd`, `decode_task_layer`), a small ViT."""
 
     width: int
     out_width: int
@@ -80,9 +79,9 @@ class SemanticDecoderConfig:
 
 @dataclass(frozen=True)
 class TokenizerArchitecture:
-    """A whole tokenizer. Lengths are pixels (`image_size`, `pixel_input_size`) or cells (`grid`, `patch_nums`).
+    """Sizes of a whole tokenizer. `image_size` and `pixel_input_size` are in pixels, `grid` and `patch_nums` in cells.
 
-    `pixel_weight` is the weight of the pixel branch's distance in the shared search, the semantic one's being 1.
+    `pixel_weight` is the weight of the pixel distance in the codebook search; the weight of the semantic distance is 1.
     """
 
     variant: str
@@ -100,12 +99,12 @@ class TokenizerArchitecture:
 
     @property
     def grid(self) -> int:
-        """Side of the finest scale, which is the side of both encoders' output maps."""
+        """The side of the finest scale, and of the output of both encoders."""
         return self.patch_nums[-1]
 
     @property
     def pixel_input_size(self) -> int:
-        """Side of the picture that the pixel branch sees: `siglip_384` reads 432 = 27 x 16."""
+        """The side of the picture that the pixel encoder reads; in `siglip_384` it is 432 = 27 x 16, not 384."""
         return self.grid * self.pixel_encoder.stride
 
     @property
@@ -118,13 +117,16 @@ class TokenizerArchitecture:
 
     @property
     def normalized_input(self) -> bool:
-        """Whether the semantic encoder reads normalised [0, 1] pixels (ViTamin, SigLIP) instead of x itself (CLIP)."""
+        """Whether the semantic encoder reads pixels normalised by mean and std (ViTamin, SigLIP), or x in [-1, 1] (CLIP)."""
         return self.semantic_encoder.kind != "clip"
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a language model's transformer; `output` norms are TokenFlow's text-to-image model, `pre` Llama and Qwen2."""
+    """Sizes of a language model's transformer.
+
+    `norm_placement` is `pre` in Llama and Qwen2, and `output` in the TokenFlow text-to-image model.
+    """
 
     width: int
     layers: int

@@ -1,4 +1,4 @@
-"""The semantic decoder (`decoder_vqkd`): a small BEiT-style ViT over the semantic half of the quantized feature."""
+"""The semantic decoder (`decoder_vqkd`): a small ViT like BEiT's over the semantic half of the quantized feature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["SemanticDecoder"]
 
 
 class Attention(nn.Module):
-    """qkv without bias plus `q_bias` and `v_bias`; the keys have none."""
+    """Self-attention whose queries and values have biases, `q_bias` and `v_bias`, and whose keys have none."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """Semantic half [B, semantic_dim, g, g] -> patch features [B, g * g, width], before `decode_task_layer`."""
+    """Semantic half [B, semantic_dim, g, g] -> patch features [B, g * g, width], which `decode_task_layer` reads."""
 
     def __init__(self, config: SemanticDecoderConfig, in_channels: int, grid: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The semantic encoder of `siglip_384`: SigLIP-so400m/14's vision tower, read at hidden_states[-2].
+"""The semantic encoder of `siglip_384`: the vision tower of SigLIP-so400m/14 up to the layer before the last.
 
-The last layer, `post_layernorm` and the pooling head never run, so they are not built (`SemanticEncoderConfig.unused_layers`).
-Keys follow transformers 4.43.
+The last layer, `post_layernorm` and the pooling head are never used, so they are not built. Keys are those of transformers
+4.43.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class VisionModel(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    """Normalised x [B, 3, H, W] (mean and std 0.5 of [0, 1]) -> hidden_states[-2] [B, N, width]."""
+    """x [B, 3, H, W], normalised by mean and std 0.5 of [0, 1] -> patch features [B, N, width]."""
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()

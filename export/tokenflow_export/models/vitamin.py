@@ -1,7 +1,7 @@
 """The semantic encoder of `vitamin_256`: ViTamin-XL (arXiv 2404.02132), under the keys of timm 1.0.9.
 
-Two MBConv stages and a strided convolution take the picture to 1/16, then a transformer without positions, class token
-or final norm.
+Two MBConv stages and a strided convolution reduce the picture to 1/16 of its side. A transformer follows, without positions,
+class token and final norm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["VitaminEncoder"]
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of [B, C, H, W]."""
+    """LayerNorm over the channels of a map [B, channels, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -41,7 +41,7 @@ class Stem(nn.Module):
 
 
 class DownsampleShortcut(nn.Module):
-    """3x3 average pool of stride 2 that does not count padding; 1x1 `expand` where widths differ."""
+    """3x3 average pool of stride 2 that does not count padding, then a 1x1 convolution if the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class DownsampleShortcut(nn.Module):
 
 
 class MbConv(nn.Module):
-    """Pre-norm inverted bottleneck; expansion 4 of the output width."""
+    """Inverted bottleneck with a norm before it and four times the output's channels inside."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class GegluMlp(nn.Module):
-    """w2(gelu(w0 n) * w1 n) with n = norm(x), a LayerNorm of its own after the block's `norm2`."""
+    """w2(gelu(w0 n) * w1 n) with n = norm(x). This norm comes in addition to the block's `norm2`."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 class VitaminEncoder(nn.Module):
-    """Normalised x [B, 3, H, W] (CLIP mean and std of [0, 1]) -> features [B, N, width]."""
+    """x [B, 3, H, W], normalised by CLIP's mean and std of [0, 1] -> patch features [B, N, width]."""
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()

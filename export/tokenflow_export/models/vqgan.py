@@ -1,4 +1,4 @@
-"""The VQGAN halves of the pixel branch (`encoder`, `decoder`), as in taming-transformers with LlamaGen's layout of levels."""
+"""The VQGAN encoder and decoder of the pixel branch, as in taming-transformers, with the keys of LlamaGen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, conv, twice; 1x1 shortcut where the width changes."""
+    """Norm, swish and convolution, twice, beside a shortcut, which is a 1x1 convolution if the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over the cells of a map, with 1x1 convolutions as projections."""
+    """Single-head self-attention over the cells of a map, with 1x1 convolutions as projections."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side: one row and column of zeros at the right and bottom, then a 3x3 convolution of stride 2."""
+    """Halves the side: pads one column right and one row at the bottom with zeros, then convolves 3x3 with stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: nearest neighbour, then a 3x3 convolution."""
+    """Doubles the side by nearest neighbour, then convolves 3x3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if `attention` is set, then the resize to the next."""
+    """The residual blocks of one resolution, each followed by attention if asked for, and the resize to the next resolution."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ def _middle(channels: int) -> nn.Sequential:
 
 
 class VqganEncoder(nn.Module):
-    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / 16, W / 16] (for a stride of 16)."""
+    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / stride, W / stride]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class VqganEncoder(nn.Module):
 
 
 class VqganDecoder(nn.Module):
-    """[B, latent_channels, g, g] -> picture [B, 3, 16 g, 16 g], about [-1, 1] (for a stride of 16)."""
+    """[B, latent_channels, g, g] -> picture [B, 3, stride * g, stride * g], about in [-1, 1]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()

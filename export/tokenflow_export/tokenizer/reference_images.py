@@ -1,4 +1,4 @@
-"""Pictures for the reference vectors in a bundle: drawn by a recipe, so that no photo needs to travel with the exporter."""
+"""Generates the pictures of a bundle's reference, so that the exporter need not ship photos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["reference_pictures"]
 
 
 def reference_pictures(size: int, count: int = 4) -> NDArray[np.uint8]:
-    """u8 [count, size, size, 3]: photo-like textures (1/f noise) behind sharp-edged shapes and smooth gradients."""
+    """Pictures u8 [count, size, size, 3] with textures like those of photos (1/f noise), sharp edges and smooth gradients."""
     return np.stack([_picture(size, np.random.Generator(np.random.PCG64(seed))) for seed in range(count)])
 
 
@@ -27,7 +27,7 @@ def _picture(size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _texture(size: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Coloured noise whose amplitude falls with frequency, as in photographs; [size, size, 3]."""
+    """Coloured noise [size, size, 3] whose amplitude falls with frequency, as in photographs."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None]) * size
     spectrum = np.fft.fft2(rng.standard_normal((size, size, 3)), axes=(0, 1)) / np.maximum(frequency, 1)[..., None] ** 1.2
     noise: NDArray[np.float64] = np.fft.ifft2(spectrum, axes=(0, 1)).real
