@@ -125,9 +125,9 @@ def compare(
         ours = generator.generate(prompt, negative_prompt=negative, params=params)
         seconds["runtime"].append(perf_counter() - began)
         seconds["engine"].append(engine.stop())
-        began, oracle.draw_seconds = perf_counter(), 0.0
+        began, oracle.sampling_seconds = perf_counter(), 0.0
         theirs = oracle.generate(prompt, negative, params)
-        seconds["eager"].append(perf_counter() - began - oracle.draw_seconds)
+        seconds["eager"].append(perf_counter() - began - oracle.sampling_seconds)
     middle = {side: median(values) for side, values in seconds.items()}
     return {
         "preset": name,

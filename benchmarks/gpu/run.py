@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common import ROOT, prepare
 from benchmarks.gpu.device import Device, copy_rate, open_device, product_rate, versions
-from benchmarks.gpu.generators import Drawing, measure_generator, standin_generator
+from benchmarks.gpu.generators import GeneratorCase, measure_generator, standin_generator
 from benchmarks.gpu.report import add_roofline, as_markdown, problems, write
 from benchmarks.gpu.request import DTYPES, VARIANT, Request
 from benchmarks.gpu.timing import Pace, bar, console, say_why
@@ -129,9 +129,9 @@ def _tokenizer(found: dict[str, Any], request: Request, work: Work) -> None:
 
 def _generator(found: dict[str, Any], request: Request, work: Work) -> None:
     if request.generator is not None:
-        drawing = Drawing(request.generator, request.generator_checkpoint, request.prompt, request.pictures)
-        measure_generator(found, drawing, work)
+        case = GeneratorCase(request.generator, request.generator_checkpoint, request.prompt, request.pictures)
+        measure_generator(found, case, work)
         return
     with tempfile.TemporaryDirectory(prefix="tokenflow-") as directory:
         checkpoint, bundle = standin_generator(Path(directory), request.sizes)
-        measure_generator(found, Drawing(bundle, checkpoint, request.prompt, request.pictures), work)
+        measure_generator(found, GeneratorCase(bundle, checkpoint, request.prompt, request.pictures), work)

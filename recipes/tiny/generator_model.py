@@ -1,4 +1,4 @@
-"""The generator in training: the exporter's transformer with its embeddings and head, over whole sequences."""
+"""The generator as it is trained: the exporter's transformer with embeddings and head, over whole sequences."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class FusedAttention(Attention):
 
 
 class GeneratorModel(nn.Module):
-    """Embeddings, transformer and head (spec section 4).
+    """Embeddings, transformer and head (docs/model.md, section 4).
 
     Args:
-        text_size: text tokens, `<img>` included (the last).
+        text_size: how many text tokens there are; `<img>` is the last of them.
         codebook: float32 [K, C], both halves of unit length.
     """
 
@@ -74,18 +74,17 @@ class GeneratorModel(nn.Module):
         sides = TINY.patch_nums
         self.up = [torch.from_numpy(bicubic_matrix(a, b)).float() for a, b in pairwise(sides)]
 
-    def forward(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None) -> Tensor:
-        """Logits [B, L, K] of the `scales` coarsest scales' codes.
+    def forward(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, resampled: Tensor | None) -> Tensor:
+        """The logits [B, L, K] of the codes of the `scales` coarsest scales.
 
         Args:
-            prompts: ids of each row, BOS first.
-            codes: [B, L] or longer, the right ones.
-            scales: how many scales the sequence has.
-            redrawn: codes [B, s * s] of the last scale as a first pass might have drawn them: its inputs are then those of a
-                refinement pass. None: those of the first pass.
+            prompts: token ids of each row, BOS first. codes: the right codes [B, L] of these scales; more may follow. scales:
+            how many scales the sequence has. resampled: codes [B, s * s] of the last scale as a first pass may have sampled
+            them. The inputs of that scale are then
+                those of a refinement pass; with None they are those of a first pass.
         """
         text, seen = self._text(prompts, codes.device)
-        images = self._images(codes, scales, redrawn)
+        images = self._images(codes, scales, resampled)
         x = torch.cat([text, *images], dim=1)
         positions, mask = self._geometry(text.shape[1], [image.shape[1] for image in images], seen)
         hidden = self.transformer(x, positions, mask)
@@ -93,7 +92,7 @@ class GeneratorModel(nn.Module):
         return logits
 
     def _text(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, H] of padded prompts and `<img>`, and which of them are no pads [B, T]."""
+        """Embed padded prompts and `<img>`: [B, T, H], and a mask [B, T] that is false at pads."""
         longest = max(map(len, prompts))
         start = self.text.num_embeddings - 1
         ids = torch.tensor([[PAD] * (longest - len(row)) + [*row, start] for row in prompts], device=device)
@@ -101,15 +100,15 @@ class GeneratorModel(nn.Module):
         x = self.text(ids) + self.levels.weight[0]
         return torch.cat([x[:, :-1], x[:, -1:] + self.places.weight[0]], dim=1), seen
 
-    def _images(self, codes: Tensor, scales: int, redrawn: Tensor | None) -> list[Tensor]:
-        """Embeddings of scales 2 .. `scales`."""
+    def _images(self, codes: Tensor, scales: int, resampled: Tensor | None) -> list[Tensor]:
+        """Embed the inputs of scales 2 .. `scales`, each [B, s * s, H]."""
         sides, images = TINY.patch_nums, []
         maps, place = codes.new_zeros((len(codes), self.codebook.shape[1], 1, 1)).float(), 0
         for index, side in enumerate(sides[:scales]):
             stop = place + side * side
             if index:
-                last = index == scales - 1 and redrawn is not None
-                features = maps + self._rows(redrawn, side) if last and redrawn is not None else maps
+                last = index == scales - 1 and resampled is not None
+                features = maps + self._rows(resampled, side) if last and resampled is not None else maps
                 x = self.projector(features.flatten(2).transpose(1, 2))
                 images.append(x + self.levels.weight[index + 1] + self.places.weight[place:stop])
             if index + 1 < scales:
@@ -122,7 +121,7 @@ class GeneratorModel(nn.Module):
         return torch.unflatten(F.embedding(codes, self.codebook).transpose(1, 2), 2, (side, side))
 
     def _geometry(self, text: int, counts: Sequence[int], seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [1, Q] and mask [B, Q, Q]: text causal, scales bidirectional, pads unseen."""
+        """Positions [1, Q] and mask [B, Q, Q]: text is causal, each scale is bidirectional, and pads are not seen."""
         total = text + sum(counts)
         positions = torch.arange(MAX_PROMPT - text + 1, MAX_PROMPT - text + 1 + total, device=seen.device)
         mask = torch.ones(total, total, dtype=torch.bool, device=seen.device).tril()
@@ -131,6 +130,6 @@ class GeneratorModel(nn.Module):
             mask[start : start + count, start : start + count] = True
             start += count
         keys = torch.cat([seen, seen.new_ones(len(seen), total - text)], dim=1)
-        # A pad sees itself, so that no row is empty.
+        # Each query sees itself, so that no row of the mask is empty.
         own = torch.eye(total, dtype=torch.bool, device=seen.device)
         return positions[None], (mask & keys[:, None]) | own

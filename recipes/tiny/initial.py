@@ -1,4 +1,4 @@
-"""First weights: PCA of patches in the linear skips, nothing yet in the convolutions beside them."""
+"""Initialises the tokenizer: the linear skips by PCA, and the convolutions beside them so that they add nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 __all__ = ["LATENT_NORM", "initialise"]
 
 LATENT_NORM = 3.5
-"""Mean length of a cell's pixel latent at the start. Codes have unit length and nine scales add up: 1 would waste them."""
+"""Mean length of a cell's pixel latent at first; more than 1, because unit codes of nine scales are added."""
 _ZERO = ("q_bias", "v_bias", "in_proj_bias")
 _NORMAL = ("class_embedding", "positional_embedding", "in_proj_weight", "cls_token", "pos_embed")
 
 
 def initialise(model: TokenFlowTokenizer, pictures: Tensor) -> None:
-    """Set every weight that PyTorch leaves empty, and make the pixel branch a linear autoencoder of `pictures` [B, 3, H, W]."""
+    """Initialise all weights, with the pixel branch as a linear autoencoder of `pictures` [B, 3, H, W]."""
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         if last in _NORMAL:
@@ -45,7 +45,7 @@ def initialise(model: TokenFlowTokenizer, pictures: Tensor) -> None:
 
 
 def _pca(pictures: Tensor, stride: int, count: int) -> tuple[Tensor, Tensor, float]:
-    """Principal components [count, 3 * stride^2] of patches, their mean, and what scales coefficients to `LATENT_NORM`."""
+    """Principal components [count, 3 * stride^2] of patches, their mean, and the factor to reach `LATENT_NORM`."""
     patches = nn.functional.unfold(pictures, stride, stride=stride).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
     centred = patches - mean

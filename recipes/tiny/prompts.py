@@ -1,4 +1,4 @@
-"""The generator's prompt tokenizer: byte-level BPE learnt from the captions, so any text has tokens."""
+"""The generator's prompt tokenizer: byte-level BPE trained on captions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["BOS", "FIRST_WORD", "NEGATIVE_PROMPT", "text_size", "train_prompt_to
 VOCABULARY = 1024
 PAD, BOS, FIRST_WORD = 0, 1, 2
 NEGATIVE_PROMPT = "anything"
-"""Stands for no prompt: in training it takes the place of one caption in ten."""
+"""The prompt that stands for no prompt; training puts it in place of one caption in ten."""
 
 
 def train_prompt_tokenizer(labels: Sequence[str], codes: int) -> Tokenizer:
-    """Text tokens, then `codes` image tokens, then `<img>`, as in a released directory."""
+    """Train a tokenizer with text tokens, then `codes` image tokens, then `<img>`, as in a released directory."""
 
     def texts() -> Iterator[str]:
         rng = np.random.default_rng(0)
