@@ -1,9 +1,9 @@
-"""The cached loop against the eager PyTorch model run the way upstream runs it, same weights, same machine, same run.
+"""Compares text to image in the runtime with PyTorch run as upstream runs it: same weights, same machine, in turns.
 
-The eager side recomputes the whole sequence at every pass, with prompts padded to 128 ids and the full vocabulary's head
-on the rows that are sampled. Two things favour it: upstream applies the head to every row, and the time of drawing codes
-from logits is left out of it and counted for the runtime. The model has random weights: hidden 1024, 8 layers, the 256 px
-tokenizer's scales. Both sides draw the same picture with the same noise; their codes are compared.
+PyTorch computes the whole sequence at every pass, with prompts padded to 128 ids, and applies the head of the whole vocabulary
+to the rows that are sampled. Two things favour it: upstream applies the head to every row, and the time of sampling codes from
+logits counts for the runtime only. The model has random weights, hidden 1024, 8 layers, and the scales of the 256 px tokenizer.
+Both generate the same picture with the same noise, and their codes are compared.
 
     python benchmarks/generator_vs_eager.py
 """
@@ -75,14 +75,14 @@ def main() -> None:
 
 
 def standin(directory: Path, sizes: Mapping[str, Any]) -> tuple[Path, Bundle[TokenizerConfig]]:
-    """A checkpoint of these sizes with random weights, and the bundle of the tokenizer it draws for."""
+    """Write a checkpoint of these sizes with random weights, and the bundle of its paired tokenizer."""
     shapes = generator_shapes(sizes, TEXT + 4, CODES, PATCH_NUMS_16)
     checkpoint = write_checkpoint(directory / "hf", sizes, shapes, TEXT, CODES)
     return checkpoint, tokenizer_bundle(directory / "tokenizer", PATCH_NUMS_16, CODES)
 
 
 def random_prompts(length: int, text: int = TEXT) -> tuple[list[int], list[int]]:
-    """Ids, of a vocabulary of `text`, of a prompt, `length` with its BOS, and of a negative prompt."""
+    """Random token ids, out of `text`, of a prompt and a negative prompt. `length` is that of the prompt with its BOS."""
     rng = np.random.default_rng(0)
     return rng.integers(3, text, length - 1).tolist(), rng.integers(3, text, 40).tolist()
 
@@ -139,7 +139,7 @@ def compare(
 
 
 class EngineTime:
-    """Seconds spent inside the sessions from now until `stop`."""
+    """Measures the seconds spent inside the sessions of a generator, until `stop`."""
 
     def __init__(self, generator: Generator) -> None:
         self.seconds = 0.0

@@ -1,22 +1,22 @@
-"""What an NVIDIA GPU makes of tokenflow-sdk: speed, memory, results and roofline, against PyTorch, in one run.
+"""Compares tokenflow-sdk with PyTorch on an NVIDIA GPU in one run: results, time, memory, and the roofline.
 
     make bench-gpu                                          # installs everything, runs the next two
     python benchmarks/on_gpu.py                             # clipb_256 and a generator, random weights
     python benchmarks/on_gpu.py --variant siglip_384 --graphs encode --parts tokenizer
     python benchmarks/on_gpu.py --checkpoint tokenflow_clipb_32k_enhanced.pt --bundle bundles/released
     python benchmarks/on_gpu.py --sides torch,tensorrt-rtx --batches 1 --no-compile
-    python benchmarks/on_gpu.py --device cpu --batches 1    # no GPU: tries it out, and prints only
+    python benchmarks/on_gpu.py --device cpu --batches 1    # without a GPU, to try it out; prints only
 
-Checkpoints and bundles that are not there are made, with random weights: time does not depend on their values. The first run
-takes long: exporting, building TensorRT engines (kept in the user's cache) and torch.compile take minutes each.
+Checkpoints and bundles that do not exist are made with random weights, since the time does not depend on the values. The first run
+takes long: exporting, building TensorRT engines (which are kept in the user's cache) and torch.compile take minutes each.
 
-Results come first. Each side encodes and decodes crops of a photo, in every size of batch, and is compared with onnxruntime
-on the CPU; where it misses a bar of its precision, its row says so and it is not timed. A side that is not installed, or fails,
-is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md, for other
-variants than clipb_256 with their names in that of the file. What can be measured is written always; where results are wrong or
-a part failed, the status is 1.
+Results are checked first. Each side (a way to run the model) encodes and decodes crops of a photo in batches of every size, and is
+compared with onnxruntime on the CPU. A side that misses the tolerances of its precision, is not installed or fails is not timed; its
+row says why. Then the sides take turns, call by call. Figures are written to benchmarks/results/gpu_CARD.json and .md; the names of
+variants other than clipb_256 are added to the file names. Everything that can be measured is written. The exit status is 1 if
+results are wrong or a part failed.
 
-Do not use the GPU for anything else meanwhile: time and memory would show it.
+Do not use the GPU for anything else during a run.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def _request(arguments: argparse.Namespace, command: str) -> Request:
-    """Raises:
-    ArgumentError: a value that cannot work.
+    """Check the options.
+
+    Raises:
+        ArgumentError: a value that cannot work.
     """
     a = arguments
     variants, parts = _names("--variant", a.variant), _names("--parts", a.parts, PARTS)
@@ -143,7 +145,7 @@ def _names(option: str, text: str, known: Sequence[str] | None = None) -> tuple[
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Ascending, each once."""
+    """Parse a list of sizes; ascending, each once."""
     try:
         numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:

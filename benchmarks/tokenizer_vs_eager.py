@@ -1,9 +1,9 @@
-"""The runtime against the plain eager PyTorch model, same weights, same machine, same run.
+"""Compares a tokenizer in the runtime with the PyTorch model: same weights, same machine, in turns.
 
-The eager side is `export.models`: float32, `torch.inference_mode`, the same number of threads, and the straightforward
-quantizer (full distances [M, 32768] for both codebook halves, then argmin). Calls of both sides alternate in one process;
-medians are compared. Memory is the peak resident size of a process that runs one side alone, less what it takes to start
-Python and import the packages; it is set against the weights plus the activations that the graph needs alive at once.
+PyTorch is `tokenflow_export.models` in float32 with `torch.inference_mode` and the same number of threads. Its quantizer computes
+the distances [M, K] to all codes for both halves, then the argmin. Both sides take turns in one process, and medians are compared.
+Memory is the peak resident size of a process that runs one side alone, without what Python and the imports take. It is compared
+with the weights plus the activations that the graph needs at once.
 
     python benchmarks/tokenizer_vs_eager.py --variant clipb_256
 """
@@ -109,14 +109,14 @@ def timings(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             for side, call in (("eager", theirs[graph]), ("runtime", ours[graph])):
                 began = perf_counter()
                 call()
-                # Two rounds warm both sides up: weights paged in, arenas grown.
+                # Two rounds warm both sides up: weights are paged in, and arenas grow.
                 seconds[side] += [perf_counter() - began] if i >= 2 else []
         result[graph] = {side: median(values) for side, values in seconds.items()}
     return result
 
 
 def peak_memory(arguments: argparse.Namespace, side: str, graph: str) -> dict[str, int]:
-    """Run one side's one graph and say how far the resident size grew."""
+    """Run one graph on one side, and measure how far the peak of the resident size grew."""
     images = one_picture(arguments)
     make = eager_calls if side == "eager" else runtime_calls
     if side == "eager":
@@ -145,7 +145,7 @@ def memory_figures(arguments: argparse.Namespace, graph: str) -> dict[str, float
 
 
 def live_activations(model: ir.Model) -> float:
-    """Bytes of the largest set of tensors alive at once when nodes run in order, batch 1; views count as their source."""
+    """The bytes of the largest set of tensors in use at once, for a batch of 1, when nodes run in order; views take none."""
     size: dict[ir.Value, float] = {}
     last_use: dict[ir.Value, int] = {}
     for position, node in enumerate(model.graph):

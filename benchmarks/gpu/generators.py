@@ -1,4 +1,4 @@
-"""GeneratorCase pictures from text, side against side: results first, then memory, then time."""
+"""Measures the sides that generate pictures from text: results first, then memory, then time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,14 @@ _SEED = 5
 
 @dataclass(frozen=True)
 class GeneratorCase:
-    """What is samplers from: a bundle, the checkpoint it was exported from (None: PyTorch has nothing to run), and how."""
+    """The generator to measure and its requests.
+
+    Args:
+        bundle: of the generator.
+        checkpoint: that the bundle was exported from; None leaves PyTorch out.
+        prompt: how many ids the prompt has.
+        pictures: numbers of pictures in a request, ascending.
+    """
 
     bundle: Path
     checkpoint: Path | None
@@ -50,10 +57,10 @@ class GeneratorCase:
 
 
 class Sampler(Protocol):
-    """What is timed."""
+    """Samples the codes of pictures; this is what is timed."""
 
     def sample(self, params: SamplingParams, n: int) -> tuple[NDArray[np.int32], float]:
-        """Code indices [n, L], and seconds that do not count."""
+        """Sample code indices [n, L]. Also returns the seconds that do not count."""
         ...
 
 
@@ -67,7 +74,7 @@ class SdkSampler:
 
 
 class TorchSampler:
-    """The whole sequence at every pass, as upstream; case codes from logits, in plain NumPy here, does not count."""
+    """Computes the whole sequence at every pass, as upstream does. Sampling from logits, in NumPy, does not count."""
 
     def __init__(self, oracle: UncachedGenerator, prompts: tuple[list[int], list[int]]) -> None:
         self._oracle, self._prompts = oracle, prompts
@@ -81,7 +88,7 @@ class TorchSampler:
 
 
 class HalfGenerator(UncachedGenerator):
-    """The transformer and the head in float16; what is made of codes, and the case, stay float32."""
+    """PyTorch with the transformer and the head in float16; embeddings and sampling stay in float32."""
 
     def __init__(self, checkpoint: HfDirectory, config: GeneratorConfig, codebook: NDArray[np.float32], device: str) -> None:
         super().__init__(checkpoint, config, codebook, device)
@@ -93,7 +100,7 @@ class HalfGenerator(UncachedGenerator):
 
 
 def standin_generator(directory: Path, sizes: GeneratorSizes) -> tuple[Path, Path]:
-    """Checkpoint and bundle of a generator with random weights, for the 256 px tokenizer's scales."""
+    """Write the checkpoint and the bundle of a generator with random weights, for the scales of the 256 px tokenizer."""
     config = SIZES | {
         "hidden_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
@@ -106,7 +113,7 @@ def standin_generator(directory: Path, sizes: GeneratorSizes) -> tuple[Path, Pat
 
 
 def measure_generator(found: dict[str, Any], case: GeneratorCase, work: Work) -> None:
-    """Fill in the figures of one generator. What was measured stays in `found` when a later step fails.
+    """Write the figures of a generator into `found`. They stay there if a later step fails.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -127,7 +134,7 @@ def measure_generator(found: dict[str, Any], case: GeneratorCase, work: Work) ->
 
 
 class _Samplers:
-    """The sides that can draw, open until it is closed."""
+    """The samplers of all sides, which are open until this is closed."""
 
     def __init__(self, bundle: Bundle[GeneratorConfig], case: GeneratorCase, work: Work) -> None:
         self.bundle, self.case, self.work = bundle, case, work
@@ -135,9 +142,9 @@ class _Samplers:
         self._prompts = random_prompts(case.prompt, bundle.config.image_token_start)
         self._samplers: dict[str, Sampler] = {}
         self._codes: dict[tuple[str, int, str], NDArray[np.int32]] = {}
-        """What was samplers, by preset, pictures and side."""
+        """The codes that were sampled, by preset, pictures and side."""
         self._notes: dict[tuple[str, int, str], dict[str, Any]] = {}
-        """What a row says besides times, or instead of them."""
+        """What a row says besides times, or instead of them, by preset, pictures and side."""
         self._open = ExitStack()
 
     def __enter__(self) -> _Samplers:
@@ -147,9 +154,9 @@ class _Samplers:
         self._open.close()
 
     def open(self, key: str) -> None:
-        """Open a side, compare it with the bundle's reference if it is tokenflow-sdk's, and draw everything once.
+        """Open a side and run every request once. A side of tokenflow-sdk is compared with the bundle's reference too.
 
-        Memory is read before the next side is opened, and without what PyTorch keeps for later.
+        Its memory is measured before the next side is opened, and PyTorch's cache is freed before.
         """
         note: dict[str, Any] = {}
         try:
@@ -163,8 +170,10 @@ class _Samplers:
             self._notes |= {(preset, n, key): note for preset in PRESETS for n in self.case.pictures}
 
     def _open_side(self, key: str, largest: int) -> None:
-        """Raises:
-        Exception: it cannot be opened, or lacks the memory for the fewest pictures.
+        """Open a side for at most `largest` pictures.
+
+        Raises:
+            Exception: it cannot be opened, or lacks memory even for the fewest pictures.
         """
         with ExitStack() as opened:
             sampler, before = self._torch(key) if key in TORCH else self._sdk(key, largest, opened)
@@ -191,7 +200,7 @@ class _Samplers:
         return {"memory_bytes": None if held is None or before is None else held - before}
 
     def _sdk(self, key: str, largest: int, opened: ExitStack) -> tuple[SdkSampler | None, int | None]:
-        """What draws, None where results are wrong, and what was used of the device before."""
+        """Open a sampler of tokenflow-sdk, None if its results are wrong. Also returns the device memory in use before."""
         pictures = [n for n in self.case.pictures if n <= largest]
         build_config = build_config_for(key, pictures) if key in FLAVOURS else None
         device, threads = self.work.device.sdk, self.work.threads
@@ -203,7 +212,7 @@ class _Samplers:
         if not certificate.passed:
             return None, None
         before = self.work.device.used()
-        # It only says whose codes they are: no graph of it is opened.
+        # The tokenizer is only needed to make a Generator: none of its graphs is opened.
         tokenizer = opened.enter_context(self._tokenizer())
         generator = Generator(self.bundle, tokenizer, options, open_session=open_session)
         return SdkSampler(opened.enter_context(generator), *self._prompts), before
@@ -212,7 +221,7 @@ class _Samplers:
         return paired_tokenizer(self.bundle, None, RuntimeOptions(device="cpu", backend="onnxruntime"))
 
     def _torch(self, key: str) -> tuple[TorchSampler, int | None]:
-        """What draws, and what PyTorch's allocator had given away before."""
+        """Make a sampler of PyTorch. Also returns the bytes that its allocator had allocated before."""
         if self.case.checkpoint is None:
             raise ArgumentError("PyTorch needs the checkpoint of the bundle.", "Give it with --generator-checkpoint.")
         device, kind = self.work.device, HalfGenerator if key == "torch-fp16" else UncachedGenerator
@@ -221,7 +230,7 @@ class _Samplers:
         return TorchSampler(oracle, self._prompts), before
 
     def rows(self, keys: Sequence[str], preset: str, n: int) -> Iterator[dict[str, Any]]:
-        """Time the sides against each other; a row for each."""
+        """Time the sides in turns, and yield a row for each."""
         codes = {key: self._codes[preset, n, key] for key in self._samplers if (preset, n, key) in self._codes}
         calls = {key: _call(self._samplers[key], SamplingParams.preset(preset, seed=_SEED), n) for key in codes}
         pace = self.work.pace
@@ -244,7 +253,7 @@ def _call(sampler: Sampler, params: SamplingParams, n: int) -> Call:
 
 
 def _equal(codes: Mapping[str, NDArray[np.int32]], key: str) -> dict[str, Any]:
-    """Share of codes that float32 PyTorch draws as well, where both drew."""
+    """The share of codes equal to those of PyTorch in float32, if both sides sampled."""
     if key not in codes or "torch" not in codes:
         return {}
     return {"equal_codes": float((codes[key] == codes["torch"]).mean())}
