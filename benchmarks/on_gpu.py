@@ -7,14 +7,14 @@
     python benchmarks/on_gpu.py --sides torch,tensorrt-rtx --batches 1 --no-compile
     python benchmarks/on_gpu.py --device cpu --batches 1    # without a GPU, to try it out; prints only
 
-Checkpoints and bundles that do not exist are made with random weights, since the time does not depend on the values. The first run
-takes long: exporting, building TensorRT engines (which are kept in the user's cache) and torch.compile take minutes each.
+Checkpoints and bundles that do not exist are made with random weights, since the time does not depend on the values. The first
+run takes long: exporting, building TensorRT engines (which are kept in the user's cache) and torch.compile take minutes each.
 
-Results are checked first. Each side (a way to run the model) encodes and decodes crops of a photo in batches of every size, and is
-compared with onnxruntime on the CPU. A side that misses the tolerances of its precision, is not installed or fails is not timed; its
-row says why. Then the sides take turns, call by call. Figures are written to benchmarks/results/gpu_CARD.json and .md; the names of
-variants other than clipb_256 are added to the file names. Everything that can be measured is written. The exit status is 1 if
-results are wrong or a part failed.
+Results are checked first. Each side (a way to run the model) encodes and decodes crops of a photo in batches of every size, and
+is compared with onnxruntime on the CPU. A side that misses the tolerances of its precision, is not installed or fails is not
+timed; its row says why. Then the sides take turns, call by call. Figures are written to benchmarks/results/gpu_CARD.json and
+.md; the names of variants other than clipb_256 are added to the file names. Everything that can be measured is written. The
+exit status is 1 if results are wrong or a part failed.
 
 Do not use the GPU for anything else during a run.
 """

@@ -1,9 +1,9 @@
 """Compares a tokenizer in the runtime with the PyTorch model: same weights, same machine, in turns.
 
-PyTorch is `tokenflow_export.models` in float32 with `torch.inference_mode` and the same number of threads. Its quantizer computes
-the distances [M, K] to all codes for both halves, then the argmin. Both sides take turns in one process, and medians are compared.
-Memory is the peak resident size of a process that runs one side alone, without what Python and the imports take. It is compared
-with the weights plus the activations that the graph needs at once.
+PyTorch is `tokenflow_export.models` in float32 with `torch.inference_mode` and the same number of threads. Its quantizer
+computes the distances [M, K] to all codes for both halves, then the argmin. Both sides take turns in one process, and medians
+are compared. Memory is the peak resident size of a process that runs one side alone, without what Python and the imports take.
+It is compared with the weights plus the activations that the graph needs at once.
 
     python benchmarks/tokenizer_vs_eager.py --variant clipb_256
 """

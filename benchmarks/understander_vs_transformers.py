@@ -1,8 +1,8 @@
 """Compares answers in the runtime with `generate` of transformers: same weights, same prompts, in turns.
 
-The model has random weights in Qwen2's layout: hidden 1024, 8 layers, 16 heads over 4 key/value heads, MLP 2752, a vocabulary of
-32,000; a picture has 729 features. Both sides decode greedily for a fixed number of tokens. transformers answers one request after
-another, as it does when requests arrive one by one; for eight requests its padded batch is measured too.
+The model has random weights in Qwen2's layout: hidden 1024, 8 layers, 16 heads over 4 key/value heads, MLP 2752, a vocabulary
+of 32,000; a picture has 729 features. Both sides decode greedily for a fixed number of tokens. transformers answers one request
+after another, as it does when requests arrive one by one; for eight requests its padded batch is measured too.
 
     python benchmarks/understander_vs_transformers.py
 """

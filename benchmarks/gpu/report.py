@@ -17,8 +17,9 @@ _WIDTHS = {"float32": 4, "float16": 2}
 
 
 def add_roofline(report: Mapping[str, Any]) -> None:
-    """Add to each row of the tokenizers its FLOP/s, and by the roofline model the attainable seconds, what bounds them, and their
-    share of the median. Rows without measured peaks are left as they are.
+    """Add its FLOP/s and its roofline to each row of the tokenizers that has measured peaks.
+
+    The roofline is the attainable seconds, what bounds them, and their share of the median.
     """
     peaks = _roof(report)
     for tokenizer in report["tokenizers"]:
