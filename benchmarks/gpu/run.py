@@ -122,7 +122,7 @@ def _tokenizer(found: dict[str, Any], request: Request, work: Work) -> None:
         measure_tokenizer(found, checkpoint, bundle, work)
     finally:
         if "compile" in work.sides:
-            # Otherwise it keeps the model, and counts these compilations against the limit of a function.
+            # Otherwise torch.compile keeps the model in memory, and soon reaches its limit of recompilations.
             torch.compiler.reset()
         work.device.clear()
 

@@ -45,7 +45,7 @@ class Pictures:
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
         self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
-        photos = {"train": [], "heldout": []}  # type: dict[str, list[Image.Image]]
+        photos: dict[str, list[Image.Image]] = {"train": [], "heldout": []}
         for entry in entries:
             if entry["kind"] == "photo":
                 photos[entry["split"]].append(Image.open(directory / entry["file"]).convert("RGB"))

@@ -65,7 +65,7 @@ class GeneratorModel(nn.Module):
         self.head = nn.Linear(width, len(codebook), bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith("layernorm.weight"):
-                # These normalise what a sublayer adds to the residual stream: their weights say how much that is.
+                # These norms come after a sublayer, so their weights scale what it adds to the residual stream.
                 nn.init.constant_(parameter, 0.3)
             elif name.endswith("norm.weight"):
                 nn.init.ones_(parameter)

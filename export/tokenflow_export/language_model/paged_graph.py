@@ -147,7 +147,7 @@ def transformer_spec(directory: HfDirectory, config: TransformerConfig, precisio
                 "visible": (counts[1], rows),
                 "context": (counts[2], {0: dims["batch"]}),
                 "block_tables": (counts[3], {0: dims["batch"], 1: dims["table"]}),
-                # Two tensors: tracing would take one object given twice for one input.
+                # Two tensors, because tracing makes one input of a tensor that is given twice.
                 "k_pages": (torch.zeros(*pool), pages),
                 "v_pages": (torch.zeros(*pool), pages),
             }

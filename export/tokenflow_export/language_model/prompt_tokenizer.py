@@ -69,7 +69,7 @@ def _convert(directory: Path, source: str, out: Path) -> None:
         ) from error
     try:
         AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False).save_pretrained(out)
-    except Exception as error:  # damaged files make transformers and sentencepiece raise many kinds
+    except Exception as error:  # for damaged files, transformers and sentencepiece raise many kinds
         raise CheckpointError(
             f"{directory / source} cannot be converted: {str(error).splitlines()[0]}.",
             "Download the directory's tokenizer files again.",
