@@ -62,7 +62,7 @@ def refusal(words: list[str]) -> str | None:
     """Why a command cannot be typed; None: it can."""
     if words[0] == "tokenflow":
         export = words[1] == "export"
-        parser = importlib.import_module("tokenflow_export.cli")._parser() if export else make_parser()
+        parser = importlib.import_module("tokenflow_export.cli.parser").make_parser() if export else make_parser()
         try:
             parser.parse_args(words[2:] if export else words[1:])
         except SystemExit as error:

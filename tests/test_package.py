@@ -85,7 +85,7 @@ def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -
         "tokenflow_sdk/tokenizer.py",
         "tokenflow_sdk/_data/models/tiny/tokenizer/bundle.json",
         "tokenflow_sdk/py.typed",
-        "tokenflow_export/cli.py",
+        "tokenflow_export/cli/__init__.py",
     } <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_export", "tokenflow_sdk"}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

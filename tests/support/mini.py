@@ -12,8 +12,8 @@ from rich.console import Console
 
 from tokenflow_export.checkpoints.standin import standin_arrays
 from tokenflow_export.checkpoints.tokenizer import load_model
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.models.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerArchitecture, VqganConfig
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer

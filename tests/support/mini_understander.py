@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.understanding import export_understanding
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
@@ -105,5 +106,5 @@ def export_quietly(
     checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Path, precision: ExportPrecision = FULL_PRECISION
 ) -> Path:
     with ProgressSteps(Console(quiet=True)) as steps:
-        export_understanding(HfDirectory(checkpoint), tokenizer, out, steps, force=False, precision=precision)
+        export_understanding(ExportJob(HfDirectory(checkpoint), tokenizer, out, steps, precision=precision))
     return out

@@ -74,7 +74,7 @@ def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeyp
     plain = calibrate(bundle, images[:1], images[1:], STEPS)
     assert plain["int8"].kept == plain["fp8"].kept == 0
     monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
-    monkeypatch.setattr("tokenflow_export.precision.calibrate.BAR", plain["int8"].least_psnr + 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.MIN_PSNR", plain["int8"].least_psnr + 2)
     careful = calibrate(bundle, images[:1], images[1:], STEPS)["int8"]
     assert careful.kept > 0
     assert careful.convolutions + careful.kept == plain["int8"].convolutions
