@@ -112,7 +112,9 @@ def test_info_shows_what_was_built_and_how_it_compares(machine, mini_bundle: Pat
     on_engines(mini_bundle).close()
     Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).prepare()
     for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).jobs.values():
-        EngineCache().certify(job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "summary": "20.0 dB", "figures": {}})
+        EngineCache().certify(
+            job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "summary": "20.0 dB", "figures": {}}
+        )
     assert main(["info", str(mini_bundle)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "runs on tensorrt" in out

@@ -17,8 +17,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
-from tests.understanding.test_understander import features, pool_is_clean
+from tests.support.mini_understander import (
+    SMALLEST,
+    export_quietly,
+    features,
+    pool_is_clean,
+    reference_model,
+    reference_projector,
+    write_checkpoint,
+)
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import Answer, AnswerParams, Understander
 from tokenflow_sdk.backends.cuda import CudaArray
