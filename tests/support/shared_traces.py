@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from filelock import FileLock
 
 from tokenflow_export.tracing.onnx_export import GraphSpec
 
@@ -47,30 +46,32 @@ def _digest(spec: GraphSpec) -> str:
 
 
 class SharedTraces:
-    """`capture` of `tracing.onnx_export` with a memory, which other test processes share where graphs have their weights."""
+    """`_capture` of `tracing.onnx_export` with a memory that all test processes share; one traces, the others wait for it."""
 
     def __init__(self, capture: Callable[[GraphSpec], Any], directory: Path) -> None:
         self.capture, self.directory = capture, directory
-        self.without_weights: dict[str, ir.Model] = {}
 
-    def __call__(self, spec: GraphSpec) -> Any:
+    def __call__(self, spec: GraphSpec) -> torch.onnx.ONNXProgram:
         if spec.read is None and sum(value.nbytes for value in spec.module.state_dict().values()) > LARGEST:
             return self.capture(spec)
-        digest = _digest(spec)
-        return self._on_disk(digest, spec) if spec.read is None else self._here(digest, spec)
+        path = self.directory / f"{_digest(spec)}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                unfinished = path.with_suffix(".part")
+                ir.save(_storable(self.capture(spec).model, spec), unfinished)
+                unfinished.replace(path)
+        model = ir.load(path)
+        for value in list(model.graph.inputs[len(spec.inputs) :]):
+            model.graph.inputs.remove(value)
+            model.graph.initializers[value.name] = value
+        return torch.onnx.ONNXProgram(model, None)
 
-    def _on_disk(self, digest: str, spec: GraphSpec) -> Any:
-        path = self.directory / f"{digest}.onnx"
-        if not path.exists():
-            own = path.with_suffix(f".{os.getpid()}")
-            ir.save(self.capture(spec).model, own)
-            own.replace(path)
-        return SimpleNamespace(model=ir.load(path))
 
-    def _here(self, digest: str, spec: GraphSpec) -> Any:
-        program = self.capture(spec) if digest not in self.without_weights else None
-        if program is not None:
-            self.without_weights[digest] = program.model.clone()
-            return program
-        copy = self.without_weights[digest].clone()
-        return torch.onnx.ONNXProgram(copy, None)
+def _storable(model: ir.Model, spec: GraphSpec) -> ir.Model:
+    """Weights without values cannot be written, so they become inputs behind the graph's own."""
+    if spec.read is not None:
+        for value in list(model.graph.initializers.values()):
+            del model.graph.initializers[value.name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    return model
