@@ -9,6 +9,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +292,7 @@ def test_threads_ask_on_while_engines_change(
         assert understander.wait_for_engines(120)
         seen = len(found)
         while len(found) < seen + 6:
-            pass
+            time.sleep(0.01)
         stop.set()
         for thread in threads:
             thread.join()
