@@ -14,7 +14,22 @@ from tests.conftest import ROOT
 
 COVERED_BY = {
     "backends/test_tensorrt.py": ["tokenflow_sdk/backends/tensorrt_context"],
-    "cli/test_cli.py": [f"tokenflow_sdk/cli/{name}" for name in ("bench", "commands", "info", "opening", "parser", "verify")],
+    "cli/test_cli.py": [
+        f"tokenflow_sdk/cli/{name}"
+        for name in [
+            "bench",
+            "console",
+            "decode",
+            "encode",
+            "exit_status",
+            "files",
+            "info",
+            "opening",
+            "parser",
+            "reconstruct",
+            "verify",
+        ]
+    ],
     "engines/test_build.py": ["tokenflow_sdk/cli/build"],
     "export/checkpoints/test_tokenizer.py": ["tokenflow_export/checkpoints/strict"],
     "export/language_model/test_generator.py": [
@@ -26,17 +41,20 @@ COVERED_BY = {
     ],
     "export/models/test_models.py": [
         f"tokenflow_export/models/{name}"
-        for name in ("attention", "clip", "config", "quantizer", "semantic_decoder", "siglip", "tokenizer", "vitamin", "vqgan")
+        for name in ("clip", "config", "layers", "quantizer", "semantic_decoder", "siglip", "tokenizer", "vitamin", "vqgan")
     ],
     "export/tokenizer/test_export.py": [
         f"tokenflow_export/{name}"
-        for name in ("atomic_directory", "cli", "progress", "tokenizer/graphs", "tokenizer/reference_images")
-    ],
+        for name in ("atomic_directory", "cli/bundles", "cli/parser", "cli/standin", "progress", "tokenizer/graphs")
+    ]
+    + ["tokenflow_export/tokenizer/reference_images"],
+    "export/precision/test_search.py": ["tokenflow_export/cli/precision"],
     "export/tracing/test_weight_quantization.py": ["tokenflow_export/tracing/onnx_export"],
     "generation/test_generator.py": [
         "tokenflow_export/models/llama",
         *(f"tokenflow_export/language_model/{name}" for name in ("generator_graphs", "sample_graph")),
     ],
+    "parity/test_tokenizer.py": ["tokenflow_sdk/parity/tokenizer_report"],
     "understanding/test_understander.py": ["tokenflow_export/language_model/understanding_graphs"],
 }
 """Modules without a test file of their own, by the file that tests them."""

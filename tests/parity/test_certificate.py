@@ -16,7 +16,7 @@ from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.errors import BackendError, EngineRefusedError
 from tokenflow_sdk.parity import certificate as module
 from tokenflow_sdk.parity.certificate import Certificate, certify
-from tokenflow_sdk.parity.tokenizer import EIGHT_BIT_PSNR, EXACT, ROUNDED, Tolerances
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR, EXACT, ROUNDED, Tolerances
 
 PASSED = Certificate((), "all codes agree", {"agreement": [1.0, 0.5], "decode_psnr": None})
 FAILED = replace(PASSED, failures=("codes flipped", "pictures agree to 20.0 dB only"))
