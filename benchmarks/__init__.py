@@ -1,1 +1,1 @@
-"""Measurements that are run by hand; see README.md here."""
+"""Benchmarks, which are run by hand; see README.md here."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the models they run, the machine they run on."""
+"""What the benchmarks share: preparing models, measuring memory, describing the machine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
-
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
-    """Make the checkpoint, of stand-in weights, and the bundle, where they are not there."""
+    """Make the checkpoint, with stand-in weights, and the bundle, if they do not exist."""
 
     def export(*words: object) -> None:
         subprocess.run([sys.executable, "-m", "tokenflow_export", *map(str, words)], cwd=ROOT, check=True)
@@ -27,20 +26,25 @@ def prepare(variant: str, checkpoint: Path, bundle: Path) -> None:
         export("tokenizer", "--checkpoint", checkpoint, "--variant", variant, "--out", bundle)
 
 
-def random_codes(config: TokenizerConfig) -> np.ndarray:
-    """int32 [1, L]."""
-    return np.random.default_rng(0).integers(0, config.codebook_size, (1, config.n_codes), np.int32)
+def random_codes(codebook_size: int, n_codes: int) -> NDArray[np.int32]:
+    """Code indices int32 [1, L] of one picture of `n_codes` codes; the same every time."""
+    return np.random.default_rng(0).integers(0, codebook_size, (1, n_codes), np.int32)
 
 
 def peak_resident() -> int:
-    """Of this process since it was executed; getrusage would carry the parent's peak over."""
+    """The peak of this process's resident memory in bytes."""
+    # Not getrusage, which would include the peak of the parent before this process was executed.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def watch(command: list[str]) -> dict[str, float]:
-    """Run a command to its end. Peaks of its resident memory in bytes: all of it, and without mapped files, which the system
-    can drop at any time."""
+    """Run a command, and measure the peaks of its resident memory in bytes: all of it, and without mapped files, whose pages
+    the system can drop at any time.
+
+    Raises:
+        SystemExit: the command failed.
+    """
     process = subprocess.Popen(command, cwd=ROOT)
     peaks, done = {"peak_resident": 0, "peak_anonymous": 0}, threading.Event()
 
@@ -65,6 +69,7 @@ def watch(command: list[str]) -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
+    """The processor, the system, and the versions of Python, torch and onnxruntime."""
     import onnxruntime
     import torch
 

@@ -1,8 +1,8 @@
-"""Engines built at full size without a GPU, as for a fleet: how long that takes, and how much memory.
+"""Measures the time and memory of building engines at full size without a GPU, as for a fleet.
 
-Every graph of a bundle is built by `tokenflow build` for one target after another, each in a process of its own that is
-watched, into a cache that is empty. Stand-in weights at the released sizes; the generator has the released widths and a few
-layers, because a build holds the weights several times over.
+`tokenflow build` builds every graph of a bundle for one target after another, each time in a process of its own with an empty
+cache. Weights are stand-ins at the released sizes. The generator has the released widths but few layers, because a build holds
+several copies of the weights.
 
     python benchmarks/engine_builds.py
     python benchmarks/engine_builds.py --bundles clipb_256 --precisions fp16 --targets sm86
@@ -34,8 +34,10 @@ GENERATOR_LAYERS = 2
 
 @dataclass(frozen=True)
 class Build:
-    """Of all engines of a bundle: seconds, each engine's bytes, and peaks of resident memory in bytes, of which anonymous is
-    without mapped files."""
+    """The build of all engines of a bundle: its time, the size of each engine, and the peaks of resident memory.
+
+    All sizes are in bytes; `peak_anonymous` leaves out mapped files.
+    """
 
     bundle: str
     precision: str
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def bundle_of(name: str) -> Path:
-    """Made where it is not there."""
+    """The bundle of a tokenizer, or of the generator; made if it does not exist."""
     if name != "generator":
         prepare(name, ROOT / "checkpoints" / f"{name}.pt", ROOT / "bundles" / name)
         return ROOT / "bundles" / name

@@ -1,7 +1,7 @@
-"""Export of a generator of the released size (hidden 4096, 32 layers, 6.7 billion weights), random weights: time and memory.
+"""Measures the time and memory of exporting a generator of the released size: hidden 4096, 32 layers, 6.7 billion weights.
 
-Writes a checkpoint of bfloat16 shards (13.5 GB), exports it with `tokenflow export generator`, and watches that process.
-With --draw, a picture is then drawn from the bundle.
+It writes a checkpoint with random weights in bfloat16 shards (13.5 GB), exports it with `tokenflow export generator`, and
+measures that process. With --draw, it then generates a picture with the bundle.
 
     python benchmarks/export_7b.py --directory /tmp/7b --weights int8 --draw
 """
@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import machine, watch
 from tests.support.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 4096,
     "num_attention_heads": 32,
     "intermediate_size": 11008,
@@ -71,12 +72,14 @@ def main() -> None:
 
 
 def write_random(directory: Path, layers: int) -> None:
-    """The released layout: config.json, tokenizer.json, an index and shards of at most 2 GB."""
+    """Write a checkpoint with random weights in the released layout: config.json, tokenizer.json, an index and 2 GB shards."""
     sizes = SIZES | {"num_hidden_layers": layers}
     shapes = generator_shapes(sizes, TEXT + 4, CODES, PATCH_NUMS_16)
     write_checkpoint(directory, sizes, {}, TEXT, CODES)
     (directory / "model.safetensors").unlink()
-    generator, where, shard = torch.Generator().manual_seed(0), {}, {}
+    generator = torch.Generator().manual_seed(0)
+    where: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
     for key, shape in shapes.items():
         value = torch.empty(shape, dtype=torch.bfloat16)
         shard[key] = value.fill_(1) if key.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)
@@ -89,7 +92,7 @@ def write_random(directory: Path, layers: int) -> None:
 
 
 def draw(bundle: Path) -> dict[str, float]:
-    """Seconds to open the bundle and to draw one picture, and this process's own resident memory afterwards."""
+    """Measure the seconds to open the bundle and to generate a picture, and the resident memory of this process after it."""
     import numpy as np
 
     from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession

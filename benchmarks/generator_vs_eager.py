@@ -1,9 +1,9 @@
-"""The cached loop against the eager PyTorch model run the way upstream runs it, same weights, same machine, same run.
+"""Compares text to image in the runtime with PyTorch run as upstream runs it: same weights, same machine, in turns.
 
-The eager side recomputes the whole sequence at every pass, with prompts padded to 128 ids and the full vocabulary's head
-on the rows that are sampled. Two things favour it: upstream applies the head to every row, and the time of drawing codes
-from logits is left out of it and counted for the runtime. The model has random weights: hidden 1024, 8 layers, the 256 px
-tokenizer's scales. Both sides draw the same picture with the same noise; their codes are compared.
+PyTorch computes the whole sequence at every pass, with prompts padded to 128 ids, and applies the head of the whole vocabulary
+to the rows that are sampled. Two things favour it: upstream applies the head to every row, and the time of sampling codes from
+logits counts for the runtime only. The model has random weights, hidden 1024, 8 layers, and the scales of the 256 px tokenizer.
+Both generate the same picture with the same noise, and their codes are compared.
 
     python benchmarks/generator_vs_eager.py
 """
@@ -14,10 +14,13 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,12 +39,13 @@ from tests.support.mini_generator import (
     write_checkpoint,
 )
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_sdk.backends.session import Array, Tensor
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.model.sampling import PRESETS, SamplingParams
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 8,
     "num_attention_heads": 16,
@@ -51,6 +55,7 @@ SIZES = {
     "bos_token_id": 1,
 }
 TEXT, CODES = 32000, 32768
+Infer = Callable[[Mapping[str, Tensor], tuple[str, ...]], Sequence[Array]]
 
 
 def main() -> None:
@@ -69,20 +74,20 @@ def main() -> None:
     print(text)
 
 
-def standin(directory: Path, sizes: Mapping[str, float]) -> tuple[Path, Bundle[TokenizerConfig]]:
-    """A checkpoint of these sizes with random weights, and the bundle of the tokenizer it draws for."""
+def standin(directory: Path, sizes: Mapping[str, Any]) -> tuple[Path, Bundle[TokenizerConfig]]:
+    """Write a checkpoint of these sizes with random weights, and the bundle of its paired tokenizer."""
     shapes = generator_shapes(sizes, TEXT + 4, CODES, PATCH_NUMS_16)
     checkpoint = write_checkpoint(directory / "hf", sizes, shapes, TEXT, CODES)
     return checkpoint, tokenizer_bundle(directory / "tokenizer", PATCH_NUMS_16, CODES)
 
 
 def random_prompts(length: int, text: int = TEXT) -> tuple[list[int], list[int]]:
-    """Ids, of a vocabulary of `text`, of a prompt, `length` with its BOS, and of a negative prompt."""
+    """Random token ids, out of `text`, of a prompt and a negative prompt. `length` is that of the prompt with its BOS."""
     rng = np.random.default_rng(0)
     return rng.integers(3, text, length - 1).tolist(), rng.integers(3, text, 40).tolist()
 
 
-def measure(directory: Path, arguments: argparse.Namespace) -> dict:
+def measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoint, tokenizer = standin(directory, SIZES)
     bundle = export_quietly(checkpoint, tokenizer, directory / "bundle")
     prompt, negative = random_prompts(arguments.prompt)
@@ -90,7 +95,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict:
     with Generator.from_pretrained(bundle, device="cpu", threads=arguments.threads) as generator:
         generator.generate(prompt, negative_prompt=negative, preset="fast", seed=0)
         resident = peak_resident() - before
-        pool = generator._runner.model.scheduler.loop.transformer
+        pool = generator._runner.model.transformer
         memory = {
             "runtime": resident,
             "graphs": sum(file.size for graph in generator.bundle.graphs.values() for file in graph.files),
@@ -108,7 +113,9 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict:
     )
 
 
-def compare(name: str, generator: Generator, oracle: UncachedGenerator, prompt: list, negative: list, rounds: int) -> dict:
+def compare(
+    name: str, generator: Generator, oracle: UncachedGenerator, prompt: list[int], negative: list[int], rounds: int
+) -> dict[str, Any]:
     params = SamplingParams.preset(name, seed=5)
     seconds: dict[str, list[float]] = {"eager": [], "runtime": [], "engine": []}
     for _ in range(rounds):
@@ -118,9 +125,9 @@ def compare(name: str, generator: Generator, oracle: UncachedGenerator, prompt: 
         ours = generator.generate(prompt, negative_prompt=negative, params=params)
         seconds["runtime"].append(perf_counter() - began)
         seconds["engine"].append(engine.stop())
-        began, oracle.draw_seconds = perf_counter(), 0.0
+        began, oracle.sampling_seconds = perf_counter(), 0.0
         theirs = oracle.generate(prompt, negative, params)
-        seconds["eager"].append(perf_counter() - began - oracle.draw_seconds)
+        seconds["eager"].append(perf_counter() - began - oracle.sampling_seconds)
     middle = {side: median(values) for side, values in seconds.items()}
     return {
         "preset": name,
@@ -132,16 +139,16 @@ def compare(name: str, generator: Generator, oracle: UncachedGenerator, prompt: 
 
 
 class EngineTime:
-    """Seconds spent inside the engine, by wrapping every session's call into it."""
+    """Measures the seconds spent inside the sessions of a generator, until `stop`."""
 
     def __init__(self, generator: Generator) -> None:
         self.seconds = 0.0
-        self._sessions = generator._runner.model.sessions.values()
-        for session in self._sessions:
-            session._infer = self._timed(session._infer)
+        self._patches = ExitStack()
+        for session in generator._runner.model.sessions.values():
+            self._patches.enter_context(patch.object(session, "_infer", self._timed(session._infer)))
 
-    def _timed(self, infer):
-        def call(feeds, outputs):
+    def _timed(self, infer: Infer) -> Infer:
+        def call(feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
             began = perf_counter()
             found = infer(feeds, outputs)
             self.seconds += perf_counter() - began
@@ -150,12 +157,11 @@ class EngineTime:
         return call
 
     def stop(self) -> float:
-        for session in self._sessions:
-            del session._infer
+        self._patches.close()
         return self.seconds
 
 
-def as_markdown(report: dict) -> str:
+def as_markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Text to image: the cached loop against upstream's way in eager PyTorch, CPU",
         "",

@@ -1,22 +1,22 @@
-"""What an NVIDIA GPU makes of tokenflow-sdk: speed, memory, results and roofline, against PyTorch, in one run.
+"""Compares tokenflow-sdk with PyTorch on an NVIDIA GPU in one run: results, time, memory, and the roofline.
 
     make bench-gpu                                          # installs everything, runs the next two
     python benchmarks/on_gpu.py                             # clipb_256 and a generator, random weights
     python benchmarks/on_gpu.py --variant siglip_384 --graphs encode --parts tokenizer
     python benchmarks/on_gpu.py --checkpoint tokenflow_clipb_32k_enhanced.pt --bundle bundles/released
     python benchmarks/on_gpu.py --sides torch,tensorrt-rtx --batches 1 --no-compile
-    python benchmarks/on_gpu.py --device cpu --batches 1    # no GPU: tries it out, and prints only
+    python benchmarks/on_gpu.py --device cpu --batches 1    # without a GPU, to try it out; prints only
 
-Checkpoints and bundles that are not there are made, with random weights: time does not depend on their values. The first run
-takes long: exporting, building TensorRT engines (kept in the user's cache) and torch.compile take minutes each.
+Checkpoints and bundles that do not exist are made with random weights, since the time does not depend on the values. The first
+run takes long: exporting, building TensorRT engines (which are kept in the user's cache) and torch.compile take minutes each.
 
-Results come first. Each side encodes and decodes crops of a photo, in every size of batch, and is compared with onnxruntime
-on the CPU; where it misses a bar of its precision, its row says so and it is not timed. A side that is not installed, or fails,
-is a row that says why. Then sides take turns, call by call; figures go to benchmarks/results/gpu_CARD.json and .md, for other
-variants than clipb_256 with their names in that of the file. What can be measured is written always; where results are wrong or
-a part failed, the status is 1.
+Results are checked first. Each side (a way to run the model) encodes and decodes crops of a photo in batches of every size, and
+is compared with onnxruntime on the CPU. A side that misses the tolerances of its precision, is not installed or fails is not
+timed; its row says why. Then the sides take turns, call by call. Figures are written to benchmarks/results/gpu_CARD.json and
+.md; the names of variants other than clipb_256 are added to the file names. Everything that can be measured is written. The
+exit status is 1 if results are wrong or a part failed.
 
-Do not use the GPU for anything else meanwhile: time and memory would show it.
+Do not use the GPU for anything else during a run.
 """
 
 from __future__ import annotations
@@ -33,23 +33,14 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 
 from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, VARIANT, GeneratorSizes, Request
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
+from tokenflow_sdk.cli import exit_status
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 wrong results or not everything measured, 2 nothing can be measured, 130 interrupted."""
-    console = Console(stderr=True, highlight=False)
-    try:
-        problems = _run(_parser().parse_args(argv), sys.argv[1:] if argv is None else argv)
-    except TokenFlowError as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written", style="yellow")
-        return 130
-    for sentence in problems:
-        console.print(f"error: {sentence}", style="bold red", soft_wrap=True, markup=False)
-    return 1 if problems else 0
+    words = sys.argv[1:] if argv is None else argv
+    return exit_status.run(lambda: _measure(_parser().parse_args(words), words), interrupted="interrupted; nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, words: list[str]) -> list[str]:
+def _measure(arguments: argparse.Namespace, words: list[str]) -> int:
     request = _request(arguments, shlex.join(["python", "benchmarks/on_gpu.py", *words]))
     try:
         from benchmarks.gpu.run import run
@@ -94,12 +85,17 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> list[str]:
             f"This benchmark needs a package that is not installed ({error}).",
             "Run `make bench-gpu`, which installs everything into .venv-gpu.",
         ) from error
-    return run(request)
+    problems = run(request)
+    for sentence in problems:
+        Console(stderr=True, highlight=False).print(f"error: {sentence}", style="bold red", soft_wrap=True, markup=False)
+    return 1 if problems else 0
 
 
 def _request(arguments: argparse.Namespace, command: str) -> Request:
-    """Raises:
-    ArgumentError: a value that cannot work.
+    """Check the options.
+
+    Raises:
+        ArgumentError: a value that cannot work.
     """
     a = arguments
     variants, parts = _names("--variant", a.variant), _names("--parts", a.parts, PARTS)
@@ -149,7 +145,7 @@ def _names(option: str, text: str, known: Sequence[str] | None = None) -> tuple[
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Ascending, each once."""
+    """Parse a list of sizes; ascending, each once."""
     try:
         numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:

@@ -1,6 +1,6 @@
-"""The paged transformer in every precision, same weights, same machine, same run: size, agreement, and time of a step.
+"""Compares the paged transformer in all precisions: size, agreement with float32, and time of a step, in turns.
 
-Random weights, hidden 1024, 8 layers, two rows a step as guidance takes.
+The model has random weights, hidden 1024 and 8 layers; a step has two rows, as guidance needs.
 
     python benchmarks/precision.py
 """
@@ -38,7 +38,7 @@ PRECISIONS = (
     ExportPrecision("fp16", "int4"),
 )
 STEPS = ((1, 144), (16, 160), (64, 256), (256, 720))
-"""Queries and cached tokens of a row."""
+"""Queries and cached tokens of a row, for each kind of step."""
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def main() -> None:
 
 def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
     checkpoint, tokenizer = standin(directory, SIZES)
-    sessions, rows = {}, {}
+    sessions: dict[str, Session] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
         out = export_quietly(checkpoint, tokenizer, directory / precision.name.replace(" ", "_"), precision)
         bundle = Bundle.open(out, GeneratorConfig)
@@ -74,7 +75,7 @@ def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def time_step(sessions: dict[str, Session], queries: int, context: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step; the precisions take turns."""
+    """The median seconds of a step in each precision; the precisions take turns."""
     rng = np.random.default_rng(0)
     heads = SIZES["num_attention_heads"]
     width, pages = SIZES["hidden_size"], -(-context // 16)

@@ -1,9 +1,9 @@
-"""The runtime against the plain eager PyTorch model, same weights, same machine, same run.
+"""Compares a tokenizer in the runtime with the PyTorch model: same weights, same machine, in turns.
 
-The eager side is `export.models`: float32, `torch.inference_mode`, the same number of threads, and the straightforward
-quantizer (full distances [M, 32768] for both codebook halves, then argmin). Calls of both sides alternate in one process;
-medians are compared. Memory is the peak resident size of a process that runs one side alone, less what it takes to start
-Python and import the packages; it is set against the weights plus the activations that the graph needs alive at once.
+PyTorch is `tokenflow_export.models` in float32 with `torch.inference_mode` and the same number of threads. Its quantizer
+computes the distances [M, K] to all codes for both halves, then the argmin. Both sides take turns in one process, and medians
+are compared. Memory is the peak resident size of a process that runs one side alone, without what Python and the imports take.
+It is compared with the weights plus the activations that the graph needs at once.
 
     python benchmarks/tokenizer_vs_eager.py --variant clipb_256
 """
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,7 +57,7 @@ def main() -> None:
     print(text)
 
 
-def eager_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, Callable[[], object]]:
+def eager_calls(arguments: argparse.Namespace, images: NDArray[np.uint8]) -> dict[str, Callable[[], object]]:
     import torch
 
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise
@@ -65,7 +67,7 @@ def eager_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, 
     config = recognise({key: tuple(value.shape) for key, value in state.items()}, arguments.variant)
     model = load_model(state, config)
     pictures = torch.from_numpy(images)
-    codes = torch.from_numpy(random_codes(config)).long()
+    codes = torch.from_numpy(random_codes(config.codebook_size, config.n_codes)).long()
 
     def inference(function: Callable[[torch.Tensor], object], value: torch.Tensor) -> Callable[[], object]:
         def call() -> object:
@@ -77,15 +79,15 @@ def eager_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, 
     return {"encode": inference(model.encode, pictures), "decode": inference(model.decode, codes)}
 
 
-def runtime_calls(arguments: argparse.Namespace, images: np.ndarray) -> dict[str, Callable[[], object]]:
+def runtime_calls(arguments: argparse.Namespace, images: NDArray[np.uint8]) -> dict[str, Callable[[], object]]:
     from tokenflow_sdk import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(arguments.bundle, device="cpu", threads=arguments.threads)
-    codes = random_codes(tokenizer.config)
+    codes = random_codes(tokenizer.config.codebook_size, tokenizer.config.n_codes)
     return {"encode": lambda: tokenizer.encode_array(images), "decode": lambda: tokenizer.decode_array(codes)}
 
 
-def one_picture(arguments: argparse.Namespace) -> np.ndarray:
+def one_picture(arguments: argparse.Namespace) -> NDArray[np.uint8]:
     from tokenflow_sdk.bundle.bundle import Bundle
     from tokenflow_sdk.bundle.model_config import TokenizerConfig
     from tokenflow_sdk.pictures.images import preprocess
@@ -107,14 +109,14 @@ def timings(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             for side, call in (("eager", theirs[graph]), ("runtime", ours[graph])):
                 began = perf_counter()
                 call()
-                # Two rounds warm both sides up: weights paged in, arenas grown.
+                # Two rounds warm both sides up: weights are paged in, and arenas grow.
                 seconds[side] += [perf_counter() - began] if i >= 2 else []
         result[graph] = {side: median(values) for side, values in seconds.items()}
     return result
 
 
 def peak_memory(arguments: argparse.Namespace, side: str, graph: str) -> dict[str, int]:
-    """Run one side's one graph and say how far the resident size grew."""
+    """Run one graph on one side, and measure how far the peak of the resident size grew."""
     images = one_picture(arguments)
     make = eager_calls if side == "eager" else runtime_calls
     if side == "eager":
@@ -128,22 +130,24 @@ def peak_memory(arguments: argparse.Namespace, side: str, graph: str) -> dict[st
     return {"bytes": peak_resident() - before}
 
 
-def memory_figures(arguments: argparse.Namespace, graph: str) -> dict[str, int]:
-    figures = {}
+def memory_figures(arguments: argparse.Namespace, graph: str) -> dict[str, float]:
+    figures: dict[str, float] = {}
     for side in ("eager", "runtime"):
         words = [sys.executable, __file__, "--variant", arguments.variant, "--checkpoint", arguments.checkpoint]
         words += ["--bundle", arguments.bundle, "--threads", arguments.threads, "--memory-of", side, graph]
         output = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
         figures[side] = json.loads(output)["bytes"]
     model = ir.load(arguments.bundle / f"{graph}.onnx")
-    figures["weights"] = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    figures["weights"] = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     figures["activations"] = live_activations(model)
     return figures
 
 
-def live_activations(model: ir.Model) -> int:
-    """Bytes of the largest set of tensors alive at once when nodes run in order, batch 1; views count as their source."""
-    size, last_use = {}, {}
+def live_activations(model: ir.Model) -> float:
+    """The bytes of the largest set of tensors in use at once, for a batch of 1, when nodes run in order; views take none."""
+    size: dict[ir.Value, float] = {}
+    last_use: dict[ir.Value, int] = {}
     for position, node in enumerate(model.graph):
         for value in node.inputs:
             if value is not None:
@@ -152,7 +156,8 @@ def live_activations(model: ir.Model) -> int:
             dims = [dim if isinstance(dim, int) else 1 for dim in value.shape or ()]
             free = node.op_type in ("Reshape", "Shape", "Squeeze", "Unsqueeze", "Identity")
             size[value] = 0 if free else int(np.prod(dims)) * (value.dtype.itemsize if value.dtype else 4)
-    live, largest = 0, 0
+    live: float = 0
+    largest: float = 0
     ends: dict[int, list[ir.Value]] = {}
     for value, position in last_use.items():
         ends.setdefault(position, []).append(value)
@@ -163,7 +168,7 @@ def live_activations(model: ir.Model) -> int:
     return largest
 
 
-def as_markdown(report: dict) -> str:
+def as_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['variant']}: runtime against eager PyTorch, CPU",
         "",

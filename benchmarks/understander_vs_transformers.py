@@ -1,9 +1,8 @@
-"""Answers over the paged cache against transformers `generate` with its own cache, same weights and prompts, same run.
+"""Compares answers in the runtime with `generate` of transformers: same weights, same prompts, in turns.
 
-The model has random weights in Qwen2's layout: hidden 1024, 8 layers, 16 heads of which 4 hold keys and values, MLP 2752, a
-vocabulary of 32,000; a picture is 729 features. Both sides decode greedily, for a fixed number of tokens, and take turns.
-transformers answers one request after another, which is what `generate` does with requests that come by themselves; for eight
-requests its padded batch is measured too.
+The model has random weights in Qwen2's layout: hidden 1024, 8 layers, 16 heads over 4 key/value heads, MLP 2752, a vocabulary
+of 32,000; a picture has 729 features. Both sides decode greedily for a fixed number of tokens. transformers answers one request
+after another, as it does when requests arrive one by one; for eight requests its padded batch is measured too.
 
     python benchmarks/understander_vs_transformers.py
 """
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +33,7 @@ from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportP
 from tokenflow_sdk import AnswerParams, Understander
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 
-SIZES = BASE | {
+SIZES: dict[str, Any] = BASE | {
     "model_type": "llava_qwen",
     "hidden_size": 1024,
     "num_hidden_layers": 8,
@@ -50,18 +50,18 @@ PATCH_NUMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
 PRECISIONS = (FULL_PRECISION, ExportPrecision("fp32", "int8"), ExportPrecision("fp32", "int4"))
 QUESTION = "What is on the table?"
 LENGTHS = tuple(range(24, 137, 16))
-"""Tokens of the eight answers; their questions differ in length too."""
+"""The numbers of tokens of the eight answers; their questions differ in length too."""
 
 
 class Transformers:
-    """The other side: `generate` on the same embeddings."""
+    """`generate` of transformers on the embeddings that the runtime reads."""
 
     def __init__(self, model: Any, projector: torch.nn.Module) -> None:
         self.model, self.projector = model, projector
 
     @torch.inference_mode()
     def embed(self, prompt: TokenPrompt) -> torch.Tensor:
-        """Embeddings [1, Q, H]."""
+        """The embeddings [1, Q, H] of a prompt."""
         table = self.model.model.embed_tokens
         parts = [
             self.projector(torch.from_numpy(block.features)) if isinstance(block, ImageBlock) else table(torch.tensor(block))
@@ -71,7 +71,7 @@ class Transformers:
 
     @torch.inference_mode()
     def generate(self, x: torch.Tensor, count: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[float]]:
-        """Token ids [B, count], and seconds from the call to each."""
+        """Generate token ids [B, count], and give the seconds from the call to each token."""
         began, times = perf_counter(), []
 
         def stamp(ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
@@ -119,12 +119,12 @@ def measure(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
     return report | machine() | {"one": medians(one), "eight": medians(eight)}
 
 
-def picture(seed: int) -> np.ndarray:
+def picture(seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((PATCH_NUMS[-1] ** 2, 40)).astype(np.float32)
 
 
 def compare_one(ours: dict[str, Understander], theirs: Transformers, seed: int, count: int = 64) -> dict[str, dict[str, float]]:
-    """One request: seconds to the first token, tokens a second after it, and the same for a second question."""
+    """Measure one request: seconds to the first token, tokens per second after it, and a second question's first token."""
     params = AnswerParams(max_tokens=count, stop_ids=())
     prompt = ours["fp32"]._answering._text.first([ImageBlock(picture(seed))], QUESTION)
     ids, times = theirs.generate(theirs.embed(prompt), count)
@@ -142,13 +142,15 @@ def rates(times: Sequence[float]) -> dict[str, float]:
 
 
 def compare_eight(ours: dict[str, Understander], theirs: Transformers, seed: int) -> dict[str, dict[str, float]]:
-    """Eight requests of different lengths at once: tokens a second in all, prompts included."""
+    """Measure eight requests of different lengths at once: tokens per second of all, with the time for prompts."""
     same, different = [picture(seed + 50)] * 8, [picture(seed * 8 + i + 100) for i in range(8)]
     cases = {"one picture": same, "eight pictures": different, "eight pictures, each asked about before": different}
     return {name: throughput(ours, theirs, pictures) for name, pictures in cases.items()}
 
 
-def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Sequence[np.ndarray]) -> dict[str, float]:
+def throughput(
+    ours: dict[str, Understander], theirs: Transformers, pictures: Sequence[NDArray[np.float32]]
+) -> dict[str, float]:
     questions = [(image, QUESTION + " Say it well." * i) for i, image in enumerate(pictures)]
     prompts = [ours["fp32"]._answering._text.first([ImageBlock(image)], question) for image, question in questions]
     inputs = [theirs.embed(prompt) for prompt in prompts]
@@ -166,7 +168,7 @@ def throughput(ours: dict[str, Understander], theirs: Transformers, pictures: Se
     return {side: sum(LENGTHS) / seconds(call) for side, call in calls.items()}
 
 
-def answer_all(understander: Understander, questions: Sequence[tuple[np.ndarray, str]]) -> None:
+def answer_all(understander: Understander, questions: Sequence[tuple[NDArray[np.float32], str]]) -> None:
     turns = [
         understander._request(image, question, AnswerParams(max_tokens=count, stop_ids=()))
         for (image, question), count in zip(questions, LENGTHS, strict=True)
@@ -175,7 +177,7 @@ def answer_all(understander: Understander, questions: Sequence[tuple[np.ndarray,
 
 
 def generate_padded(theirs: Transformers, inputs: Sequence[torch.Tensor]) -> None:
-    """All at once, padded on the left, for as many tokens as the longest answer has."""
+    """Generate all answers in one batch, padded on the left, with as many tokens as the longest answer has."""
     longest = max(x.shape[1] for x in inputs)
     x = torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[1], 0)) for x in inputs])
     mask = torch.stack([(torch.arange(longest) >= longest - x.shape[1]).long() for x in inputs])

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenflow_export.cli import _parser as make_export_parser
+from tokenflow_export.cli.parser import make_parser as make_export_parser
 from tokenflow_sdk.cli.parser import make_parser
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"

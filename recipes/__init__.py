@@ -1,1 +1,1 @@
-"""How the weights in this repository were made. Nothing here is needed to use them."""
+"""The training of the weights in this repository. Nothing here is needed to use them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,17 +20,28 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each module is traced once by whichever test process exports it first."""
-    from tests.support.shared_traces import SharedTraces
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Each module is traced once by whichever test process exports it first. The directory of traces."""
+    from tests.support.shared_traces import SharedTraces, keep_registry
     from tokenflow_export.tracing import onnx_export
 
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     directory.mkdir(exist_ok=True)
+    # What was imported stays; looking for garbage in it takes long.
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
+        keep_registry(patch)
         patch.setattr(onnx_export, "_capture", SharedTraces(onnx_export._capture, directory))
-        yield
+        yield directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """PyTorch's threads spin while they wait, which small models do most of the time."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

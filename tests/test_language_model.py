@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.understanding.test_understander import features
+from tests.support.mini_understander import features
 from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import SessionOptions

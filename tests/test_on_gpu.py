@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.conftest import DATA, ROOT
-from tests.understanding.test_understander import features, pool_is_clean
+from tests.support.mini_understander import features, pool_is_clean
 from tokenflow_sdk import AnswerParams, Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
 from tokenflow_sdk.backends.session import HostPages

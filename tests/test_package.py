@@ -12,24 +12,84 @@ import pytest
 import tokenflow_sdk
 from tests.conftest import ROOT
 
-HEAVY = (
-    "numpy",
-    "PIL",
-    "torch",
-    "onnx",
-    "onnxruntime",
-    "rich",
-    "tokenflow_export",
-    "huggingface_hub",
-    "tokenizers",
-    "argparse",
-)
+COVERED_BY = {
+    "backends/test_tensorrt.py": ["tokenflow_sdk/backends/tensorrt_context"],
+    "cli/test_cli.py": [
+        f"tokenflow_sdk/cli/{name}"
+        for name in [
+            "bench",
+            "console",
+            "decode",
+            "encode",
+            "exit_status",
+            "files",
+            "info",
+            "opening",
+            "parser",
+            "reconstruct",
+            "verify",
+        ]
+    ],
+    "engines/test_build.py": ["tokenflow_sdk/cli/build"],
+    "export/checkpoints/test_tokenizer.py": ["tokenflow_export/checkpoints/strict"],
+    "export/language_model/test_generator.py": [
+        "tokenflow_export/checkpoints/hf_directory",
+        *(f"tokenflow_export/language_model/{name}" for name in ("agreement", "bundle_writer", "generator_check", "projector")),
+    ],
+    "export/language_model/test_understanding.py": [
+        f"tokenflow_export/language_model/{name}" for name in ("chat_template", "paged_graph", "understanding_check")
+    ],
+    "export/models/test_models.py": [
+        f"tokenflow_export/models/{name}"
+        for name in ("clip", "config", "layers", "quantizer", "semantic_decoder", "siglip", "tokenizer", "vitamin", "vqgan")
+    ],
+    "export/tokenizer/test_export.py": [
+        f"tokenflow_export/{name}"
+        for name in ("atomic_directory", "cli/bundles", "cli/parser", "cli/standin", "progress", "tokenizer/graphs")
+    ]
+    + ["tokenflow_export/tokenizer/reference_images"],
+    "export/precision/test_search.py": ["tokenflow_export/cli/precision"],
+    "export/tracing/test_weight_quantization.py": ["tokenflow_export/tracing/onnx_export"],
+    "generation/test_generator.py": [
+        "tokenflow_export/models/llama",
+        *(f"tokenflow_export/language_model/{name}" for name in ("generator_graphs", "sample_graph")),
+    ],
+    "parity/test_tokenizer.py": ["tokenflow_sdk/parity/tokenizer_report"],
+    "understanding/test_understander.py": ["tokenflow_export/language_model/understanding_graphs"],
+}
+"""Modules without a test file of their own, by the file that tests them."""
 
 
-def test_importing_the_sdk_imports_nothing_heavy() -> None:
-    script = f"import sys, tokenflow_sdk; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def modules() -> set[str]:
+    """Every module of both packages, as `tokenflow_sdk/pictures/codes`."""
+    return {
+        path.relative_to(root).with_suffix("").as_posix()
+        for root in (ROOT, ROOT / "export")
+        for path in root.glob("tokenflow_*/**/*.py")
+        if not path.stem.startswith("__")
+    }
+
+
+def own_test(module: str) -> Path:
+    """Where a module's tests are: in the same place under `tests` or `tests/export`."""
+    path = Path(module.replace("tokenflow_sdk/", "").replace("tokenflow_export/", "export/"))
+    return ROOT / "tests" / path.with_name(f"test_{path.name}.py")
+
+
+def test_every_module_has_a_test_file_of_its_own_or_a_line_that_says_where() -> None:
+    elsewhere = [module for covered in COVERED_BY.values() for module in covered]
+    without = {module for module in modules() if not own_test(module).exists()}
+    assert "tokenflow_sdk/pictures/codes" in modules() - without
+    assert sorted(elsewhere) == sorted(without)
+    assert all((ROOT / "tests" / test).exists() for test in COVERED_BY)
+
+
+def test_importing_the_sdk_imports_nothing_but_itself() -> None:
+    """No package that is not Python's own, NumPy included, and none of its own modules."""
+    script = "import sys; before = set(sys.modules); import tokenflow_sdk; print(*sorted(set(sys.modules) - before))"
+    new = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert {name for name in new if name.partition(".")[0] not in sys.stdlib_module_names} == {"tokenflow_sdk"}
+    assert not new & {"argparse", "asyncio", "dataclasses", "inspect", "logging", "pathlib", "subprocess"}
 
 
 def test_using_the_sdk_never_imports_torch(mini_bundle: Path) -> None:
@@ -85,7 +145,7 @@ def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -
         "tokenflow_sdk/tokenizer.py",
         "tokenflow_sdk/_data/models/tiny/tokenizer/bundle.json",
         "tokenflow_sdk/py.typed",
-        "tokenflow_export/cli.py",
+        "tokenflow_export/cli/__init__.py",
     } <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tokenflow_export", "tokenflow_sdk"}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

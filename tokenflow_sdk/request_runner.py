@@ -87,30 +87,26 @@ class LoadedModel(Generic[R]):
         # Reentrant: the garbage collector and signal handlers run in the middle of a thread that may hold it.
         self._condition = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
-        self._stepping = self._settling = False
+        self._stepping = self._exchanging = False
         self._last = False
         self._why_closed: TokenFlowError | None = None
         self._closed = False
+        self._open_sessions = list(sessions.values())
 
     def submit(self, requests: Sequence[R]) -> bool:
         """Queue requests of one call; False if the model is closing and takes no more."""
         with self._condition:
-            if self._last or self._why_closed is not None:
-                return False
-            self.users += 1
-            self._submitted.append(requests)
-            self._settle()
-        return True
+            accepted = not self._last and self._why_closed is None
+            if accepted:
+                self.users += 1
+                self._submitted.append(requests)
+        self._settle()
+        return accepted
 
     def drop(self, requests: Sequence[R]) -> None:
         """Take back the requests of one call, and free their pages now or after the step that is running. Never waits."""
         self._dropped.append(requests)
-        # Whoever has the lock settles when it lets go; see `_run` and `_settle`.
-        if self._condition.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._condition.release()
+        self._settle()
 
     def wait(self, request: R, count: int) -> None:
         """Wait until a request has `count` scales or tokens, is finished, or cannot go on.
@@ -129,6 +125,7 @@ class LoadedModel(Generic[R]):
                     self._thread = threading.Thread(target=self._run, name="tokenflow-steps", daemon=False)
                     self._thread.start()
                 self._condition.notify()
+            self._settle()
             if request.error is None and not request.reached(count):
                 request.progress.arrived.wait()
 
@@ -136,43 +133,44 @@ class LoadedModel(Generic[R]):
         """Take no more requests, and close after the last."""
         with self._condition:
             self._last = True
-            self._settle()
             self._condition.notify()
+        self._settle()
 
     def close(self, why: TokenFlowError) -> None:
         """Free sessions and pages after the step that is running; requests that are not finished end with `why`."""
         with self._condition:
             self._why_closed = self._why_closed or why
-            self._settle()
             self._condition.notify()
             thread = self._thread
+        self._settle()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def _run(self) -> None:
         """Step while anybody waits for a request. Runs on the model's own thread."""
-        while True:
-            with self._condition:
-                self._stepping = False
-                self._settle()
-                wanted = not self._closed and self._wanted()
-                if not wanted and not self._condition.wait(LINGER) and not self._wanted():
-                    self._thread = None
-                    return
-                if self._closed:
-                    self._thread = None
-                    return
-                if not wanted:
-                    continue
-                self._stepping = True
+        while self._next_step():
             try:
                 if not threading.main_thread().is_alive():
                     raise ArgumentError("The program ended before its requests did.", "Wait for them, or close the model.")
                 self.scheduler.step()
             except BaseException as error:
-                # A scheduler keeps failures with their requests; this one belongs to nobody, so to everybody.
+                # A scheduler keeps failures with their requests. This one belongs to no request, so to all.
                 for request in self._live:
                     request.error = request.error or error
+        self._settle()
+
+    def _next_step(self) -> bool:
+        """Wait until somebody waits for a request, and begin a step; False when nobody did for a while."""
+        with self._condition:
+            self._stepping = False
+            self._exchange()
+            if not self._wanted():
+                self._condition.wait(LINGER)
+                self._exchange()
+            self._stepping = self._wanted()
+            if not self._stepping:
+                self._thread = None
+            return self._stepping
 
     def _wanted(self) -> bool:
         """Tell the callers whose requests have arrived, or failed; whether anybody waits for more."""
@@ -185,32 +183,49 @@ class LoadedModel(Generic[R]):
         return wanted
 
     def _settle(self) -> None:
-        """Hand submitted and dropped requests to the scheduler, and close if that is due. The lock is held.
-
-        Does nothing within a step or within itself: then the garbage collector or a signal handler called it, and its work is
-        done by the loop that it interrupts, or after the step.
-        """
-        while not (self._stepping or self._settling or self._closed):
-            if self._submitted:
-                self._settling = True
-                self._take(self._submitted.popleft())
-            elif self._dropped:
-                self._settling = True
-                self._give_back(self._dropped.popleft())
-            elif self._why_closed is not None or (self._last and not self.users):
-                self._settling = True
-                self._shut()
-            else:
+        """Do what is due between steps, unless somebody else has the lock: they settle after they let go of it."""
+        while self._due() and self._condition.acquire(blocking=False):
+            try:
+                busy = self._stepping or self._exchanging
+                self._exchange()
+            finally:
+                self._condition.release()
+            if busy:
                 return
-            self._settling = False
+        if self._closed:
+            while self._open_sessions:
+                self._open_sessions.pop().close()
+            self.transformer.close()
+
+    def _due(self) -> bool:
+        closing = self._why_closed is not None or (self._last and not self.users)
+        return bool(self._submitted or self._dropped) or (closing and not self._closed)
+
+    def _exchange(self) -> None:
+        """Hand submitted and dropped requests to the scheduler, and mark the model as closed if that is due.
+
+        The lock is held. Does nothing within a step or within itself: then the garbage collector or a signal handler called it,
+        and its work is done by the loop that it interrupts, or after the step.
+        """
+        while self._due() and not (self._stepping or self._exchanging):
+            self._exchanging = True
+            try:
+                if self._submitted:
+                    self._take(self._submitted.popleft())
+                elif self._dropped:
+                    self._give_back(self._dropped.popleft())
+                else:
+                    self._end()
+            finally:
+                self._exchanging = False
 
     def _take(self, requests: Sequence[R]) -> None:
         for request in requests:
+            self._live.append(request)
             try:
                 self.scheduler.submit(request)
             except BaseException as error:
                 request.error = error
-            self._live.append(request)
 
     def _give_back(self, requests: Sequence[R]) -> None:
         for request in requests:
@@ -219,16 +234,13 @@ class LoadedModel(Generic[R]):
                 self.scheduler.remove(request)
         self.users -= 1
 
-    def _shut(self) -> None:
+    def _end(self) -> None:
         for request in self._live:
             self.scheduler.remove(request)
             request.error = request.error or self._why_closed
             request.progress.arrived.set()
         self._live.clear()
         self._closed = True
-        for session in self.sessions.values():
-            session.close()
-        self.transformer.close()
 
 
 class RequestRunner(Generic[R]):
@@ -262,9 +274,12 @@ class RequestRunner(Generic[R]):
 
         Raises:
             ArgumentError: the model is closed, or was opened before a fork.
+            PagesExhausted, PromptError: a request could never run.
         """
         self._require_usable()
         model = self.model
+        for request in requests:
+            model.scheduler.check(request)
         while not model.submit(requests):
             # It was replaced or closed since.
             self._require_usable()

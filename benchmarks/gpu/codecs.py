@@ -1,4 +1,4 @@
-"""The sides that encode and decode: PyTorch in three ways, tokenflow-sdk on its engines. Host arrays in, host arrays out."""
+"""The sides that encode and decode: PyTorch in three ways, and tokenflow-sdk on its backends. Arrays are in host memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.request import DTYPES, TITLES, TORCH, Dtype
 from benchmarks.gpu.timing import console, say_why
 from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_pixels, to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_pixels, to_unit_range
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
@@ -47,7 +46,7 @@ _ROUNDED_PARTS = (
     *("scaling_layer", "encoder_vqkd", "encode_task_layer", "encoder", "quant_conv"),
     *("post_quant_conv", "decoder"),
 )
-"""Of a model, what runs in float16 where anything does."""
+"""The parts of a model that run in float16 on a float16 side."""
 _NO_MEMORY = re.compile(
     r"out of (device )?memory|has no [\d,]+ MB left|(fail|unable)\w* to allocate|OutOfMemory|MemoryAllocation|ALLOC_FAILED|"
     "bad_alloc",
@@ -56,10 +55,10 @@ _NO_MEMORY = re.compile(
 
 
 class Codec(Protocol):
-    """What is timed and compared; `Tokenizer` is one. Shapes and types are those of its methods."""
+    """Encodes and decodes, as the methods of `Tokenizer` do, which is one."""
 
-    config: TokenizerConfig
-
+    @property
+    def config(self) -> TokenizerConfig: ...
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]: ...
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]: ...
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
@@ -68,7 +67,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do it, by its name in `TITLES`; `open` gives what does it, for batches of up to so many pictures."""
+    """A way to encode and decode. `key` is its name in `TITLES`; `open` opens it for batches of at most so many pictures."""
 
     key: str
     open: Callable[[int], Codec]
@@ -79,29 +78,29 @@ class Side:
 
     @property
     def dtype(self) -> Dtype:
-        """Of its products."""
+        """The dtype of its products."""
         return DTYPES[self.key]
 
     @property
     def ours(self) -> bool:
-        """It is tokenflow-sdk."""
+        """Whether it is tokenflow-sdk."""
         return self.key not in TORCH
 
     @property
     def builds(self) -> bool:
-        """Opening it may take minutes."""
+        """Whether it builds engines when it is opened, which may take minutes."""
         return self.key in FLAVOURS
 
 
 class TorchCodec:
-    """`export.models`, with pictures as u8 and codes as int32 crossing to the device and back, as in an engine.
+    """The PyTorch model, with pictures as u8 and codes as int32 copied to the device and back, as for an engine.
 
     Args:
-        model: on the device already; several may share one. Of one from `half_copy` encoders and decoder run in float16; the
-            codebook search and the last step to pixels stay float32, as they do in engines.
+        model: on the device already; codecs may share it. Encoders and decoder of a `half_copy` run in float16; the codebook
+            search and the conversion to pixels stay in float32, as in engines.
         config: of the bundle it is compared with.
-        device: where.
-        compiled: through torch.compile, which must take each function whole, for every batch by itself.
+        device: where the model is.
+        compiled: use torch.compile, for each function as one graph and for each batch by itself.
     """
 
     def __init__(self, model: TokenFlowTokenizer, config: TokenizerConfig, device: Device, compiled: bool = False) -> None:
@@ -109,21 +108,21 @@ class TorchCodec:
         self._model, self._device = model, device
         self._half = model.quant_conv.weight.dtype == torch.float16
         wrap = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else (lambda function: function)
-        self._encode, self._decode = wrap(self.encode_there), wrap(self.decode_there)
+        self._encode, self._decode = wrap(self.encode_on_device), wrap(self.decode_on_device)
 
     @property
     def weight_bytes(self) -> int:
-        """Of what encodes and decodes."""
+        """The bytes of the weights that encode and decode."""
         modules = [getattr(self._model, name) for name in (*_ROUNDED_PARTS, "quantize")]
         return sum(weight.nbytes for module in modules for weight in module.state_dict().values())
 
-    def encode_there(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u8 [B, H, W, 3] -> code indices int32 [B, L] and latent float32 [B, 40, g, g], on the device."""
+    def encode_on_device(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures u8 [B, H, W, 3] -> code indices int32 [B, L] and latent float32 [B, C, g, g], all on the device."""
         latent = self._model.latent(self._rounded(to_unit_range(images))).float()
         return self._model.quantize.encode(latent)[0].to(torch.int32), latent
 
-    def decode_there(self, code_indices: torch.Tensor) -> torch.Tensor:
-        """Code indices int32 [B, L] -> u8 [B, H, W, 3], on the device."""
+    def decode_on_device(self, code_indices: torch.Tensor) -> torch.Tensor:
+        """Code indices int32 [B, L] -> pictures u8 [B, H, W, 3], all on the device."""
         model = self._model
         pixel = model.quantize.decode(code_indices)[:, model.config.semantic_dim :]
         picture = model.decoder(model.post_quant_conv(self._rounded(pixel)))
@@ -131,18 +130,21 @@ class TorchCodec:
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         with torch.inference_mode():
-            return self._encode(self._sent(images))[0].cpu().numpy()
+            codes: NDArray[np.int32] = self._encode(self._sent(images))[0].cpu().numpy()
+        return codes
 
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return self._encode(self._sent(images))[1].cpu().numpy()
+            latent: NDArray[np.float32] = self._encode(self._sent(images))[1].cpu().numpy()
+        return latent
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
         with torch.inference_mode():
-            return self._decode(self._sent(code_indices)).cpu().numpy()
+            pictures: NDArray[np.uint8] = self._decode(self._sent(code_indices)).cpu().numpy()
+        return pictures
 
     def close(self) -> None:
-        """The model stays for the other sides; its working memory is given back."""
+        """Free the working memory. The model stays, because other sides use it."""
         self._device.release()
 
     def _sent(self, array: NDArray[np.generic]) -> torch.Tensor:
@@ -153,10 +155,10 @@ class TorchCodec:
 
 
 def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowTokenizer:
-    """The reference model on a device.
+    """Load the PyTorch model of a checkpoint onto a device.
 
     Raises:
-        CheckpointError: it cannot be read, or is none of `variant`.
+        CheckpointError: the checkpoint cannot be read, or holds another variant.
     """
     state = read_state_dict(checkpoint)
     config = recognise({key: tuple(value.shape) for key, value in state.items()}, variant)
@@ -164,7 +166,7 @@ def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowToken
 
 
 def half_copy(model: TokenFlowTokenizer) -> TokenFlowTokenizer:
-    """Encoders and decoder in float16, convolutions with channels last, which is what tensor cores read. The rest is shared."""
+    """Copy a model with its encoders and decoder in float16 and channels last, as tensor cores read them; share the rest."""
     shared = {id(module): module for module in (model.quantize, model.decoder_vqkd, model.decode_task_layer)}
     copied = deepcopy(model, shared)
     for name in _ROUNDED_PARTS:
@@ -173,7 +175,7 @@ def half_copy(model: TokenFlowTokenizer) -> TokenFlowTokenizer:
 
 
 def torch_sides(load: Callable[[], TokenFlowTokenizer], config: TokenizerConfig, device: Device) -> list[Side]:
-    """PyTorch's, of a model that is loaded when the first is opened. Each codec is made once, because it compiles once."""
+    """The sides of PyTorch. The model is loaded when the first is opened; each codec is made once, because it compiles once."""
     exact = cache(load)
     half = cache(lambda: half_copy(exact()))
     made = {
@@ -189,7 +191,7 @@ def _same(codec: Callable[[], TorchCodec], _: int) -> TorchCodec:
 
 
 def sdk_sides(bundle: Bundle[TokenizerConfig], device: Device, batches: Sequence[int], threads: int | None) -> list[Side]:
-    """tokenflow-sdk's. Engines are built where the cache has none, for those of these batches that are not too large."""
+    """The sides of tokenflow-sdk. Engines that are not in the cache are built, for those batches that fit."""
 
     def onnxruntime(largest: int) -> Tokenizer:
         # On a CPU one picture at a time is the fastest.
@@ -208,7 +210,10 @@ def sdk_sides(bundle: Bundle[TokenizerConfig], device: Device, batches: Sequence
 
 
 def with_largest(sizes: Sequence[int], attempt: Callable[[int], T], device: Device) -> T:
-    """What an attempt gives for the largest of ascending sizes; where it lacks memory, for the next smaller one.
+    """Call `attempt` with the largest of ascending sizes, and with smaller ones while memory is lacking.
+
+    Returns:
+        What the attempt that succeeds returns.
 
     Raises:
         Exception: what the last attempt raised.
@@ -225,19 +230,19 @@ def with_largest(sizes: Sequence[int], attempt: Callable[[int], T], device: Devi
 
 
 def note_of(size: int, largest: int, sizes: Sequence[int], warm_up: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a row of one of these sizes says besides times: what warming up shows, where `largest` is not too small for it."""
+    """What a row says besides times: the result of `warm_up`, or that `largest` is too small for this size."""
     if size > largest:
         return {"why": f"no memory for {size} pictures at once"}
     return warm_up() | ({"largest_batch": largest} if largest < sizes[-1] else {})
 
 
 def lacks_memory(error: Exception) -> bool:
-    """As far as its words tell."""
+    """Whether an error means that memory is lacking, as far as its message tells."""
     text = error.message if isinstance(error, TokenFlowError) else str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text) is not None
 
 
 def build_config_for(flavour: str, batches: Sequence[int]) -> BuildConfig:
-    """Float16 engines for up to the largest of these batches, tuned for the middle one."""
+    """A build config for float16 engines for batches up to the largest of these, optimised for the middle one."""
     ascending = sorted(batches)
     return BuildConfig(backend=flavour, batch=(1, ascending[len(ascending) // 2], ascending[-1]))

@@ -1,4 +1,4 @@
-"""Do the sides compute the same? Crops of a photo, on the CPU in onnxruntime, are what each is compared with."""
+"""Compares the results of the sides with those of onnxruntime on the CPU, for crops of a photo."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tokenflow_sdk.pictures.images import preprocess, psnr
 __all__ = ["batch_failures", "compare", "crops", "reference_of", "require_same_weights"]
 
 _CORNERS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))
-"""Left and upper edge of each crop, as a share of what is left of the photo's sides."""
+"""The left and upper edge of each crop, as a share of the photo's sides less the crop's."""
 
 
 def crops(config: TokenizerConfig) -> NDArray[np.uint8]:
-    """Four square parts of the example photo, u8 [4, H, W, 3]."""
+    """Cut four squares from the example photo: u8 [4, H, W, 3]."""
     with Image.open(ROOT / "examples" / "chelsea.jpg") as photo:
         side = min(photo.size) * 2 // 3
         room = (photo.width - side, photo.height - side)
@@ -40,7 +40,7 @@ def crops(config: TokenizerConfig) -> NDArray[np.uint8]:
 
 
 def reference_of(bundle: Bundle[TokenizerConfig], threads: int | None) -> TokenizerReference:
-    """What onnxruntime computes of the crops on the CPU."""
+    """Compute the reference for the crops in onnxruntime on the CPU."""
     images = crops(bundle.config)
     shape = (len(images), bundle.config.code_dim, bundle.config.grid, bundle.config.grid)
     with Tokenizer.from_pretrained(bundle.path, device="cpu", threads=threads, backend="onnxruntime") as cpu:
@@ -58,8 +58,12 @@ def reference_of(bundle: Bundle[TokenizerConfig], threads: int | None) -> Tokeni
 
 
 def compare(side: Side, codec: Codec, reference: TokenizerReference) -> dict[str, Any]:
-    """Share of equal codes, teacher-forced agreement, the largest margin of a flip, dB of decoded pictures (None: identical),
-    and in words every bar that is missed."""
+    """Compare a side with the reference.
+
+    Returns:
+        The share of equal codes, the teacher-forced agreement, the largest margin of a flip, the least PSNR of decoded pictures
+        in dB (None: identical), and the tolerances that are missed, in words.
+    """
     if isinstance(codec, Tokenizer):
         report = check_tokenizer(codec.graphs, reference)
         encoded, decibels = _Encoded(report.equal_codes, report.overall, report.flips), report.decode_psnr
@@ -79,7 +83,7 @@ def compare(side: Side, codec: Codec, reference: TokenizerReference) -> dict[str
 
 
 def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: TokenizerReference) -> list[str]:
-    """Tolerances that a graph misses in calls of so many images, in words: engines have kernels of their own for each batch."""
+    """The tolerances that a graph misses in batches of this size, in words. Engines may use other kernels for each batch."""
     if graph == "encode":
         encoded = _encode(codec, reference, batch)
         return _tolerances(side).code_failures(encoded.flips, encoded.agreement)
@@ -87,7 +91,7 @@ def batch_failures(side: Side, codec: Codec, graph: str, batch: int, reference: 
 
 
 def _tolerances(side: Side) -> Tolerances:
-    """Of its precision. A baseline has to compute the same, not to the last bit: PyTorch's float32 is judged as half is."""
+    """The tolerances for a side. PyTorch in float32 is judged as half precision is: it need not give the same bits."""
     return EXACT if side.ours and side.dtype == "float32" else ROUNDED
 
 
@@ -111,7 +115,7 @@ def _encode(codec: Codec, reference: TokenizerReference, batch: int) -> _Encoded
 
 
 def _decode(codec: Codec, reference: TokenizerReference, batch: int) -> float:
-    """dB of the worst picture."""
+    """The PSNR of the worst decoded picture in dB."""
     return min(
         psnr(decoded, reference.decoded[picture])
         for pictures in _batches(len(reference.images), batch)
@@ -120,15 +124,15 @@ def _decode(codec: Codec, reference: TokenizerReference, batch: int) -> float:
 
 
 def _batches(count: int, batch: int) -> list[list[int]]:
-    """Pictures of as few calls as hold each at least once, in turns."""
+    """Split pictures into as few batches of one size as include each at least once; the last wraps around."""
     return [[number % count for number in range(start, start + batch)] for start in range(0, count, batch)]
 
 
 def require_same_weights(found: Mapping[str, Any], checkpoint: object, bundle: object) -> None:
-    """Check float32 PyTorch by the bar that half precision has to reach.
+    """Check that the bundle was exported from the checkpoint, by the agreement that half precision must reach.
 
     Raises:
-        CheckpointError: the bundle was made from something else.
+        CheckpointError: it was exported from another one.
     """
     if found["agreement"] < ROUNDED.agreement:
         raise CheckpointError(

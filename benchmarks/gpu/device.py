@@ -1,7 +1,6 @@
-"""The device that is measured: what it is, waiting for it, its memory, and what it reaches in a plain matrix product
-and a plain copy.
+"""The device that is measured: its name, waiting for it, its memory, and its rates for a matrix product and a copy.
 
-It is opened before any session is: the CUDA libraries that come with PyTorch then serve onnxruntime as well.
+It is opened before any session, so that onnxruntime uses the CUDA libraries that come with PyTorch.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ __all__ = ["Device", "Gpu", "copy_rate", "open_device", "product_rate", "version
 
 _PACKAGES = ("tokenflow-sdk", "torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy")
 _REPEATS = 10
-"""In one timed stretch, so that starting and waiting do not show."""
+"""Calls that are timed together, so that the overhead of starting and waiting is small."""
 
 
 class Device:
-    """The CPU, on which this benchmark can be tried; `Gpu` is what it is for.
+    """The CPU, on which the benchmark can be tried out; `Gpu` is the device that it is meant for.
 
     Args:
-        threads: of PyTorch; None leaves them to it.
+        threads: of PyTorch; None keeps its default.
     """
 
     on_gpu = False
     sdk = "cpu"
-    """What tokenflow-sdk calls it."""
+    """The name of the device in tokenflow-sdk."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.torch = torch.device("cpu")
@@ -48,45 +47,45 @@ class Device:
 
     @property
     def slug(self) -> str:
-        """For a file's name: `nvidia-geforce-rtx-4090`."""
+        """The name for files: `nvidia-geforce-rtx-4090`."""
         return re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     def about(self) -> dict[str, Any]:
         return {"name": self.name}
 
     def synchronize(self) -> None:
-        """Wait until it is idle."""
+        """Wait until the device is idle."""
 
     def used(self) -> int | None:
-        """Bytes of its memory that are taken, by whomever; None where that is not asked for."""
+        """The bytes of device memory that are in use by any process; None if this is not measured."""
         return None
 
     def allocated(self) -> int | None:
-        """Bytes that PyTorch's allocator has given away."""
+        """The bytes that PyTorch's allocator has allocated; None if this is not measured."""
         return None
 
     def reset_peak(self) -> None:
-        """Begin to watch PyTorch's allocator."""
+        """Start measuring the peak of PyTorch's allocator."""
 
     def peak(self) -> int | None:
-        """Most bytes that PyTorch's allocator held since."""
+        """The most bytes that PyTorch's allocator had allocated since `reset_peak`; None if this is not measured."""
         return None
 
     def release(self) -> None:
-        """Give back the memory that PyTorch keeps for later."""
+        """Free the memory that PyTorch has cached."""
 
     def clear(self) -> None:
-        """Forget models that nobody refers to any more."""
+        """Free models that are no longer used."""
         gc.collect()
         self.release()
 
 
 class Gpu(Device):
-    """An NVIDIA GPU. From its making on, PyTorch computes float32 in float32 and tries convolutions out for the fastest.
+    """An NVIDIA GPU. Creating it turns TF32 off in PyTorch, and cuDNN's search for the fastest convolutions on.
 
     Raises:
         BackendError: this PyTorch has no CUDA, or finds no GPU.
-        ArgumentError: there is no GPU of this number.
+        ArgumentError: there is no GPU with this number.
     """
 
     on_gpu = True
@@ -120,7 +119,7 @@ class Gpu(Device):
             "memory_bytes": torch.cuda.mem_get_info(self.index)[1],
             "driver": _driver(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
 
     def synchronize(self) -> None:
@@ -144,10 +143,10 @@ class Gpu(Device):
 
 
 def open_device(name: str, threads: int | None = None) -> Device:
-    """`cpu`, with so many threads, or `cuda` or `cuda:N`.
+    """Open the device `cpu`, with so many threads, or `cuda` or `cuda:N`.
 
     Raises:
-        ArgumentError, BackendError: there is none of that name; see `Gpu`.
+        ArgumentError, BackendError: there is no such device; see `Gpu`.
     """
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if found is None:
@@ -156,22 +155,24 @@ def open_device(name: str, threads: int | None = None) -> Device:
 
 
 def product_rate(device: Device, dtype: str, size: int) -> float:
-    """FLOP/s of a product of two square matrices of `size` rows, a multiply-add counting as two. In `float32` (without TF32) or
-    `float16`, whose products PyTorch adds in float32."""
+    """Measure the FLOP/s of the product of two square matrices of `size` rows; a multiply-add counts as two.
+
+    `dtype` is `float32` (without TF32) or `float16`, whose products PyTorch adds in float32.
+    """
     a, b = (torch.randn(size, size, device=device.torch).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / _seconds(device, lambda: torch.matmul(a, b, out=out))
 
 
 def copy_rate(device: Device, size: int) -> float:
-    """Bytes/s, read and written ones together, of copying a float32 matrix of `size` rows within the device."""
+    """Measure the bytes per second, read plus written, of copying a square float32 matrix of `size` rows in device memory."""
     a = torch.randn(size, size, device=device.torch)
     out = torch.empty_like(a)
     return 2 * a.nbytes / _seconds(device, lambda: out.copy_(a))
 
 
 def _seconds(device: Device, call: Callable[[], object], stretches: int = 5) -> float:
-    """Of one call: the median of some stretches of ten; one more stretch warms up."""
+    """The seconds of one call: the median of several stretches of `_REPEATS` calls, after one to warm up."""
     seconds = []
     for number in range(stretches + 1):
         device.synchronize()
@@ -184,7 +185,7 @@ def _seconds(device: Device, call: Callable[[], object], stretches: int = 5) -> 
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the system, and what is installed of the packages that matter."""
+    """The versions of Python, the system, and the packages of interest that are installed."""
     found = {"python": platform.python_version(), "system": platform.platform()}
     for name in _PACKAGES:
         try:
@@ -195,7 +196,7 @@ def versions() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """As nvidia-smi says; all GPUs of a machine share it."""
+    """The version of the driver from nvidia-smi. All GPUs of a machine share it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown: nvidia-smi is not here"

@@ -1,7 +1,7 @@
-"""Floating-point operations of a bundle's graph, counted node by node; a multiply-add counts as two. And its weights.
+"""Counts the floating-point operations and the weights of a bundle's graph. A multiply-add counts as two operations.
 
-Products and convolutions are counted, as `torch.utils.flop_counter` does; what works element by element, and the lookups and
-reductions of the codebook search, are not.
+As in `torch.utils.flop_counter`, matrix products and convolutions are counted, and element-wise operations, lookups and
+reductions are not.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ _UNCOUNTED = (
     *("Attention", "ConvInteger", "DeformConv", "DFT", "Einsum", "GRU", "LSTM", "MatMulInteger", "QLinearConv"),
     *("QLinearMatMul", "RNN", "If", "Loop", "Scan"),
 )
-"""They hold products too. No bundle has them; a count that left them out would be too small."""
+"""Operators that contain products which are not counted here. No bundle has them; a graph that does is refused."""
 
 
-_PLACES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_INDEX_TYPES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 def count_flops(path: Path, batch: int = 1) -> int:
-    """Of one call of a graph with `batch` pictures.
+    """Count the operations of one call of a graph with `batch` pictures.
 
     Raises:
-        CorruptBundleError: a shape is missing, or a node is of a kind that cannot be counted.
+        CorruptBundleError: a shape is missing, or an operator cannot be counted.
     """
     return sum(node_flops(node) for node in _with_shapes(path, batch).graph)
 
 
 def count_weights(path: Path) -> int:
-    """Numbers in a graph's weights. Whole numbers of 32 and 64 bits are sizes and places, and are left out."""
+    """Count the weights of a graph. Integers of 32 and 64 bits are shapes and indices, and are left out."""
     stored = onnx.load(path, load_external_data=False).graph.initializer
-    return sum(prod(weight.dims) for weight in stored if weight.data_type not in _PLACES)
+    return sum(prod(weight.dims) for weight in stored if weight.data_type not in _INDEX_TYPES)
 
 
 def node_flops(node: ir.Node) -> int:
-    """Of one node, whose shapes are known; 0 where it is neither product nor convolution.
+    """Count the operations of one node; 0 if it is neither a product nor a convolution.
 
     Raises:
-        CorruptBundleError: they are not.
+        CorruptBundleError: its shapes are not known.
     """
     if node.op_type == "MatMul":
         return 2 * prod(_dims(node, node.outputs[0])) * _dims(node, node.inputs[0])[-1]
@@ -53,18 +53,18 @@ def node_flops(node: ir.Node) -> int:
         transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
         return 2 * prod(_dims(node, node.outputs[0])) * _dims(node, node.inputs[0])[0 if transposed else 1]
     if node.op_type in ("Conv", "ConvTranspose"):
-        # A kernel [out, in / groups, ...] is applied once for each place of the output, a transposed one
-        # [in, out / groups, ...] once for each place of the input.
+        # A kernel [out, in / groups, ...] is applied once for each position of the output, and a transposed one
+        # [in, out / groups, ...] once for each position of the input.
         count, _, *places = _dims(node, node.outputs[0] if node.op_type == "Conv" else node.inputs[0])
         return 2 * count * prod(places) * prod(_dims(node, node.inputs[1]))
     return 0
 
 
 def _with_shapes(path: Path, batch: int) -> ir.Model:
-    """The graph without its weights, every shape inferred anew for a batch.
+    """Load a graph without its weights, with all shapes inferred for a batch.
 
     Raises:
-        CorruptBundleError: a node is of a kind that cannot be counted.
+        CorruptBundleError: an operator cannot be counted.
     """
     proto = onnx.load(path, load_external_data=False)
     for node in proto.graph.node:

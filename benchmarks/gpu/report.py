@@ -1,4 +1,4 @@
-"""The figures of a run, as JSON and as a page to read."""
+"""Writes the figures of a run, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tokenflow_sdk.files import write_atomic
 __all__ = ["add_roofline", "as_markdown", "problems", "write"]
 
 _WIDTHS = {"float32": 4, "float16": 2}
-"""Bytes of a number."""
+"""The bytes of a number, by dtype."""
 
 
 def add_roofline(report: Mapping[str, Any]) -> None:
-    """Write into each row of the tokenizers what it achieved, and what the measured peaks would allow: FLOP/s, the seconds that
-    are attainable, what bounds them, and their share of the median. Without the peaks, nothing."""
+    """Add its FLOP/s and its roofline to each row of the tokenizers that has measured peaks.
+
+    The roofline is the attainable seconds, what bounds them, and their share of the median.
+    """
     peaks = _roof(report)
     for tokenizer in report["tokenizers"]:
         for row in tokenizer.get("rows", ()):
@@ -36,7 +38,7 @@ def add_roofline(report: Mapping[str, Any]) -> None:
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
-    """What is wrong in a run, in sentences: sides with wrong results, parts that failed."""
+    """List the problems of a run in sentences: sides with wrong results, and parts that failed."""
     found = []
     for name, part in [(t["variant"], t) for t in report["tokenizers"]] + [("the generator", report["generator"] or {})]:
         reasons = dict.fromkeys(f"{TITLES[row['side']]}: {row['wrong']}" for row in part.get("rows", ()) if "wrong" in row)
@@ -46,13 +48,13 @@ def problems(report: Mapping[str, Any]) -> list[str]:
 
 
 def _roof(report: Mapping[str, Any]) -> dict[str, float]:
-    """The better of both times that a peak was measured: what was reached once is no more than what can be."""
+    """The peaks by name: the better of the two measurements of each."""
     measured = [peak for moment in report["peaks"].values() for peak in moment.items()]
     return {name: max(rate for other, rate in measured if other == name) for name, _ in measured}
 
 
 def write(report: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
-    """OUT.json and OUT.md.
+    """Write OUT.json and OUT.md.
 
     Raises:
         OutputError: they cannot be written.
@@ -192,7 +194,7 @@ def _notes(report: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _figures(row: Mapping[str, Any]) -> Sequence[str]:
-    """Four cells, or one that says why there are none."""
+    """The four cells with figures, or one that says why there are none."""
     if "wrong" in row:
         return (f"WRONG RESULTS, not timed: {row['wrong'].replace('|', '/')}",)
     if "why" in row:

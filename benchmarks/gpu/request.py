@@ -1,4 +1,4 @@
-"""What a run of `benchmarks/on_gpu.py` is asked for. Needs nothing installed but the runtime."""
+"""The options of `benchmarks/on_gpu.py`. This module needs only the runtime, so that missing packages can be reported."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ TITLES = {
     "tensorrt": "tokenflow-sdk, TensorRT, float16",
     "tensorrt-rtx": "tokenflow-sdk, TensorRT-RTX, float16",
 }
-"""The sides, by the names that options have for them."""
+"""The sides: their names in options, and their titles."""
 SIDES = tuple(TITLES)
 DTYPES: dict[str, Dtype] = {key: "float16" if title.endswith("float16") else "float32" for key, title in TITLES.items()}
-"""Of a side's products."""
+"""The dtype of a side's products."""
 TORCH = ("torch", "torch-fp16", "compile")
 CPU_SIDES = ("torch", "onnxruntime")
 PARTS = ("tokenizer", "generator")
 GRAPHS = ("encode", "decode")
 VARIANT = "clipb_256"
-"""Measured where none is named."""
+"""The variant that is measured if none is named."""
 
 
 @dataclass(frozen=True)
 class GeneratorSizes:
-    """Of a generator with random weights; the defaults are those of `generator_vs_eager.py`."""
+    """Sizes of a generator with random weights; the defaults are those of `generator_vs_eager.py`."""
 
     hidden: int = 1024
     layers: int = 8
@@ -54,7 +54,7 @@ class GeneratorSizes:
 
 @dataclass(frozen=True)
 class Request:
-    """Options of the command, checked. `sides` are those to measure, `threads` the CPU's, `out` is None for the default."""
+    """The checked options of a run. `sides` are those to measure, `threads` those of the CPU; `out` is None by default."""
 
     command: str
     device: str

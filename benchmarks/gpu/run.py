@@ -1,4 +1,4 @@
-"""A whole run: the device, its peaks, the tokenizers, the generator, the report."""
+"""Runs the benchmark: measures the peaks of the device, the tokenizers and the generator, and writes the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common import ROOT, prepare
 from benchmarks.gpu.device import Device, copy_rate, open_device, product_rate, versions
-from benchmarks.gpu.generators import Drawing, measure_generator, standin_generator
+from benchmarks.gpu.generators import GeneratorCase, measure_generator, standin_generator
 from benchmarks.gpu.report import add_roofline, as_markdown, problems, write
 from benchmarks.gpu.request import DTYPES, VARIANT, Request
 from benchmarks.gpu.timing import Pace, bar, console, say_why
@@ -24,10 +24,10 @@ __all__ = ["run"]
 
 
 def run(request: Request) -> list[str]:
-    """Measure, print, and write. A part that fails ends alone: the others are measured, and what it had is written too.
+    """Measure, print and write the report. If a part fails, the others are still measured, and its figures are kept.
 
     Returns:
-        What went wrong, in sentences.
+        The problems, in sentences.
 
     Raises:
         TokenFlowError: there is no such device, or the results cannot be written.
@@ -37,7 +37,7 @@ def run(request: Request) -> list[str]:
     try:
         _measure(report, request, device)
     finally:
-        # Of a run that is interrupted, what it had measured is shown, though not written.
+        # An interrupted run prints what it has measured, and writes nothing.
         measured = _rows(report) > 0
         if measured:
             print(as_markdown(report))
@@ -51,7 +51,7 @@ def run(request: Request) -> list[str]:
 
 
 def _empty_report(request: Request, device: Device) -> dict[str, Any]:
-    """What is known before anything is measured."""
+    """A report without measurements."""
     return {
         "command": request.command,
         "device": device.about(),
@@ -70,7 +70,7 @@ def _rows(report: dict[str, Any]) -> int:
 
 
 def _measure(report: dict[str, Any], request: Request, device: Device) -> None:
-    """Fill a report in."""
+    """Measure everything that was asked for, into a report."""
     pace = Pace(request.rounds, request.seconds)
     work = Work(device, request.sides, request.graphs, request.batches, pace, request.threads)
     with _part(report, "the peaks before"):
@@ -91,7 +91,7 @@ def _measure(report: dict[str, Any], request: Request, device: Device) -> None:
 
 @contextmanager
 def _part(report: dict[str, Any], name: str) -> Iterator[None]:
-    """Write down that it failed, and go on."""
+    """Record in the report if a part fails, and go on."""
     try:
         yield
     except Exception as error:
@@ -122,16 +122,16 @@ def _tokenizer(found: dict[str, Any], request: Request, work: Work) -> None:
         measure_tokenizer(found, checkpoint, bundle, work)
     finally:
         if "compile" in work.sides:
-            # It keeps the model, and counts what it has compiled of a function.
+            # Otherwise torch.compile keeps the model in memory, and soon reaches its limit of recompilations.
             torch.compiler.reset()
         work.device.clear()
 
 
 def _generator(found: dict[str, Any], request: Request, work: Work) -> None:
     if request.generator is not None:
-        drawing = Drawing(request.generator, request.generator_checkpoint, request.prompt, request.pictures)
-        measure_generator(found, drawing, work)
+        case = GeneratorCase(request.generator, request.generator_checkpoint, request.prompt, request.pictures)
+        measure_generator(found, case, work)
         return
     with tempfile.TemporaryDirectory(prefix="tokenflow-") as directory:
         checkpoint, bundle = standin_generator(Path(directory), request.sizes)
-        measure_generator(found, Drawing(bundle, checkpoint, request.prompt, request.pictures), work)
+        measure_generator(found, GeneratorCase(bundle, checkpoint, request.prompt, request.pictures), work)

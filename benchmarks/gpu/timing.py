@@ -1,4 +1,4 @@
-"""Times of several sides that take turns."""
+"""Measures the times of several sides that take turns, and reports progress and errors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tokenflow_sdk.errors import EngineRefusedError, TokenFlowError
 __all__ = ["Call", "Pace", "Times", "alternate", "bar", "console", "outcome", "say_why"]
 
 Call = Callable[[], float]
-"""Does the work and waits for it; gives the seconds of it that do not count."""
+"""A call that is timed. It returns the seconds that do not count."""
 
 LEAST_ROUNDS = 5
-"""Fewer give no median worth the name, however slow the calls are."""
+"""Least number of calls for a median, however slow they are."""
 
 console = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each timed call."""
+    """The seconds of each timed call of a side."""
 
     seconds: tuple[float, ...]
 
@@ -39,13 +39,13 @@ class Times:
 
     @property
     def p95(self) -> float:
-        """What 95 % of the calls did not exceed: one of the times, never between two."""
+        """The 95th percentile: one of the times, not interpolated between two."""
         return float(np.quantile(self.seconds, 0.95, method="higher"))
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: up to `rounds` calls of each side; fewer, but `LEAST_ROUNDS`, once `seconds` have passed."""
+    """How long to measure: `rounds` calls of each side, or fewer, but at least `LEAST_ROUNDS`, after `seconds`."""
 
     rounds: int = 50
     seconds: float = 30.0
@@ -54,12 +54,12 @@ class Pace:
 def alternate(
     calls: Mapping[str, Call], synchronize: Callable[[], None], pace: Pace, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Times | str]:
-    """Times of each side, or why it has none. Sides take turns, every second round in the opposite order.
+    """Time the sides in turns, in every second round in the opposite order. Gives the times of each, or why it has none.
 
     Args:
         calls: by side.
-        synchronize: waits until the device is idle; called before and after each call, inside the time.
-        pace: when to stop. One round more comes first and is not counted.
+        synchronize: waits until the device is idle. It is called before and after each call; the wait after it counts.
+        pace: when to stop. One more round comes first, and is not counted.
         advance: called after each round.
     """
     taken: dict[str, list[float]] = {side: [] for side in calls}
@@ -89,12 +89,12 @@ def _timed(call: Call, synchronize: Callable[[], None]) -> float:
 
 
 def outcome(error: Exception) -> dict[str, str]:
-    """What a row says of a side that has no figures: `wrong`, or `why` there are none."""
+    """What a row says about a side that failed: `wrong` results, or `why` it has no figures."""
     return {"wrong": error.message} if isinstance(error, EngineRefusedError) else {"why": say_why(error)}
 
 
 def say_why(error: Exception) -> str:
-    """One line for a table. What is no error that a user can mend is shown in full on the terminal as well."""
+    """Describe an error in one line, for a table. Unexpected errors are printed with their traceback as well."""
     if isinstance(error, TokenFlowError):
         return error.message
     console.print("This failed:", markup=False)
@@ -105,7 +105,10 @@ def say_why(error: Exception) -> str:
 
 @contextmanager
 def bar(title: str, total: int | None = None, shown: bool = True) -> Iterator[Callable[[], None]]:
-    """Say what is being done, with a bar on a terminal; gives what moves it by one. Not `shown`: for what shows its own."""
+    """Print what is being done, with a progress bar if this is a terminal; yields a function that advances the bar by one.
+
+    Set `shown` to False if the work shows its own progress.
+    """
     console.print(title, markup=False)
     count = (TextColumn("  {task.completed} of {task.total}"),) if total else (TextColumn("  "),)
     clock = (TimeElapsedColumn(), TimeRemainingColumn()) if total else (TimeElapsedColumn(),)

@@ -1,4 +1,4 @@
-"""Encoding and decoding, side against side: results first, then memory, then time."""
+"""Measures the sides that encode and decode: results first, then memory, then time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["Work", "measure_tokenizer", "result"]
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured. `sides` are keys of `request.TITLES`, `threads` those of a CPU call."""
+    """What to measure, and on what. `sides` are keys of `request.TITLES`; `threads` are those of the CPU."""
 
     device: Device
     sides: tuple[str, ...]
@@ -47,10 +47,13 @@ class Work:
 
 
 def measure_tokenizer(found: dict[str, Any], checkpoint: Path, bundle_path: Path, work: Work) -> None:
-    """Fill in the figures of one tokenizer. What was measured stays in `found` when a later step fails.
+    """Write the figures of a tokenizer into `found`. They stay there if a later step fails.
 
     Args:
-        found: `variant` is its name; gets `parity`, `flops`, `weights` and `rows`.
+        found: has the name as `variant`, and gets `parity`, `flops`, `weights` and `rows`.
+        checkpoint: of the tokenizer, for PyTorch.
+        bundle_path: the bundle that was exported from it.
+        work: what to measure.
 
     Raises:
         CheckpointError, BundleError: the files cannot be used, or do not belong together.
@@ -63,7 +66,7 @@ def measure_tokenizer(found: dict[str, Any], checkpoint: Path, bundle_path: Path
         reference = reference_of(bundle, work.threads)
     missing: dict[str, dict[str, str]] = {}
     for side in sides:
-        # Engines that are built show how far they are by themselves.
+        # Builds of engines show their own progress.
         with bar(f"{variant}: comparing {side.title}", shown=not side.builds):
             missing[side.key] = _compare(side, found["parity"], reference, work)
         if side.key == "torch" and side.key in found["parity"]:
@@ -87,7 +90,7 @@ def _sides(variant: str, checkpoint: Path, bundle: Bundle[TokenizerConfig], work
 
 
 def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: TokenizerReference, work: Work) -> dict[str, str]:
-    """Write a side's figures into `parity`, and give what its rows have to say instead of times, if anything."""
+    """Compare a side, write its figures into `parity`, and give what its rows say instead of times, if anything."""
 
     def attempt(largest: int) -> dict[str, Any]:
         with closing(side.open(largest)) as codec:
@@ -102,14 +105,14 @@ def _compare(side: Side, parity: dict[str, dict[str, Any]], reference: Tokenizer
 
 
 class _Graph:
-    """One graph, with the sides that can run it open until it is closed."""
+    """Measures one graph. The sides stay open until this is closed."""
 
     def __init__(self, name: str, variant: str, reference: TokenizerReference, work: Work) -> None:
         self.name, self.variant, self.reference, self.work = name, variant, reference, work
         self._data = reference.images if name == "encode" else reference.code_indices
         self._calls: dict[int, dict[str, Call]] = {batch: {} for batch in work.batches}
         self._notes: dict[tuple[int, str], dict[str, Any]] = {}
-        """By batch and side: what its row says besides times, or instead of them."""
+        """What a row says besides times, or instead of them, by batch and side."""
         self._open = ExitStack()
 
     def __enter__(self) -> _Graph:
@@ -119,7 +122,7 @@ class _Graph:
         self._open.close()
 
     def load(self, sides: Sequence[Side], missing: Mapping[str, dict[str, str]]) -> None:
-        """Open each side that is not missing, and run every batch: can it, what does it take of memory, is it right?"""
+        """Open each side that has not failed, and run every batch, to measure its memory and to compare its results."""
         for side in sides:
             note = missing[side.key]
             with bar(f"{self.variant}: {self.name}, warming up {side.title}", shown=not side.builds):
@@ -128,14 +131,16 @@ class _Graph:
                         with_largest(self.work.batches, partial(self._open_side, side), self.work.device)
                     except Exception as error:
                         note = outcome(error)
-                # What PyTorch keeps for later would be missing to the others.
+                # The other sides need the memory that PyTorch has cached.
                 self.work.device.release()
             if note:
                 self._notes |= {(batch, side.key): note for batch in self.work.batches}
 
     def _open_side(self, side: Side, largest: int) -> None:
-        """Raises:
-        Exception: it cannot be opened, or lacks the memory for its smallest batch.
+        """Open a side for batches of at most `largest` pictures.
+
+        Raises:
+            Exception: it cannot be opened, or lacks memory even for the smallest batch.
         """
         with ExitStack() as opened:
             before = self.work.device.used()
@@ -148,9 +153,9 @@ class _Graph:
     def _warm_up(self, side: Side, codec: Codec, batch: int, before: int | None) -> dict[str, Any]:
         device, call = self.work.device, self._call(codec, np.resize(self._data, (batch, *self._data.shape[1:])))
         try:
-            # Kernels are chosen or compiled within the first call of a batch, which takes time and memory of its own. None
-            # changes later: cuDNN and torch.compile have chosen then, TensorRT chose when it built, and tokenflow-sdk does
-            # not let TensorRT-RTX compile behind running calls. The second call shows what is needed from then on.
+            # The first call of a batch chooses or compiles kernels, which takes extra time and memory. The kernels do not
+            # change later: cuDNN and torch.compile have chosen theirs, TensorRT chose when it built the engine, and
+            # tokenflow-sdk does not let TensorRT-RTX compile in the background. So the second call is measured.
             call()
             device.reset_peak()
             allocated = device.allocated()
@@ -166,7 +171,7 @@ class _Graph:
         self._calls[batch][side.key] = call
         return {"memory_bytes": memory}
 
-    def _call(self, codec: Codec, data: NDArray[np.generic]) -> Call:
+    def _call(self, codec: Codec, data: NDArray[Any]) -> Call:
         run = codec.encode_array if self.name == "encode" else codec.decode_array
 
         def call() -> float:
@@ -176,7 +181,7 @@ class _Graph:
         return call
 
     def rows(self, sides: Sequence[Side]) -> Iterator[dict[str, Any]]:
-        """Time the sides against each other; a row for each batch and side."""
+        """Time the sides in turns, and yield a row for each batch and side."""
         work = self.work
         for batch in work.batches:
             title = f"{self.variant}: {self.name}, timing a batch of {batch}"
@@ -188,13 +193,13 @@ class _Graph:
 
 
 def _memory(codec: Codec, device: Device, before: int | None, allocated: int | None) -> int | None:
-    """Bytes that a side holds. Of PyTorch, whose sides share an allocator: its weights, and what a call has on top at most.
+    """The bytes that a side needs. For PyTorch, whose sides share an allocator, they are its weights plus the peak of a call.
 
     Args:
         codec: has just been called.
-        device: where.
-        before: what was used of the device before the side was opened.
-        allocated: what PyTorch's allocator had given away before the call.
+        device: where it runs.
+        before: the bytes of device memory in use before the side was opened.
+        allocated: the bytes that PyTorch's allocator had allocated before the call.
     """
     if isinstance(codec, TorchCodec):
         peak = device.peak()
@@ -204,7 +209,7 @@ def _memory(codec: Codec, device: Device, before: int | None, allocated: int | N
 
 
 def result(times: Times | str | None, pictures: int, note: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says of a side: its figures, or why it has none. `note` is what warming it up showed."""
+    """What a row says about a side: its figures, or why it has none. `note` is the result of warming it up."""
     if isinstance(times, str):
         return {"why": times}
     if times is None:

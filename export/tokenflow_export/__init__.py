@@ -1,1 +1,1 @@
-"""From a released PyTorch checkpoint to a bundle of ONNX graphs: `tokenflow export --help`. Needs the `export` extra."""
+"""Exports released PyTorch checkpoints to bundles of ONNX graphs: `tokenflow export --help`. Needs the extra `export`."""

@@ -1,4 +1,4 @@
-"""Bundles appear whole or not at all: written beside their target and renamed at the end."""
+"""Writes a bundle into a directory beside its target and renames it at the end, so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["atomic_directory", "versions"]
 
 @contextmanager
 def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block succeeds and disappears when it does not.
+    """Give a directory to write into. It becomes `out` when the block succeeds, and is deleted when the block fails.
 
     Args:
-        out: must not exist, unless `force` and it is a bundle.
-        force: replace it.
-        needed: bytes that will be written, about.
+        out: must not exist, or be a bundle if `force` is set.
+        force: replace `out`.
+        needed: about how many bytes will be written.
 
     Raises:
-        OutputError: `out` exists, cannot be written, or there is no room.
+        OutputError: `out` exists or cannot be written, or the disk has not enough space.
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
@@ -77,7 +77,7 @@ def _move_in(staging: Path, out: Path, force: bool) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What exported a bundle, for its provenance."""
+    """Versions of the exporter and of the packages it used, for the provenance of a bundle."""
     return {
         "exporter": f"tokenflow-sdk {__version__}",
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Progress of a long job in the terminal: one line a step, with a bar where the fraction done is known."""
+"""Shows the progress of a long job in the terminal: a line for each step, with a bar if the share done is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ProgressSteps"]
 
 
 class ProgressSteps:
-    """Use as a context manager; `start` ends the step before."""
+    """The steps of a job, as a context manager. A step ends when the next one starts."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
@@ -24,12 +24,12 @@ class ProgressSteps:
         self._task: TaskID | None = None
 
     def start(self, description: str, total: float | None = None) -> None:
-        """Begin a step; with `total`, `fraction` moves its bar."""
+        """Start a step. Give `total` if `fraction` will be called."""
         self._finish()
         self._task = self._progress.add_task(description, total=total)
 
     def fraction(self, done: float) -> None:
-        """Set the current step's bar, from 0 to 1."""
+        """Set the share of the current step that is done, from 0 to 1."""
         if self._task is not None:
             self._progress.update(self._task, completed=done)
 

@@ -1,1 +1,1 @@
-"""The bundled model: its data, its training, its figures."""
+"""The bundled model: gathers its data, trains it, exports it, and measures it."""

@@ -1,4 +1,4 @@
-"""Captions for labelled pictures: many wordings for training, and others, never trained on, for evaluation."""
+"""Writes captions for labelled pictures, in many wordings for training and in others for evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES: dict[str, tuple[str, ...]] = {
     "emojione": ("emojione style", "outlined style", "round sticker style"),
     "clipart": ("clip art style", "old vector drawing style", "sketched style"),
 }
-"""What each artist's pictures are called."""
+"""The names of each source's style in captions."""
 
 TEMPLATES = (
     "{label}",
@@ -50,18 +50,18 @@ ADJECTIVES = re.compile(
 )
 
 _CONSONANT = re.compile(r"uni|use|uk|eu|one\b|once\b")
-"""Begins with a vowel that is spoken as a consonant."""
+"""Labels that begin with a vowel which is spoken as a consonant."""
 _VOWEL = re.compile(r"[aeiou]|hour|honest|heir|[fhlmnrsx]\b")
 _TAIL = re.compile(r" (with|without|in|of|on|and|for|holding|lifting|showing|over) .*")
 _WITHOUT_ARTICLE = re.compile(
     r"(.* )?(\w*[^suio\W]s|men|women|people|children|feet|rice|bread|flatbread|corn|popcorn|fire"
     r"|money|snow|fog|smoke|grass|ice|milk|hair|salt|luggage|tennis)"
 )
-"""Several things, or a substance: by the last word before any tail."""
+"""Labels of several things or of a substance, recognised by the last word before a `_TAIL`."""
 
 
 def with_article(label: str) -> str:
-    """`apple` -> `an apple`, `unicorn` -> `a unicorn`, `grapes` -> `grapes`."""
+    """Put the article before a label: `an apple`, `a unicorn`, `grapes`."""
     if _WITHOUT_ARTICLE.fullmatch(_TAIL.sub("", label)):
         return label
     spoken_vowel = _VOWEL.match(label) and not _CONSONANT.match(label)
@@ -69,7 +69,7 @@ def with_article(label: str) -> str:
 
 
 def caption(label: str, style: str, rng: np.random.Generator) -> str:
-    """One of the training wordings; half of them name the style."""
+    """Write a caption in a random wording of training. Half of the captions name the style."""
     adjective, _, noun = label.partition(" ")
     if noun and ADJECTIVES.fullmatch(adjective) and rng.random() < 0.2:
         plural = with_article(noun) == noun
@@ -83,7 +83,7 @@ def caption(label: str, style: str, rng: np.random.Generator) -> str:
 
 
 def held_out_caption(label: str, style: str | None, rng: np.random.Generator) -> str:
-    """A wording that training never used, of known words or not; with a style when one is given."""
+    """Write a caption in a random wording that training never uses. It names the style if one is given."""
     text = _filled(str(rng.choice(HELD_OUT)), label)
     return text if style is None else f"{text} in {rng.choice(STYLES[style])}"
 

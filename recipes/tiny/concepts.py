@@ -1,6 +1,6 @@
-"""Which labelled pictures the generator learns: animals, plants, food, and some things, in every artist's style.
+"""Chooses the labels that the generator learns: animals, plants, food and some things.
 
-Its prompt tokenizer knows the words of all `concepts`; pictures are learned for those `taught`.
+The prompt tokenizer is trained on all `concepts`, the generator on pictures of those that are `taught`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recipes.tiny.icons import plain_words
 __all__ = ["concepts", "taught"]
 
 _GROUPS = {3, 4}
-"""emojibase's animals and nature, food and drink."""
+"""The groups of emojibase for animals and nature, and for food and drink."""
 # fmt: off
 _THINGS = (
     "rocket", "airplane", "automobile", "bicycle", "bus", "sailboat", "ship", "house", "castle", "sun", "star",
@@ -28,11 +28,12 @@ _PAIRS = ("red apple", "green apple", "cat face", "dog face", "hot dog", "ice cr
 
 
 def concepts(entries: Iterable[dict[str, Any]], names: Path, styles: int = 5) -> list[str]:
-    """Labels of the training split that exist in at least `styles` styles.
+    """Choose the labels that have pictures in at least `styles` styles.
 
     Args:
-        entries: lines of the manifest.
-        names: emojibase-data, unpacked.
+        entries: those of the manifest that are in the training split.
+        names: the directory of the unpacked package emojibase-data.
+        styles: least number of styles.
     """
     data = json.loads((names / "package" / "en" / "data.json").read_text(encoding="utf-8"))
     chosen = {plain_words(entry["label"]) for entry in data if entry.get("group") in _GROUPS} | set(_THINGS)
@@ -44,5 +45,5 @@ def concepts(entries: Iterable[dict[str, Any]], names: Path, styles: int = 5) ->
 
 
 def taught(labels: Iterable[str]) -> list[str]:
-    """Of these labels, those that a model this small has room for: one word, or one of a few pairs."""
+    """Choose the labels that so small a model can learn: those of one word, and a few of two."""
     return [label for label in labels if " " not in label or label in _PAIRS]

@@ -1,4 +1,4 @@
-"""Sizes of the bundled model: the released architecture with small numbers."""
+"""Sizes of the bundled tokenizer, which is the released architecture made small."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ TINY = TokenizerArchitecture(
     pixel_dim=12,
     pixel_weight=3.0,
 )
-"""Two encoders and decoders of 5 million weights in all; semantic features are the teacher's 112 a cell."""
+"""The bundled tokenizer: 5 million weights in all. Its semantic features have the teacher's width of 112."""

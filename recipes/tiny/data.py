@@ -1,4 +1,4 @@
-"""Pictures for training and evaluation, as `recipes.tiny.gather` left them."""
+"""Reads the pictures that `recipes.tiny.gather` wrote, and makes batches of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Pictures", "to_tensor"]
 
 SIDE = 256
 PHOTO_SHARE = 0.45
-"""Of a training batch; a photograph gives many different crops."""
+"""The share of photographs in a training batch; the rest are icons."""
 
 Pixels = NDArray[np.uint8]
 
 
 def to_tensor(pictures: list[Pixels], device: torch.device) -> Tensor:
-    """u8 [256, 256, 3] each -> float32 [B, 3, 256, 256] in [-1, 1], channels last."""
+    """Make a batch float32 [B, 3, 256, 256] in [-1, 1], channels last, of pictures u8 [256, 256, 3]."""
     batch = torch.from_numpy(np.stack(pictures)).to(device)
     return (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class Pictures:
-    """Draws batches; the same `seed` and step always give the same batch, so a resumed training goes on as if never stopped.
+    """The gathered pictures. A batch depends on its seed and step only, so a resumed training gives the same result.
 
     Args:
         directory: what `recipes.tiny.gather` wrote.
@@ -45,7 +45,7 @@ class Pictures:
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
         self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
-        photos = {"train": [], "heldout": []}  # type: dict[str, list[Image.Image]]
+        photos: dict[str, list[Image.Image]] = {"train": [], "heldout": []}
         for entry in entries:
             if entry["kind"] == "photo":
                 photos[entry["split"]].append(Image.open(directory / entry["file"]).convert("RGB"))
@@ -53,7 +53,7 @@ class Pictures:
         self.test_photos = [_centre(photo) for photo in photos["heldout"]]
 
     def batch(self, size: int, seed: int, step: int) -> list[Pixels]:
-        """`size` pictures of the training split, cropped, mirrored and tinted at random."""
+        """Choose `size` pictures of the training split, and crop, mirror and tint them at random."""
         rng = np.random.default_rng([seed, step])
         return [self._photo(rng) if rng.random() < PHOTO_SHARE else self._icon(rng) for _ in range(size)]
 

@@ -1,8 +1,8 @@
-"""Write the bundles of the trained model.
+"""Export the trained model to its bundles.
 
     python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out models/tiny
 
-Both go through the exporter of the released models: the generator by way of a directory in the released layout.
+Both are exported as the released models are. For that, the generator is written to a directory in the released layout.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
 from recipes.tiny.train_generator import load_generator, load_tokenizer
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.generator import export_generator
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
@@ -32,11 +33,11 @@ __all__ = ["main", "write_released_layout"]
 
 SOURCE = {"checkpoint": "trained by recipes/tiny"}
 PRESET, CFG_SCALE = "fast", 1.5
-"""What so small a model draws best with."""
+"""The sampling preset and the guidance with which so small a model gives the best pictures."""
 
 
 def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, directory: Path) -> None:
-    """config.json, tokenizer.json and model.safetensors, with the released keys."""
+    """Write a generator as config.json, tokenizer.json and model.safetensors with the released keys."""
     config = {
         "hidden_size": SIZES.width,
         "num_hidden_layers": SIZES.layers,
@@ -51,7 +52,7 @@ def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, direc
     (directory / "config.json").write_text(json.dumps(config))
     prompts.save(str(directory / "tokenizer.json"))
     text, codes = model.text.weight, TINY.codebook_size
-    # Ids are text, then codes, then <img>; codes have no rows of their own to read, and only they are ever predicted.
+    # Ids are those of text, then of codes, then of <img>. Codes are not embedded by this table, and only codes are predicted.
     embeddings = torch.cat([text[:-1], text.new_zeros(codes, SIZES.width), text[-1:]])
     head = torch.zeros_like(embeddings)
     head[len(text) - 1 : len(text) - 1 + codes] = model.head.weight
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
     parser.add_argument("--out", type=Path, default=Path("models/tiny"))
     parser.add_argument(
-        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance unless told otherwise (default: %(default)s)"
+        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance for requests that give none (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
@@ -82,18 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compress=True)
         generator, prompts = load_generator(arguments.generator, model)
         write_released_layout(generator, prompts, Path(work))
-        agreement = export_generator(
+        job = ExportJob(
             HfDirectory(Path(work)),
             Bundle.open(out / "tokenizer", TokenizerConfig),
             out / "generator",
             steps,
             force=True,
             precision=ExportPrecision("fp32", "int8"),
-            negative_prompt=NEGATIVE_PROMPT,
-            preset=PRESET,
-            cfg_scale=CFG_SCALE,
             compress=True,
         )
+        agreement = export_generator(job, NEGATIVE_PROMPT, PRESET, arguments.cfg_scale)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB; int8 transformer: likeliest code the same at {agreement.same_code:.1%} of positions")
     return 0

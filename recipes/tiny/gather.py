@@ -1,8 +1,8 @@
-"""Gather the training data: pictures, captions' labels, licences, and the held-out split.
+"""Gather the training data: pictures with their labels and licences, split for training and evaluation.
 
     python -m recipes.tiny.gather --out data/tiny
 
-Writes `photos/` (JPEG), `icons.npy` (uint8 [N, 256, 256, 3]), `manifest.jsonl` (a line a picture) and `ATTRIBUTION.md`.
+Writes `photos/` (JPEG), `icons.npy` (uint8 [N, 256, 256, 3]), `manifest.jsonl` (a line for each picture) and `ATTRIBUTION.md`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["held_out", "main", "split_photos", "without_near_duplicates"]
 
 HELD_OUT_PHOTOS, HELD_OUT_ICONS = 0.15, 0.04
 _NEAR, _ALIKE = 6, 10
-"""Fingerprints that differ in at most so many of 64 bits are of one picture, or of pictures that may share a scene."""
+"""Pictures whose fingerprints differ in at most 6 of 64 bits count as the same, in at most 10 as pictures of one scene."""
 
 Entry = dict[str, Any]
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gather(out: Path, cache: Path, console: Console) -> list[Entry]:
-    """Fetch, filter, split and write everything."""
+    """Fetch, filter, split and write all pictures, and return the entries of the manifest."""
     (out / "photos").mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
@@ -84,12 +84,12 @@ def gather(out: Path, cache: Path, console: Console) -> list[Entry]:
 
 
 def held_out(identity: str, share: float) -> bool:
-    """Whether a picture is kept for evaluation: a hash of what it is, so the split never changes."""
+    """Whether a picture is held out for evaluation. It depends on a hash of its identity, so the split never changes."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") < share * 2**64
 
 
 def split_photos(entries: list[Entry]) -> list[Entry]:
-    """With "split" set; photographs alike, also by way of others, go to the same side."""
+    """Set the split of photographs. Those of one scene, also through others between them, get the same."""
     leaders = list(range(len(entries)))
     for later, entry in enumerate(entries):
         for earlier in range(later):
@@ -145,7 +145,7 @@ def _icons(package: Package, labels: dict[str, str]) -> Iterator[tuple[Icon, Ent
 
 
 def without_near_duplicates(entries: list[Entry]) -> list[Entry]:
-    """The first of each group of photographs that look the same."""
+    """Keep the first of each group of photographs that look the same."""
     kept: list[Entry] = []
     for entry in entries:
         if all((entry["fingerprint"] ^ other["fingerprint"]).bit_count() > _NEAR for other in kept):
@@ -154,7 +154,7 @@ def without_near_duplicates(entries: list[Entry]) -> list[Entry]:
 
 
 def attribution(entries: list[Entry], packages: list[Package]) -> str:
-    """Whom to thank: a line a package, and a line a photograph."""
+    """Write ATTRIBUTION.md: a line for each package, and a line for each photograph."""
     counts = Counter(entry["source"] for entry in entries)
     lines = ["# Sources of the training data", ""]
     for package in packages:

@@ -1,9 +1,8 @@
-"""The generator in training: the exporter's transformer with its embeddings and head, over whole sequences."""
+"""The generator as it is trained: the exporter's transformer with embeddings and head, over whole sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from recipes.tiny.config import TINY
 from recipes.tiny.prompts import PAD
 from tokenflow_export.models.config import TransformerConfig
-from tokenflow_export.models.llama import Attention, Transformer
+from tokenflow_export.models.llama import Attention, KeysValues, Transformer
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
 __all__ = ["SIZES", "GeneratorModel"]
@@ -34,19 +33,21 @@ SIZES = TransformerConfig(
 MAX_PROMPT = 128
 
 
-def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, past: None, bias: Tensor) -> Tensor:
-    """`Attention.attend` without a past, through PyTorch's fused kernel, which training needs and tracing does not like."""
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=bias[:, 0].to(q.dtype))
-    result: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
-    return result
+class FusedAttention(Attention):
+    """Attention without a past by PyTorch's fused kernel, which makes training faster but does not trace to ONNX."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, 0].to(q.dtype))
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class GeneratorModel(nn.Module):
     """Embeddings, transformer and head (docs/model.md, section 4).
 
     Args:
-        text_size: text tokens, `<img>` included (the last).
+        text_size: how many text tokens there are; `<img>` is the last of them.
         codebook: float32 [K, C], both halves of unit length.
     """
 
@@ -60,33 +61,30 @@ class GeneratorModel(nn.Module):
         self.projector = nn.Sequential(nn.Linear(codebook.shape[1], width), nn.GELU(), nn.Linear(width, width))
         self.levels = nn.Embedding(len(TINY.patch_nums) + 1, width)
         self.places = nn.Embedding(TINY.n_codes, width)
-        self.transformer = Transformer(SIZES)
+        self.transformer = Transformer(SIZES, FusedAttention)
         self.head = nn.Linear(width, len(codebook), bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("layernorm.weight"):
+                # These norms come after a sublayer, so their weights scale what it adds to the residual stream.
+                nn.init.constant_(parameter, 0.3)
+            elif name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-        # Outputs of sublayers are normalised before they are added: their norms' weights say how much each adds.
-        for layer in self.transformer.layers:
-            nn.init.constant_(layer.input_layernorm.weight, 0.3)
-            nn.init.constant_(layer.post_attention_layernorm.weight, 0.3)
-            layer.self_attn.attend = partial(_attend, layer.self_attn)
         sides = TINY.patch_nums
         self.up = [torch.from_numpy(bicubic_matrix(a, b)).float() for a, b in pairwise(sides)]
 
-    def forward(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, redrawn: Tensor | None) -> Tensor:
-        """Logits [B, L, K] of the `scales` coarsest scales' codes.
+    def forward(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, resampled: Tensor | None) -> Tensor:
+        """The logits [B, L, K] of the codes of the `scales` coarsest scales.
 
         Args:
-            prompts: ids of each row, BOS first.
-            codes: [B, L] or longer, the right ones.
-            scales: how many scales the sequence has.
-            redrawn: codes [B, s * s] of the last scale as a first pass might have drawn them: its inputs are then those of a
-                refinement pass. None: those of the first pass.
+            prompts: token ids of each row, BOS first. codes: the right codes [B, L] of these scales; more may follow. scales:
+            how many scales the sequence has. resampled: codes [B, s * s] of the last scale as a first pass may have sampled
+            them. The inputs of that scale are then
+                those of a refinement pass; with None they are those of a first pass.
         """
         text, seen = self._text(prompts, codes.device)
-        images = self._images(codes, scales, redrawn)
+        images = self._images(codes, scales, resampled)
         x = torch.cat([text, *images], dim=1)
         positions, mask = self._geometry(text.shape[1], [image.shape[1] for image in images], seen)
         hidden = self.transformer(x, positions, mask)
@@ -94,7 +92,7 @@ class GeneratorModel(nn.Module):
         return logits
 
     def _text(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, H] of padded prompts and `<img>`, and which of them are no pads [B, T]."""
+        """Embed padded prompts and `<img>`: [B, T, H], and a mask [B, T] that is false at pads."""
         longest = max(map(len, prompts))
         start = self.text.num_embeddings - 1
         ids = torch.tensor([[PAD] * (longest - len(row)) + [*row, start] for row in prompts], device=device)
@@ -102,15 +100,15 @@ class GeneratorModel(nn.Module):
         x = self.text(ids) + self.levels.weight[0]
         return torch.cat([x[:, :-1], x[:, -1:] + self.places.weight[0]], dim=1), seen
 
-    def _images(self, codes: Tensor, scales: int, redrawn: Tensor | None) -> list[Tensor]:
-        """Embeddings of scales 2 .. `scales`."""
+    def _images(self, codes: Tensor, scales: int, resampled: Tensor | None) -> list[Tensor]:
+        """Embed the inputs of scales 2 .. `scales`, each [B, s * s, H]."""
         sides, images = TINY.patch_nums, []
         maps, place = codes.new_zeros((len(codes), self.codebook.shape[1], 1, 1)).float(), 0
         for index, side in enumerate(sides[:scales]):
             stop = place + side * side
             if index:
-                last = index == scales - 1 and redrawn is not None
-                features = maps + self._rows(redrawn, side) if last and redrawn is not None else maps
+                last = index == scales - 1 and resampled is not None
+                features = maps + self._rows(resampled, side) if last and resampled is not None else maps
                 x = self.projector(features.flatten(2).transpose(1, 2))
                 images.append(x + self.levels.weight[index + 1] + self.places.weight[place:stop])
             if index + 1 < scales:
@@ -120,10 +118,10 @@ class GeneratorModel(nn.Module):
         return images
 
     def _rows(self, codes: Tensor, side: int) -> Tensor:
-        return F.embedding(codes, self.codebook).transpose(1, 2).unflatten(2, (side, side))
+        return torch.unflatten(F.embedding(codes, self.codebook).transpose(1, 2), 2, (side, side))
 
     def _geometry(self, text: int, counts: Sequence[int], seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [1, Q] and mask [B, Q, Q]: text causal, scales bidirectional, pads unseen."""
+        """Positions [1, Q] and mask [B, Q, Q]: text is causal, each scale is bidirectional, and pads are not seen."""
         total = text + sum(counts)
         positions = torch.arange(MAX_PROMPT - text + 1, MAX_PROMPT - text + 1 + total, device=seen.device)
         mask = torch.ones(total, total, dtype=torch.bool, device=seen.device).tril()
@@ -132,6 +130,6 @@ class GeneratorModel(nn.Module):
             mask[start : start + count, start : start + count] = True
             start += count
         keys = torch.cat([seen, seen.new_ones(len(seen), total - text)], dim=1)
-        # A pad sees itself, so that no row is empty.
+        # Each query sees itself, so that no row of the mask is empty.
         own = torch.eye(total, dtype=torch.bool, device=seen.device)
         return positions[None], (mask & keys[:, None]) | own

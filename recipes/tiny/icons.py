@@ -1,4 +1,4 @@
-"""Drawn pictures on white, 256 px, with labels: emoji of five artists, and clip art."""
+"""Reads labelled drawings from unpacked packages: emoji of five sources and clip art, 256 px on white."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = 256
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _MARGIN = 12
 _LARGEST = 400_000
-"""Bytes of a piece of clip art; beyond are posters."""
+"""Larger files, in bytes, are posters instead of clip art."""
 _LEFT_OUT = re.compile(r"\bflag\b|skin-tone|\bregional-indicator|^[0-9#*]$|^keycap|hair$|-letter|input-|square-button")
 _CLIPART = {
     "animals",
@@ -40,7 +40,7 @@ _CLIPART = {
 
 @dataclass(frozen=True)
 class Icon:
-    """A picture RGB [256, 256] on white; `label` in lower case, or None where the package's names say little."""
+    """A drawing, RGB [256, 256] on white. `label` is in lower case, or None if it cannot be told from the file's name."""
 
     image: Image.Image
     path: str
@@ -48,21 +48,22 @@ class Icon:
 
 
 def read_labels(directory: Path) -> dict[str, str]:
-    """emojibase-data: labels by code points as in file names, `1f34e` -> `red apple`; without skin tones."""
+    """Read the labels of emojibase-data by code points as in file names: `1f34e` -> `red apple`; without skin tones."""
     entries: list[dict[str, Any]] = json.loads((directory / "package" / "en" / "data.json").read_text(encoding="utf-8"))
     return {_plain(entry["hexcode"]): plain_words(entry["label"]) for entry in entries}
 
 
 def read_tags(directory: Path) -> dict[str, list[str]]:
-    """emojibase-data: other words for each label."""
+    """Read the tags of emojibase-data: other words for each label."""
     entries: list[dict[str, Any]] = json.loads((directory / "package" / "en" / "data.json").read_text(encoding="utf-8"))
     return {plain_words(entry["label"]): entry.get("tags", []) for entry in entries}
 
 
 def title(stem: str, labels: Collection[str]) -> str | None:
-    """What a clip-art file's name says before its author's, if that is a label, maybe with adjectives.
+    """Find the label, with adjectives before it, at the beginning of a clip-art file's name.
 
-    `light_bulb_karl_bartel_01` -> `light bulb`, `red_car_02` -> `red car`; None elsewhere, and for `bw` (in black).
+    `light_bulb_karl_bartel_01` -> `light bulb`, `red_car_02` -> `red car`; None if there is none, and for black-and-white
+    (`bw`).
     """
     words = re.sub(r"[\d_.+-]+", " ", stem.lower()).split()
     if "bw" in words:
@@ -78,7 +79,7 @@ def title(stem: str, labels: Collection[str]) -> str | None:
 
 
 def icons_in(source: Source, directory: Path, labels: dict[str, str]) -> Iterator[Icon]:
-    """The pictures of an unpacked package, without flags, letters and skin tones."""
+    """Yield the drawings of an unpacked package, without flags, letters and skin tones."""
     if source.style == "clipart":
         yield from _clipart(directory, set(labels.values()))
     elif source.style == "3d":
@@ -119,7 +120,7 @@ def _clipart(directory: Path, labels: set[str]) -> Iterator[Icon]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Fitted into the square with a margin."""
+    """Fit a picture into a white square with a margin."""
     image = image.convert("RGBA")
     inner = SIZE - 2 * _MARGIN
     scale = inner / max(image.size)
@@ -135,5 +136,5 @@ def _plain(codes: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Lower case, letters and digits only: what labels are compared by."""
+    """Reduce a text to lower-case letters and digits, so that labels can be compared."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()

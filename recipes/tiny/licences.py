@@ -1,4 +1,4 @@
-"""Which pictures may be used: public domain, CC0, CC-BY, BSD, MIT, Apache. Anything else, and anything unclear, is left out."""
+"""Decides which pictures may be used: public domain, CC0, CC-BY, BSD, MIT, Apache, and nothing that is unclear."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Licence:
     author: str
 
     def covers(self, name: str) -> bool:
-        """Whether this is about a file; `name` without suffix."""
+        """Whether the entry is about a file, given its name without suffix."""
         return any(glob != "*" and fnmatchcase(name, PurePosixPath(glob).with_suffix("").as_posix()) for glob in self.globs)
 
 
 def spdx(name: str) -> str | None:
-    """`Expat` -> `MIT`, `CC0 and cc-by-3.0` -> `CC0-1.0 AND CC-BY-3.0`; None where any part asks for more."""
+    """The SPDX name of a permissive licence, `CC0 and cc-by-3.0` -> `CC0-1.0 AND CC-BY-3.0`; None for any other licence."""
     parts = []
     for part in re.split(r"\s+and\s+", name.strip(), flags=re.IGNORECASE):
         known = part.upper() if re.fullmatch(r"cc-by-\d\.\d", part, re.IGNORECASE) else _SPDX.get(part.lower())
@@ -50,15 +50,16 @@ def spdx(name: str) -> str | None:
 
 
 def is_permissive(name: str) -> bool:
-    """Whether a licence asks for no more than naming the author."""
+    """Whether a licence asks for no more than to name the author."""
     return spdx(name) is not None
 
 
 def licence_of(path: str, entries: Sequence[Licence]) -> Licence | None:
-    """The last of `entries` that covers a file, if that is permissive and none after the first permissive one disagrees.
+    """Find the licence of a file: the last of `entries` that covers it, if that is clearly permissive.
 
-    Suffixes are not compared, for packages convert pictures. An entry of a bare star is the program's own licence.
-    Disagreement comes of stars that cover more than was meant: `desert1*` is not to override `*-harro*` for `desert10-harro`.
+    It is unclear if a later entry than the first permissive one is not permissive, because wildcards can cover more than was
+    meant: `desert1*` should not override `*-harro*` for `desert10-harro`. Suffixes are not compared, because packages convert
+    pictures, and an entry for `*` is the licence of the program.
     """
     name = PurePosixPath(path).with_suffix("").as_posix()
     found = [entry for entry in entries if entry.covers(name)]
@@ -68,7 +69,7 @@ def licence_of(path: str, entries: Sequence[Licence]) -> Licence | None:
 
 
 def read_dep5(text: str) -> Iterator[Licence]:
-    """Entries of a machine-readable Debian copyright file, in order; a later one overrides an earlier one."""
+    """Yield the entries of a machine-readable Debian copyright file, in order; a later one overrides an earlier one."""
     for block in re.split(r"\n[ \t]*\n", text):
         fields: dict[str, list[str]] = {}
         for line in block.splitlines():

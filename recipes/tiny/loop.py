@@ -1,4 +1,4 @@
-"""What both trainings share: their arguments, and stepping with checkpoints, a progress bar and a curve."""
+"""The training loop and the arguments that both trainings share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVALUATE_EVERY = 500
 
 
 class Training(Protocol):
-    """Something that is trained step by step, and its whole state."""
+    """A training that runs step by step and can save and load its state."""
 
     step: int
     steps: int
@@ -32,20 +32,20 @@ class Training(Protocol):
 
 
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it multiplies bfloat16 itself; a CPU that only converts is several times slower than with float32."""
+    """Whether the device has products in bfloat16. Without them, bfloat16 is several times slower than float32 on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 
 
 def training_parser(description: str | None, out: Path, batch: int, rate: float) -> argparse.ArgumentParser:
-    """The arguments of both trainings, with one's defaults."""
+    """A parser with the arguments of both trainings and the defaults of one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="checkpoint and curve (default: %(default)s)")
@@ -57,7 +57,7 @@ def training_parser(description: str | None, out: Path, batch: int, rate: float)
 
 
 def run(training: Training, out: Path) -> None:
-    """Go on from the checkpoint in `out`, if any, and step until done, saving and evaluating on the way."""
+    """Train to the end from the checkpoint in `out`, if there is one, with checkpoints and evaluations in between."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / CHECKPOINT).exists():
         training.load(torch.load(out / CHECKPOINT, map_location=device(), weights_only=True))
@@ -80,7 +80,7 @@ def run(training: Training, out: Path) -> None:
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a checkpoint through a temporary file, so that it is never half written."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)

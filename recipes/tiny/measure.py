@@ -1,8 +1,8 @@
-"""What the shipped bundle does, measured through the runtime on pictures and wordings that training never saw."""
+"""Measures the bundled model in the runtime, on pictures and wordings that training never used."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,7 @@ from recipes.tiny.captions import held_out_caption
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.pictures.images import psnr
 
@@ -30,7 +30,10 @@ CPU = torch.device("cpu")
 
 
 def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -> dict[str, Any]:
-    """Mean PSNR in dB of held-out pictures, by number of scales for photographs, thumbnails beside; share of codes used."""
+    """Measure the mean PSNR in dB of held-out pictures, of photographs by number of scales too, and the share of codes used.
+
+    For comparison it gives the PSNR of thumbnails (`thumbnail_psnr`).
+    """
     groups = {"photos": pictures.test_photos, "icons": [np.asarray(pictures.icons[row]) for row in pictures.test_icons[:icons]]}
     figures: dict[str, Any] = {}
     used: set[int] = set()
@@ -50,10 +53,10 @@ def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -
 
 
 def labels_from_codes(tokenizer: Tokenizer, pictures: Pictures, labels: int = 150) -> dict[str, float]:
-    """Share of held-out labelled drawings whose nearest training drawing has their label.
+    """Measure the share of held-out drawings whose nearest training drawing has the same label.
 
-    Nearest by the cosine of the mean over the picture of: both halves of the quantized feature, and what the semantic decoder
-    makes of the codes. Chance is `1 / labels`.
+    Drawings are compared by the cosine similarity of a mean feature: the semantic half of the quantized feature, its pixel
+    half, or the semantic features. Chance is `1 / labels`.
     """
     held_out = [entry for entry in pictures.icon_entries if entry["split"] == "heldout" and entry["label"]]
     known = {entry["label"] for entry in pictures.icon_entries if entry["split"] == "train"}
@@ -81,10 +84,14 @@ def labels_from_codes(tokenizer: Tokenizer, pictures: Pictures, labels: int = 15
 def generation(
     generator: Generator, pictures: Pictures, trained: Sequence[Entry], prompts: int = 100
 ) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
-    """Share of pictures whose nearest training picture has the asked label, by the teacher's mean features; and the pictures.
+    """Generate pictures, and measure the share whose nearest training picture has the label that was asked for.
 
-    `distance` is the mean cosine distance to that nearest picture, `training_distance` the same among training pictures of
-    other labels and styles; `seeds_differ` the mean RMS difference (of 255) between pictures of one prompt and four seeds.
+    Pictures are compared by the cosine distance of the teacher's mean features. `distance` is the mean distance to the nearest
+    training picture, and `training_distance` that of a training picture to the nearest one with another label. `seeds_differ`
+    is the mean RMS difference (of 255) between pictures of one prompt and four seeds.
+
+    Returns:
+        The figures, and the pictures with their prompts.
     """
     teacher = _calibrated(pictures)
     rng = np.random.default_rng(0)
@@ -122,12 +129,12 @@ def generation(
 
 
 def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenizer, picture: Pixels) -> dict[str, float]:
-    """Median time of calls in seconds; encode and decode beside eager PyTorch, in turns."""
+    """Measure the median time of calls in seconds, with encode and decode in PyTorch for comparison. All take turns."""
     codes = tokenizer.encode_array(picture[None])
     indices = torch.from_numpy(codes).long()
     images = torch.from_numpy(np.array(picture))[None]
     with torch.inference_mode():
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "encode": lambda: tokenizer.encode_array(picture[None]),
             "encode_eager": lambda: model.encode(images),
             "decode": lambda: tokenizer.decode_array(codes),
@@ -157,7 +164,7 @@ def _calibrated(pictures: Pictures) -> Teacher:
 
 @torch.inference_mode()
 def _embed(teacher: Teacher, picture: Pixels) -> Floats:
-    """The teacher's features, averaged over 4 x 4 regions, as one unit vector."""
+    """Average the teacher's features over 4 x 4 regions, and make them one unit vector."""
     cells = teacher(to_tensor([picture], CPU))[0].T.unflatten(1, (16, 16))
     pooled: Floats = F.adaptive_avg_pool2d(cells, 4).flatten().numpy()
     return _unit(pooled)

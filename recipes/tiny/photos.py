@@ -1,4 +1,4 @@
-"""Photographs out of unpacked packages, with their licences."""
+"""Reads photographs and their licences from unpacked packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHORTEST, _LONGEST = 200, 1280
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture RGB with at most 1280 px on its long side, where it was in its package, and who made it."""
+    """A photograph, RGB with at most 1280 px on its long side; `path` is its place in the package."""
 
     image: Image.Image
     path: str
@@ -31,7 +31,7 @@ class Photo:
 
 
 def photos_in(source: Source, directory: Path) -> Iterator[Photo]:
-    """Permissive colour photographs of an unpacked package."""
+    """Yield the photographs of an unpacked package whose licence is permissive."""
     entries = _licences(source, directory)
     for path, content in _files(directory):
         name = Path(path)
@@ -53,7 +53,7 @@ def _licences(source: Source, directory: Path) -> list[Licence]:
 
 
 def _beside(path: Path) -> Licence | None:
-    """What the desktop entry of a jigsaw puzzle says about its picture."""
+    """Read the licence of a jigsaw puzzle's picture from the desktop entry beside it."""
     entry = path.with_suffix(".desktop")
     if not entry.exists():
         return None
@@ -71,7 +71,7 @@ def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _as_photo(content: bytes) -> Image.Image | None:
-    """The picture, unless it is small or drawn: in a drawing a few colours fill large areas."""
+    """Open a picture, unless it is small or a drawing, in which a few colours fill large areas."""
     try:
         opened = Image.open(io.BytesIO(content))
         if min(opened.size) < _SHORTEST or opened.mode in ("P", "1"):
@@ -90,7 +90,7 @@ def _as_photo(content: bytes) -> Image.Image | None:
 
 
 def fingerprint(image: Image.Image) -> int:
-    """64 bits that change little when a picture is resized or recoloured slightly: signs of neighbours' differences."""
+    """64 bits, the signs of differences of neighbouring areas, which change little if a picture is resized or recoloured."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
     bits = (grey[:, 1:] > grey[:, :-1]).ravel()
     return int("".join("1" if bit else "0" for bit in bits), 2)

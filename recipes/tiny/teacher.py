@@ -1,4 +1,4 @@
-"""The frozen teacher of the semantic branch: EfficientNet-lite0 (Apache-2.0), read at stride 16. Never shipped."""
+"""The teacher of the semantic branch: EfficientNet-lite0 (Apache-2.0) up to stride 16. It is not part of the bundled model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Teacher(nn.Module):
-    """x [B, 3, 256, 256] in [-1, 1] -> features [B, 256, 112], each channel about zero mean and unit variance."""
+    """x [B, 3, 256, 256] in [-1, 1] -> features [B, 256, 112], whose channels have about zero mean and unit variance."""
 
     mean: Tensor
     std: Tensor
@@ -32,7 +32,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def calibrate(self, x: Tensor) -> None:
-        """Take each channel's mean and deviation from these pictures."""
+        """Measure the mean and standard deviation of each channel over pictures x [B, 3, 256, 256]."""
         features = self._raw(x).flatten(0, 1)
         self.mean, self.std = features.mean(0), features.std(0) + 1e-3
 

@@ -2,7 +2,7 @@
 
     python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
 
-Resumes from the checkpoint in --out. Losses on held-out captions' wordings go to curve.jsonl there.
+Resumes from the checkpoint in --out. Losses on wordings that training never uses are written to curve.jsonl there.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
-from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, train_prompt_tokenizer
+from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 
 __all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
 
 PROMPTS = "tokenizer.json"
 
 WITHOUT_PROMPT = 0.1
-STRANGE, MOST_STRANGE = 0.65, 8
-"""Share of prompts that get up to so many random tokens, mostly in front: words never taught are to be passed over."""
-COARSE, WHOLE = 0.4, 0.15
-"""Share of steps over two or three scales, where prompts settle which picture it is, and over all; the others end between."""
-MOST = 8
-"""Times the batch that short sequences take."""
-SPOILT = 0.4
-"""Share of pictures whose coarser codes are partly wrong: what follows is then to be told from the prompt."""
-LEAST_WEIGHT = 3
-"""Of a scale in the loss, which is its side otherwise."""
-REDRAWN = 0.6
-"""Share of steps whose last scale gets the inputs of a refinement pass."""
-OWN = 0.6
-"""Of these, the share whose inputs the model itself drew; the others have any number of wrong codes."""
+"""Share of captions that are replaced by `NEGATIVE_PROMPT`."""
+RANDOM_TOKENS, MAX_RANDOM_TOKENS = 0.65, 8
+"""Share of prompts that get random tokens, mostly in front, and how many at most: unknown words should be ignored."""
+FEW_SCALES, ALL_SCALES = 0.4, 0.15
+"""Shares of steps over two or three scales, in which the prompt decides about the picture, and over all scales. The others
+have a random number in between.
+"""
+MAX_BATCH_FACTOR = 8
+"""Batches of short sequences are at most this many times larger."""
+CORRUPTED = 0.4
+"""Share of pictures whose coarser codes are partly wrong, so that the model relies on the prompt."""
+MIN_SCALE_WEIGHT = 3
+"""Least weight of a scale in the loss; otherwise the weight is its side."""
+RESAMPLED = 0.6
+"""Share of steps whose last scale has the inputs of a refinement pass."""
+OWN_SAMPLES = 0.6
+"""The share of these whose codes are sampled by the model itself; the others have random wrong codes."""
 
 
 def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
-    """The averaged tokenizer of a training directory, its weights rounded to float16: what is shipped."""
+    """Load the averaged tokenizer of a training, with its weights rounded to float16, as it is bundled."""
     model = TokenFlowTokenizer(TINY)
     state = torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"]
     model.load_state_dict({key: value.half().float() for key, value in state.items()})
@@ -59,16 +62,16 @@ def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
 
 
 def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[GeneratorModel, PromptTokenizer]:
-    """The averaged generator of a training directory, and its prompt tokenizer."""
+    """Load the averaged generator of a training, and its prompt tokenizer."""
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
     codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-    model = GeneratorModel(prompts.token_to_id("<vq_token_0>") + 1, codebook)
+    model = GeneratorModel(text_size(prompts), codebook)
     model.load_state_dict(torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
     return model.eval().requires_grad_(False), prompts
 
 
 class GeneratorTraining:
-    """The model, its optimizer and everything else that a checkpoint keeps."""
+    """The training of the generator: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(
         self, pictures: Pictures, tokenizer: TokenFlowTokenizer, names: Path, steps: int, batch: int, rate: float, seed: int
@@ -84,15 +87,14 @@ class GeneratorTraining:
         self.entries = [entry for entry in train if entry["label"] in wanted]
         self.codes = self._encode(pictures, tokenizer)
         self.prompts = train_prompt_tokenizer(words, TINY.codebook_size)
-        first = self.prompts.token_to_id("<vq_token_0>")
         codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-        self.model = GeneratorModel(first + 1, codebook).to(self.device)
+        self.model = GeneratorModel(text_size(self.prompts), codebook).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
 
     @torch.no_grad()
     def _encode(self, pictures: Pictures, tokenizer: TokenFlowTokenizer) -> Tensor:
-        """Codes [N, L]. No mirror images: they would double what there is to remember."""
+        """Encode the training pictures to code indices [N, L]. They are not mirrored, to keep the task small."""
         rows = [np.asarray(pictures.icons[entry["row"]]) for entry in self.entries]
         parts = [
             tokenizer.quantize.encode(tokenizer.latent(to_tensor(rows[i : i + 2], self.device)))[0]
@@ -104,34 +106,34 @@ class GeneratorTraining:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
 
     def _prompt(self, entry: dict[str, Any], rng: np.random.Generator) -> list[int]:
-        """Ids of one of a picture's captions, with strange words or without; or of no caption."""
+        """The token ids of a random caption of a picture, with or without random tokens in it; or of no caption."""
         if rng.random() < WITHOUT_PROMPT:
             return self.ids(NEGATIVE_PROMPT)
         ids = self.ids(caption(entry["label"], entry["style"], rng))
-        if rng.random() < STRANGE:
-            for _ in range(int(rng.integers(1, MOST_STRANGE + 1))):
+        if rng.random() < RANDOM_TOKENS:
+            for _ in range(int(rng.integers(1, MAX_RANDOM_TOKENS + 1))):
                 place = int(rng.integers(1, 3 if rng.random() < 0.85 else len(ids) + 1))
                 ids.insert(place, int(rng.integers(FIRST_WORD, self.model.text.num_embeddings - 1)))
         return ids
 
     def run_step(self) -> dict[str, float]:
-        """One optimizer step; the loss."""
+        """Run one optimizer step, and return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self._schedule()
         rng = np.random.default_rng([self.seed, self.step])
         sides = TINY.patch_nums
         kind = rng.random()
-        whole = kind >= 1 - WHOLE
-        scales = int(rng.integers(2, 4)) if kind < COARSE else len(sides) if whole else int(rng.integers(4, len(sides)))
-        size = self.batch * min(MOST, TINY.n_codes // sum(side * side for side in sides[:scales]))
+        whole = kind >= 1 - ALL_SCALES
+        scales = int(rng.integers(2, 4)) if kind < FEW_SCALES else len(sides) if whole else int(rng.integers(4, len(sides)))
+        size = self.batch * min(MAX_BATCH_FACTOR, TINY.n_codes // sum(side * side for side in sides[:scales]))
         picks = rng.integers(len(self.entries), size=size)
         prompts = [self._prompt(self.entries[i], rng) for i in picks]
         codes = self.codes[torch.from_numpy(picks)]
-        seen = torch.stack([self._spoilt(row, scales, rng) if rng.random() < SPOILT else row for row in codes])
-        redrawn = self._redrawn(prompts, codes, scales, rng) if rng.random() < REDRAWN else None
-        loss = self._loss(self.model, prompts, seen, codes, scales, redrawn)
+        seen = torch.stack([self._corrupted(row, scales, rng) if rng.random() < CORRUPTED else row for row in codes])
+        resampled = self._resampled(prompts, codes, scales, rng) if rng.random() < RESAMPLED else None
+        loss = self._loss(self.model, prompts, seen, codes, scales, resampled)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         decay = min(0.998, (1 + self.step) / (10 + self.step))
@@ -144,8 +146,8 @@ class GeneratorTraining:
     def _schedule(self) -> float:
         return min(1.0, (self.step + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
 
-    def _spoilt(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
-        """Codes [L] of a picture, with about half of the scales before the last another picture's, or wrong in places."""
+    def _corrupted(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
+        """Replace about half of the scales of codes [L], except the last, by another picture's or by partly wrong ones."""
         codes, start = codes.clone(), 0
         for side in TINY.patch_nums[: scales - 1]:
             own = slice(start, start := start + side * side)
@@ -159,19 +161,19 @@ class GeneratorTraining:
         return codes
 
     @torch.no_grad()
-    def _redrawn(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
-        """The last scale's codes as a first pass draws them, or with any share of them wrong."""
+    def _resampled(self, prompts: Sequence[Sequence[int]], codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
+        """The codes of the last scale as the model samples them in a first pass, or with a random share of wrong ones."""
         side, start = TINY.patch_nums[scales - 1], sum(s * s for s in TINY.patch_nums[: scales - 1])
         right = codes[:, start : start + side * side]
-        if rng.random() < OWN:
+        if rng.random() < OWN_SAMPLES:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 logits = self.model(prompts, codes, scales, None)[:, start:].float()
             uniform = torch.from_numpy(rng.random(tuple(logits.shape), dtype=np.float32)).to(logits)
-            drawn: Tensor = (logits - uniform.clamp_min(1e-9).log().neg().log()).argmax(dim=-1)
-            return drawn
+            sampled: Tensor = (logits - uniform.clamp_min(1e-9).log().neg().log()).argmax(dim=-1)
+            return sampled
         wrong = torch.from_numpy(rng.integers(TINY.codebook_size, size=tuple(right.shape))).to(right)
-        spoilt = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.0, 0.9)).to(right.device)
-        return torch.where(spoilt, wrong, right)
+        places = torch.from_numpy(rng.random(tuple(right.shape)) < rng.uniform(0.0, 0.9)).to(right.device)
+        return torch.where(places, wrong, right)
 
     def _loss(
         self,
@@ -180,21 +182,21 @@ class GeneratorTraining:
         seen: Tensor,
         codes: Tensor,
         scales: int,
-        redrawn: Tensor | None,
+        resampled: Tensor | None,
     ) -> Tensor:
-        """Cross entropy of `codes` after `seen`, scales weighted by their sides: coarse ones settle what it shows."""
+        """The cross entropy of `codes` given `seen`. Scales are weighted by their sides, not by their number of codes."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = model(prompts, seen, scales, redrawn).float()
+            logits = model(prompts, seen, scales, resampled).float()
         sides = TINY.patch_nums[:scales]
         counts = [side * side for side in sides]
-        weights = [max(side, LEAST_WEIGHT) for side in sides]
+        weights = [max(side, MIN_SCALE_WEIGHT) for side in sides]
         losses = F.cross_entropy(logits.transpose(1, 2), codes[:, : sum(counts)], reduction="none")
         each = [torch.full((count,), weight / count) for weight, count in zip(weights, counts, strict=True)]
         return (losses * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss of every scale over 64 training pictures asked for in wordings that were never trained on."""
+        """The loss over 64 training pictures with captions in wordings that training never uses, for 5 scales and for all."""
         rng, model = np.random.default_rng(0), self.average
         figures = {}
         picks = rng.permutation(len(self.entries))[:64]

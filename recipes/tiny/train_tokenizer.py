@@ -2,7 +2,7 @@
 
     python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 
-Resumes from the checkpoint in --out. Figures on held-out pictures go to curve.jsonl there.
+Resumes from the checkpoint in --out. Figures on held-out pictures are written to curve.jsonl there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from recipes.tiny.initial import initialise
 from recipes.tiny.loop import device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["TokenizerTraining", "main"]
 
 WARM_UP = 150
-"""Steps without quantization; then the codebooks are seeded."""
+"""Steps without quantization, after which the codebooks are initialised."""
 RESTART_EVERY = 100
 FEWER_SCALES = 0.1
-"""Share of steps that stop at a coarser scale, so that previews are pictures too."""
+"""Share of steps that use the coarser scales only, so that these decode to a picture too."""
 
 
 class TokenizerTraining:
-    """The model, its optimizer and everything else that a checkpoint keeps."""
+    """The training of the tokenizer: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(self, pictures: Pictures, steps: int, batch: int, rate: float, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
@@ -45,7 +45,7 @@ class TokenizerTraining:
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
         self.half = has_bfloat16(device)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = Teacher().to(device)
         with torch.no_grad():
@@ -56,20 +56,19 @@ class TokenizerTraining:
         self.step = 0
 
     def run_step(self) -> dict[str, float]:
-        """One optimizer step; the losses."""
+        """Run one optimizer step, and return the losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self._schedule()
         x = to_tensor(self.pictures.batch(self.batch, self.seed, self.step), self.device)
         if self.step == WARM_UP:
-            self._seed_codes()
+            self._initialise_codes()
         rng = np.random.default_rng([self.seed, self.step, 1])
         scales = int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             latent = self._latent(x)
             losses = self._losses(x, latent.float(), scales)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self._update_average()
@@ -77,7 +76,7 @@ class TokenizerTraining:
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def _schedule(self) -> float:
-        """Linear warm-up of 100 steps, then a cosine down to 3 %."""
+        """The learning rate as a share of the largest: linear warm-up over 100 steps, then a cosine down to 3 %."""
         return min(1.0, (self.step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
 
     def _latent(self, x: Tensor) -> Tensor:
@@ -95,18 +94,18 @@ class TokenizerTraining:
             self._count(quantized.indices, quantized.cells)
         else:
             losses["codes"] = 0.01 * latent.square().mean()
-        maps = features.transpose(1, 2).unflatten(2, (TINY.grid, TINY.grid))
-        semantic, pixel = maps.split([TINY.semantic_dim, TINY.pixel_dim], dim=1)
+        maps = torch.unflatten(features.transpose(1, 2), 2, (TINY.grid, TINY.grid))
+        semantic, pixel = torch.split(maps, [TINY.semantic_dim, TINY.pixel_dim], dim=1)
         y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
         losses["pixels"] = 5 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * _gradient_loss(y, x)
-        told = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()
+        semantic_features = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()
         with torch.no_grad():
-            meant = self.teacher(x)
-        losses["semantic"] = 0.25 * F.mse_loss(told, meant)
+            target = self.teacher(x)
+        losses["semantic"] = 0.25 * F.mse_loss(semantic_features, target)
         return losses
 
     def _count(self, indices: Tensor, cells: Tensor) -> None:
-        """Count uses of codes; put cells of this step in place of those that are hardly used."""
+        """Count how often codes are used, and at times replace those that are hardly used by cells of this step."""
         self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
         if self.step % RESTART_EVERY == 0 and self.step > WARM_UP:
             dead = torch.nonzero(self.used < 0.05 * self.used.mean())[:, 0]
@@ -116,7 +115,8 @@ class TokenizerTraining:
             self.used.zero_()
 
     @torch.no_grad()
-    def _seed_codes(self) -> None:
+    def _initialise_codes(self) -> None:
+        """Put residual cells of four batches into the codebooks."""
         cells = []
         for i in range(4):
             x = to_tensor(self.pictures.batch(16, self.seed, 2**31 + 1 + i), self.device)
@@ -134,7 +134,7 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """PSNR on held-out photographs and drawings, the thumbnail's beside it, and the share of codes in use."""
+        """The PSNR of held-out photographs and drawings, beside that of their thumbnails, and the share of codes used."""
         model = self.average.eval()
         icons = [np.asarray(self.pictures.icons[row]) for row in self.pictures.test_icons[:48]]
         figures: dict[str, float] = {}
@@ -169,7 +169,7 @@ class TokenizerTraining:
 
 
 def thumbnail_psnr(picture: Pixels) -> float:
-    """Of the baseline: the picture reduced to 16 x 16 by area and enlarged again by cubic interpolation."""
+    """The PSNR of a baseline: the picture reduced to 16 x 16 by area and enlarged by bicubic interpolation."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
     small = F.interpolate(x, size=(16, 16), mode="area")
     large = F.interpolate(small, size=x.shape[-2:], mode="bicubic").round().clamp(0, 255)
@@ -177,7 +177,7 @@ def thumbnail_psnr(picture: Pixels) -> float:
 
 
 def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
-    """Mean difference of neighbours' differences: edges where they belong."""
+    """The mean absolute error of image gradients, which keeps edges sharp."""
     difference = y - x
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,6 @@ from tests.benchmarks.card import CardThatIsNot, Words
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_gpu import FakeTensorRT
 from tests.support.mini import MINI, mini_state
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch's threads spin while they wait, which small models do most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -88,8 +88,8 @@ def test_half_precision_has_its_weights_ready(kind: str) -> None:
     half = half_copy(mini_model(kind))
     codec = TorchCodec(half, None, Device())  # type: ignore[arg-type]
     with torch.no_grad(), Watch() as watch:
-        codes, _ = codec.encode_there(torch.from_numpy(pictures(half.config, 1)))
-        codec.decode_there(codes)
+        codes, _ = codec.encode_on_device(torch.from_numpy(pictures(half.config, 1)))
+        codec.decode_on_device(codes)
     assert {tensor.dtype for tensors in watch.read for tensor in tensors} == {torch.float16}
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for _, weight in watch.read)
     assert len(watch.read) > 20 > watch.converted
@@ -156,8 +156,8 @@ def test_nothing_of_a_tokenizer_stays_on_the_host(kind: str) -> None:
     model = mini_model(kind).to("meta")
     size, codes = model.config.image_size, sum(side * side for side in model.config.patch_nums)
     codec = TorchCodec(model, None, Device())  # type: ignore[arg-type]
-    indices, latent = codec.encode_there(torch.empty(2, size, size, 3, dtype=torch.uint8, device="meta"))
-    picture = codec.decode_there(torch.empty(2, codes, dtype=torch.int32, device="meta"))
+    indices, latent = codec.encode_on_device(torch.empty(2, size, size, 3, dtype=torch.uint8, device="meta"))
+    picture = codec.decode_on_device(torch.empty(2, codes, dtype=torch.int32, device="meta"))
     assert (indices.device.type, tuple(indices.shape), indices.dtype) == ("meta", (2, codes), torch.int32)
     assert (latent.device.type, tuple(latent.shape[:2]), latent.dtype) == ("meta", (2, 40), torch.float32)
     assert (picture.device.type, tuple(picture.shape), picture.dtype) == ("meta", (2, size, size, 3), torch.uint8)

@@ -15,7 +15,7 @@ from benchmarks.gpu import run, tokenizers
 from benchmarks.gpu.codecs import TorchCodec, half_copy
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.flops import count_flops, count_weights
-from benchmarks.gpu.generators import Drawing, TorchArtist, measure_generator
+from benchmarks.gpu.generators import GeneratorCase, TorchSampler, measure_generator
 from benchmarks.gpu.request import SIDES, TITLES
 from benchmarks.gpu.timing import Pace
 from benchmarks.gpu.tokenizers import Work
@@ -114,18 +114,18 @@ def test_memory_of_a_side_that_draws_is_its_own(mini_generator: Path, machine, m
     cuda, _ = machine
     install_rtx(monkeypatch, cuda)
     card = CardThatIsNot(cuda)
-    draw = TorchArtist.draw
+    sample = TorchSampler.sample
 
-    def draw_and_keep(self: TorchArtist, *words: Any) -> Any:
+    def sample_and_keep(self: TorchSampler, *words: Any) -> Any:
         card.cached += 10**9
-        return draw(self, *words)
+        return sample(self, *words)
 
-    monkeypatch.setattr(TorchArtist, "draw", draw_and_keep)
+    monkeypatch.setattr(TorchSampler, "sample", sample_and_keep)
 
     def memory(*sides: str) -> dict[tuple[str, str, int], int]:
         found: dict[str, Any] = {}
-        drawing = Drawing(mini_generator, mini_generator.parent / "hf", 8, (1, 2))
-        measure_generator(found, drawing, Work(card, sides, (), (), Pace(1, 0.01)))
+        case = GeneratorCase(mini_generator, mini_generator.parent / "hf", 8, (1, 2))
+        measure_generator(found, case, Work(card, sides, (), (), Pace(1, 0.01)))
         rows = [row for row in found["rows"] if row["side"] != "torch"]
         return {(row["side"], row["preset"], row["pictures"]): row["memory_bytes"] for row in rows}
 

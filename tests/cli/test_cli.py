@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -183,10 +182,13 @@ def test_ctrl_c_leaves_no_partial_file(mini_bundle: Path, here: Path) -> None:
     pictures.mkdir()
     for i in range(300):
         shutil.copy(PHOTO, pictures / f"{i}.jpg")
-    command = [sys.executable, "-m", "tokenflow_sdk.cli", "encode", "pictures", "--bundle", str(mini_bundle), "-o", "out"]
     # A shell's background jobs ignore Ctrl-C, and so would the command.
-    heed = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heed)
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tokenflow_sdk.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script, "encode", "pictures", "--bundle", str(mini_bundle), "-o", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(here.glob("out/*.tfc")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,17 +24,15 @@ from tokenflow_export.language_model.understanding import _head_spec
 from tokenflow_export.tracing.onnx_export import export_graph
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
-from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.bundle.schema import TensorSpec
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.engines.build import REVISION, Profile, build_engine, engine_graph
+from tokenflow_sdk.engines.build import REVISION, build_engine, engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.jobs import engine_jobs
-from tokenflow_sdk.engines.profiles import bundle_profiles
+from tokenflow_sdk.engines.profiles import Profile
 from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError
 from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
-from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 
 APIS = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "tensorrt_api").glob("*.json"))}
 CLASSES = {
@@ -196,77 +193,6 @@ def test_a_decoder_in_8_bits_builds_in_every_precision(trt, precision, dtype, mi
     build_config = BuildConfig(targets=("sm89",), precision=precision, decoder=dtype)
     (job,) = (job for job in engine_jobs(store_ranges(path, 8.0), build_config, trt) if job.key.graph == "decode")
     assert job.run(trt, EngineCache(tmp_path / "cache"))[1]
-
-
-def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
-    """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
-    bundle = Bundle.open(mini_generator, GeneratorConfig)
-    config = bundle.config
-    (profile,) = bundle_profiles(bundle, BuildConfig(batch=(1, 2, 4), pages=9))
-    sizes = profile.sizes
-    assert sizes["batch"] == (1, 4, 8)
-    assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
-    assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
-    assert sizes["slots"] == (9 * config.layers,) * 3
-    for name, entry in bundle.graphs.items():
-        for spec in entry.inputs:
-            assert len(Profile(sizes).shapes(spec)) == 3, name
-
-
-def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> None:
-    """Prompts of any length in pieces, one at a time; answers of any length and setting, alone and in the largest batch."""
-    bundle = Bundle.open(mini_understander, UnderstanderConfig)
-    config = bundle.config
-    tokens, pieces = (profile.sizes for profile in bundle_profiles(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
-    assert (tokens["batch"], tokens["queries"]) == ((1, 4, 6), (1, 1, 1))
-    assert (pieces["batch"], pieces["queries"]) == ((1, 1, 1), (1, PREFILL_CHUNK, PREFILL_CHUNK))
-    for sizes in (tokens, pieces):
-        assert sizes["slots"] == (9 * config.layers,) * 3
-        assert sizes["table"] == (1, 4, 9)
-        assert sizes["seen"][2] == config.vocabulary
-        assert sizes["window"][2] == config.vocabulary
-    usual = bundle_profiles(bundle, BuildConfig())[0].sizes
-    assert usual["table"][2] * PAGE_SIZE == config.context
-    assert usual["slots"][2] == config.default_pages()
-    large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
-    for profile in bundle_profiles(large, BuildConfig()):
-        sizes = profile.sizes
-        found = (sizes["seen"][2], sizes["window"][2], sizes["table"][2])
-        assert found == (32_768, 3840, large.config.default_pages())
-        for name, entry in bundle.graphs.items():
-            for spec in entry.inputs:
-                assert len(profile.shapes(spec)) == 3, name
-
-
-def test_an_engine_has_no_more_profiles_than_it_needs(machine, mini_understander: Path, mini_generator: Path) -> None:
-    bundle = Bundle.open(mini_understander, UnderstanderConfig)
-    jobs = {job.key.graph: job for job in engine_jobs(bundle, BuildConfig("tensorrt"), machine[1])}
-    assert {name: len(job.profiles) for name, job in jobs.items()} == {
-        "embed_text": 2,
-        "project": 2,
-        "transformer": 2,
-        "head": 1,
-    }
-    (head,) = jobs["head"].profiles
-    assert head.sizes["batch"] == BuildConfig().batch
-    assert set(head.sizes) == {"batch", "seen", "window"}
-    for job in engine_jobs(Bundle.open(mini_generator, GeneratorConfig), BuildConfig("tensorrt"), machine[1]):
-        assert len(job.profiles) == 1
-
-
-def test_profiles_contain_each_other() -> None:
-    wide, narrow = Profile({"batch": (1, 2, 8), "queries": (1, 1, 9)}), Profile({"batch": (1, 8, 8), "queries": (2, 2, 2)})
-    assert narrow.within(wide)
-    assert narrow.within(narrow)
-    assert not wide.within(narrow)
-    assert not Profile({"batch": (1, 1, 9), "queries": (1, 1, 1)}).within(wide)
-
-
-def test_a_profile_must_be_whole_and_ordered() -> None:
-    with pytest.raises(ArgumentError, match="batch cannot go from 4 over 2 to 8"):
-        Profile({"batch": (4, 2, 8)})
-    with pytest.raises(ArgumentError, match="says nothing about 'queries'"):
-        Profile({"batch": (1, 2, 4)}).shapes(TensorSpec("x", "float32", ("batch", "queries")))
 
 
 class FakeTrt:

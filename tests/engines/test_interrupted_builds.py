@@ -24,7 +24,9 @@ def trt():
 
 
 BUILD = """
-import sys
+import signal, sys
+# A shell's background jobs ignore Ctrl-C, and so would the build.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.understanding.test_scheduler import FakeGraph
+from tests.support.fake_graphs import UNDERSTANDER, transformer_graph
 from tokenflow_sdk.bundle.bundle import Bundle, load_reference
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import CorruptBundleError, PagesExhausted
@@ -16,7 +16,7 @@ from tokenflow_sdk.parity.understander import UnderstanderReference
 
 
 def transformer(pages: int) -> PagedTransformer:
-    return PagedTransformer(FakeGraph("transformer"), 1, 1, 1, pages, page_size=4)
+    return PagedTransformer(transformer_graph(UNDERSTANDER), 1, 1, 1, pages, page_size=4)
 
 
 def test_pieces_are_run_in_order_and_leave_no_page() -> None:

@@ -71,7 +71,7 @@ def test_the_head_is_given_as_many_rows_as_it_takes(understander: Understander, 
     head, reference = understander._runner.model.sessions["head"], UnderstanderReference.load(understander.bundle)
     batches: list[int] = []
     plain = head._infer
-    monkeypatch.setattr(head, "largest", lambda dim: 7)
+    monkeypatch.setattr(head, "max_size", lambda dim: 7)
     monkeypatch.setattr(head, "_infer", lambda feeds, names: (batches.append(len(feeds["hidden"])), plain(feeds, names))[1])
     tokens = likeliest_tokens(head, reference.hidden[0], understander.config)
     np.testing.assert_array_equal(tokens, reference.likeliest[0])

@@ -19,7 +19,7 @@ from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
 from tests.support.generation_oracle import UncachedGenerator
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
-from tokenflow_export.models import TokenFlowTokenizer
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from tokenflow_sdk.model.sampling import SamplingParams, guidance, sample, unifo
 class UncachedGenerator:
     """Eager PyTorch; slow on purpose.
 
-    `token_forwards` counts what it runs, pads included; `draw_seconds` is what the plain NumPy sampling took, for benchmarks to
+    `token_forwards` counts what it runs, pads included; `sampling_seconds` is what sampling in NumPy took, for benchmarks to
     leave out.
     """
 
@@ -32,7 +32,7 @@ class UncachedGenerator:
         self.transformer.load_state_dict(state, assign=True)
         self.transformer.eval().requires_grad_(False)
         self.token_forwards = 0
-        self.draw_seconds = 0.0
+        self.sampling_seconds = 0.0
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], negative: Sequence[int], params: SamplingParams, number: int = 0) -> np.ndarray:
@@ -53,7 +53,7 @@ class UncachedGenerator:
                 values = logits.float().cpu().numpy()
                 began = perf_counter()
                 row = sample(values, step.top_k, step.top_p, noise)
-                self.draw_seconds += perf_counter() - began
+                self.sampling_seconds += perf_counter() - began
                 if refinement == 0:
                     first_inputs = inputs
             if scale:

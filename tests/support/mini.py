@@ -12,8 +12,8 @@ from rich.console import Console
 
 from tokenflow_export.checkpoints.standin import standin_arrays
 from tokenflow_export.checkpoints.tokenizer import load_model
-from tokenflow_export.models import TokenFlowTokenizer
 from tokenflow_export.models.config import SemanticDecoderConfig, SemanticEncoderConfig, TokenizerArchitecture, VqganConfig
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
@@ -69,7 +69,9 @@ MINI = {
 
 
 def mini_state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(array) for key, array in standin_arrays(MINI[kind], seed)}
+    """Stand-in weights; those of `tiny` can be stored in half, as the bundled model's."""
+    state = {key: torch.from_numpy(array) for key, array in standin_arrays(MINI[kind], seed)}
+    return {key: value.half().float() for key, value in state.items()} if kind == "tiny" else state
 
 
 def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:

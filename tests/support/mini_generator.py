@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tests.conftest import DATA
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.checkpoints.standin import standin_weight
+from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.generator import export_generator
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import file_entry
@@ -127,7 +128,7 @@ def export_quietly(
     checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Path, precision: ExportPrecision = FULL_PRECISION
 ) -> Path:
     with ProgressSteps(Console(quiet=True)) as steps:
-        export_generator(HfDirectory(checkpoint), tokenizer, out, steps, force=False, precision=precision)
+        export_generator(ExportJob(HfDirectory(checkpoint), tokenizer, out, steps, precision=precision))
     return out
 
 

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.understanding import export_understanding
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
+from tokenflow_sdk import Understander
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
@@ -105,5 +108,18 @@ def export_quietly(
     checkpoint: Path, tokenizer: Bundle[TokenizerConfig], out: Path, precision: ExportPrecision = FULL_PRECISION
 ) -> Path:
     with ProgressSteps(Console(quiet=True)) as steps:
-        export_understanding(HfDirectory(checkpoint), tokenizer, out, steps, force=False, precision=precision)
+        export_understanding(ExportJob(HfDirectory(checkpoint), tokenizer, out, steps, precision=precision))
     return out
+
+
+def features(seed: int) -> np.ndarray:
+    """Of an image, as the small CLIP tokenizer quantizes them: float32 [16, 40]."""
+    return np.random.default_rng(seed).standard_normal((16, 40)).astype(np.float32)
+
+
+def pool_is_clean(understander: Understander) -> bool:
+    """Only the prefix cache holds pages."""
+    scheduler = understander._runner.model.scheduler
+    cached = {page for table in scheduler.cache._tables.values() for page in table.pages}
+    pool = scheduler.loop.transformer.pool
+    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting

@@ -6,17 +6,20 @@ it, but make another class.
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
+import pytest
 import torch
+from filelock import FileLock
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tokenflow_export.tracing.onnx_export import GraphSpec
 
@@ -47,30 +50,45 @@ def _digest(spec: GraphSpec) -> str:
 
 
 class SharedTraces:
-    """`capture` of `tracing.onnx_export` with a memory, which other test processes share where graphs have their weights."""
+    """`_capture` of `tracing.onnx_export` with a memory that all test processes share; one traces, the others wait for it."""
 
     def __init__(self, capture: Callable[[GraphSpec], Any], directory: Path) -> None:
         self.capture, self.directory = capture, directory
-        self.without_weights: dict[str, ir.Model] = {}
 
-    def __call__(self, spec: GraphSpec) -> Any:
+    def __call__(self, spec: GraphSpec) -> torch.onnx.ONNXProgram:
         if spec.read is None and sum(value.nbytes for value in spec.module.state_dict().values()) > LARGEST:
+            return self._capture(spec)
+        path = self.directory / f"{_digest(spec)}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                unfinished = path.with_suffix(".part")
+                ir.save(_storable(self._capture(spec).model, spec), unfinished)
+                unfinished.replace(path)
+        model = ir.load(path)
+        for value in list(model.graph.inputs[len(spec.inputs) :]):
+            model.graph.inputs.remove(value)
+            model.graph.initializers[value.name] = value
+        return torch.onnx.ONNXProgram(model, None)
+
+    def _capture(self, spec: GraphSpec) -> Any:
+        # A third of the time goes into looking for garbage among the many objects that torch makes and keeps.
+        gc.disable()
+        try:
             return self.capture(spec)
-        digest = _digest(spec)
-        return self._on_disk(digest, spec) if spec.read is None else self._here(digest, spec)
+        finally:
+            gc.enable()
 
-    def _on_disk(self, digest: str, spec: GraphSpec) -> Any:
-        path = self.directory / f"{digest}.onnx"
-        if not path.exists():
-            own = path.with_suffix(f".{os.getpid()}")
-            ir.save(self.capture(spec).model, own)
-            own.replace(path)
-        return SimpleNamespace(model=ir.load(path))
 
-    def _here(self, digest: str, spec: GraphSpec) -> Any:
-        program = self.capture(spec) if digest not in self.without_weights else None
-        if program is not None:
-            self.without_weights[digest] = program.model.clone()
-            return program
-        copy = self.without_weights[digest].clone()
-        return torch.onnx.ONNXProgram(copy, None)
+def keep_registry(patch: pytest.MonkeyPatch) -> None:
+    """torch.onnx makes the table of all its operators anew for every graph; here it is made once."""
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+
+
+def _storable(model: ir.Model, spec: GraphSpec) -> ir.Model:
+    """Weights without values cannot be written, so they become inputs behind the graph's own."""
+    if spec.read is not None:
+        for value in list(model.graph.initializers.values()):
+            del model.graph.initializers[value.name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    return model

@@ -9,6 +9,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
-from tests.understanding.test_understander import features, pool_is_clean
+from tests.support.mini_understander import (
+    SMALLEST,
+    export_quietly,
+    features,
+    pool_is_clean,
+    reference_model,
+    reference_projector,
+    write_checkpoint,
+)
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import Answer, AnswerParams, Understander
 from tokenflow_sdk.backends.cuda import CudaArray
@@ -284,7 +292,7 @@ def test_threads_ask_on_while_engines_change(
         assert understander.wait_for_engines(120)
         seen = len(found)
         while len(found) < seen + 6:
-            pass
+            time.sleep(0.01)
         stop.set()
         for thread in threads:
             thread.join()

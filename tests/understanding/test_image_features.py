@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.fake_graphs import UNDERSTANDER
 from tests.support.fakes import FakeSession, fake_bundle
-from tests.understanding.test_scheduler import CONFIG
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CorruptImageError
 from tokenflow_sdk.understanding.image_features import ImageFeatures
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def features(tokenizer: Tokenizer) -> ImageFeatures:
-    return ImageFeatures(tokenizer, replace(CONFIG, image_tokens=4, code_dim=40))
+    return ImageFeatures(tokenizer, replace(UNDERSTANDER, image_tokens=4, code_dim=40))
 
 
 def encoded(tokenizer: Tokenizer) -> int:

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from tests.support.mini_generator import tokenizer_bundle
-from tests.support.mini_understander import GEOMETRIES, export_quietly, reference_model, reference_projector, write_checkpoint
+from tests.support.mini_understander import (
+    GEOMETRIES,
+    export_quietly,
+    features,
+    pool_is_clean,
+    reference_model,
+    reference_projector,
+    write_checkpoint,
+)
 from tokenflow_sdk import AnswerParams, Codes, Tokenizer, Understander
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
@@ -96,20 +104,8 @@ def understander(reference: Reference) -> Iterator[Understander]:
         yield understander
 
 
-def features(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((16, 40)).astype(np.float32)
-
-
 def prompt_of(understander: Understander, pictures: Sequence[np.ndarray], question: str) -> TokenPrompt:
     return understander._answering._text.first([ImageBlock(picture) for picture in pictures], question)
-
-
-def pool_is_clean(understander: Understander) -> bool:
-    """Only the prefix cache holds pages."""
-    scheduler = understander._runner.model.scheduler
-    cached = {page for table in scheduler.cache._tables.values() for page in table.pages}
-    pool = scheduler.loop.transformer.pool
-    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
 
 
 def recorded(understander: Understander, ask: Callable[[], Any]) -> tuple[Any, list[np.ndarray]]:

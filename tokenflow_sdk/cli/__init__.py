@@ -15,24 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted.
     """
-    from rich.console import Console
-
+    from tokenflow_sdk.cli.exit_status import run
     from tokenflow_sdk.cli.parser import make_parser
-    from tokenflow_sdk.errors import TokenFlowError
 
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["export"]:
         return _export(words[1:])
     arguments = make_parser().parse_args(words)
-    console = Console(stderr=True, highlight=False)
     try:
-        return int(arguments.run(arguments))
-    except TokenFlowError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        return 130
+        return run(lambda: int(arguments.run(arguments)))
     except BrokenPipeError:
         # The reader of our output went away (`tokenflow info | head -1`); leave quietly, also at interpreter exit.
         sys.stdout = None

@@ -8,7 +8,9 @@ goes first nevertheless.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import PagesExhausted
@@ -93,25 +95,26 @@ class ScaleScheduler:
         """Admit the requests that fit, then sample one scale for one group."""
         while self._waiting and self._fits(self._waiting[0]):
             request = self._waiting.popleft()
-            try:
-                self._admit(request)
-            except BaseException as error:
-                request.error = error
+            self._run([request], partial(self._admit, request))
         if not self._live:
             return
         newest = min(self._live, key=lambda request: request.scale)
         overdue = max(self._live, key=lambda request: request.waited)
         chosen = overdue if overdue.waited >= PATIENCE else newest
         group = [request for request in self._live if request.scale == chosen.scale]
-        try:
-            self.loop.sample_scale([image for request in group for image in request.images])
-        except BaseException as error:
-            for request in group:
-                request.error = error
-                self.remove(request)
+        self._run(group, lambda: self.loop.sample_scale([image for request in group for image in request.images]))
         for request in list(self._live):
             request.waited = 0 if request in group else request.waited + 1
             if request.scale == len(self.loop.config.patch_nums):
+                self.remove(request)
+
+    def _run(self, requests: Sequence[ImageRequest], work: Callable[[], None]) -> None:
+        """Do a part of a step. Those it was for leave with the error when it fails; others go on."""
+        try:
+            work()
+        except BaseException as error:
+            for request in requests:
+                request.error = error
                 self.remove(request)
 
     def _prefix_pages(self, ids: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""A released Hugging Face directory: config.json, sharded weights read tensor by tensor, tokenizer files."""
+"""Reads a released Hugging Face directory: config.json and the weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["HfDirectory"]
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# Saved by old library versions, or parts that live in the tokenizer's bundle.
+# Buffers that old library versions saved, and a vision tower, which a language model's bundle does not need.
 _IGNORED = (".rotary_emb.inv_freq", "vision_tower.", "vision_model.")
 
 
 class HfDirectory:
-    """Tensors stay on disk, memory-mapped, until one is asked for.
+    """The config and the weights of a released directory. A tensor is read from disk when it is asked for.
 
     Raises:
-        CheckpointError: not such a directory, or a file is missing or damaged.
+        CheckpointError: the directory holds no such checkpoint, or a file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class HfDirectory:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key with its shape, less those that no exporter reads."""
+        """The shape of every tensor by its key, without those that no exporter reads."""
         found: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, str] = {}
         for file in self._files:
@@ -97,7 +97,7 @@ class HfDirectory:
         return self._bins[file]
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor in float32; in other types it is converted, so ask for it when it is needed."""
+        """Read one tensor, as float32."""
         file = self._where[key] if key in self.shapes else ""
         if not file.endswith(".safetensors"):
             return self._bin(file)[key].float()
@@ -108,10 +108,10 @@ class HfDirectory:
         return tensor.float()
 
     def require(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Strict comparison of keys and shapes.
+        """Check that the keys and shapes are exactly the expected ones.
 
         Raises:
-            CheckpointError: naming the first missing, unexpected and mis-shaped keys.
+            CheckpointError: they are not; the message names the first missing, unexpected and mis-shaped keys.
         """
         problems = key_problems(self.shapes, expected)
         if problems:

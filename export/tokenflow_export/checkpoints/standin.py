@@ -1,7 +1,7 @@
-"""Stand-in weights: a full-size checkpoint made from key names and shapes alone, to try the whole chain without a download.
+"""Stand-in weights: random weights under the released keys and shapes, to try everything without a download.
 
-Each array is drawn by a generator seeded with its key's CRC-32, scaled so that activations stay in a sane range and codes
-diverse. Pictures decoded with these weights are noise, but every shape, key and number path is the real one.
+The random numbers of a tensor are seeded with the CRC-32 of its key. They are scaled so that activations stay in a normal range
+and the codes differ from each other. Pictures decoded with these weights are noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def _factor(key: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a weight that is neither a norm nor a bias."""
+    """The standard deviation of a weight that is neither a norm's nor a bias."""
     if "embedding_vqkd" in key or "embedding_vqgan" in key:
         return 1.0
     if "pos_1LC" in key:
@@ -35,22 +35,26 @@ def _factor(key: str, shape: tuple[int, ...]) -> float:
 
 
 def standin_weight(key: str, shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float32]:
-    """The float32 array of one state-dict key; the same on every machine."""
+    """The stand-in weight float32 of one state-dict key; the same on every machine."""
     if key.endswith("codebook_used"):
         return np.zeros(shape, np.float32)
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()) + seed))
-    draw = generator.standard_normal(shape, dtype=np.float32)
+    values = generator.standard_normal(shape, dtype=np.float32)
     if key.endswith((".bias", "_bias")):
-        return draw * np.float32(0.02)
-    if "class_embedding" in key:
-        return generator.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
-    if len(shape) == 1:
-        return 1 + np.float32(0.1) * draw
-    return draw * np.float32(_factor(key, shape))
+        values *= np.float32(0.02)
+    elif "class_embedding" in key:
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(0.3)
+    elif len(shape) == 1:
+        values *= np.float32(0.1)
+        values += 1
+    else:
+        values *= np.float32(_factor(key, shape))
+    return values
 
 
 def standin_arrays(config: TokenizerArchitecture, seed: int = 0) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Key and array of every tensor of a released checkpoint of `config`, one at a time."""
+    """Yield the key and the stand-in weight of every tensor that a released checkpoint of `config` has."""
     shapes: Mapping[str, tuple[int, ...]] = released_shapes(config)
     mean_std = _CLIP_MEAN_STD if config.semantic_encoder.kind == "vitamin" else _HALF_MEAN_STD
     for key, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Strict comparison of a checkpoint's keys and shapes with the ones its model has."""
+"""Compares the keys and shapes of a checkpoint with those that its model has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def key_problems(found: Shapes, expected: Shapes) -> str:
-    """The first missing, unexpected and mis-shaped keys and how many there are of each, in words; empty when all agree."""
+    """Say how many keys are missing, unexpected and mis-shaped, and name the first of each. Empty when all agree."""
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     misshaped = [

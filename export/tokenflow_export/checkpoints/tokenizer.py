@@ -1,7 +1,7 @@
-"""Released checkpoints: reading them safely, recognising the variant, loading strictly.
+"""Reads released tokenizer checkpoints: fetches them, recognises the variant, and loads the weights strictly.
 
-A checkpoint is a `.pt` pickle (read with `weights_only=True`) holding the state dict under `ema`, else `model`, else
-`state_dict`, or a `.safetensors` file holding it directly. Tensors stay memory-mapped until they are used.
+A checkpoint is a `.pt` pickle (read with `weights_only=True`) that holds the state dict under `ema`, else `model`, else
+`state_dict`, or it is a `.safetensors` file that holds the state dict itself. Tensors stay memory-mapped until they are used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenflow_export.checkpoints.strict import Shapes, key_problems
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.config import VARIANTS, TokenizerArchitecture
+from tokenflow_export.models.config import STANDARD, VARIANTS, TokenizerArchitecture
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = ["load_model", "read_state_dict", "recognise", "released_shapes", "resolve"]
@@ -27,10 +27,10 @@ _POSITION_TABLES = {"encoder_vqkd.positional_embedding": "semantic_encoder", "de
 
 
 def resolve(checkpoint: str) -> Path:
-    """A local path, or `hf://org/repo/path/to/file` fetched (once) through huggingface_hub.
+    """The local path of a checkpoint, which is a path or `hf://org/repo/path/to/file`; the latter is downloaded once.
 
     Raises:
-        CheckpointError: no such file, or the hub does not answer with it.
+        CheckpointError: there is no such file, or it could not be downloaded.
     """
     if checkpoint.startswith("hf://"):
         return _download(checkpoint)
@@ -61,15 +61,15 @@ def _download(url: str) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, memory-mapped, no code executed.
+    """Read the state dict of a checkpoint, memory-mapped. Code in a pickle is never executed.
 
     Raises:
-        CheckpointError: the file is truncated, needs unpickling of unknown classes, or holds no state dict.
+        CheckpointError: the file is truncated, holds objects of unknown classes, or holds no state dict.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        # Training scripts of this family store their arguments beside the weights; a Namespace is a bag of attributes.
+        # The released training scripts store their arguments beside the weights; loading a Namespace executes no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def released_shapes(config: TokenizerArchitecture) -> dict[str, tuple[int, ...]]:
-    """Every key a released checkpoint of this configuration has, with its shape; also those that are never used."""
+    """The shape of every tensor of a released checkpoint by its key, including tensors that are never used."""
     with torch.device("meta"):
         model = TokenFlowTokenizer(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -143,14 +143,19 @@ def _unused_shapes(config: TokenizerArchitecture, shapes: Shapes) -> dict[str, t
 
 
 def recognise(shapes: Shapes, variant: str | None = None, name: str = "checkpoint") -> TokenizerArchitecture:
-    """The configuration that a state dict's keys and shapes belong to.
+    """Find the configuration that a state dict has, from its keys and shapes.
 
-    A CLIP tokenizer has the same keys at 224 and at 256 px; `variant` settles it, else the released pairing does: the
-    enhanced decoder comes at 256 px, the standard one at 224.
+    A CLIP tokenizer has the same keys at 224 and at 256 px. Without `variant`, one with the enhanced decoder is taken for
+    `clipb_256` and one with the standard decoder for `clipb_224`, as they were released.
+
+    Args:
+        shapes: of the state dict.
+        variant: the name of the variant, if it is known.
+        name: of the checkpoint, for messages.
 
     Raises:
-        ArgumentError: `variant` is unknown, or contradicts the checkpoint.
-        CheckpointError: the keys are no TokenFlow tokenizer's.
+        ArgumentError: `variant` is unknown, or is not what the checkpoint holds.
+        CheckpointError: these are not the keys of a TokenFlow tokenizer.
     """
     if variant is not None and variant not in VARIANTS:
         raise ArgumentError(f"There is no variant {variant!r}.", f"Choose one of: {', '.join(VARIANTS)}.")
@@ -173,15 +178,15 @@ def recognise(shapes: Shapes, variant: str | None = None, name: str = "checkpoin
             f"{name} holds a {' or '.join(sorted(candidates))} tokenizer, not {variant}.", "Leave --variant out, or correct it."
         )
     config = VARIANTS[variant or candidates[0]]
-    decoder = VARIANTS["clipb_256"].pixel_decoder if enhanced else VARIANTS["clipb_224"].pixel_decoder
+    decoder = VARIANTS["clipb_256"].pixel_decoder if enhanced else STANDARD
     return replace(config, pixel_decoder=decoder)
 
 
 def check_keys(shapes: Shapes, config: TokenizerArchitecture, name: str) -> None:
-    """Strict comparison with `released_shapes`.
+    """Check that keys and shapes are exactly those of `released_shapes`.
 
     Raises:
-        CheckpointError: naming the first missing, unexpected and mis-shaped keys, and how many there are of each.
+        CheckpointError: they are not; the message counts the missing, unexpected and mis-shaped keys and names the first.
     """
     problems = key_problems(shapes, released_shapes(config))
     if problems:
@@ -192,7 +197,7 @@ def check_keys(shapes: Shapes, config: TokenizerArchitecture, name: str) -> None
 
 
 def load_model(state: Mapping[str, Tensor], config: TokenizerArchitecture, name: str = "checkpoint") -> TokenFlowTokenizer:
-    """The eager model with the state dict's float32 weights, strictly; memory-mapped tensors are adopted, not copied.
+    """Build the PyTorch model and load a state dict into it, strictly, as float32. Float32 tensors are used without a copy.
 
     Raises:
         CheckpointError: keys, shapes or dtypes are not those of a released checkpoint of this configuration.
@@ -212,9 +217,9 @@ def load_model(state: Mapping[str, Tensor], config: TokenizerArchitecture, name:
 
 
 def _resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Position table [..., 1 + r * r, D] -> [..., 1 + grid * grid, D] (docs/model.md, section 2).
+    """Resize a position table [..., 1 + r * r, D] to [..., 1 + grid * grid, D] (docs/model.md, section 2).
 
-    The released code passes scale_factor = (grid + 0.1) / r, and the sampling coordinates use that factor, not grid / r.
+    As in the released code, the coordinates use the factor (grid + 0.1) / r instead of grid / r.
     """
     first, cells = table[..., :1, :], table[..., 1:, :]
     released, width = round(cells.shape[-2] ** 0.5), cells.shape[-1]

@@ -1,1 +1,1 @@
-"""A generator's or an understander's released directory to a bundle: one paged transformer graph serves both."""
+"""Exports generators and understanders. Both have the same paged transformer graph."""

@@ -1,4 +1,4 @@
-"""Writing a language model's bundle: one routine for generators and understanders."""
+"""Writes the bundle of a generator or an understander."""
 
 from __future__ import annotations
 
@@ -18,55 +18,70 @@ from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
-from tokenflow_export.tracing.weight_quantization import ExportPrecision
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 
-__all__ = ["Source", "relative_path", "write_bundle"]
+__all__ = ["ExportJob", "Source", "write_bundle"]
 
 C = TypeVar("C", GeneratorConfig, UnderstanderConfig)
 
 
 @dataclass(frozen=True)
-class Source(ABC, Generic[C]):
-    """A checkpoint that has been read so far that its bundle's config is known; subclasses say what differs by model.
+class ExportJob:
+    """What to export, where to, and how.
 
-    `tokenizer` is the bundle of the paired tokenizer, `precision` that of the graphs.
+    Args:
+        directory: the released checkpoint.
+        tokenizer: the bundle of the paired tokenizer.
+        out: the bundle's directory; must not exist, unless `force`.
+        steps: shows progress.
+        force: replace `out`.
+        precision: of the transformer, the token embeddings and the head.
+        compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
     """
 
     directory: HfDirectory
     tokenizer: Bundle[TokenizerConfig]
+    out: Path
+    steps: ProgressSteps
+    force: bool = False
+    precision: ExportPrecision = FULL_PRECISION
+    compress: bool = False
+
+    def tokenizer_path(self) -> str:
+        """Where the written bundle looks for its tokenizer, relative to itself."""
+        return Path(os.path.relpath(self.tokenizer.path.resolve(), self.out.resolve())).as_posix()
+
+
+@dataclass(frozen=True)
+class Source(ABC, Generic[C]):
+    """A job whose bundle's config has been read from the checkpoint; subclasses say what differs by model."""
+
+    job: ExportJob
     config: C
-    precision: ExportPrecision
 
     @abstractmethod
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key that the checkpoint must have, and its shape."""
+        """The shape of every tensor that the checkpoint must have, by its key."""
 
     @abstractmethod
     def graphs(self) -> Iterator[GraphSpec]:
-        """What to trace, one at a time, so that no two hold their weights at once."""
+        """Yield the graphs to trace, one at a time, so that the weights of only one are in memory."""
 
     @abstractmethod
     def write_assets(self, directory: Path) -> dict[str, FileEntry]:
-        """Write the bundle's other files."""
+        """Write the other files of the bundle into `directory`, and describe each by its name in the bundle."""
 
     @abstractmethod
     def compare(self, bundle: Bundle[C]) -> tuple[Agreement, LanguageModelReference]:
-        """How the written graphs agree with PyTorch in float32, and what an engine must compute."""
+        """Compare the written graphs with PyTorch in float32. Also returns the reference for engines."""
 
 
-def write_bundle(source: Source[Any], out: Path, steps: ProgressSteps, force: bool, compress: bool = False) -> Agreement:
-    """Trace the graphs, compare them with PyTorch, and only then let the bundle appear.
-
-    Args:
-        source: what is exported.
-        out: must not exist, unless `force`.
-        steps: shows progress.
-        force: replace `out`.
-        compress: smaller files for the same numbers (`tracing.compress_weights`).
+def write_bundle(source: Source[Any]) -> Agreement:
+    """Trace the graphs, compare them with PyTorch, and only then move the bundle to its place.
 
     Returns:
         How the bundle compares with PyTorch in float32.
@@ -76,31 +91,26 @@ def write_bundle(source: Source[Any], out: Path, steps: ProgressSteps, force: bo
         OutputError: `out` exists or cannot be written.
         ParityError: the graphs do not reproduce PyTorch; nothing is left behind.
     """
-    directory = source.directory
-    directory.require(source.expected_shapes())
-    needed = source.precision.bytes_of(sum(math.prod(shape) for shape in directory.shapes.values()))
-    with atomic_directory(out, force, needed) as work, torch.inference_mode():
+    job, steps = source.job, source.job.steps
+    job.directory.require(source.expected_shapes())
+    needed = job.precision.bytes_of(sum(math.prod(shape) for shape in job.directory.shapes.values()))
+    with atomic_directory(job.out, job.force, needed) as work, torch.inference_mode():
         graphs = {}
         for spec in source.graphs():
             steps.start(f"writing {spec.name}", total=1)
-            graphs[spec.name] = export_graph(spec, work, steps.fraction, compress)
+            graphs[spec.name] = export_graph(spec, work, steps.fraction, job.compress)
         assets = source.write_assets(work)
         provenance = {
-            "checkpoint": directory.path.name,
-            "tokenizer": source.tokenizer.config.variant,
-            "precision": source.precision.name,
+            "checkpoint": job.directory.path.name,
+            "tokenizer": job.tokenizer.config.variant,
+            "precision": job.precision.name,
         }
         bundle = Bundle(work, source.config, graphs, assets, {}, provenance | versions())
         steps.start("checking the graphs against PyTorch")
         agreement, reference = source.compare(bundle)
-        agreement.require(source.precision)
+        agreement.require(job.precision)
         steps.start("finishing")
         np.savez(work / "reference.npz", allow_pickle=False, **vars(reference))
         assets["reference"] = file_entry(work / "reference.npz")
         replace(bundle, parity=asdict(agreement)).write_manifest()
     return agreement
-
-
-def relative_path(tokenizer: Bundle[TokenizerConfig], out: Path) -> str:
-    """Where a bundle at `out` looks for its tokenizer."""
-    return Path(os.path.relpath(tokenizer.path.resolve(), out.resolve())).as_posix()

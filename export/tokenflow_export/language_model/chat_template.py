@@ -1,4 +1,4 @@
-"""How a released model writes conversations: ChatML with Qwen's defaults, or Vicuna's."""
+"""Finds the chat template and the stop tokens of a released model: ChatML as Qwen writes it, or Vicuna's template."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VICUNA_SYSTEM = (
 
 
 def chat_template(tokenizer: Tokenizer, directory: Path) -> ChatTemplate:
-    """The template that the control tokens of `tokenizer` speak for.
+    """Choose the template by the control tokens that `tokenizer` has.
 
     Raises:
-        CheckpointError: they are neither ChatML's nor Llama's.
+        CheckpointError: it has neither those of ChatML nor those of Llama.
     """
     start, end = (tokenizer.token_to_id(f"<|im_{name}|>") for name in ("start", "end"))
     if start is not None and end is not None:
@@ -52,7 +52,7 @@ def chat_template(tokenizer: Tokenizer, directory: Path) -> ChatTemplate:
 
 
 def stop_ids(template: ChatTemplate, config: dict[str, Any], directory: Path) -> tuple[int, ...]:
-    """What ends an answer: the template's own end, and `eos_token_id` of config.json and generation_config.json.
+    """The tokens that end an answer: the template's own, and `eos_token_id` of config.json and generation_config.json.
 
     Raises:
         CheckpointError: generation_config.json is damaged.

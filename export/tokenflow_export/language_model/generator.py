@@ -1,8 +1,8 @@
-"""A released text-to-image directory to a bundle: one transformer graph, embeddings, sampling, and the prompt tokenizer.
+"""Exports a released text-to-image directory to a generator bundle.
 
-Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory; only the
-image rows of the head and only the text rows of the embedding table are exported. The transformer graph is compared with
-the eager model before the bundle appears.
+The bundle holds the paged transformer, the embeddings of text and images, the sampling of codes, and the prompt tokenizer.
+Of the head only the rows of image codes are exported, and of the embedding table only the rows of text tokens. Weights are read
+one tensor at a time and written at once, so the model need not fit in memory.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from torch import Tensor
 
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
-from tokenflow_export.language_model.bundle_writer import Source, relative_path, write_bundle
+from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.generator_check import compare
 from tokenflow_export.language_model.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
 from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
 from tokenflow_export.models.config import TransformerConfig
-from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import GraphSpec, file_entry
-from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
+from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.bundle.schema import FileEntry
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
@@ -43,53 +42,31 @@ NEGATIVE_PROMPT = (
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 CFG_SCALE = 7.5
-"""What the released model was published with."""
+"""The guidance that the released model was published with."""
 MAX_PROMPT = 128
 
 
 def export_generator(
-    directory: HfDirectory,
-    tokenizer: Bundle[TokenizerConfig],
-    out: Path,
-    steps: ProgressSteps,
-    force: bool,
-    precision: ExportPrecision = FULL_PRECISION,
-    negative_prompt: str = NEGATIVE_PROMPT,
-    preset: str = "paper",
-    cfg_scale: float = CFG_SCALE,
-    compress: bool = False,
+    job: ExportJob, negative_prompt: str = NEGATIVE_PROMPT, preset: str = "paper", cfg_scale: float = CFG_SCALE
 ) -> Agreement:
-    """Write a generator bundle.
+    """Write a generator bundle. Returns and raises what `write_bundle` does.
 
     Args:
-        directory: the released checkpoint.
-        tokenizer: the bundle of the tokenizer that decodes its codes.
-        out: must not exist, unless `force`.
-        steps: shows progress.
-        force: replace `out`.
-        precision: of the transformer, the text embeddings and the head.
-        negative_prompt: what guidance leads away from when a request names nothing.
-        preset: of sampling, when a request names none.
-        cfg_scale: strength of guidance, when a request names none.
-        compress: smaller files for the same numbers (`tracing.compress_weights`).
-
-    Returns:
-        How the bundle compares with PyTorch in float32.
-
-    Raises:
-        CheckpointError: keys, shapes or sizes are not those of a released text-to-image model.
-        OutputError: `out` exists or cannot be written.
-        ParityError: the graph does not reproduce PyTorch; nothing is left behind.
+        job: what to export; its tokenizer decodes the model's codes.
+        negative_prompt: for requests that give none.
+        preset: of sampling, for requests that give none.
+        cfg_scale: strength of guidance, for requests that give none.
     """
-    steps.start("reading the checkpoint")
+    job.steps.start("reading the checkpoint")
+    directory, tokenizer = job.directory, job.tokenizer.config
     model = transformer_config(directory, "output")
-    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.config.codebook_size)
+    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.codebook_size)
     config = GeneratorConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        text_size=directory.shapes.get("model.embed_tokens.weight", (0,))[0] - tokenizer.config.codebook_size,
+        text_size=directory.shapes.get("model.embed_tokens.weight", (0,))[0] - tokenizer.codebook_size,
         image_token_start=image_token_start,
         bos_id=int(directory.config.get("bos_token_id", 1)),
         image_start_ids=image_start_ids,
@@ -97,19 +74,18 @@ def export_generator(
         negative_prompt=negative_prompt,
         preset=preset,
         cfg_scale=cfg_scale,
-        patch_nums=tokenizer.config.patch_nums,
-        codebook_size=tokenizer.config.codebook_size,
-        codebook_sha256=tokenizer.config.codebook_sha256,
-        tokenizer_variant=tokenizer.config.variant,
-        tokenizer=relative_path(tokenizer, out),
+        patch_nums=tokenizer.patch_nums,
+        codebook_size=tokenizer.codebook_size,
+        codebook_sha256=tokenizer.codebook_sha256,
+        tokenizer_variant=tokenizer.variant,
+        tokenizer=job.tokenizer_path(),
     )
-    source = _GeneratorSource(directory, tokenizer, config, precision, model, text, TokenizerReference.load(tokenizer).codebook)
-    return write_bundle(source, out, steps, force, compress)
+    return write_bundle(_GeneratorSource(job, config, model, text, TokenizerReference.load(job.tokenizer).codebook))
 
 
 @dataclass(frozen=True)
 class _GeneratorSource(Source[GeneratorConfig]):
-    """`text` is the prompts' tokenizer.json; `codebook` float32 [K, C]."""
+    """A text-to-image checkpoint. `text` is the content of tokenizer.json, `codebook` is float32 [K, C]."""
 
     model: TransformerConfig
     text: dict[str, Any]
@@ -118,7 +94,7 @@ class _GeneratorSource(Source[GeneratorConfig]):
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         config, width = self.config, self.model.width
         vocabulary = config.text_size + config.codebook_size
-        code_dim = self.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
+        code_dim = self.job.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
         return (
             transformer_shapes(self.model)
             | projector_shapes(width, code_dim)
@@ -132,10 +108,11 @@ class _GeneratorSource(Source[GeneratorConfig]):
 
     def graphs(self) -> Iterator[GraphSpec]:
         dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "window")}
-        yield _embed_text_spec(self.directory, self.config, self.precision, dims)
-        yield _embed_image_spec(self.directory, dims)
-        yield transformer_spec(self.directory, self.model, self.precision)
-        yield _sample_spec(self.directory, self.config, self.precision, dims)
+        directory, precision = self.job.directory, self.job.precision
+        yield _embed_text_spec(directory, self.config, precision, dims)
+        yield _embed_image_spec(directory, dims)
+        yield transformer_spec(directory, self.model, precision)
+        yield _sample_spec(directory, self.config, precision, dims)
 
     def write_assets(self, directory: Path) -> dict[str, FileEntry]:
         np.save(directory / "codebook.npy", self.codebook)
@@ -143,8 +120,8 @@ class _GeneratorSource(Source[GeneratorConfig]):
         return {"codebook": file_entry(directory / "codebook.npy"), "tokenizer": file_entry(directory / "tokenizer.json")}
 
     def compare(self, bundle: Bundle[GeneratorConfig]) -> tuple[Agreement, LanguageModelReference]:
-        head = image_head(self.directory, self.config)
-        return compare(bundle, self.directory, self.model, head, self.codebook, self.precision)
+        head = image_head(self.job.directory, self.config)
+        return compare(bundle, self.job.directory, self.model, head, self.codebook, self.job.precision)
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -171,13 +148,13 @@ def _embed_text_spec(
 
 
 def _embed_image_spec(directory: HfDirectory, dims: Mapping[str, Any]) -> GraphSpec:
-    module = projector(directory)
+    code_dim = directory.shapes["model.mm_projector.0.weight"][1]
     levels, positions = directory.tensor("model.lvl_embed.weight"), directory.tensor("model.pos_1LC")
     return GraphSpec(
         "embed_image",
-        EmbedImageGraph(module, levels, positions),
+        EmbedImageGraph(projector(directory), levels, positions),
         {
-            "features": (_zeros(2, 3, module[0].in_features), {0: dims["batch"], 1: dims["queries"]}),
+            "features": (_zeros(2, 3, code_dim), {0: dims["batch"], 1: dims["queries"]}),
             "level": (_counts(1), {}),
             "places": (_counts(3), {0: dims["queries"]}),
         },
@@ -207,6 +184,6 @@ def _sample_spec(
 
 
 def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
-    """The head's rows of image codes, float32 [K, H]."""
+    """The rows of the head that give the logits of image codes, float32 [K, H]."""
     start = config.image_token_start
     return directory.tensor("lm_head.weight")[start : start + config.codebook_size].clone()

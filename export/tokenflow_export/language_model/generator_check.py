@@ -1,4 +1,4 @@
-"""How an exported generator compares with PyTorch in float32: a prompt, and then a scale of codes."""
+"""Compares the graphs of an exported generator with PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ def compare(
     codebook: Float32,
     precision: ExportPrecision,
 ) -> tuple[Agreement, GeneratorReference]:
-    """A causal prompt and then a bidirectional block over its pages, against eager layers over both at once.
+    """Run a random prompt and a scale of random codes through the graphs and through PyTorch.
+
+    The graphs take two steps over pages: the prompt, which is causal, and the scale, which is bidirectional. PyTorch computes
+    both at once, with a mask.
 
     Args:
-        bundle: with the graphs written.
-        directory, model: the checkpoint.
-        head: float32 [K, H].
-        codebook: float32 [K, 40].
+        bundle: its graphs have been written.
+        directory: the checkpoint.
+        model: sizes of its transformer.
+        head: float32 [K, H], the rows of image codes.
+        codebook: float32 [K, C], the tokenizer's.
         precision: of the graphs.
 
     Returns:
-        How they agree, and what an engine must compute.
+        The agreement, and the reference for engines.
     """
     inputs = GeneratorInputs.random(bundle.config)
     with ExitStack() as stack:

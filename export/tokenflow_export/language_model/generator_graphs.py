@@ -1,4 +1,4 @@
-"""The generator's own graphs, beside the transformer: embeddings and guided sampling."""
+"""The graphs of a generator beside the transformer: embeddings and guided sampling."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ __all__ = ["EmbedImageGraph", "EmbedTextGraph", "SampleGraph"]
 
 
 class EmbedTextGraph(nn.Module):
-    """token_ids int32 [B, Q], starts float32 [B, Q] -> embeddings [B, Q, H].
+    """Embeds text: token_ids int32 [B, Q], starts float32 [B, Q] -> embeddings float32 [B, Q, H].
 
-    Ids count rows of `table`, which has the text's level embedding added and leaves the image tokens out. `starts` is 1 at
-    the image start token, which takes the first image position as well.
+    `table` has a row for each text token, with the level embedding of text added; image tokens have none. `starts` is 1 at the
+    image start token, to whose embedding the first image position is added, and 0 elsewhere.
     """
+
+    table: Tensor
+    first_position: Tensor
 
     def __init__(self, table: Tensor, first_position: Tensor) -> None:
         super().__init__()
@@ -27,7 +30,13 @@ class EmbedTextGraph(nn.Module):
 
 
 class EmbedImageGraph(nn.Module):
-    """features float32 [B, Q, 40], level int32 [1], places int32 [Q] -> embeddings [B, Q, H]: projector + level + position."""
+    """Embeds a scale: features float32 [B, Q, C], level int32 [1], places int32 [Q] -> embeddings float32 [B, Q, H].
+
+    An embedding is the projected feature plus the level embedding plus the embedding of the place among all codes.
+    """
+
+    levels: Tensor
+    positions: Tensor
 
     def __init__(self, projector: nn.Module, levels: Tensor, positions: Tensor) -> None:
         super().__init__()
@@ -36,17 +45,20 @@ class EmbedImageGraph(nn.Module):
         self.register_buffer("positions", positions)
 
     def forward(self, features: Tensor, level: Tensor, places: Tensor) -> Tensor:
-        return self.projector(features) + (F.embedding(level, self.levels) + F.embedding(places, self.positions))
+        projected: Tensor = self.projector(features)
+        return projected + (F.embedding(level, self.levels) + F.embedding(places, self.positions))
 
 
 class SampleGraph(nn.Module):
-    """Guided top-k, top-p sampling of image codes by inverse CDF (docs/model.md, section 4); its twin is in
-    `tokenflow_sdk.model.sampling`.
+    """Samples image codes with guidance, top-k and top-p, by inverse CDF (docs/model.md, section 4).
 
-    Inputs: conditional and unconditional [R, Q, H]; guidance and top_p float32 [R]; top_k int32 [R]; noise float32 [R, Q];
-    ranks int32 [W], the numbers 0 .. W - 1, W at least every top_k. Outputs: code_indices int32 [R, Q]; logits [R, Q, K].
-    Only the W likeliest are sorted. The head has no bias, so guidance is applied to its input: one product, not two.
+    `tokenflow_sdk.model.sampling` does the same in NumPy. Inputs: conditional and unconditional hidden states [R, Q, H];
+    guidance and top_p float32 [R]; top_k int32 [R]; noise float32 [R, Q]; ranks int32 [W], the numbers 0 .. W - 1. Only the W
+    likeliest codes are sorted, so W must be at least every top_k. Outputs: code_indices int32 [R, Q]; logits float32 [R, Q, K].
+    The head has no bias, so guidance is applied to the hidden states, which takes one product with the head instead of two.
     """
+
+    head: Tensor
 
     def __init__(self, head: Tensor) -> None:
         super().__init__()

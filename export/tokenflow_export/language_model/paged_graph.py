@@ -1,7 +1,7 @@
-"""A released transformer, of any kind, to the paged graph: traced without weights, which are then read one at a time.
+"""Makes the paged transformer graph of a language model. It is traced without weights, which are then read one at a time.
 
-One transformer graph with one copy of the weights serves prefill, every scale and every token. Keys and values live in pages:
-the graph gathers the pages that each row's block table names, appends the step's own, and gives the new ones back.
+The same graph runs prefill, every scale and every token. Keys and values are stored in pages: the graph gathers those that the
+block table of each row names, attends to them and to the step's own, and returns the step's own, which the caller stores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VARYING = ("batch", "queries", "table", "slots", "page")
 
 
 def transformer_config(directory: HfDirectory, norm_placement: Literal["output", "pre"]) -> TransformerConfig:
-    """Sizes from config.json; q/k norm and biases from the keys.
+    """Read the sizes of the transformer from config.json; whether it has q/k norms and biases is seen from the keys.
 
     Raises:
         CheckpointError: config.json lacks a size, or asks for positions or an activation that this transformer does not have.
@@ -56,7 +56,7 @@ def transformer_config(directory: HfDirectory, norm_placement: Literal["output",
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
-    """At the top of released files; in `rope_parameters` since transformers 5."""
+    """The base of RoPE. Released files have it at the top level, files by transformers 5 in `rope_parameters`."""
     return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
 
 
@@ -78,12 +78,12 @@ def _require_plain(directory: HfDirectory) -> None:
 
 
 class TransformerGraph(nn.Module):
-    """One step over paged keys and values.
+    """One step of the transformer over paged keys and values.
 
-    Inputs: embeddings [B, Q, H]; positions int32 [B, Q] for RoPE; visible int32 [B, Q], how many of the step's own keys each
-    query sees, in order (q + 1 is causal, Q bidirectional); context int32 [B], cached tokens of each row; block_tables
-    int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D]. Outputs: hidden [B, Q, H] after the final norm; new_k
-    and new_v [layers, B, Q, kv_heads, D]. The type of the pages is that of the arithmetic; embeddings and hidden are float32.
+    Inputs: embeddings float32 [B, Q, H]; positions int32 [B, Q], for RoPE; visible int32 [B, Q], how many of the step's keys
+    each query sees, from the first on (q + 1 for query q is causal, Q for all is bidirectional); context int32 [B], how many
+    cached tokens each row has; block_tables int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D], in the dtype of
+    the arithmetic. Outputs: hidden float32 [B, Q, H], after the final norm; new_k and new_v [layers, B, Q, kv_heads, D].
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -107,7 +107,7 @@ class TransformerGraph(nn.Module):
         own = torch.arange(length)[None, None] < visible[..., None]
         bias = score_bias(torch.cat([seen.expand(batch, length, slots), own], dim=-1))
         cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
-        # Gathered a head at a time, keys and values come as products read them: nothing is transposed.
+        # Keys and values are gathered head by head, as the products of attention read them, so nothing is transposed.
         page = k_pages.shape[1]
         tokens = (block_tables[..., None] * page + torch.arange(page, dtype=torch.int32)).reshape(batch, 1, slots)
         rows = tokens * config.kv_heads + torch.arange(config.kv_heads, dtype=torch.int32)[None, :, None]
@@ -123,14 +123,14 @@ class TransformerGraph(nn.Module):
 
 
 def transformer_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes in a released directory."""
+    """The shape of every tensor of the transformer by its key in a released directory."""
     with torch.device("meta"):
         transformer = Transformer(config)
     return {f"model.{key}": tuple(value.shape) for key, value in transformer.state_dict().items()}
 
 
 def transformer_spec(directory: HfDirectory, config: TransformerConfig, precision: ExportPrecision) -> GraphSpec:
-    """The paged step. No weight is read before the graph is saved."""
+    """The paged transformer graph, to be traced. Its weights are read when the graph is saved."""
     dims: dict[str, Any] = {name: torch.export.Dim(name) for name in _VARYING}
     rows, pages = {0: dims["batch"], 1: dims["queries"]}, {0: dims["slots"], 1: dims["page"]}
     pool = (config.layers * 5, 16, config.kv_heads, config.head_dim)
@@ -147,7 +147,7 @@ def transformer_spec(directory: HfDirectory, config: TransformerConfig, precisio
                 "visible": (counts[1], rows),
                 "context": (counts[2], {0: dims["batch"]}),
                 "block_tables": (counts[3], {0: dims["batch"], 1: dims["table"]}),
-                # Two tensors: tracing would take one object given twice for one input.
+                # Two tensors, because tracing makes one input of a tensor that is given twice.
                 "k_pages": (torch.zeros(*pool), pages),
                 "v_pages": (torch.zeros(*pool), pages),
             }
@@ -158,7 +158,7 @@ def transformer_spec(directory: HfDirectory, config: TransformerConfig, precisio
 
 
 def _reader(directory: HfDirectory) -> ReadWeight:
-    """`transformer.x` in the graph is `model.x` in the directory; matrices are [in, out] in the graph."""
+    """Reads weights by their names in the graph: `transformer.x` is `model.x` in the directory, and matrices are [in, out]."""
 
     def read(name: str) -> Any:
         tensor = directory.tensor(f"model.{name.removeprefix('transformer.')}")
@@ -175,14 +175,15 @@ def hidden_by_layer(
     mask: Tensor,
     rounded: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """What eager PyTorch computes in float32, as `Transformer.forward`, with one layer in memory at a time.
+    """Compute `Transformer.forward` in float32 with one layer in memory at a time: hidden states [B, Q, H].
 
     Args:
-        directory, config: the checkpoint.
+        directory: the checkpoint.
+        config: sizes of its transformer.
         x: embeddings [B, Q, H].
         positions: int32 [B, Q].
-        mask: bool [B, Q, Q].
-        rounded: applied to the weight [out, in] of each product.
+        mask: bool [B, Q, Q], true where a query sees a key.
+        rounded: applied to every weight matrix [out, in], if given.
     """
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
     bias = score_bias(mask)

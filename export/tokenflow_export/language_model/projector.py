@@ -1,4 +1,4 @@
-"""LLaVA's `mm_projector`: from the quantized feature to a language model's width."""
+"""The projector of a language model (`mm_projector`): from the quantized feature's width C to the hidden width H."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["projector", "projector_shapes"]
 
 
 def projector_shapes(width: int, code_dim: int) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes in a released directory."""
+    """The shape of every tensor of the projector by its key in a released directory."""
     return {
         "model.mm_projector.0.weight": (width, code_dim),
         "model.mm_projector.0.bias": (width,),
@@ -21,7 +21,7 @@ def projector_shapes(width: int, code_dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def projector(directory: HfDirectory) -> nn.Sequential:
-    """Linear, GELU, Linear."""
+    """Build the projector of a checkpoint: Linear, GELU, Linear."""
     first, second = (directory.tensor(f"model.mm_projector.{i}.weight") for i in (0, 2))
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(*first.shape[::-1]), nn.GELU(), nn.Linear(*second.shape[::-1]))

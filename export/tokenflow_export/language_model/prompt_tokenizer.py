@@ -1,4 +1,4 @@
-"""The text tokenizer of a released directory; for text-to-image models, a tokenizer.json without image tokens."""
+"""Reads the text tokenizer of a released directory, and leaves the image tokens out for text-to-image models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _JSON, _CONVERTIBLE = "tokenizer.json", ("tokenizer.model", "vocab.json")
 
 
 def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any], int, tuple[int, ...]]:
-    """tokenizer.json without the image tokens, the id of the first image token, and the ids of `<img>`.
+    """Make the tokenizer for prompts, from which image and control tokens are removed so that no prompt can contain them.
 
-    Prompts are text: without image and control tokens in it, no prompt can spell one.
+    Returns:
+        The content of its tokenizer.json, the id of the first image token, and the ids of `<img>`.
 
     Raises:
-        CheckpointError: no tokenizer files, damaged ones, or ones without image tokens.
-        MissingPackageError: there is only a tokenizer.model, and what converts it is not installed.
+        CheckpointError: the tokenizer files are missing or damaged, or have no image tokens.
+        MissingPackageError: tokenizer.json has to be converted from another file, and a package for that is not installed.
     """
     tokenizer = load_tokenizer(directory)
     first, last = tokenizer.token_to_id("<vq_token_0>"), tokenizer.token_to_id(f"<vq_token_{codebook_size - 1}>")
@@ -40,7 +41,7 @@ def prompt_tokenizer(directory: Path, codebook_size: int) -> tuple[dict[str, Any
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """tokenizer.json, or made from the files that released directories have instead. Errors as in `prompt_tokenizer`."""
+    """Read tokenizer.json, or convert the files that released directories have instead. Raises what `prompt_tokenizer` does."""
     from tokenizers import Tokenizer
 
     sources = [name for name in _CONVERTIBLE if (directory / name).is_file()]
@@ -57,7 +58,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _convert(directory: Path, source: str, out: Path) -> None:
-    """Write tokenizer.json for a directory that has a SentencePiece model, or a vocabulary and merges, only."""
+    """Write a tokenizer.json for a directory that has only a SentencePiece model, or only a vocabulary and merges."""
     try:
         import sentencepiece  # noqa: F401  (transformers reads the model with it)
         from transformers import AutoTokenizer
@@ -68,7 +69,7 @@ def _convert(directory: Path, source: str, out: Path) -> None:
         ) from error
     try:
         AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False).save_pretrained(out)
-    except Exception as error:  # whatever transformers or sentencepiece meets in damaged files
+    except Exception as error:  # for damaged files, transformers and sentencepiece raise many kinds
         raise CheckpointError(
             f"{directory / source} cannot be converted: {str(error).splitlines()[0]}.",
             "Download the directory's tokenizer files again.",

@@ -1,4 +1,4 @@
-"""The draw of one token inside a graph; `tokenflow_sdk.model.sampling.draw` is its twin in NumPy."""
+"""Sampling of one code or token inside a graph. `tokenflow_sdk.model.sampling.sample` does the same in NumPy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ __all__ = ["sample"]
 
 
 def sample(logits: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor, ranks: Tensor) -> Tensor:
-    """Top-k, top-p and one draw by inverse CDF, from the likeliest down (docs/model.md, section 4).
+    """Sample from the top-k and top-p of each distribution by inverse CDF (docs/model.md, section 4).
 
     Args:
         logits: float32 [R, Q, K].
         top_k: int32 [R].
         top_p: float32 [R].
         noise: float32 [R, Q] in [0, 1).
-        ranks: int32 [W], the numbers 0 .. W - 1, W at least every top_k: only the W likeliest are sorted.
+        ranks: int32 [W], the numbers 0 .. W - 1. Only the W likeliest are sorted, so W must be at least every top_k.
 
     Returns:
-        int32 [R, Q].
+        The indices that were sampled, int32 [R, Q].
     """
     values, order = logits.topk(ranks.shape[0], dim=-1)
     kth = values.gather(-1, (top_k.long() - 1)[:, None, None].expand(-1, values.shape[1], 1))
     kept = torch.where(values < kth, -1e30, values)
     weights = kept.softmax(dim=-1)
-    # Sorted from the likeliest down: a token stays while those before it hold less than p; the first always does.
+    # Sorted from the likeliest down: a token stays while those before it hold less than top_p. The first one always stays.
     before = weights.cumsum(dim=-1) - weights
     nucleus = (before < top_p[:, None, None]) | (ranks == 0)
     weights = torch.where(nucleus, weights, 0.0)

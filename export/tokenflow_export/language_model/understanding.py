@@ -1,8 +1,8 @@
-"""A released LLaVA directory (Qwen2 or Llama keys) to a bundle: embeddings, projector, the paged transformer, and the head.
+"""Exports a released LLaVA directory (Qwen2 or Llama keys) to an understander bundle.
 
-Weights are read tensor by tensor from memory-mapped shards and written at once, so no model needs to fit in memory. A vision
-tower in the directory is left out: pictures come as the tokenizer's quantized features. All graphs are compared with the eager
-model before the bundle appears.
+The bundle holds the embeddings, the projector, the paged transformer, the head and the text tokenizer. A vision tower in the
+directory is left out, because pictures are read as the tokenizer's quantized features. Weights are read one tensor at a time
+and written at once, so the model need not fit in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
-from tokenflow_export.language_model.bundle_writer import Source, relative_path, write_bundle
+from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
 from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
 from tokenflow_export.language_model.projector import projector, projector_shapes
@@ -26,11 +26,10 @@ from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
 from tokenflow_export.language_model.understanding_check import compare
 from tokenflow_export.language_model.understanding_graphs import EmbedTokensGraph, HeadGraph
 from tokenflow_export.models.config import TransformerConfig
-from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import GraphSpec, file_entry
-from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision, use_matmul
+from tokenflow_export.tracing.weight_quantization import ExportPrecision, use_matmul
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry
 from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity.language_model import LanguageModelReference
@@ -41,33 +40,13 @@ __all__ = ["export_understanding"]
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def export_understanding(
-    directory: HfDirectory,
-    tokenizer: Bundle[TokenizerConfig],
-    out: Path,
-    steps: ProgressSteps,
-    force: bool,
-    precision: ExportPrecision = FULL_PRECISION,
-) -> Agreement:
-    """Write an understander bundle.
+def export_understanding(job: ExportJob) -> Agreement:
+    """Write an understander bundle. Its tokenizer gives the codes that the model reads.
 
-    Args:
-        directory: the released checkpoint.
-        tokenizer: the bundle of the tokenizer whose codes it reads.
-        out: must not exist, unless `force`.
-        steps: shows progress.
-        force: replace `out`.
-        precision: of the transformer and the head; the token embeddings take its dtype.
-
-    Returns:
-        How the bundle compares with PyTorch in float32.
-
-    Raises:
-        CheckpointError: keys, shapes or sizes are not those of a released understanding model.
-        OutputError: `out` exists or cannot be written.
-        ParityError: the graphs do not reproduce PyTorch; nothing is left behind.
+    Returns and raises what `write_bundle` does.
     """
-    steps.start("reading the checkpoint")
+    job.steps.start("reading the checkpoint")
+    directory, tokenizer = job.directory, job.tokenizer.config
     model = transformer_config(directory, "pre")
     text = load_tokenizer(directory.path)
     template = chat_template(text, directory.path)
@@ -81,19 +60,19 @@ def export_understanding(
         vocabulary=_size(directory, "vocab_size"),
         stop_ids=stop_ids(template, directory.config, directory.path),
         template=template,
-        image_tokens=tokenizer.config.grid**2,
-        code_dim=tokenizer.config.code_dim,
-        patch_nums=tokenizer.config.patch_nums,
-        codebook_sha256=tokenizer.config.codebook_sha256,
-        tokenizer_variant=tokenizer.config.variant,
-        tokenizer=relative_path(tokenizer, out),
+        image_tokens=tokenizer.grid**2,
+        code_dim=tokenizer.code_dim,
+        patch_nums=tokenizer.patch_nums,
+        codebook_sha256=tokenizer.codebook_sha256,
+        tokenizer_variant=tokenizer.variant,
+        tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_UnderstanderSource(directory, tokenizer, config, precision, model, text, head_key), out, steps, force)
+    return write_bundle(_UnderstanderSource(job, config, model, text, head_key))
 
 
 @dataclass(frozen=True)
 class _UnderstanderSource(Source[UnderstanderConfig]):
-    """`text` is the `tokenizers.Tokenizer` of conversations; `head_key` names the head's weight."""
+    """An understanding checkpoint. `text` is its text tokenizer, `head_key` the key of the head's weight."""
 
     model: TransformerConfig
     text: Any
@@ -103,29 +82,31 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
         table = (self.config.vocabulary, self.model.width)
         expected = transformer_shapes(self.model) | projector_shapes(self.model.width, self.config.code_dim)
         expected |= {_EMBEDDING: table}
-        # Some savers write a tied head as well; it is then the embedding table again.
-        tied = self.directory.config.get("tie_word_embeddings") and _HEAD not in self.directory.shapes
+        # Some checkpoints store a tied head too, as a copy of the embedding table.
+        directory = self.job.directory
+        tied = directory.config.get("tie_word_embeddings") and _HEAD not in directory.shapes
         return expected if tied else expected | {_HEAD: table}
 
     def graphs(self) -> Iterator[GraphSpec]:
+        directory, precision = self.job.directory, self.job.precision
         dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "seen", "window")}
         rows = {0: dims["batch"], 1: dims["queries"]}
-        table = self.directory.tensor(_EMBEDDING).to(self.precision.torch_dtype)
+        table = directory.tensor(_EMBEDDING).to(precision.torch_dtype)
         ids = torch.ones(2, 3, dtype=torch.int32)
         yield GraphSpec("embed_text", EmbedTokensGraph(table), {"token_ids": (ids, rows)}, ("embeddings",))
         del table
         features = torch.zeros(2, 3, self.config.code_dim)
-        yield GraphSpec("project", projector(self.directory), {"features": (features, rows)}, ("embeddings",))
-        yield transformer_spec(self.directory, self.model, self.precision)
-        yield _head_spec(self.directory, self.config, self.precision, self.head_key, dims)
+        yield GraphSpec("project", projector(directory), {"features": (features, rows)}, ("embeddings",))
+        yield transformer_spec(directory, self.model, precision)
+        yield _head_spec(directory, self.config, precision, self.head_key, dims)
 
     def write_assets(self, directory: Path) -> dict[str, FileEntry]:
         (directory / "tokenizer.json").write_text(self.text.to_str(), encoding="utf-8")
         return {"tokenizer": file_entry(directory / "tokenizer.json")}
 
     def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
-        codebook = TokenizerReference.load(self.tokenizer).codebook
-        return compare(bundle, self.directory, self.model, self.head_key, codebook, self.precision)
+        codebook = TokenizerReference.load(self.job.tokenizer).codebook
+        return compare(bundle, self.job.directory, self.model, self.head_key, codebook, self.job.precision)
 
 
 def _size(directory: HfDirectory, key: str) -> int:
@@ -140,7 +121,7 @@ def _size(directory: HfDirectory, key: str) -> int:
 def _head_spec(
     directory: HfDirectory, config: UnderstanderConfig, precision: ExportPrecision, head_key: str, dims: dict[str, Any]
 ) -> GraphSpec:
-    """The head, whose weight is read when the graph is saved."""
+    """The graph of the head, to be traced. Its weight is read when the graph is saved."""
     batch = {0: dims["batch"]}
     with FakeTensorMode():
         graph = HeadGraph(config.width, config.vocabulary, precision.torch_dtype)

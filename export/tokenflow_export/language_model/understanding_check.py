@@ -1,4 +1,4 @@
-"""How an exported understanding model compares with PyTorch in float32: text, a picture, text again, and single tokens."""
+"""Compares the graphs of an exported understander with PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -39,17 +39,20 @@ def compare(
     codebook: Float32,
     precision: ExportPrecision,
 ) -> tuple[Agreement, UnderstanderReference]:
-    """A causal sequence in inputs over pages, embedded and scored by the graphs, against eager layers over it at once.
+    """Run random text, a picture, text again and single answer tokens through the graphs and through PyTorch.
+
+    The graphs take several steps over pages; PyTorch computes the whole causal sequence at once.
 
     Args:
-        bundle: with the graphs written.
-        directory, model: the checkpoint.
-        head_key: where the head's weight is.
+        bundle: its graphs have been written.
+        directory: the checkpoint.
+        model: sizes of its transformer.
+        head_key: the key of the head's weight.
         codebook: float32 [K, C], the tokenizer's.
         precision: of the graphs.
 
     Returns:
-        How they agree, and what an engine must compute.
+        The agreement, and the reference for engines.
     """
     config, inputs = bundle.config, UnderstanderInputs.random(bundle.config, codebook)
     with ExitStack() as stack:
@@ -75,7 +78,7 @@ def compare(
 
 
 def _embeddings(directory: HfDirectory, inputs: UnderstanderInputs) -> Tensor:
-    """Of all tokens, [1, Q, H]."""
+    """The embeddings [1, Q, H] of the whole sequence, text and picture."""
     table = directory.tensor("model.embed_tokens.weight")
     before, after = (torch.from_numpy(ids).long() for ids in (inputs.before, np.concatenate([inputs.after, inputs.answer])))
     return torch.cat([table[before], projector(directory)(torch.from_numpy(inputs.features)), table[after]])[None]
@@ -84,7 +87,7 @@ def _embeddings(directory: HfDirectory, inputs: UnderstanderInputs) -> Tensor:
 def _eager(
     directory: HfDirectory, model: TransformerConfig, x: Tensor, rounded: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Hidden states [Q, H] of embeddings [1, Q, H]."""
+    """Compute hidden states [Q, H] of embeddings [1, Q, H] in PyTorch, with a causal mask."""
     count = x.shape[1]
     mask = torch.ones(count, count, dtype=torch.bool).tril()[None]
     return hidden_by_layer(directory, model, x, torch.arange(count, dtype=torch.int32)[None], mask, rounded)[0]

@@ -1,4 +1,4 @@
-"""The graphs of an understanding model beside the transformer: embeddings of tokens and pictures, and the head."""
+"""The graphs of an understander beside the transformer: token embeddings, and the head with sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ __all__ = ["EmbedTokensGraph", "HeadGraph"]
 
 
 class EmbedTokensGraph(nn.Module):
-    """token_ids int32 [B, Q] -> embeddings float32 [B, Q, H]."""
+    """Embeds text: token_ids int32 [B, Q] -> embeddings float32 [B, Q, H]."""
+
+    table: Tensor
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -23,11 +25,11 @@ class EmbedTokensGraph(nn.Module):
 
 
 class HeadGraph(nn.Module):
-    """The next token of each row; `tokenflow_sdk.understanding.params.sample_token` is its twin.
+    """Samples the next token of each row. `tokenflow_sdk.understanding.params.sample_token` does the same in NumPy.
 
-    Inputs: hidden [B, H]; seen int32 [B, S], tokens to penalise, filled up with any of them; penalty, temperature and top_p
-    float32 [B]; top_k int32 [B]; noise float32 [B]; ranks int32 [W], the numbers 0 .. W - 1, W at least every top_k. Outputs:
-    token_ids int32 [B]; logits [B, V], as the model gives them.
+    Inputs: hidden float32 [B, H]; seen int32 [B, S], the tokens to penalise, padded by repeating any of them; penalty,
+    temperature, top_p and noise float32 [B]; top_k int32 [B]; ranks int32 [W], the numbers 0 .. W - 1, where W is at least
+    every top_k. Outputs: token_ids int32 [B]; logits float32 [B, V], before penalty and temperature.
     """
 
     def __init__(self, width: int, vocabulary: int, dtype: torch.dtype) -> None:

@@ -1,5 +1,1 @@
-"""PyTorch definitions of the released tokenizers, under the released state-dict keys. Plain and eager: the reference."""
-
-from tokenflow_export.models.tokenizer import TokenFlowTokenizer
-
-__all__ = ["TokenFlowTokenizer"]
+"""PyTorch definitions of the released models under the released state-dict keys: the reference for everything else."""

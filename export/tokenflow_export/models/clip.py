@@ -1,18 +1,18 @@
-"""The semantic encoder of `clipb_*`: OpenAI CLIP's visual tower, read at its patch tokens before `proj`."""
+"""The semantic encoder of `clipb_*`: OpenAI CLIP's visual tower without its projection `proj`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["ClipEncoder"]
 
 
 class PackedAttention(nn.Module):
-    """nn.MultiheadAttention's parameters (packed `in_proj`), without its wrapper."""
+    """Self-attention with the parameters of nn.MultiheadAttention: queries, keys and values in one `in_proj`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -23,7 +23,8 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads))
+        out: Tensor = self.out_proj(attend(q, k, v, self.heads))
+        return out
 
 
 class QuickGelu(nn.Module):
@@ -42,7 +43,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        out: Tensor = x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        return out
 
 
 class Transformer(nn.Module):
@@ -52,9 +54,9 @@ class Transformer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """x [B, 3, H, W] in [-1, 1], as it is -> patch features [B, N, width].
+    """x [B, 3, H, W] in [-1, 1], without CLIP's mean and std -> patch features [B, N, width].
 
-    `positional_embedding` holds the table for this model's own grid; the released one is resized when it is loaded.
+    `positional_embedding` is the table for this grid; a released table of another grid is resized when it is loaded.
     """
 
     def __init__(self, config: SemanticEncoderConfig, grid: int) -> None:
@@ -68,9 +70,10 @@ class ClipEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.conv1(x).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.conv1(x).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(tokens.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([first, tokens], dim=1) + self.positional_embedding)
         for block in self.transformer.resblocks:
             tokens = block(tokens)
-        return self.ln_post(tokens[:, 1:])
+        out: Tensor = self.ln_post(tokens[:, 1:])
+        return out

@@ -1,14 +1,12 @@
-"""Sizes of a TokenFlow tokenizer, and the four released variants (docs/model.md, section 1).
-
-Everything that differs between variants is a value here; the modules in `export.models` read it and nothing else.
-"""
+"""Sizes of tokenizers and transformers, and the four released tokenizers (docs/model.md, section 1)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = [
+    "STANDARD",
     "VARIANTS",
     "SemanticDecoderConfig",
     "SemanticEncoderConfig",
@@ -20,11 +18,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SemanticEncoderConfig:
-    """The ViT of the semantic branch (`encoder_vqkd`).
+    """Sizes of the semantic encoder (`encoder_vqkd`), a ViT.
 
-    `position_grid` is the side of the released position table (0: no positions). `stem_widths` and `stem_depths` are the
-    MBConv stages in front of a ViTamin transformer. `unused_layers` trail the feature that is read: their keys are in a
-    released checkpoint, but they are neither built nor exported.
+    `position_grid` is the side of the released position table (0: no positions). `stem_widths` and `stem_depths` are those of
+    the MBConv stages before the transformer of ViTamin. `unused_layers` come after the layer whose output is used: a released
+    checkpoint has their weights, but they are neither built nor exported. The same is true of a projection to
+    `projection_width`.
     """
 
     kind: Literal["clip", "vitamin", "siglip"]
@@ -42,10 +41,11 @@ class SemanticEncoderConfig:
 
 @dataclass(frozen=True)
 class VqganConfig:
-    """One VQGAN half: `blocks` residual blocks a level; channels of level i are `base_channels * multipliers[i]`.
+    """Sizes of a VQGAN encoder or decoder.
 
-    `patch` pixels on a side are channels of the finest level (1 in the released variants). With `linear_skip`, one linear map
-    between a cell's pixels and its latent runs beside the convolutions and is added to what they give.
+    Each level has `blocks` residual blocks (one more in a decoder) and `base_channels * multipliers[i]` channels. The finest
+    level reads or writes patches of `patch` x `patch` pixels as channels (1 in the released tokenizers). With `linear_skip`, a
+    linear map between the pixels of a cell and its latent is added to the output.
     """
 
     base_channels: int
@@ -57,13 +57,17 @@ class VqganConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels on a side of a latent cell."""
+        """The side of a latent cell in pixels."""
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
+
+
+STANDARD = VqganConfig(base_channels=128, blocks=2)
+"""The encoder and decoder of the released tokenizers, except for the larger decoder of `clipb_256`."""
 
 
 @dataclass(frozen=True)
 class SemanticDecoderConfig:
-    """The small ViT that turns semantic codes into teacher-like features (`decoder_vqkd`, `decode_task_layer`)."""
+    """Sizes of the semantic decoder (`decoder_vqkd`, `decode_task_layer`), a small ViT."""
 
     width: int
     out_width: int
@@ -75,18 +79,18 @@ class SemanticDecoderConfig:
 
 @dataclass(frozen=True)
 class TokenizerArchitecture:
-    """A whole tokenizer. Lengths are pixels (`image_size`, `pixel_input_size`) or cells (`grid`, `patch_nums`).
+    """Sizes of a whole tokenizer. `image_size` and `pixel_input_size` are in pixels, `grid` and `patch_nums` in cells.
 
-    `pixel_weight` is the weight of the pixel branch's distance in the shared search, the semantic one's being 1.
+    `pixel_weight` is the weight of the pixel distance in the codebook search; the weight of the semantic distance is 1.
     """
 
     variant: str
     image_size: int
     patch_nums: tuple[int, ...]
     semantic_encoder: SemanticEncoderConfig
-    pixel_encoder: VqganConfig
-    pixel_decoder: VqganConfig
     semantic_decoder: SemanticDecoderConfig
+    pixel_encoder: VqganConfig = STANDARD
+    pixel_decoder: VqganConfig = STANDARD
     preprocess: Literal["crop", "squash"] = "crop"
     codebook_size: int = 32768
     semantic_dim: int = 32
@@ -95,12 +99,12 @@ class TokenizerArchitecture:
 
     @property
     def grid(self) -> int:
-        """Side of the finest scale, which is the side of both encoders' output maps."""
+        """The side of the finest scale, and of the output of both encoders."""
         return self.patch_nums[-1]
 
     @property
     def pixel_input_size(self) -> int:
-        """Side of the picture that the pixel branch sees: `siglip_384` reads 432 = 27 x 16."""
+        """The side of the picture that the pixel encoder reads; in `siglip_384` it is 432 = 27 x 16, not 384."""
         return self.grid * self.pixel_encoder.stride
 
     @property
@@ -113,13 +117,16 @@ class TokenizerArchitecture:
 
     @property
     def normalized_input(self) -> bool:
-        """Whether the semantic encoder reads normalised [0, 1] pixels (ViTamin, SigLIP) instead of x itself (CLIP)."""
+        """Whether the semantic encoder reads pixels normalised by mean and std (ViTamin, SigLIP), or x in [-1, 1] (CLIP)."""
         return self.semantic_encoder.kind != "clip"
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a language model's transformer; `output` norms are TokenFlow's text-to-image model, `pre` Llama and Qwen2."""
+    """Sizes of a language model's transformer.
+
+    `norm_placement` is `pre` in Llama and Qwen2, and `output` in the TokenFlow text-to-image model.
+    """
 
     width: int
     layers: int
@@ -151,50 +158,20 @@ _VITAMIN = SemanticEncoderConfig(
 _SIGLIP = SemanticEncoderConfig(
     kind="siglip", width=1152, layers=26, heads=16, mlp_width=4304, patch_size=14, position_grid=27, unused_layers=1
 )
-_STANDARD = VqganConfig(base_channels=128, blocks=2)
+_CLIP_DECODER = SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14)
+_VITAMIN_DECODER = SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=16)
+_SIGLIP_DECODER = replace(_VITAMIN_DECODER, position_grid=27)
 _ENHANCED = VqganConfig(base_channels=256, blocks=4)
 _PATCH_NUMS_14 = (1, 2, 4, 6, 8, 10, 12, 14)
 _PATCH_NUMS_16 = (*_PATCH_NUMS_14, 16)
+_PATCH_NUMS_27 = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
 
 VARIANTS: dict[str, TokenizerArchitecture] = {
     config.variant: config
     for config in (
-        TokenizerArchitecture(
-            variant="clipb_224",
-            image_size=224,
-            patch_nums=_PATCH_NUMS_14,
-            semantic_encoder=_CLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
-        ),
-        TokenizerArchitecture(
-            variant="clipb_256",
-            image_size=256,
-            patch_nums=_PATCH_NUMS_16,
-            semantic_encoder=_CLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_ENHANCED,
-            semantic_decoder=SemanticDecoderConfig(width=768, out_width=512, mlp_width=3072, position_grid=14),
-        ),
-        TokenizerArchitecture(
-            variant="vitamin_256",
-            image_size=256,
-            patch_nums=_PATCH_NUMS_16,
-            semantic_encoder=_VITAMIN,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=16),
-        ),
-        TokenizerArchitecture(
-            variant="siglip_384",
-            image_size=384,
-            patch_nums=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27),
-            semantic_encoder=_SIGLIP,
-            pixel_encoder=_STANDARD,
-            pixel_decoder=_STANDARD,
-            semantic_decoder=SemanticDecoderConfig(width=1152, out_width=1152, mlp_width=4608, position_grid=27),
-            preprocess="squash",
-        ),
+        TokenizerArchitecture("clipb_224", 224, _PATCH_NUMS_14, _CLIP, _CLIP_DECODER),
+        TokenizerArchitecture("clipb_256", 256, _PATCH_NUMS_16, _CLIP, _CLIP_DECODER, pixel_decoder=_ENHANCED),
+        TokenizerArchitecture("vitamin_256", 256, _PATCH_NUMS_16, _VITAMIN, _VITAMIN_DECODER),
+        TokenizerArchitecture("siglip_384", 384, _PATCH_NUMS_27, _SIGLIP, _SIGLIP_DECODER, preprocess="squash"),
     )
 }

@@ -1,7 +1,7 @@
-"""The language model's transformer: Llama geometry, with what released models vary as config values (docs/model.md, section 4).
+"""The transformer of the language models (docs/model.md, sections 4 and 5): Llama's layers, with options for the others.
 
-Eager and plain: a whole sequence with a mask, or one step over cached keys and values.
-`tokenflow_export.language_model.paged_graph` turns the same weights into the paged step.
+It computes a whole sequence with a mask; a layer can also attend to cached keys and values.
+`tokenflow_export.language_model.paged_graph` makes the paged graph from the same layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tokenflow_export.models.config import TransformerConfig
 __all__ = ["KeysValues", "RmsNorm", "Transformer", "apply_rope", "rope_angles", "score_bias"]
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of C tokens, each [B, kv_heads, C, D]."""
+"""Keys and values of T tokens, each [B, kv_heads, T, D]."""
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight, over the last axis; in float32 whatever the type of x."""
+    """x / rms(x) * weight over the last axis, computed in float32 for x of any dtype."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -47,8 +47,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def score_bias(mask: Tensor) -> Tensor:
-    """What attention adds to scores [B, kv_heads, groups, Q, T]: nothing where mask [B, Q, T] is true, and elsewhere what makes
-    their weight 0. Float32 and finite: a padding query that sees nothing gives numbers, not NaN.
+    """The bias that attention adds to scores [B, kv_heads, groups, Q, T]: 0 where mask [B, Q, T] is true, else -1e30.
+
+    It is finite, so that a padding query that sees no key gives numbers instead of NaN.
     """
     return (~mask)[:, None, None].float() * -1e30
 
@@ -61,7 +62,7 @@ class QkNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, optional q/k norm over the head dimension before RoPE, grouped key/value heads."""
+    """Attention with RoPE and grouped key/value heads; optionally q/k norms over the head dimension before RoPE."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         self.qknorm = QkNorm(config.head_dim) if config.qk_norm else None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, Q, H] -> queries [B, Q, heads, D], keys and values [B, Q, kv_heads, D]; queries and keys rotated."""
+        """x [B, Q, H] -> queries [B, Q, heads, D], keys and values [B, Q, kv_heads, D]; RoPE is applied to queries and keys."""
         batch, length, _ = x.shape
         q, k, v = (p(x).reshape(batch, length, -1, self.config.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qknorm is not None:
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
-        """q [B, Q, heads, D] over the past and then k, v [B, Q, kv_heads, D], with `score_bias` -> [B, Q, H]."""
+        """Attend from q [B, Q, heads, D] to the past, followed by k, v [B, Q, kv_heads, D]; `bias` is a `score_bias`."""
         batch, length, heads, dim = q.shape
         groups = heads // self.config.kv_heads
         # Queries that share a key/value head are rows of one product: [B, kv_heads, groups * Q, D].
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         weights = (scores + bias).softmax(dim=-1).to(q.dtype)
         out = weights.reshape(batch, self.config.kv_heads, groups * length, -1) @ values
         out = out.reshape(batch, self.config.kv_heads, groups, length, dim).permute(0, 3, 1, 2, 4)
-        return self.o_proj(out.reshape(batch, length, heads * dim))
+        result: Tensor = self.o_proj(out.reshape(batch, length, heads * dim))
+        return result
 
 
 class Mlp(nn.Module):
@@ -106,16 +108,17 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
-    """Sublayers read the residual stream through a norm (`pre`), or as it is and have their output normalised (`output`)."""
+    """A transformer layer, which normalises the input of each sublayer (`pre`) or its output (`output`)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.config = config
-        self.self_attn = Attention(config)
+        self.self_attn = attention(config)
         self.mlp = Mlp(config)
         self.input_layernorm = RmsNorm(config.width, config.norm_eps)
         self.post_attention_layernorm = RmsNorm(config.width, config.norm_eps)
@@ -123,7 +126,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, Q, H] after a past of C tokens, with `score_bias` -> x, new keys and new values [B, Q, kv_heads, D]."""
+        """x [B, Q, H], after the past -> x, keys and values [B, Q, kv_heads, D]; `bias` is a `score_bias`."""
         norm_input = self.config.norm_placement == "pre"
         q, k, v = self.self_attn.project(self.input_layernorm(x) if norm_input else x, cos, sin)
         attended = self.self_attn.attend(q, k, v, past, bias)
@@ -135,18 +138,19 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers and the final norm, without embeddings and head."""
+    """The layers and the final norm; embeddings and head are elsewhere."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """A whole sequence without a cache: x [B, Q, H], positions [B, Q], mask [B, Q, Q] true where seen -> [B, Q, H]."""
+        """A whole sequence: x [B, Q, H], positions [B, Q], mask [B, Q, Q], true where a query sees a key -> [B, Q, H]."""
         cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         bias = score_bias(mask)
         for layer in self.layers:
             x, _, _ = layer(x, cos, sin, None, bias)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out

@@ -1,7 +1,7 @@
-"""The shared-mapping multi-scale quantizer (docs/model.md, section 2), written the straightforward way.
+"""The multi-scale quantizer with a shared mapping (docs/model.md, section 2), as directly as it can be written.
 
-Full distances, library resizes, one scale after the other: this is the reference that
-`tokenflow_export.tokenizer.graphs` is checked and timed against.
+It computes the distances to all codes and resizes with PyTorch. The graphs in `tokenflow_export.tokenizer.graphs` are compared
+with it, in results and in time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["SharedQuantizer"]
 
 
 class SharedQuantizer(nn.Module):
-    """Two codebooks of one length; an index names a row of both."""
+    """The search over a semantic and a pixel codebook. A code index names one row of both."""
 
     def __init__(self, config: TokenizerArchitecture) -> None:
         super().__init__()
@@ -27,25 +27,25 @@ class SharedQuantizer(nn.Module):
         self.embedding_vqgan = nn.Embedding(config.codebook_size, config.pixel_dim)
 
     def codebooks(self) -> tuple[Tensor, Tensor]:
-        """Semantic [K, 32] and pixel [K, 8] codebook, rows of unit length."""
+        """The semantic codebook [K, semantic_dim] and the pixel codebook [K, pixel_dim], with rows of unit length."""
         return F.normalize(self.embedding_vqkd.weight, dim=-1), F.normalize(self.embedding_vqgan.weight, dim=-1)
 
     def distances(self, cells: Tensor) -> Tensor:
-        """Squared distances [M, K] of unnormalised cells [M, 40] to every code, both halves added by their weights."""
+        """Squared distances [M, K] of cells [M, C] to all codes: the weighted sum over the two halves, each normalised."""
         total = torch.zeros(())
-        halves = cells.split([self.semantic_dim, cells.shape[1] - self.semantic_dim], dim=1)
+        halves = torch.split(cells, [self.semantic_dim, cells.shape[1] - self.semantic_dim], dim=1)
         for half, codebook, weight in zip(halves, self.codebooks(), self.weights, strict=True):
             z = F.normalize(half, dim=-1)
             total = total + weight * (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T)
         return total
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices [B, s, s] -> both halves as a map [B, 40, s, s]."""
+        """Code indices [B, s, s] -> rows of the codebooks as a map [B, C, s, s]."""
         rows = torch.cat([F.embedding(indices, codebook) for codebook in self.codebooks()], dim=-1)
         return rows.permute(0, 3, 1, 2)
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, 40, g, g] -> code indices int64 [B, L], quantized feature [B, 40, g, g]."""
+        """Latent h [B, C, g, g] -> code indices int64 [B, L], quantized feature [B, C, g, g]."""
         residual, out, found = h, torch.zeros_like(h), []
         for side in self.patch_nums:
             cells = F.interpolate(residual, size=(side, side), mode="area").permute(0, 2, 3, 1)
@@ -56,7 +56,7 @@ class SharedQuantizer(nn.Module):
         return torch.cat(found, dim=1), out
 
     def decode(self, code_indices: Tensor) -> Tensor:
-        """Code indices [B, l], l whole scales -> quantized feature [B, 40, g, g]."""
+        """Code indices [B, l] of the coarsest scales -> quantized feature [B, C, g, g]."""
         grid, start, out = self.patch_nums[-1], 0, torch.zeros(())
         for side in self.patch_nums:
             if start == code_indices.shape[1]:

@@ -1,19 +1,18 @@
-"""The semantic decoder (`decoder_vqkd`): a small BEiT-style ViT over the semantic half of the quantized feature."""
+"""The semantic decoder (`decoder_vqkd`): a small ViT like BEiT's over the semantic half of the quantized feature."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticDecoderConfig
+from tokenflow_export.models.layers import Mlp, attend
 
 __all__ = ["SemanticDecoder"]
 
 
 class Attention(nn.Module):
-    """qkv without bias plus `q_bias` and `v_bias`; the keys have none."""
+    """Self-attention whose queries and values have biases, `q_bias` and `v_bias`, and whose keys have none."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,17 +24,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, mlp_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.proj(attend(q + self.q_bias, k, v + self.v_bias, self.heads))
+        return out
 
 
 class Block(nn.Module):
@@ -48,7 +38,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class PatchEmbed(nn.Module):
@@ -57,11 +48,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 class SemanticDecoder(nn.Module):
-    """Semantic half [B, semantic_dim, g, g] -> patch features [B, g * g, width], before `decode_task_layer`."""
+    """Semantic half [B, semantic_dim, g, g] -> patch features [B, g * g, width], which `decode_task_layer` reads."""
 
     def __init__(self, config: SemanticDecoderConfig, in_channels: int, grid: int) -> None:
         super().__init__()
@@ -72,8 +64,9 @@ class SemanticDecoder(nn.Module):
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_embed(x)
+        tokens: Tensor = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
-        return self.fc_norm(tokens[:, 1:])
+        out: Tensor = self.fc_norm(tokens[:, 1:])
+        return out

@@ -1,16 +1,15 @@
-"""The semantic encoder of `siglip_384`: SigLIP-so400m/14's vision tower, read at hidden_states[-2].
+"""The semantic encoder of `siglip_384`: the vision tower of SigLIP-so400m/14 up to the layer before the last.
 
-The last layer, `post_layernorm` and the pooling head never run, so they are not built (`SemanticEncoderConfig.unused_layers`).
-Keys follow transformers 4.43.
+The last layer, `post_layernorm` and the pooling head are never used, so they are not built. Keys are those of transformers
+4.43.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import Mlp, attend
 
 __all__ = ["SiglipEncoder"]
 
@@ -25,17 +24,8 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, mlp_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return out
 
 
 class Layer(nn.Module):
@@ -43,12 +33,13 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config.width, config.heads)
         self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = Mlp(config.width, config.mlp_width)
+        self.mlp = Mlp(config.width, config.mlp_width, approximate="tanh")
         self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class Embeddings(nn.Module):
@@ -58,7 +49,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.position_grid**2, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patch_embedding(x).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        x = self.patch_embedding(x)
+        return x.flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 
 class LayerStack(nn.Module):
@@ -75,14 +67,14 @@ class VisionModel(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    """Normalised x [B, 3, H, W] (mean and std 0.5 of [0, 1]) -> hidden_states[-2] [B, N, width]."""
+    """x [B, 3, H, W], normalised by mean and std 0.5 of [0, 1] -> patch features [B, N, width]."""
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
         self.vision_model = VisionModel(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.vision_model.embeddings(x)
+        tokens: Tensor = self.vision_model.embeddings(x)
         for layer in self.vision_model.encoder.layers:
             tokens = layer(tokens)
         return tokens

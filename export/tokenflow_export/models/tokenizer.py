@@ -1,4 +1,4 @@
-"""The whole tokenizer, eager and plain: two encoders, the shared quantizer, two decoders (docs/model.md, sections 2 and 3)."""
+"""The whole tokenizer: two encoders, the shared quantizer, two decoders (docs/model.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["TokenFlowTokenizer", "to_pixels", "to_unit_range"]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """u8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]. Engines know u8 at their borders only, so it is cast first."""
+    """u8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]. It casts first, because engines do nothing else with u8."""
     return images.float().permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_pixels(y: Tensor) -> Tensor:
-    """Decoder output [B, 3, H, W] -> u8 [B, H, W, 3]: clamp(127.5 y + 128, 0, 255), truncated."""
+    """Decoder output y [B, 3, H, W] -> u8 [B, H, W, 3]: clamp(127.5 y + 128, 0, 255), truncated."""
     return (127.5 * y + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class ScalingLayer(nn.Module):
-    """[-1, 1] -> [0, 1] (clamped) -> normalised by the buffers `shift` (mean) and `scale` (std)."""
+    """Maps [-1, 1] to [0, 1] (clamped) and normalises with the buffers `shift` (mean) and `scale` (std)."""
 
     shift: Tensor
     scale: Tensor
@@ -49,7 +49,7 @@ def _task_layer(width: int, out_width: int) -> nn.Sequential:
 class TokenFlowTokenizer(nn.Module):
     """A tokenizer under the released state-dict keys.
 
-    Position tables have this model's own grid; `checkpoints.tokenizer.load_model` resizes released ones where they differ.
+    Its position tables have its own grid; `checkpoints.tokenizer.load_model` resizes released tables of another grid.
     """
 
     def __init__(self, config: TokenizerArchitecture) -> None:
@@ -74,32 +74,35 @@ class TokenFlowTokenizer(nn.Module):
         self.decode_task_layer = _task_layer(decoder.width, decoder.out_width)
 
     def semantic_branch(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> S [B, N, 32]."""
-        return self.encode_task_layer(self.encoder_vqkd(self.scaling_layer(x)))
+        """x [B, 3, H, W] -> semantic latent [B, N, semantic_dim]."""
+        out: Tensor = self.encode_task_layer(self.encoder_vqkd(self.scaling_layer(x)))
+        return out
 
     def pixel_branch(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> P [B, 8, g, g]."""
-        return self.quant_conv(self.encoder(self._resized(x, self.config.pixel_input_size)))
+        """x [B, 3, H, W] -> pixel latent [B, pixel_dim, g, g]."""
+        out: Tensor = self.quant_conv(self.encoder(self._resized(x, self.config.pixel_input_size)))
+        return out
 
     def latent(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] in [-1, 1] -> what the quantizer reads, [B, 40, g, g]."""
+        """x [B, 3, H, W] in [-1, 1] -> latent [B, C, g, g], which the quantizer reads."""
         grid = self.config.grid
         semantic = self.semantic_branch(x).transpose(1, 2).reshape(x.shape[0], -1, grid, grid)
         return torch.cat([semantic, self.pixel_branch(x)], dim=1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """u8 [B, H, W, 3] -> code indices int64 [B, L], quantized feature [B, 40, g, g]."""
+        """Pictures u8 [B, H, W, 3] -> code indices int64 [B, L], quantized feature [B, C, g, g]."""
         return self.quantize.encode(self.latent(to_unit_range(images)))
 
     def decode(self, code_indices: Tensor) -> Tensor:
-        """Code indices [B, l], l whole scales -> u8 [B, H, W, 3]."""
+        """Code indices [B, l] of the coarsest scales -> pictures u8 [B, H, W, 3]."""
         pixel = self.quantize.decode(code_indices)[:, self.config.semantic_dim :]
         return to_pixels(self._resized(self.decoder(self.post_quant_conv(pixel)), self.config.image_size))
 
     def semantic(self, code_indices: Tensor) -> Tensor:
-        """Code indices [B, l], l whole scales -> teacher-like features [B, g * g, out_width]."""
+        """Code indices [B, l] of the coarsest scales -> semantic features [B, g * g, out_width]."""
         half = self.quantize.decode(code_indices)[:, : self.config.semantic_dim]
-        return self.decode_task_layer(self.decoder_vqkd(half))
+        features: Tensor = self.decode_task_layer(self.decoder_vqkd(half))
+        return features
 
     @staticmethod
     def _resized(x: Tensor, size: int) -> Tensor:

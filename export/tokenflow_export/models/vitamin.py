@@ -1,7 +1,7 @@
 """The semantic encoder of `vitamin_256`: ViTamin-XL (arXiv 2404.02132), under the keys of timm 1.0.9.
 
-Two MBConv stages and a strided convolution take the picture to 1/16, then a transformer without positions, class token
-or final norm.
+Two MBConv stages and a strided convolution reduce the picture to 1/16 of its side. A transformer follows, without positions,
+class token and final norm.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import SemanticEncoderConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["VitaminEncoder"]
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of [B, C, H, W]."""
+    """LayerNorm over the channels of a map [B, channels, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = super().forward(x.permute(0, 2, 3, 1))
+        return x.permute(0, 3, 1, 2)
 
 
 class Stem(nn.Module):
@@ -35,11 +36,12 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.gelu(self.norm1(self.conv1(x))))
+        out: Tensor = self.conv2(F.gelu(self.norm1(self.conv1(x))))
+        return out
 
 
 class DownsampleShortcut(nn.Module):
-    """3x3 average pool of stride 2 that does not count padding; 1x1 `expand` where widths differ."""
+    """3x3 average pool of stride 2 that does not count padding, then a 1x1 convolution if the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -47,11 +49,12 @@ class DownsampleShortcut(nn.Module):
         self.expand = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(self.pool(x))
+        out: Tensor = self.expand(self.pool(x))
+        return out
 
 
 class MbConv(nn.Module):
-    """Pre-norm inverted bottleneck; expansion 4 of the output width."""
+    """Inverted bottleneck with a norm before it and four times the output's channels inside."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -64,7 +67,8 @@ class MbConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.conv1_1x1(self.pre_norm(x)))
-        return self.conv3_1x1(F.gelu(self.conv2_kxk(h))) + self.shortcut(x)
+        out: Tensor = self.conv3_1x1(F.gelu(self.conv2_kxk(h))) + self.shortcut(x)
+        return out
 
 
 class Pool(nn.Module):
@@ -74,7 +78,8 @@ class Pool(nn.Module):
         self.proj = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.norm(x))
+        out: Tensor = self.proj(self.norm(x))
+        return out
 
 
 class Backbone(nn.Module):
@@ -90,10 +95,11 @@ class Backbone(nn.Module):
         self.pool = Pool(widths[-1], config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
+        x = self.stem(x)
         for stage in self.stages:
-            h = stage(h)
-        return self.pool(h)
+            x = stage(x)
+        out: Tensor = self.pool(x)
+        return out
 
 
 class PatchEmbed(nn.Module):
@@ -102,7 +108,8 @@ class PatchEmbed(nn.Module):
         self.backbone = Backbone(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x).flatten(2).transpose(1, 2)
+        x = self.backbone(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -114,11 +121,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.heads))
+        out: Tensor = self.proj(attend(q, k, v, self.heads))
+        return out
 
 
 class GegluMlp(nn.Module):
-    """w2(gelu(w0 n) * w1 n) with n = norm(x), a LayerNorm of its own after the block's `norm2`."""
+    """w2(gelu(w0 n) * w1 n) with n = norm(x). This norm comes in addition to the block's `norm2`."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -129,7 +137,8 @@ class GegluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
-        return self.w2(F.gelu(self.w0(n)) * self.w1(n))
+        out: Tensor = self.w2(F.gelu(self.w0(n)) * self.w1(n))
+        return out
 
 
 class Block(nn.Module):
@@ -142,11 +151,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class VitaminEncoder(nn.Module):
-    """Normalised x [B, 3, H, W] (CLIP mean and std of [0, 1]) -> features [B, N, width]."""
+    """x [B, 3, H, W], normalised by CLIP's mean and std of [0, 1] -> patch features [B, N, width]."""
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
@@ -154,7 +164,7 @@ class VitaminEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_embed(x)
+        tokens: Tensor = self.patch_embed(x)
         for block in self.blocks:
             tokens = block(tokens)
         return tokens

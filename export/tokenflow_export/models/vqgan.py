@@ -1,12 +1,12 @@
-"""The VQGAN halves of the pixel branch (`encoder`, `decoder`), as in taming-transformers with LlamaGen's layout of levels."""
+"""The VQGAN encoder and decoder of the pixel branch, as in taming-transformers, with the keys of LlamaGen."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models.attention import attend
 from tokenflow_export.models.config import VqganConfig
+from tokenflow_export.models.layers import attend
 
 __all__ = ["VqganDecoder", "VqganEncoder"]
 
@@ -16,7 +16,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, conv, twice; 1x1 shortcut where the width changes."""
+    """Norm, swish and convolution, twice, beside a shortcut, which is a 1x1 convolution if the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -29,11 +29,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        out: Tensor = (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        return out
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over the cells of a map, with 1x1 convolutions as projections."""
+    """Single-head self-attention over the cells of a map, with 1x1 convolutions as projections."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,44 +48,60 @@ class AttentionBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         out = attend(q, k, v, heads=1)
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        result: Tensor = x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        return result
 
 
 class Downsample(nn.Module):
-    """Half the side: one row and column of zeros at the right and bottom, then a 3x3 convolution of stride 2."""
+    """Halves the side: pads one column right and one row at the bottom with zeros, then convolves 3x3 with stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
-    """Twice the side: nearest neighbour, then a 3x3 convolution."""
+    """Doubles the side by nearest neighbour, then convolves 3x3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; attention follows each residual block where `attention` is set."""
+    """The residual blocks of one resolution, each followed by attention if asked for, and the resize to the next resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(out_channels if i else in_channels, out_channels) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
+        for resize in (self.downsample, self.upsample):
+            if resize is not None:
+                x = resize(x)
         return x
 
 
@@ -93,7 +110,7 @@ def _middle(channels: int) -> nn.Sequential:
 
 
 class VqganEncoder(nn.Module):
-    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / 16, W / 16] (for a stride of 16)."""
+    """x [B, 3, H, W] in [-1, 1] -> [B, latent_channels, H / stride, W / stride]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -103,10 +120,7 @@ class VqganEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         channels, last = config.base_channels, len(widths) - 1
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.blocks, attention=i == last)
-            if i != last:
-                level.downsample = Downsample(width)
-            self.conv_blocks.append(level)
+            self.conv_blocks.append(Level(channels, width, config.blocks, attention=i == last, downsample=i != last))
             channels = width
         self.mid = _middle(channels)
         self.norm_out = _norm(channels)
@@ -117,14 +131,14 @@ class VqganEncoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        out = self.conv_out(F.silu(self.norm_out(self.mid(h))))
-        return out if self.skip is None else out + self.skip(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        if self.skip is not None:
+            out = out + self.skip(x)
+        return out
 
 
 class VqganDecoder(nn.Module):
-    """[B, latent_channels, g, g] -> picture [B, 3, 16 g, 16 g], about [-1, 1] (for a stride of 16)."""
+    """[B, latent_channels, g, g] -> picture [B, 3, stride * g, stride * g], about in [-1, 1]."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -134,10 +148,7 @@ class VqganDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         channels, last = widths[0], len(widths) - 1
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.blocks + 1, attention=i == 0)
-            if i != last:
-                level.upsample = Upsample(width)
-            self.conv_blocks.append(level)
+            self.conv_blocks.append(Level(channels, width, config.blocks + 1, attention=i == 0, upsample=i != last))
             channels = width
         self.norm_out = _norm(channels)
         self.patch, self.stride = config.patch, config.stride
@@ -148,8 +159,6 @@ class VqganDecoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        out = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
         return out if self.skip is None else out + F.pixel_shuffle(self.skip(z), self.stride)

@@ -1,1 +1,1 @@
-"""What fewer bits cost: precision search, 8-bit calibration, emulated half precision, drift by tensor."""
+"""Measures what half precision and 8 bits cost, and finds what engines in them need: nodes to pin, ranges of activations."""

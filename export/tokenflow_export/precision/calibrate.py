@@ -1,6 +1,6 @@
-"""What a decoder's convolutions read on real pictures, and what decoding in 8 bits costs: for int8 and fp8 decoders.
+"""Calibrates the decoder for int8 and fp8: finds the ranges of its activations, and measures what decoding in 8 bits costs.
 
-The bundle's float32 graphs run in onnxruntime on the CPU, and so do the graphs that engines are built from: no GPU is needed.
+Both the bundle's float32 graphs and the graphs that engines are built from run in onnxruntime on the CPU, so no GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,24 @@ from tokenflow_sdk.pictures.images import psnr, ssim
 __all__ = ["Cost", "calibrate", "magnitudes"]
 
 QUANTILES = (1.0, 0.99999, 0.9999)
-"""Of the magnitudes in a picture, tried as ranges: all of them, or all but those few that would cost the others precision."""
-BAR = EIGHT_BIT_PSNR + 1
-"""dB to reach here, so that what an engine rounds differently does not fail its certificate."""
+"""Quantiles of the magnitudes that are tried as ranges. Cutting off the few largest keeps the others more precise."""
+MIN_PSNR = EIGHT_BIT_PSNR + 1
+"""dB that must be reached here: more than a certificate asks for, because an engine rounds differently."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a decoder in 8 bits loses against float32: least and mean PSNR (dB) and SSIM over `pictures`. `quantile` gave the
-    ranges of `convolutions`; `kept` more are left in half precision, because without that the bar is missed. `own_psnr` is what
-    the tokenizer itself loses: float32 against the photos, mean."""
+    """What decoding in 8 bits costs, compared with float32.
+
+    Args:
+        pictures: how many were decoded.
+        least_psnr, mean_psnr: in dB.
+        least_ssim, mean_ssim: from -1 to 1.
+        own_psnr: what the tokenizer itself loses: mean PSNR of float32 against the photos, in dB.
+        quantile: which one gave the ranges, of `QUANTILES`.
+        convolutions: how many run in 8 bits.
+        kept: how many are left in half precision, because `MIN_PSNR` is missed otherwise.
+    """
 
     pictures: int
     least_psnr: float
@@ -58,14 +66,16 @@ class Cost:
 def magnitudes(
     bundle: Bundle[TokenizerConfig], codes: NDArray[np.int32], quantiles: tuple[float, ...], steps: ProgressSteps
 ) -> dict[str, NDArray[np.float64]]:
-    """For each inner convolution of the decoder, by name, quantiles [len(quantiles)] of the magnitudes it reads: those of the
-    picture in which they are largest.
+    """Measure the input magnitudes of each inner convolution of the decoder.
 
     Args:
-        bundle: a tokenizer's.
-        codes: int32 [N, L] of pictures.
+        bundle: of a tokenizer.
+        codes: code indices int32 [N, L] of N pictures.
         quantiles: from 0 to 1.
         steps: shows progress.
+
+    Returns:
+        For each convolution by name, the quantiles [len(quantiles)], each the largest among the pictures.
     """
     model = load_graph(bundle.graph_path("decode"))
     names = set(inner_convolutions(model))
@@ -77,7 +87,7 @@ def magnitudes(
         path = Path(work) / "decode.onnx"
         ir.save(model, path, external_data="decode.onnx.data")
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    steps.start(f"what {len(names)} convolutions read", total=1)
+    steps.start(f"inputs of {len(names)} convolutions", total=1)
     for number in range(len(codes)):
         tensors = session.run(list(marked), {"code_indices": codes[number : number + 1]})
         for name, tensor in zip(marked, tensors, strict=True):
@@ -89,18 +99,23 @@ def magnitudes(
 def calibrate(
     bundle: Bundle[TokenizerConfig], images: NDArray[np.uint8], held_out: NDArray[np.uint8], steps: ProgressSteps
 ) -> dict[EightBit, Cost]:
-    """Find ranges on `images` and what they cost on others, and store both in the bundle, where `tokenflow build` looks.
+    """Find the ranges for a decoder in int8 and in fp8, and store them in the bundle, where `tokenflow build` finds them.
 
-    Of the quantiles, the one is taken that costs least. Where that misses the bar, convolutions are left in half precision,
-    those first that cost most. The bundle's reference is judged too, because certificates are given by it.
+    The quantile that costs least is used. If the worst picture still misses `MIN_PSNR`, convolutions are left in half
+    precision, those that cost most first. The worst picture is looked for in the bundle's reference too, because certificates
+    use it.
 
     Args:
-        bundle: a tokenizer's.
-        images, held_out: u8 [N, H, W, 3], of its size.
+        bundle: of a tokenizer.
+        images: u8 [N, H, W, 3] of the bundle's size; ranges are measured on them.
+        held_out: u8 [M, H, W, 3]; the cost is measured on them.
         steps: shows progress.
 
+    Returns:
+        The cost by dtype, which is stored in the bundle as well.
+
     Raises:
-        ParityError: the decoder misses the bar in half precision already.
+        ParityError: the decoder misses `MIN_PSNR` even in half precision.
         CorruptBundleError: the bundle's reference or list of pinned nodes is damaged.
     """
     with _session(bundle, "encode") as encode:
@@ -130,11 +145,11 @@ def calibrate(
         best = int(np.argmax([least(pictures) for pictures in tried]))
         ranges, pictures = candidates[best], tried[best]
         kept: tuple[str, ...] = ()
-        if least(pictures) < BAR:
+        if least(pictures) < MIN_PSNR:
 
             def score(kept: Collection[str], ranges: ActivationRanges = ranges) -> Score:
                 found = least(rounded(ranges.without(kept)))
-                return Score(-found, (f"{found:.1f} dB",) if found < BAR else ())
+                return Score(-found, (f"{found:.1f} dB",) if found < MIN_PSNR else ())
 
             kept = search(list(found), score, f"The decoder in {dtype}")
             ranges = ranges.without(kept)
@@ -170,7 +185,7 @@ def _decode(
     codes: NDArray[np.int32],
     steps: ProgressSteps,
 ) -> NDArray[np.uint8]:
-    """Pictures u8 [N, H, W, 3] of codes [N, L] from the graph that an engine is built from."""
+    """Decode code indices [N, L] to pictures u8 [N, H, W, 3] with the graph that an engine in 8 bits is built from."""
     graph = bundle.graph_path("decode")
     with tempfile.TemporaryDirectory() as work:
         path = engine_graph(graph, "fp16", Path(work), pinned, ranges)
@@ -180,7 +195,7 @@ def _decode(
 
 
 def _figures(cost: Cost) -> dict[str, float]:
-    """For bundle.json."""
+    """The cost as bundle.json stores it."""
     return {
         "pictures": cost.pictures,
         "decode_psnr": round(cost.least_psnr, 2),

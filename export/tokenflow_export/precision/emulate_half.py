@@ -1,8 +1,8 @@
-"""Half precision on a CPU, as engines compute it: operands in half, sums in float32, every result rounded to half.
+"""Emulates half precision on a CPU as engines compute it: operands in half, sums in float32, every result rounded to half.
 
-onnxruntime cannot show this by itself. It has no bfloat16 products on a CPU, and where it has no float16 ones it computes in
-float32 from node to node, rounding weights and results of the whole graph only. So the typed graph becomes one of float32 in
-which every tensor that was half is rounded by a pair of casts, which onnxruntime keeps.
+onnxruntime alone does not compute that on a CPU: it has no products in bfloat16, and where it has none in float16, it computes
+the whole graph in float32 and rounds only the weights and the outputs. So the graph in half precision is rewritten to float32,
+and every tensor that was in half is rounded by a pair of casts, which onnxruntime keeps.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MOVING = frozenset(
         *("Flatten", "DepthToSpace", "SpaceToDepth", "Relu", "Max", "Min"),
     )
 )
-"""Give numbers that they were given, so rounded ones stay rounded."""
+"""Operators that only move or select numbers, so the results for rounded inputs are rounded already."""
 
 
 def emulate(model: ir.Model, dtype: HalfType) -> None:
-    """Rewrite a graph that `to_half` has typed, in place: float32 throughout, rounded to `dtype` wherever it was that.
+    """Rewrite a graph that `to_half` has converted, in place: all float32, and rounded to `dtype` wherever it was in `dtype`.
 
-    Names of tensors stay, and mean the rounded ones. Weights are rounded here, once. Inputs and outputs that were half, as
-    pages are, become float32.
+    Tensors keep their names, which then name the rounded ones. Weights are rounded once, when they are written. Inputs and
+    outputs in half, such as pages, become float32.
     """
     emulator = _Emulator(model.graph, ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16)
     for value in model.graph.initializers.values():
@@ -45,17 +45,17 @@ def emulate(model: ir.Model, dtype: HalfType) -> None:
     for value in model.graph.inputs:
         emulator.enter(value)
     for node in list(model.graph):
-        emulator.settle(node)
+        emulator.rewrite(node)
     drop_unused(model)
 
 
 def emulated_graph(graph: Path, dtype: HalfType, directory: Path, pinned: Collection[str] = ()) -> Path:
-    """What an engine of a bundle's graph computes, as a float32 graph for onnxruntime.
+    """Write a float32 graph for onnxruntime that computes what an engine computes in half precision.
 
     Args:
-        graph: of the bundle.
+        graph: a graph of a bundle.
         dtype: of the engine.
-        directory: where the graph is written, its weights beside it.
+        directory: where the new graph and its weights are written.
         pinned: nodes that stay in float32.
 
     Raises:
@@ -71,12 +71,12 @@ def emulated_graph(graph: Path, dtype: HalfType, directory: Path, pinned: Collec
 def emulated_sessions(
     bundle: Bundle[Any], dtype: HalfType, directory: Path, pinned: Mapping[str, Collection[str]]
 ) -> OpenSession:
-    """Opens a bundle's graphs as engines would compute them.
+    """Make a function that opens the graphs of a bundle in onnxruntime so that they compute what engines would.
 
     Args:
         bundle: whose graphs are opened.
         dtype: of the engines.
-        directory: for their files, which are needed while a graph is opened.
+        directory: where the rewritten graphs are kept while they are opened.
         pinned: nodes that stay in float32, by graph.
     """
     names = {entry.files[0].name: name for name, entry in bundle.graphs.items()}
@@ -89,23 +89,24 @@ def emulated_sessions(
 
 
 class _Emulator:
-    """Lets every node compute in float32, and rounds what it gives to `half` where that is its type."""
+    """Rewrites a graph so that its nodes compute in float32 and their results are rounded to `half`."""
 
     def __init__(self, graph: ir.Graph, half: ir.DataType) -> None:
         self.graph, self.half = graph, half
 
     def widen(self, value: ir.Value) -> None:
-        """Weights that are in half already keep their numbers."""
+        """Turn a weight that is stored in half into float32; its values stay the same."""
         if value.dtype == self.half:
             value.const_value = _lazily(value.const_value, self.half, str(value.name))
             value.type = ir.TensorType(ir.DataType.FLOAT)
 
     def enter(self, value: ir.Value) -> None:
-        """An input of half takes float32, which is rounded before it is read."""
+        """Turn an input in half into float32, and round it before it is read."""
         if value.dtype == self.half:
             self._round(value, f"{value.name}_rounded")
 
-    def settle(self, node: ir.Node) -> None:
+    def rewrite(self, node: ir.Node) -> None:
+        """Make a node compute in float32, and round those of its results that were in half."""
         halves = [value for value in node.outputs if value.dtype == self.half]
         if node.op_type == "Cast" and halves:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
@@ -123,7 +124,7 @@ class _Emulator:
                 self._round(value, name)
 
     def _round_weights(self, source: ir.Value, cast: ir.Value) -> None:
-        """Put rounded weights in the place of what a cast gives."""
+        """Replace the result of a cast of weights by a weight that is rounded already."""
         name = f"{cast.name}_weights"
         tensor = _lazily(source.const_value, self.half, name)
         weights = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(ir.DataType.FLOAT))
@@ -132,7 +133,7 @@ class _Emulator:
         ir.convenience.replace_all_uses_with(cast, weights)
 
     def _round(self, value: ir.Value, name: str) -> None:
-        """Let all that read `value` read it rounded, under another name."""
+        """Insert casts that round `value`, and let all its readers read the rounded tensor, which is called `name`."""
         uses, producer = list(value.uses()), value.producer()
         value.type = ir.TensorType(ir.DataType.FLOAT)
         down = ir.node("Cast", [value], {"to": self.half}, name=f"{name}_round")
@@ -151,10 +152,10 @@ class _Emulator:
 
 
 def _lazily(tensor: Any, half: ir.DataType, name: str) -> ir.LazyTensor:
-    """Weights in float32 rounded to half, read when they are written."""
+    """A float32 tensor of weights rounded to half, which is computed when it is written."""
 
-    def rounded() -> ir.Tensor:
-        # What is beyond the largest number of the type becomes infinite, as in an engine.
+    def rounded() -> ir.Tensor[Any]:
+        # Numbers too large for the type become infinite, as in an engine.
         with np.errstate(over="ignore"):
             return ir.Tensor(tensor.numpy().astype(half.numpy()).astype(np.float32), name=name)
 

@@ -1,4 +1,4 @@
-"""What half precision costs a generator, and what must stay in float32 so that its engines are accepted."""
+"""Searches for the nodes of a generator that must stay in float32 so that its engines in half precision are accepted."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from tokenflow_sdk.engines.build import engine_graph
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.parity.certificate import Certificate, certify
-from tokenflow_sdk.parity.generator import (
-    GeneratorReference,
-    run_generator,
-)
+from tokenflow_sdk.parity.generator import GeneratorReference, run_generator
 from tokenflow_sdk.parity.language_model import LanguageModelReport
 from tokenflow_sdk.passes.dequantize import dequantize
 from tokenflow_sdk.passes.graph import load_graph
@@ -34,9 +31,16 @@ __all__ = ["GeneratorFinding", "open_exact", "search_generator"]
 
 @dataclass(frozen=True)
 class GeneratorFinding:
-    """What a search found over `positions` of the bundle's stored steps. `plain` and `report` compare with float32 engines
-    (the same weights, nothing rounded), with nothing pinned and with what is: `pinned` nodes of the transformer, of `nodes`
-    that could be. `certificate`: what engines would get."""
+    """The result of a search.
+
+    Args:
+        positions: how many positions of the bundle's reference were computed.
+        plain: half precision with nothing pinned against float32 with the same weights.
+        report: half precision with `pinned` against the same.
+        pinned: nodes of the transformer that must stay in float32.
+        nodes: how many nodes could be pinned.
+        certificate: what engines with `pinned` would get.
+    """
 
     positions: int
     plain: LanguageModelReport
@@ -46,7 +50,7 @@ class GeneratorFinding:
     certificate: Certificate
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The result in words, for the terminal."""
         found = [
             f"  against float32: {self.report.summary}",
             f"  transformer: {len(self.pinned)} of {self.nodes} products pinned to float32",
@@ -57,16 +61,16 @@ class GeneratorFinding:
 
 
 def search_generator(bundle: Bundle[GeneratorConfig], precision: HalfType, steps: ProgressSteps) -> GeneratorFinding:
-    """Search the transformer, and store what was found in the bundle, where `tokenflow build` looks.
+    """Search for the nodes of the transformer to pin, and store them in the bundle, where `tokenflow build` finds them.
 
     Args:
-        bundle: a generator's, in float32 or with weights in fewer bits.
+        bundle: of a generator; not one that was exported in float16.
         precision: of the engines.
         steps: shows progress.
 
     Raises:
         ArgumentError: the bundle was exported in float16.
-        ParityError: no choice of nodes is good enough.
+        ParityError: the tolerances are missed even with all nodes pinned.
     """
     if bundle.in_half:
         raise ArgumentError(
@@ -114,6 +118,6 @@ def _pages(stored: GeneratorReference) -> int:
 
 
 def open_exact(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
-    """A graph as float32 engines compute it: integer products only become plain ones."""
+    """Open a graph as float32 engines compute it: with float32 products instead of integer ones."""
     with tempfile.TemporaryDirectory() as work:
         return open_onnxruntime(engine_graph(path, None, Path(work)), entry, options)

@@ -1,7 +1,7 @@
-"""Where two ways of running a graph drift apart, tensor by tensor, with Polygraphy: for whoever works on engines.
+"""Compares a graph in two backends or precisions tensor by tensor, with Polygraphy, to find where results begin to differ.
 
-The first way is always the bundle's float32 graph in onnxruntime. The second is the graph as engines get it, in half precision
-say: in onnxruntime, rounded as engines round (`tokenflow_export.precision.emulate_half`), or in TensorRT.
+The first is always the bundle's float32 graph in onnxruntime. The second is the graph that engines are built from, in TensorRT,
+or in onnxruntime with half precision emulated (`tokenflow_export.precision.emulate_half`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 @dataclass(frozen=True)
 class Drift:
-    """A tensor that both ways compute: root-mean-square difference over root-mean-square size."""
+    """How much a tensor differs: `relative` is the RMS of the difference divided by the RMS of the tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,20 +41,20 @@ class Drift:
 def inspect_graph(
     bundle: Bundle[TokenizerConfig], graph: str, feeds: dict[str, NDArray[Any]], precision: Precision, backend: Backend
 ) -> list[Drift]:
-    """Every tensor that exists in both, in the order of the graph.
+    """Compare all tensors that both runs compute, in the order of the graph.
 
     Args:
-        bundle: a tokenizer's.
-        graph: one of its graphs.
-        feeds: its inputs, with a batch of 1: every tensor between is kept.
-        precision: of the second way.
-        backend: what runs it.
+        bundle: of a tokenizer.
+        graph: the name of one of its graphs.
+        feeds: its inputs, in a batch of 1, because all intermediate tensors are kept in memory.
+        precision: of the second run.
+        backend: of the second run.
 
     Raises:
         MissingPackageError: Polygraphy or TensorRT is not installed.
     """
     if backend == "tensorrt-rtx":
-        # Read by Polygraphy when it imports TensorRT.
+        # Polygraphy reads this when it imports TensorRT.
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     try:
         from polygraphy import constants
@@ -91,7 +91,7 @@ def inspect_graph(
 
 
 def _tensors(graph: Path) -> list[str]:
-    """Names of the float32 tensors that a graph computes."""
+    """The names of the float32 tensors that a graph computes."""
     values = (value for node in ir.load(graph).graph for value in node.outputs)
     return [str(value.name) for value in values if value.dtype == ir.DataType.FLOAT]
 

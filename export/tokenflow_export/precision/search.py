@@ -1,8 +1,8 @@
-"""Which nodes of a graph must stay in float32, so that half precision costs no more than is allowed.
+"""Searches for the nodes of a graph that must stay in float32 so that half precision meets its tolerances.
 
-A bundle's graphs are rewritten as for an engine and run as one would compute them (`emulate_half`) in onnxruntime on the CPU,
-so no GPU is needed. Where a bar is missed, the nodes that cost most are pinned to float32, group by group, until it holds.
-`tokenizer_search` and `generator_search` say what is measured.
+Half precision is emulated in onnxruntime on the CPU (`emulate_half`), so no GPU is needed. Where a tolerance is missed, groups
+of nodes are pinned to float32, those that cost most first, until it is met. `tokenizer_search` and `generator_search` define
+what is measured.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from tokenflow_sdk.pictures.images import fit, load_image
 __all__ = ["Score", "crops", "run_each", "run_outputs", "search", "store", "store_pinned"]
 
 GROUPS = 12
-"""Neighbouring nodes are tried in this many groups."""
+"""The nodes of a graph are split into this many groups of neighbours, which are tried one by one."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How far a graph in half precision is from float32: `error` ranks, `failures` says which tolerances it misses."""
+    """How far a graph in half precision is from float32.
+
+    `error` is smaller for better graphs; `failures` names the tolerances that are missed, in words.
+    """
 
     error: float
     failures: tuple[str, ...]
 
 
 def crops(paths: Sequence[Path], count: int, size: int) -> NDArray[np.uint8]:
-    """`count` square crops of photos u8 [N, size, size, 3], of random places and scales, the same every time."""
+    """Cut `count` square crops from photos, at random places and scales that are the same every time: u8 [N, size, size, 3]."""
     rng = np.random.default_rng(0)
     photos = [load_image(path) for path in paths]
     found = []
@@ -59,22 +62,22 @@ def search(
     what: str,
     rank: Callable[[Collection[str]], Score] | None = None,
 ) -> tuple[str, ...]:
-    """The nodes to pin, by groups of neighbours, those that help most first. With these, `measure` was called last.
+    """Find nodes to pin so that no tolerance is missed. `measure` is called last with exactly these.
 
     Args:
-        nodes: in the order of the graph.
-        measure: the score with some nodes pinned.
-        what: for the message.
-        rank: the same from less, for comparing groups; None: `measure`.
+        nodes: those that can be pinned, in the order of the graph.
+        measure: gives the score with some nodes pinned.
+        what: names the graph, in the error message.
+        rank: a faster form of `measure` for comparing groups of nodes; None uses `measure`.
 
     Raises:
-        ParityError: the tolerances are missed even with all of them pinned.
+        ParityError: tolerances are missed even with all nodes pinned.
     """
     score = measure(())
     if not score.failures:
         return ()
     groups = [tuple(map(str, group)) for group in np.array_split(np.array(nodes, dtype=object), min(GROUPS, len(nodes)))]
-    # Those that leave something that is not a number come last.
+    # `argsort` puts NaN last: with those groups the graph still overflows.
     ranked = np.argsort([(rank or measure)(group).error for group in groups], kind="stable")
     pinned: tuple[str, ...] = ()
     for index in ranked:
@@ -89,14 +92,14 @@ def search(
 
 
 def run_each(session: Session, feed: str, rows: NDArray[Any], output: str, steps: ProgressSteps) -> NDArray[Any]:
-    """One output [N, ...] of a graph with one input, a row of it [N, ...] at a time."""
+    """Run a graph with one input on rows [N, ...], one row at a time, and return one output [N, ...]."""
     return run_outputs(session, feed, rows, (output,), steps)[0]
 
 
 def run_outputs(
     session: Session, feed: str, rows: NDArray[Any], outputs: Sequence[str], steps: ProgressSteps
 ) -> tuple[NDArray[Any], ...]:
-    """Several outputs, each [N, ...], as `run_each`."""
+    """Do what `run_each` does for several outputs, each [N, ...]."""
     found = []
     for number in range(len(rows)):
         found.append(session.run({feed: rows[number : number + 1]}, outputs))
@@ -105,18 +108,18 @@ def run_outputs(
 
 
 def store(bundle: Bundle[Any], asset: str, content: object, figures: Mapping[str, Any]) -> None:
-    """Write `content` as the bundle's file `asset`.json, and figures beside those of the export into bundle.json."""
+    """Write `content` to the file `asset`.json of a bundle, and add `figures` to those in bundle.json."""
     path = bundle.path / f"{asset}.json"
     write_atomic(path, json.dumps(content, indent=2).encode())
     assets = dict(bundle.assets) | {asset: file_entry(path)}
-    replace(bundle, assets=assets, parity=dict(bundle.parity) | figures).write_manifest()
+    replace(bundle, assets=assets, parity={**bundle.parity, **figures}).write_manifest()
 
 
 def store_pinned(
     bundle: Bundle[Any], precision: HalfType, pinned: Mapping[str, Sequence[str]], figures: Mapping[str, Any]
 ) -> None:
-    """Write the nodes to pin in one precision, by graph, and what was measured; what is there of others stays."""
-    # As it is now: another precision may have been stored since `bundle` was opened.
+    """Store the nodes to pin by graph, and the figures, for one precision; those of other precisions are kept."""
+    # The bundle is read again, because another precision may have been stored since it was opened.
     bundle, lists = Bundle.open(bundle.path, type(bundle.config)), {}
     if PINNED in bundle.assets:
         entry = bundle.asset(PINNED)

@@ -1,4 +1,4 @@
-"""What half precision costs a tokenizer on real pictures, and what must stay in float32 so that its engines are accepted."""
+"""Searches for the nodes of a tokenizer that must stay in float32 so that its engines in half precision are accepted."""
 
 from __future__ import annotations
 
@@ -29,20 +29,28 @@ from tokenflow_sdk.pictures.images import psnr
 __all__ = ["TokenizerFinding", "search_tokenizer"]
 
 RANKED_ON = 8
-"""Pictures on which groups of nodes are compared; whether a bar holds is judged on all."""
+"""How many pictures groups of nodes are compared on. Tolerances are checked on all pictures."""
 _GRAPHS = {
     "encode": ("images", "latent"),
     "decode": ("code_indices", "images"),
     "semantic": ("code_indices", "features"),
     "features": ("code_indices", "features"),
 }
-"""What each is fed, and what it is judged by."""
+"""The input of each graph, and the output that is compared."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """`agreement` is teacher-forced, one share a scale. Over the same pictures (or those that were decoded) and the bundle's
-    reference, `decode_psnr` (dB) and `semantic_cosine` are the least, `features_error` the largest."""
+    """How half precision compares with float32.
+
+    Args:
+        agreement: share of equal codes when teacher-forced, by scale.
+        decode_psnr: least PSNR of a decoded picture in dB; infinite if all are identical.
+        semantic_cosine: least mean cosine similarity of a picture's semantic features.
+        features_error: largest difference of features.
+
+    The last three include the pictures of the bundle's reference.
+    """
 
     agreement: tuple[float, ...]
     decode_psnr: float
@@ -50,11 +58,11 @@ class Quality:
     features_error: float
 
     def to_json(self) -> dict[str, Any]:
-        """For bundle.json: equality of pictures (infinite PSNR) is written as null."""
+        """The figures as bundle.json stores them; an infinite PSNR is null."""
         return asdict(self) | {"decode_psnr": None if np.isinf(self.decode_psnr) else round(self.decode_psnr, 2)}
 
     def lines(self, patch_nums: Sequence[int], pictures: int) -> list[str]:
-        """For people."""
+        """The result in words, for the terminal."""
         return [
             *(
                 f"  {f'{side} x {side}':>8}  {share:8.3%} of {side * side * pictures:,} codes"
@@ -68,8 +76,16 @@ class Quality:
 
 @dataclass(frozen=True)
 class TokenizerFinding:
-    """What a search found over `pictures`: with nothing pinned (`plain`), and with what is. `pinned`: nodes by graph, of
-    `nodes` that could be. `certificate`: what engines would get for the bundle's reference."""
+    """The result of a search.
+
+    Args:
+        pictures: how many were encoded.
+        plain: the quality with nothing pinned.
+        quality: the quality with `pinned`.
+        pinned: nodes that must stay in float32, by graph.
+        nodes: how many nodes could be pinned, by graph.
+        certificate: what engines with `pinned` would get.
+    """
 
     pictures: int
     plain: Quality
@@ -79,7 +95,7 @@ class TokenizerFinding:
     certificate: Certificate
 
     def lines(self, patch_nums: Sequence[int]) -> list[str]:
-        """For people."""
+        """The result in words, for the terminal."""
         found = [*self.quality.lines(patch_nums, self.pictures)]
         for graph, names in self.pinned.items():
             found.append(f"  {graph}: {len(names)} of {self.nodes[graph]} products and convolutions pinned to float32")
@@ -91,25 +107,25 @@ class TokenizerFinding:
 def search_tokenizer(
     bundle: Bundle[TokenizerConfig],
     images: NDArray[np.uint8],
-    bar: float,
+    least_agreement: float,
     precision: HalfType,
     steps: ProgressSteps,
     decoded: int | None = None,
 ) -> TokenizerFinding:
-    """Search all graphs, and store what was found in the bundle, where `tokenflow build` looks.
+    """Search for the nodes of all graphs to pin, and store them in the bundle, where `tokenflow build` finds them.
 
     Args:
-        bundle: a tokenizer's.
-        images: u8 [N, H, W, 3], of its size.
-        bar: least teacher-forced agreement in any scale.
+        bundle: of a tokenizer.
+        images: u8 [N, H, W, 3] of the bundle's size.
+        least_agreement: least share of equal codes in any scale when teacher-forced.
         precision: of the engines.
         steps: shows progress.
-        decoded: how many of the images are decoded too, which takes the longest; None: all.
+        decoded: how many of the images are decoded too, which takes the longest; None decodes all.
 
     Raises:
-        ParityError: no choice of nodes is good enough, or engines would be refused even so.
+        ParityError: tolerances are missed even with all nodes pinned, or engines would be refused nevertheless.
     """
-    trial = _Trial(bundle, images, bar, precision, steps, decoded)
+    trial = _Trial(bundle, images, least_agreement, precision, steps, decoded)
     names = {graph: compute_nodes(ir.load(bundle.graph_path(graph))) for graph in _GRAPHS}
     plain: dict[str, Any] = {}
     found: dict[str, Any] = {}
@@ -133,24 +149,24 @@ def search_tokenizer(
 
 
 class _Trial:
-    """Runs a tokenizer's graphs as engines would compute them, and compares with float32."""
+    """Runs the graphs of a tokenizer with half precision emulated, and compares the results with float32."""
 
     def __init__(
         self,
         bundle: Bundle[TokenizerConfig],
         images: NDArray[np.uint8],
-        bar: float,
+        least_agreement: float,
         precision: HalfType,
         steps: ProgressSteps,
         decoded: int | None,
     ) -> None:
-        self.bundle, self.bar, self.precision, self.steps = bundle, bar, precision, steps
+        self.bundle, self.least_agreement, self.precision, self.steps = bundle, least_agreement, precision, steps
         reference = TokenizerReference.load(bundle)
         self.codebook = reference.codebook
         steps.start("float32", total=1)
         latents, codes = self._run_graph("encode", open_onnxruntime, images, ("latent", "code_indices"))
         self.codes: NDArray[np.int32] = codes
-        # Certificates are given by the reference, whose drawn pictures can be worse than any photo.
+        # The reference is judged as well: certificates use it, and its generated pictures can be worse than any photo.
         judged, pictures = (np.concatenate([rows, reference.code_indices]) for rows in (codes, codes[:decoded]))
         self.rows = {"encode": images, "decode": pictures, "semantic": judged, "features": judged}
         self.exact = {"encode": latents}
@@ -158,17 +174,17 @@ class _Trial:
             (self.exact[graph],) = self._run_graph(graph, open_onnxruntime, self.rows[graph], _GRAPHS[graph][1:])
 
     def run(self, graph: str, pinned: Collection[str], count: int | None = None) -> NDArray[Any]:
-        """What a graph gives for the first `count` of its rows, or all."""
+        """Run a graph in half precision on its first `count` inputs, or on all."""
         self.steps.start(f"{graph} in {self.precision}, {len(pinned)} pinned", total=1)
         with tempfile.TemporaryDirectory() as work:
             opening = emulated_sessions(self.bundle, self.precision, Path(work), {graph: pinned})
             return self._run_graph(graph, opening, self.rows[graph][:count], _GRAPHS[graph][1:])[0]
 
     def judge(self, graph: str, found: NDArray[Any]) -> Score:
-        """`found`: of the first rows, or of all. What is not a number, after an overflow, misses the tolerances."""
+        """Compare results, for all inputs or the first of them, with float32. NaN, from an overflow, misses every tolerance."""
         if graph == "encode":
             shares = zip(self.bundle.config.patch_nums, self._agreement(found), strict=True)
-            low = tuple(f"{side} x {side}: {share:.2%}" for side, share in shares if share < self.bar)
+            low = tuple(f"{side} x {side}: {share:.2%}" for side, share in shares if share < self.least_agreement)
             return Score(float(np.square(found - self.exact["encode"][: len(found)]).mean()), low)
         if graph == "decode":
             decibels = self._decode_psnr(found)
@@ -180,7 +196,7 @@ class _Trial:
         return Score(error, () if error <= ROUNDED.features_error else (f"an error of {error:.1e}",))
 
     def quality(self, found: dict[str, NDArray[Any]]) -> Quality:
-        """Of results for all rows, by graph."""
+        """The figures of results by graph, each for all inputs."""
         return Quality(
             self._agreement(found["encode"]),
             self._decode_psnr(found["decode"]),
@@ -189,8 +205,10 @@ class _Trial:
         )
 
     def certify(self, pinned: dict[str, tuple[str, ...]]) -> Certificate:
-        """Raises:
-        ParityError: engines would be refused.
+        """The certificate that engines with `pinned` would get.
+
+        Raises:
+            ParityError: they would be refused.
         """
         self.steps.start("the certificate")
         with tempfile.TemporaryDirectory() as work:

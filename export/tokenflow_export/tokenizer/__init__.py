@@ -1,1 +1,1 @@
-"""A tokenizer checkpoint to a bundle."""
+"""Exports tokenizers."""

@@ -1,7 +1,6 @@
-"""A tokenizer checkpoint to a bundle: trace, check against PyTorch, and only then let it appear.
+"""Exports a tokenizer to a bundle: traces its graphs, compares them with PyTorch, and moves the bundle to its place.
 
-Everything is written to a directory beside the target and renamed at the end. `bundle.json` is written last of all, after
-the self-check, so that nothing a killed export leaves behind can be opened.
+`bundle.json` is written last, after the comparison, so that a directory left behind by a killed export cannot be opened.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import numpy as np
 import torch
 
 from tokenflow_export.atomic_directory import atomic_directory, versions
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_unit_range
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
 from tokenflow_export.tokenizer.reference_images import reference_pictures
@@ -44,12 +42,15 @@ def export_tokenizer(
     """Write the bundle of `model` to the directory `out`.
 
     Args:
-        model: eager and float32, from `tokenflow_export.checkpoints.tokenizer.load_model`.
+        model: in float32, from `tokenflow_export.checkpoints.tokenizer.load_model`.
         out: must not exist, unless `force`.
-        source: where the weights came from, stored as provenance.
+        source: where the weights came from, which is stored as provenance.
         steps: shows progress.
         force: replace `out`.
-        compress: smaller files for the same numbers (`tracing.compress_weights`), and the reference compressed.
+        compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
+
+    Returns:
+        How the bundle compares with PyTorch.
 
     Raises:
         OutputError: `out` exists or cannot be written.

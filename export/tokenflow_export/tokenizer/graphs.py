@@ -1,11 +1,10 @@
-"""What gets exported: u8 pictures in and out, resizes as constant matrices, the codebook search as one product.
+"""The graphs of a tokenizer: each module computes a function of the PyTorch model in a form that engines run fast.
 
-Each module wraps parts of the eager model and computes the same function in the form that engines run well:
-
-- a resize of fixed size is one matrix product (`tokenflow_sdk.pictures.resize`);
-- both halves of a cell have unit length, so the nearest code is the largest inner product with the normalised codebook
-  (its pixel half times `pixel_weight`): one GEMM and one ArgMax a scale, lowest index first;
-- all scales of a picture are resized and added by one product with the matrices side by side.
+- Pictures go in and out as u8.
+- A resize of fixed size is a product with a constant matrix (`tokenflow_sdk.pictures.resize`).
+- Both halves of a cell have unit length, so the nearest code is the one with the largest inner product with the codebook, whose
+  pixel half is multiplied by `pixel_weight`. That takes one product and one ArgMax for each scale, lowest index first.
+- In the decoders the codes of all scales are resized and added by one product, with the resize matrices side by side.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenflow_export.models import TokenFlowTokenizer
-from tokenflow_export.models.tokenizer import to_pixels, to_unit_range
+from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_pixels, to_unit_range
 from tokenflow_export.tracing.resizes import map_matrix
 from tokenflow_sdk.pictures.resize import area_matrix, bicubic_matrix
 
@@ -29,12 +27,12 @@ def _constant(matrix: NDArray[np.float64]) -> Tensor:
 
 
 def _of_map(side: NDArray[np.float64]) -> Tensor:
-    """The resize of a whole row-major map, from that of one side; `tracing.compress_weights` knows how it is made."""
+    """The resize matrix of a row-major map, from that of one side. `tracing.compress_weights` recognises such matrices."""
     return torch.from_numpy(map_matrix(side))
 
 
 class SeparableResize(nn.Module):
-    """Bicubic resize of [B, C, source, source] to [B, C, target, target]; nothing where the sides agree."""
+    """Bicubic resize of maps from side `source` to side `target`: [B, channels, s, s] -> [B, channels, t, t]."""
 
     def __init__(self, source: int, target: int) -> None:
         super().__init__()
@@ -46,7 +44,10 @@ class SeparableResize(nn.Module):
 
 
 class CodebookSearch(nn.Module):
-    """Latent cells [B, g * g, 40] -> code indices int32 [B, L], quantized feature [B, g * g, 40] (docs/model.md, section 2)."""
+    """Latent [B, g * g, C] -> code indices int32 [B, L], quantized feature [B, g * g, C] (docs/model.md, section 2)."""
+
+    codebook: Tensor
+    codebook_t: Tensor
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class CodebookSearch(nn.Module):
                 self.register_buffer(f"up_{side}", _of_map(bicubic_matrix(side, config.grid)))
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        found, out = [], None
+        found: list[Tensor] = []
+        out: Tensor | None = None
         for side in self.patch_nums:
             down, up = getattr(self, f"down_{side}", None), getattr(self, f"up_{side}", None)
             cells = residual if down is None else down @ residual
@@ -74,14 +76,15 @@ class CodebookSearch(nn.Module):
             out = q if out is None else out + q
             residual = residual - q
             found.append(indices)
+        assert out is not None
         return torch.cat(found, dim=1).to(torch.int32), out
 
 
 class EncodeGraph(nn.Module):
-    """images u8 [B, H, W, 3] -> code_indices int32 [B, L], features and latent float32 [B, 40, g, g].
+    """images u8 [B, H, W, 3] -> code_indices int32 [B, L], features and latent float32 [B, C, g, g].
 
-    The latent is what the search reads: it costs nothing where it is not asked for, and lets any engine be checked
-    teacher-forced.
+    The latent, which the codebook search reads, is an output so that engines can be compared teacher-forced. It costs nothing
+    when it is not asked for.
     """
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
@@ -106,7 +109,13 @@ class EncodeGraph(nn.Module):
 
 
 class CodeSum(nn.Module):
-    """code_indices int32 [B, L] -> sum over the scales of their resized codes, [B, g * g, dims]; -1 adds nothing."""
+    """code_indices int32 [B, L] -> quantized feature [B, g * g, stop - start]: columns `start` to `stop` of the codebook.
+
+    The codes of each scale are resized to the finest scale and added. An index of -1 adds nothing.
+    """
+
+    codebook: Tensor
+    up: Tensor
 
     def __init__(self, model: TokenFlowTokenizer, start: int, stop: int) -> None:
         super().__init__()
@@ -122,14 +131,15 @@ class CodeSum(nn.Module):
 
 
 class FeaturesGraph(nn.Module):
-    """code_indices int32 [B, L] -> features float32 [B, g * g, 40], what a language model's projector reads."""
+    """code_indices int32 [B, L] -> features float32 [B, g * g, C], which the projector of a language model reads."""
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
         self.sum = CodeSum(model, 0, model.config.code_dim)
 
     def forward(self, code_indices: Tensor) -> Tensor:
-        return self.sum(code_indices)
+        features: Tensor = self.sum(code_indices)
+        return features
 
 
 class DecodeGraph(nn.Module):
@@ -149,7 +159,7 @@ class DecodeGraph(nn.Module):
 
 
 class SemanticGraph(nn.Module):
-    """code_indices int32 [B, L] -> teacher-like features float32 [B, g * g, out_width]."""
+    """code_indices int32 [B, L] -> semantic features float32 [B, g * g, out_width]."""
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
@@ -160,4 +170,5 @@ class SemanticGraph(nn.Module):
     def forward(self, code_indices: Tensor) -> Tensor:
         grid = self.config.grid
         half = self.sum(code_indices).transpose(1, 2).reshape(-1, self.config.semantic_dim, grid, grid)
-        return self.decode_task_layer(self.decoder_vqkd(half))
+        features: Tensor = self.decode_task_layer(self.decoder_vqkd(half))
+        return features

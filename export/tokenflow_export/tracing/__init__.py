@@ -1,1 +1,1 @@
-"""From a PyTorch module to an ONNX file: tracing, fewer bits for weights, smaller files for the same numbers."""
+"""Traces PyTorch modules to ONNX files, quantizes weights, and compresses files without changing results."""

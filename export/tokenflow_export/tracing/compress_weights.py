@@ -1,7 +1,7 @@
-"""Smaller files for the same numbers.
+"""Makes the files of a graph smaller without changing its results.
 
-Weights that float16 holds exactly are stored in it and widened at load; matrices that resize maps are stored as the two small
-matrices they are products of. Engines fold both into constants, so they compute exactly what they would otherwise.
+Weights whose values float16 can hold exactly are stored in float16 and cast to float32 in the graph. A matrix that resizes maps
+is stored as the two small matrices whose Kronecker product it is. Backends fold both into constants.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tokenflow_sdk.pictures.resize import area_matrix, bicubic_matrix
 __all__ = ["store_in_half", "store_resizes"]
 
 _SMALLEST = 256
-"""Values in a weight worth the extra node."""
+"""Weights with fewer values than this are not worth an extra node."""
 
 
 def store_in_half(model: ir.Model) -> None:
-    """Put a float16 weight and a `Cast` in place of each float32 weight whose values all are float16 values.
+    """Replace each float32 weight whose values all are float16 values by a float16 weight and a `Cast`.
 
-    Train or round weights to float16 beforehand, or little is found to be stored.
+    Weights that were not rounded to float16 before are left as they are.
     """
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
@@ -46,16 +46,16 @@ def store_in_half(model: ir.Model) -> None:
 
 
 def store_resizes(model: ir.Model, patch_nums: Sequence[int]) -> None:
-    """Put small factors in place of each matrix that resizes between the finest scale and others.
+    """Replace each matrix that resizes maps from or to the finest scale by its two small factors.
 
     Args:
-        model: a tokenizer's graph.
-        patch_nums: sides of the scales; one matrix may hold the resizes from all of them side by side.
+        model: a graph of a tokenizer.
+        patch_nums: sides of the scales. A matrix may also be that of all scales side by side.
     """
     grid = patch_nums[-1]
     sides = {f"up_{side}": bicubic_matrix(side, grid) for side in patch_nums}
     sides |= {f"down_{side}": area_matrix(grid, side) for side in patch_nums}
-    makers = {(name,): map_matrix(side) for name, side in sides.items()}
+    makers: dict[tuple[str, ...], NDArray[np.float32]] = {(name,): map_matrix(side) for name, side in sides.items()}
     makers[tuple(f"up_{side}" for side in patch_nums)] = np.concatenate([makers[f"up_{side}",] for side in patch_nums], axis=1)
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
@@ -72,7 +72,7 @@ def store_resizes(model: ir.Model, patch_nums: Sequence[int]) -> None:
 
 
 def _product(graph: ir.Graph, name: str, sides: Sequence[NDArray[np.float32]]) -> ir.Value:
-    """Nodes at the graph's beginning that make the resize of maps from those of sides, side by side."""
+    """Insert nodes that compute the resize matrices of maps from those of their sides, and concatenate them."""
     nodes: list[ir.Node] = []
 
     def constant(suffix: str, array: NDArray[np.float32] | NDArray[np.int64]) -> ir.Value:

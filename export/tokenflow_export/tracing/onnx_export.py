@@ -1,4 +1,4 @@
-"""Tracing one graph to ONNX: standard operators only, dynamic batch, no traces of the machine it was made on."""
+"""Traces a module to an ONNX file with standard operators only, and without metadata of the machine it was made on."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ __all__ = ["OPSET", "GraphSpec", "export_graph", "file_entry"]
 
 OPSET = 20
 _INLINE_BYTES = 64 * 2**20
-"""Graphs with fewer bytes of weights than this are one file; larger ones keep their weights beside them."""
+"""A graph with fewer bytes of weights than this is one file; others have their weights in a second file."""
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph to trace: its name in the bundle, the module, inputs in order, and names of outputs.
+    """A graph to trace.
 
-    An input is an example (sizes that vary must be 2 or more) and what varies: dimension number to `torch.export.Dim`.
-    With `read`, the module and the examples are fake tensors without values, and `read` gives a weight by its name when it
-    is needed; `weights` then says in how many bits matrices are written.
+    Args:
+        name: in the bundle.
+        module: what is traced.
+        inputs: by name, in order: an example, whose dynamic sizes must be at least 2, and a `torch.export.Dim` for each dynamic
+            dimension by its number.
+        outputs: their names.
+        read: gives a weight by its name in the graph. The module and the examples are then fake tensors, without values.
+        weights: quantize the weight matrices to this dtype.
     """
 
     name: str
@@ -50,14 +55,14 @@ def export_graph(
     compress: bool = False,
     patch_nums: Sequence[int] = (1,),
 ) -> GraphEntry:
-    """Trace `spec` into `directory` and describe what was written.
+    """Trace a graph, write it, and describe what was written.
 
     Args:
         spec: the graph.
-        directory: where it goes.
-        progress: told the share of the weights written.
-        compress: smaller files for the same numbers (`tokenflow_export.tracing.compress_weights`).
-        patch_nums: scales whose resizes `compress` looks for.
+        directory: where it is written.
+        progress: called with the share of the weights that has been written.
+        compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
+        patch_nums: the scales whose resize matrices `compress` looks for.
     """
     model = _trace(spec)
     if spec.weights is not None:
@@ -75,7 +80,8 @@ def export_graph(
     assert domains == {""}, f"{spec.name} uses operators outside ONNX: {domains}"
     assert not model.functions, f"{spec.name} holds local functions"
     path = directory / f"{spec.name}.onnx"
-    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     external = f"{path.name}.data" if weight_bytes >= _INLINE_BYTES else None
     report = progress or (lambda _: None)
     ir.save(model, path, external_data=external, callback=lambda _, state: report((state.index + 1) / state.total))
@@ -97,8 +103,8 @@ def _trace(spec: GraphSpec) -> ir.Model:
 
 
 def _capture(spec: GraphSpec) -> torch.onnx.ONNXProgram:
-    """The graph; without values where the module has none."""
-    # The exporter logs that torchvision is absent, as it should be, and warns of its own internals.
+    """Trace the module. The graph has no weights if the module has none."""
+    # PyTorch's exporter logs that torchvision is absent, which is not needed, and warns about its own internals.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,5 +130,5 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Name, size and SHA-256 of a file just written."""
+    """The name, size and SHA-256 of a file, for bundle.json."""
     return FileEntry(path.name, path.stat().st_size, file_sha256(path))

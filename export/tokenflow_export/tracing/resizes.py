@@ -1,4 +1,4 @@
-"""The resize of a row-major map as one matrix: the product of its sides' matrices."""
+"""The matrix that resizes a row-major map."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ __all__ = ["map_matrix"]
 
 
 def map_matrix(side: NDArray[np.float64]) -> NDArray[np.float32]:
-    """side [target, source] -> float32 [target^2, source^2], the Kronecker product of the rounded side with itself."""
+    """The resize matrix of one side [t, s] -> that of a map, float32 [t * t, s * s]: its Kronecker product with itself."""
     rounded = side.astype(np.float32)
     return np.kron(rounded, rounded)

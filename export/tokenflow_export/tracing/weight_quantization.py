@@ -1,11 +1,11 @@
-"""ExportPrecision of a transformer's weights: half-precision arithmetic, or weights in 8 or 4 bits.
+"""Exports a transformer in float16, or with its weights quantized to 8 or 4 bits, with standard ONNX operators.
 
-Standard ONNX operators only. Every weight is a lazy tensor: read, converted and written one after another while the graph is
-saved, so that a model larger than memory can be exported.
+Every weight is a lazy tensor: it is read, converted and written while the graph is saved, one after another, so that a model
+larger than memory can be exported.
 
-int8: weights by output column, activations by row, both symmetric; the product is a `MatMulInteger`. A row's scale depends on
-that row alone, so a sequence gives the same numbers in any batch.
-int4: weights by blocks of 32 inputs, dequantized in the graph (`DequantizeLinear`), which engines fuse with the product.
+int8: weights are quantized by output column and activations by row, both symmetrically; the product is a `MatMulInteger`. The
+scale of a row depends on that row alone, so a sequence gives the same numbers in any batch.
+int4: weights are quantized in blocks of 32 inputs and dequantized in the graph (`DequantizeLinear`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ ReadWeight = Callable[[str], Float32]
 
 @dataclass(frozen=True)
 class ExportPrecision:
-    """How a transformer is exported: `dtype` of its arithmetic, and `weights` in fewer bits or (None) in `dtype`.
+    """The precision of an exported transformer: `dtype` of its arithmetic, and `weights` if its weights have fewer bits.
 
     Raises:
-        ArgumentError: int8 with fp16; its activations are quantized from float32.
+        ArgumentError: int8 weights with fp16, because activations are quantized from float32.
     """
 
     dtype: Literal["fp32", "fp16"] = "fp32"
@@ -62,11 +62,11 @@ class ExportPrecision:
 
     @property
     def name(self) -> str:
-        """For people: `fp32`, `int4 in fp16`."""
+        """The precision in words: `fp32`, `int4 in fp16`."""
         return f"{self.weights} in {self.dtype}" if self.weights else self.dtype
 
     def bytes_of(self, count: int) -> int:
-        """Of `count` weights, with their scales, about."""
+        """About how many bytes `count` weights take with their scales."""
         bits = {"int8": 8, "int4": 5}.get(self.weights or "", 16 if self.dtype == "fp16" else 32)
         return count * bits // 8
 
@@ -76,7 +76,7 @@ FULL_PRECISION = ExportPrecision()
 
 
 class MatMul(nn.Module):
-    """`nn.Linear` with its weight as [in, out], which traces to one MatMul on the weight itself."""
+    """`nn.Linear` with a weight [in, out], so that it is traced to a MatMul without a transpose of the weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class MatMul(nn.Module):
 
 
 def use_matmul(module: nn.Module) -> None:
-    """Put a `MatMul` for every `nn.Linear` in `module`."""
+    """Replace every `nn.Linear` in `module` by a `MatMul`."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, MatMul(child))
@@ -97,11 +97,11 @@ def use_matmul(module: nn.Module) -> None:
 
 
 def attach_weights(model: ir.Model, read: ReadWeight) -> None:
-    """Give each initializer of a graph traced without weights its value, read when it is needed.
+    """Give the initializers of a graph that was traced without weights their values, which are read when they are written.
 
     Args:
         model: the graph; its initializers have no values.
-        read: a weight by its name in the graph, float32.
+        read: gives a float32 weight by its name in the graph.
     """
     for value in model.graph.initializers.values():
         assert value.name and value.dtype and isinstance(value.shape, ir.Shape)
@@ -117,19 +117,22 @@ def _set_lazy(value: ir.Value, make: Callable[[], NDArray[Any]], dtype: ir.DataT
 
 
 def quantize_columns(weight: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """weight [in, out] -> int8 [in, out] and scales float32 [out], with weight about q * scale."""
+    """Quantize a weight [in, out] to int8 [in, out] with scales float32 [out]; the weight is about q * scale."""
     scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-12)) / np.float32(127)
     return np.rint(weight / scale).astype(np.int8), scale
 
 
 def round_columns(weight: Tensor) -> Tensor:
-    """A product's weight [out, in], float32, as int8 leaves it: what engines without integer products multiply with."""
+    """Round a float32 weight [out, in] to its int8 values and back. Engines without integer products multiply with this."""
     q, scale = quantize_columns(weight.T.numpy())
     return torch.from_numpy(q * scale).T
 
 
 def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
-    """weight [in, out] -> int4 [in, out] and scales float32 [in / 32, out]; a block's largest value is exactly -8 scales."""
+    """Quantize a weight [in, out] to int4 [in, out] with scales float32 [in / 32, out].
+
+    The largest value of a block is exactly -8 times its scale.
+    """
     blocks = weight.reshape(-1, INT4_BLOCK, weight.shape[1])
     high, low = blocks.max(axis=1, keepdims=True), blocks.min(axis=1, keepdims=True)
     largest = np.where(high > -low, high, low)
@@ -140,10 +143,10 @@ def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
 
 
 def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:
-    """Rewrite every product with a weight matrix.
+    """Rewrite every product with a weight matrix of a graph, in place, to one with a quantized matrix.
 
     Raises:
-        ArgumentError: int4 for a matrix whose inputs are no multiple of 32.
+        ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
     """
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
@@ -154,7 +157,7 @@ def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:
         rewrite.to_int8(rows) if weights == "int8" else rewrite.to_int4()
     model.graph.remove(_unused(model), safe=True)
     if weights == "int4":
-        model.opset_imports[""] = 21  # the first with DequantizeLinear by blocks
+        model.opset_imports[""] = 21  # the first opset whose DequantizeLinear has blocks
 
 
 def _unused(model: ir.Model) -> list[ir.Node]:
@@ -162,14 +165,14 @@ def _unused(model: ir.Model) -> list[ir.Node]:
 
 
 class _Rewrite:
-    """One MatMul of x [..., in] with a weight [in, out]."""
+    """Rewrites one MatMul of x [..., in] with a weight [in, out]."""
 
     def __init__(self, model: ir.Model, node: ir.Node, matrix: ir.Value) -> None:
         self.graph, self.node, self.matrix = model.graph, node, matrix
         assert matrix.name and matrix.const_value is not None
         self.name = matrix.name
         self.tensor = matrix.const_value
-        self.inputs, self.outputs = (int(size) for size in self.tensor.shape)
+        self.inputs, self.outputs = self.tensor.shape.numpy()
 
     def _read(self) -> Float32:
         return self.tensor.numpy().astype(np.float32, copy=False)
@@ -233,7 +236,7 @@ class _Rewrite:
         self._replace(self._add("Mul", self._add("Mul", product, row_scale), scale))
 
     def _quantize_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """uint8 [..., in] around 128, and scales float32 [..., 1]."""
+        """Insert nodes that quantize x by row: uint8 [..., in] with zero point 128, and scales float32 [..., 1]."""
         largest = self._add("ReduceMax", self._add("Abs", x), self._constant("last_axis", np.array([-1], np.int64)), keepdims=1)
         floor = self._add("Max", largest, self._constant("int8_least", np.float32(1e-12)))
         scale = self._add("Mul", floor, self._constant("int8_step", np.float32(1 / 127)))

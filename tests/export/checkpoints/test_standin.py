@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 
+from tests.support.mini import MINI
 from tokenflow_export.checkpoints.standin import standin_arrays, standin_weight
-from tokenflow_export.models.config import VARIANTS
 
 
 def test_weights_are_the_same_on_every_machine() -> None:
@@ -23,6 +23,6 @@ def test_weights_are_the_same_on_every_machine() -> None:
 
 
 def test_scaling_buffers_hold_their_published_constants() -> None:
-    arrays = {k: v for k, v in standin_arrays(VARIANTS["vitamin_256"]) if k.startswith("scaling")}
+    arrays = {k: v for k, v in standin_arrays(MINI["vitamin"]) if k.startswith("scaling")}
     assert np.allclose(arrays["scaling_layer.shift"].ravel(), [0.48145466, 0.4578275, 0.40821073])
     assert np.allclose(arrays["scaling_layer.scale"].ravel(), [0.26862954, 0.26130258, 0.27577711])

@@ -13,9 +13,8 @@ from tests.support.mini_generator import SMALLEST, export_quietly, generator_sha
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.cli import main
 from tokenflow_export.language_model import agreement
-from tokenflow_export.language_model import generator as exporter
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.errors import CheckpointError, ParityError
 from tokenflow_sdk.model.sampling import sample
 
@@ -107,7 +106,7 @@ def test_damaged_directories_are_named(damage, words: str, checkpoint: Path, tmp
     tokenizer_bundle(tmp_path / "tok", SIDES, 500)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError, match=words):
-        export_quietly(checkpoint, Bundle.open(tmp_path / "tok", exporter.TokenizerConfig), tmp_path / "out")
+        export_quietly(checkpoint, Bundle.open(tmp_path / "tok", TokenizerConfig), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == before
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -74,20 +75,22 @@ def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeyp
     plain = calibrate(bundle, images[:1], images[1:], STEPS)
     assert plain["int8"].kept == plain["fp8"].kept == 0
     monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
-    monkeypatch.setattr("tokenflow_export.precision.calibrate.BAR", plain["int8"].least_psnr + 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.MIN_PSNR", plain["int8"].least_psnr + 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
     careful = calibrate(bundle, images[:1], images[1:], STEPS)["int8"]
     assert careful.kept > 0
     assert careful.convolutions + careful.kept == plain["int8"].convolutions
     assert careful.least_psnr > plain["int8"].least_psnr
 
 
-def test_pinned_nodes_are_not_rounded(tiny: Path) -> None:
+def test_pinned_nodes_are_not_rounded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenflow_export.precision.search import store
 
     name = inner_convolutions(ir.load(tiny / "decode.onnx"))[0]
     store(Bundle.open(tiny, TokenizerConfig), "pinned", {"fp16": {"decode": [name]}}, {})
     bundle = Bundle.open(tiny, TokenizerConfig)
     images = reference_pictures(256, 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
     calibrate(bundle, images[:1], images[1:], STEPS)
     assert name not in json.loads((tiny / "ranges.json").read_text())["int8"]["decode"]
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +129,19 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_export_leaves_nothing_that_opens(ending: signal.Signals, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_nothing_that_opens(
+    ending: signal.Signals, tmp_path: Path, shared_traces: Path, mini_bundle: Path
+) -> None:
+    """Its graphs were traced for `mini_bundle`, so that it comes to writing them sooner."""
+    # A shell's background jobs ignore Ctrl-C, and so would the export.
     script = (
-        "import sys; from pathlib import Path; from tests.support.mini import export_mini, mini_model\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from tests.support.mini import export_mini, mini_model\n"
+        "from tests.support.shared_traces import SharedTraces; from tokenflow_export.tracing import onnx_export\n"
+        "onnx_export._capture = SharedTraces(onnx_export._capture, Path(sys.argv[2]))\n"
         "export_mini(mini_model('clip'), Path(sys.argv[1]))\n"
     )
-    # A shell's background jobs ignore Ctrl-C, and so would the export.
-    heed = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "b"], stderr=subprocess.DEVNULL, **heed)
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "b", shared_traces], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".b-*/decode.onnx")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

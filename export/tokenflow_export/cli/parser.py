@@ -1,0 +1,124 @@
+"""The exporter's command line: its words and their help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+from tokenflow_export.cli import bundles, precision, standin
+from tokenflow_export.models.config import VARIANTS
+
+__all__ = ["make_parser"]
+
+_Words: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_DESCRIPTION = """\
+Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json that tokenflow_sdk runs without torch.
+
+    tokenflow export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
+    tokenflow export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
+    tokenflow export understanding --checkpoint TokenFlow-llava/ --tokenizer bundles/siglip_384 --out bundles/chat
+    tokenflow export precision-search bundles/clipb_256 --images photos/
+    tokenflow export calibrate bundles/clipb_256 --images photos/
+    tokenflow export inspect bundles/clipb_256 decode
+    tokenflow export standin --variant clipb_256 --out checkpoints/clipb_256.pt
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each command's namespace carries its function as `run`."""
+    parser = argparse.ArgumentParser(
+        "tokenflow export", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_exporting(words)
+    _add_searching(words)
+    _add_calibrating(words)
+    _add_inspecting(words)
+    made = words.add_parser("standin", help="a full-size checkpoint of stand-in weights, to try everything without a download")
+    made.add_argument("--variant", choices=list(VARIANTS), default="clipb_256", help="default: %(default)s")
+    made.add_argument("--out", required=True, type=Path, help="the .pt file; must not exist yet")
+    made.set_defaults(run=standin.standin)
+    return parser
+
+
+def _add_exporting(words: _Words) -> None:
+    tokenizer = words.add_parser("tokenizer", help="a tokenizer checkpoint to a bundle")
+    tokenizer.add_argument("--checkpoint", required=True, help=".pt or .safetensors file, or hf://org/repo/file")
+    tokenizer.add_argument(
+        "--variant", choices=list(VARIANTS), help="settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised"
+    )
+    _add_output(tokenizer)
+    tokenizer.set_defaults(run=bundles.tokenizer)
+    generator = words.add_parser("generator", help="a text-to-image directory to a bundle")
+    _add_language_model(generator, "the bundle of the tokenizer that decodes its codes")
+    generator.set_defaults(run=bundles.generator)
+    understanding = words.add_parser("understanding", help="a LLaVA directory (Qwen2 or Llama layout) to a bundle")
+    _add_language_model(understanding, "the bundle of the tokenizer whose codes it reads")
+    understanding.set_defaults(run=bundles.understanding)
+
+
+def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
+    parser.add_argument("--tokenizer", required=True, type=Path, help=tokenizer)
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
+    )
+    weights = "store the transformer's weights in fewer bits; int8 is the fast one on CPUs"
+    parser.add_argument("--weights", choices=("int8", "int4"), help=weights)
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
+    parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+
+
+def _add_searching(words: _Words) -> None:
+    parser = words.add_parser(
+        "precision-search", help="what half precision costs, and which nodes must stay in float32 for engines in it"
+    )
+    bundle = "of a tokenizer or a generator; the nodes to pin and the figures are stored in it"
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
+    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the engines (default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photos to measure a tokenizer on")
+    parser.add_argument("--crops", type=int, default=24, metavar="N", help="crops of the photos (default: %(default)s)")
+    parser.add_argument(
+        "--decoded", type=int, metavar="N", help="how many crops are decoded too, which takes the longest (default: all)"
+    )
+    parser.add_argument(
+        "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
+    )
+    parser.set_defaults(run=precision.precision_search)
+
+
+def _add_calibrating(words: _Words) -> None:
+    parser = words.add_parser(
+        "calibrate", help="the ranges that engines with a decoder in int8 or fp8 need, and what 8 bits cost"
+    )
+    bundle = "of a tokenizer; the ranges and the figures are stored in it"
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="photos to take ranges from")
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="DIR",
+        help="photos to measure on (default: every fourth of --images, kept out of the ranges)",
+    )
+    parser.add_argument("--crops", type=int, default=64, metavar="N", help="crops of each set (default: %(default)s)")
+    parser.set_defaults(run=precision.calibrate)
+
+
+def _add_inspecting(words: _Words) -> None:
+    parser = words.add_parser(
+        "inspect", help="where a graph in half precision, or in TensorRT, differs from float32 in onnxruntime, by tensor"
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="of a tokenizer")
+    parser.add_argument("graph", choices=("encode", "decode", "semantic", "features"))
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: %(default)s")
+    parser.add_argument(
+        "--backend", choices=("onnxruntime", "tensorrt", "tensorrt-rtx"), default="onnxruntime", help="default: %(default)s"
+    )
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="tensors to show (default: %(default)s)")
+    parser.set_defaults(run=precision.inspect)

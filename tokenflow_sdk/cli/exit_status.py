@@ -1,0 +1,32 @@
+"""The exit status of a command, and the errors that it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from tokenflow_sdk.errors import TokenFlowError
+
+__all__ = ["run"]
+
+
+def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Run a command, and print a mistake that the user can mend as one sentence instead of a traceback.
+
+    Args:
+        command: gives its exit status.
+        interrupted: printed on Ctrl-C.
+
+    Returns:
+        The status of the command, 2 after such a mistake, 130 after Ctrl-C.
+    """
+    console = Console(stderr=True, highlight=False)
+    try:
+        return command()
+    except TokenFlowError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print(interrupted, style="yellow")
+        return 130
