@@ -14,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
 from tokenflow_sdk.backends.session import Session
@@ -122,8 +122,9 @@ class LoadedModel(Generic[R]):
             with self._condition:
                 if self._thread is None and not self._closed:
                     # No daemon: at the end of the program one would be torn off inside a backend.
-                    self._thread = threading.Thread(target=self._run, name="tokenflow-steps", daemon=False)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="tokenflow-steps", daemon=False)
+                    thread.start()
+                    self._thread = thread
                 self._condition.notify()
             self._settle()
             if request.error is None and not request.reached(count):
@@ -193,9 +194,17 @@ class LoadedModel(Generic[R]):
             if busy:
                 return
         if self._closed:
-            while self._open_sessions:
-                self._open_sessions.pop().close()
-            self.transformer.close()
+            self._free()
+
+    def _free(self) -> None:
+        """Close sessions and pages, without the lock; several threads may do it together."""
+        session: Session | None = None
+        while self._open_sessions:
+            with suppress(IndexError):
+                session = self._open_sessions.pop()
+            if session is not None:
+                session.close()
+        self.transformer.close()
 
     def _due(self) -> bool:
         closing = self._why_closed is not None or (self._last and not self.users)
