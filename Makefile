@@ -55,7 +55,7 @@ $(VENV)/.train: pyproject.toml constraints.txt $(VENV)/.export
 # Its wheels do not lie on PyPI itself. Where they cannot be had, the next run tries again.
 .venv-gpu/.tensorrt: .venv-gpu/.ready
 	@if $(GPU_PIP) tensorrt; then touch $@; else \
-		echo "warning: tensorrt could not be installed (is pypi.nvidia.com reachable?); what needs it will fail"; fi
+		echo "warning: tensorrt could not be installed (its wheels come from an index of NVIDIA's own); what needs it will fail"; fi
 
 install: $(VENV)/.dev ## everything for working on the project, into .venv
 

@@ -3,7 +3,7 @@
 It writes a checkpoint with random weights in bfloat16 shards (13.5 GB), exports it with `tokenflow export generator`, and
 measures that process. With --draw, it then generates a picture with the bundle.
 
-    python benchmarks/export_7b.py --directory /tmp/7b --weights int8 --draw
+    python benchmarks/export_7b.py --directory build/7b --weights int8 --draw
 """
 
 from __future__ import annotations

@@ -178,7 +178,8 @@ class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in th
     def __init__(self, needed: int, free: int, total: int) -> None:
         super().__init__(
             f"{needed} key/value pages are needed, {free} of {total} are free.",
-            f"Wait for requests to finish, ask for fewer images, or open the model with pages={total - free + needed} or more.",
+            f"{'Wait for requests to finish, ask' if needed <= total else 'Ask'} for fewer images, or open the model with "
+            f"pages={total - free + needed} or more.",
         )
         self.needed, self.free, self.total = needed, free, total
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -37,7 +38,7 @@ class LanguageModel(ABC, Generic[C, R]):
         bundle: whose graphs.
         tokenizer: the one that it was exported with.
         options: of sessions.
-        pages: pages in the pool, if the engine does not say; None: as many as the bundle's config says.
+        pages: pages in the pool, if the session does not say; None: as many as the bundle's config says.
         page_size: tokens in a page.
         open_session: loads a graph.
 
@@ -154,8 +155,9 @@ class LanguageModel(ABC, Generic[C, R]):
 
     def wait_for_engines(self, timeout: float | None = None) -> bool:
         """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
+        deadline = None if timeout is None else perf_counter() + timeout
         done = self._swap is None or self._swap.wait(timeout)
-        return self.tokenizer.wait_for_engines(timeout) and done
+        return self.tokenizer.wait_for_engines(None if deadline is None else max(0.0, deadline - perf_counter())) and done
 
     def close(self) -> None:
         """Free the model, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""

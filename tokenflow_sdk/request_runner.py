@@ -1,4 +1,4 @@
-"""Runs the requests of several threads on a model whose backend may be exchanged meanwhile.
+"""Runs the requests of several threads on a model whose backend may be changed meanwhile.
 
 Steps run on a thread of the runner's own, which lives while somebody waits for a request. So an exception that belongs to a
 caller's thread - Ctrl-C, a signal handler's timeout - never interrupts a step that others share, and a failure belongs to the
@@ -51,7 +51,7 @@ R = TypeVar("R", bound=Request)
 
 
 class Scheduler(Protocol[R_contra]):
-    """Requests over one loaded model. Used by one thread at a time."""
+    """Requests over one loaded model. `check` is called from any thread, everything else by one thread at a time."""
 
     def check(self, request: R_contra, /) -> None:
         """Raise if a request could never run, even alone."""
@@ -69,7 +69,7 @@ class Scheduler(Protocol[R_contra]):
 class LoadedModel(Generic[R]):
     """Sessions of all graphs, pages of keys and values, the requests on them, and the thread that runs their steps.
 
-    Only the thread uses the scheduler while a step runs; between steps, whoever holds the lock does.
+    Only the thread uses the scheduler while a step runs, but for `check`; between steps, whoever holds the lock does.
 
     Args:
         sessions: by name of the graph.
@@ -87,8 +87,8 @@ class LoadedModel(Generic[R]):
         # Reentrant: the garbage collector and signal handlers run in the middle of a thread that may hold it.
         self._condition = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
-        self._stepping = self._exchanging = False
-        self._last = False
+        self._stepping = self._handing_over = False
+        self._retiring = False
         self._why_closed: TokenFlowError | None = None
         self._closed = False
         self._open_sessions = list(sessions.values())
@@ -96,7 +96,7 @@ class LoadedModel(Generic[R]):
     def submit(self, requests: Sequence[R]) -> bool:
         """Queue requests of one call; False if the model is closing and takes no more."""
         with self._condition:
-            accepted = not self._last and self._why_closed is None
+            accepted = not self._retiring and self._why_closed is None
             if accepted:
                 self.users += 1
                 self._submitted.append(requests)
@@ -133,7 +133,7 @@ class LoadedModel(Generic[R]):
     def retire(self) -> None:
         """Take no more requests, and close after the last."""
         with self._condition:
-            self._last = True
+            self._retiring = True
             self._condition.notify()
         self._settle()
 
@@ -164,10 +164,10 @@ class LoadedModel(Generic[R]):
         """Wait until somebody waits for a request, and begin a step; False when nobody did for a while."""
         with self._condition:
             self._stepping = False
-            self._exchange()
+            self._hand_over()
             if not self._wanted():
                 self._condition.wait(LINGER)
-                self._exchange()
+                self._hand_over()
             self._stepping = self._wanted()
             if not self._stepping:
                 self._thread = None
@@ -187,8 +187,8 @@ class LoadedModel(Generic[R]):
         """Do what is due between steps, unless somebody else has the lock: they settle after they let go of it."""
         while self._due() and self._condition.acquire(blocking=False):
             try:
-                busy = self._stepping or self._exchanging
-                self._exchange()
+                busy = self._stepping or self._handing_over
+                self._hand_over()
             finally:
                 self._condition.release()
             if busy:
@@ -207,17 +207,17 @@ class LoadedModel(Generic[R]):
         self.transformer.close()
 
     def _due(self) -> bool:
-        closing = self._why_closed is not None or (self._last and not self.users)
+        closing = self._why_closed is not None or (self._retiring and not self.users)
         return bool(self._submitted or self._dropped) or (closing and not self._closed)
 
-    def _exchange(self) -> None:
+    def _hand_over(self) -> None:
         """Hand submitted and dropped requests to the scheduler, and mark the model as closed if that is due.
 
         The lock is held. Does nothing within a step or within itself: then the garbage collector or a signal handler called it,
         and its work is done by the loop that it interrupts, or after the step.
         """
-        while self._due() and not (self._stepping or self._exchanging):
-            self._exchanging = True
+        while self._due() and not (self._stepping or self._handing_over):
+            self._handing_over = True
             try:
                 if self._submitted:
                     self._take(self._submitted.popleft())
@@ -226,7 +226,7 @@ class LoadedModel(Generic[R]):
                 else:
                     self._end()
             finally:
-                self._exchanging = False
+                self._handing_over = False
 
     def _take(self, requests: Sequence[R]) -> None:
         for request in requests:

@@ -82,9 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     with ProgressSteps() as steps, tempfile.TemporaryDirectory() as work:
         export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compress=True)
         generator, prompts = load_generator(arguments.generator, model)
-        write_released_layout(generator, prompts, Path(work))
+        # The directory's name is the checkpoint's in the bundle's provenance.
+        checkpoint = Path(work) / "recipes-tiny"
+        checkpoint.mkdir()
+        write_released_layout(generator, prompts, checkpoint)
         job = ExportJob(
-            HfDirectory(Path(work)),
+            HfDirectory(checkpoint),
             Bundle.open(out / "tokenizer", TokenizerConfig),
             out / "generator",
             steps,

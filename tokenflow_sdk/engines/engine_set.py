@@ -205,20 +205,11 @@ def _with_title(progress: Progress, title: str) -> Progress:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """Show a progress bar on stderr if that is a terminal; yields the callback, or None if rich is not installed."""
-    try:
-        console = importlib.import_module("rich.console").Console(stderr=True)
-        bars = importlib.import_module("rich.progress")
-    except ImportError:
-        yield None
-        return
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
+def progress_bar() -> Iterator[Progress]:
+    """Show a progress bar on stderr if that is a terminal; yields the callback."""
+    bars = importlib.import_module("rich.progress")
+    console = importlib.import_module("rich.console").Console(stderr=True)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("TensorRT", total=1.0)
         yield lambda title, share: progress.update(task, description=title, completed=share)

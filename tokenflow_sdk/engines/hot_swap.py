@@ -59,7 +59,9 @@ class SwappingSession(Session):
         finally:
             with self._lock:
                 self._calls[session] -= 1
-                left = not self._calls[session] and self._calls.pop(session) == 0
+                left = self._calls[session] == 0
+                if left:
+                    del self._calls[session]
                 last = left and (self._closed or session is not self._current)
             if last:
                 session.close()

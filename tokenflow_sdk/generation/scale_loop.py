@@ -120,8 +120,9 @@ class ScaleLoop:
             self.sample_scale(images[most:])
             return
         if scale == 0:
-            first = np.stack([p.conditional.hidden for p in images]), np.stack([p.unconditional.hidden for p in images])
-            codes = self._sample(images, first[0][:, None], first[1][:, None], 0)
+            conditional = np.stack([image.conditional.hidden for image in images])
+            unconditional = np.stack([image.unconditional.hidden for image in images])
+            codes = self._sample(images, conditional[:, None], unconditional[:, None], 0)
         else:
             codes = self._sample_later_scale(images, scale)
         for image, row in zip(images, codes, strict=True):
@@ -133,7 +134,7 @@ class ScaleLoop:
 
     def _sample_later_scale(self, images: Sequence[ImageState], scale: int) -> Int32:
         inputs = np.stack([image.f_hat for image in images])
-        tables = [p.conditional.table for p in images] + [p.unconditional.table for p in images]
+        tables = [image.conditional.table for image in images] + [image.unconditional.table for image in images]
         context = [table.length for table in tables]
         hidden = self._step(inputs, scale, tables, context, store=scale + 1 < len(self.config.patch_nums))
         codes = self._sample(images, *hidden, 0)
@@ -185,12 +186,12 @@ class ScaleLoop:
     def _sample(self, images: Sequence[ImageState], conditional: Tensor, unconditional: Tensor, refinement: int) -> Int32:
         scale, count = images[0].scale, conditional.shape[1]
         params = [image.params for image in images]
-        passes = [p.passes[refinement] for p in params]
-        noise = [uniform(p.params.seed, p.number, scale, refinement, count) for p in images]
+        passes = [each.passes[refinement] for each in params]
+        noise = [uniform(image.params.seed, image.number, scale, refinement, count) for image in images]
         feeds: dict[str, Tensor] = {
             "conditional": conditional,
             "unconditional": unconditional,
-            "guidance": np.asarray([guidance(p.cfg_scale, scale, len(self.config.patch_nums)) for p in params], np.float32),
+            "guidance": np.asarray([guidance(each.cfg_scale, scale, len(self.config.scales)) for each in params], np.float32),
             "top_k": np.asarray([min(step.top_k, self.config.codebook_size) for step in passes], np.int32),
             "top_p": np.asarray([step.top_p for step in passes], np.float32),
             "noise": np.stack(noise),

@@ -49,7 +49,8 @@ class ImageRequest:
 
 
 class ScaleScheduler:
-    """Admits requests to the pool and runs them on one loop. Not safe for several threads: its owner locks.
+    """Admits requests to the pool and runs them on one loop. `check` may be called from any thread,
+    everything else by one thread at a time.
 
     A request is admitted when the pages it can need at most fit beside those of all live requests, so a step never runs out
     of pages.
@@ -75,7 +76,7 @@ class ScaleScheduler:
         pool = self.loop.transformer.pool
         needed = self._needs(request) + self._prefix_pages(request.negative)
         if needed > pool.pages:
-            raise PagesExhausted(needed, pool.free, pool.pages)
+            raise PagesExhausted(needed, pool.pages, pool.pages)
 
     def submit(self, request: ImageRequest) -> None:
         """Queue a request. Errors as in `check`."""

@@ -20,7 +20,8 @@ __all__ = ["TokenScheduler"]
 
 
 class TokenScheduler:
-    """Admits requests to the pool and runs them on one loop. Not safe for several threads: its owner locks.
+    """Admits requests to the pool and runs them on one loop. `check` may be called from any thread,
+    everything else by one thread at a time.
 
     A request is admitted when the pages it can need at most fit beside those of all live requests, so a step never runs out of
     pages. Pages that only the prefix cache holds count as free; they are evicted when they are needed.
