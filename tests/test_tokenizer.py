@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,3 +178,25 @@ def test_arrays_of_the_wrong_size_point_to_encode_batch(tokenizer: Tokenizer) ->
 
 def test_repr_is_for_people(tokenizer: Tokenizer) -> None:
     assert repr(tokenizer) == "Tokenizer(mini_clip: 64 px, 4 scales, 30 codes of 500)"
+
+
+def test_closing_while_another_thread_encodes_is_named_there(mini_bundle: Path) -> None:
+    """It is finished, or told that the tokenizer is closed; nothing else."""
+    images = np.zeros((64, 64, 64, 3), np.uint8)
+    for _ in range(5):
+        tokenizer = Tokenizer.from_pretrained(mini_bundle, threads=1).load("encode")
+        found: list[object] = []
+
+        def work(tokenizer: Tokenizer = tokenizer, found: list[object] = found) -> None:
+            try:
+                found.append(tokenizer.encode_array(images))
+            except ArgumentError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.02)
+        tokenizer.close()
+        thread.join(60)
+        (outcome,) = found
+        assert isinstance(outcome, np.ndarray) or "closed" in str(outcome)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import pytest
 
 from tokenflow_sdk.backends import onnxruntime as backend
 from tokenflow_sdk.backends.cuda import CudaArray
-from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession, available_cores
+from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
@@ -108,13 +107,32 @@ def test_an_engines_failure_is_a_backend_error(mini_bundle: Path) -> None:
         session._infer({"code_indices": np.zeros((1, 7), np.int32)}, ("features",))
 
 
-def test_the_cores_of_this_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    if hasattr(os, "sched_getaffinity"):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
-        assert available_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cores() == 1
+class SoftTimeLimitError(Exception):
+    """As an application's signal handler raises it, in the middle of a run."""
+
+
+@pytest.mark.parametrize("error", [SoftTimeLimitError("0.3 s are over"), MemoryError(), TimeoutError("its own")])
+def test_exceptions_of_the_application_pass(mini_bundle: Path, error: Exception) -> None:
+    with open_graph(mini_bundle, "features") as session:
+        plain = session._session
+
+        class Interrupted:
+            def run(self, *_: object) -> None:
+                raise error
+
+        session._session = Interrupted()
+        with pytest.raises(type(error)) as caught:
+            session.run({"code_indices": np.zeros((1, 30), np.int32)})
+        assert caught.value is error
+        session._session = plain
+
+
+def test_a_closed_session_says_so(mini_bundle: Path) -> None:
+    session = open_graph(mini_bundle, "features")
+    session.close()
+    session.close()
+    with pytest.raises(ArgumentError, match="This session is closed"):
+        session.run({"code_indices": np.zeros((1, 30), np.int32)})
 
 
 def test_an_application_with_an_arena_of_its_own_keeps_it(mini_bundle: Path) -> None:

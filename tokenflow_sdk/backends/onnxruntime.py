@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
-import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
 from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
-from tokenflow_sdk.errors import BackendError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
 
 __all__ = ["OnnxRuntimeSession", "open_onnxruntime"]
 
@@ -38,13 +38,6 @@ def _import_onnxruntime() -> Any:
             f"onnxruntime is not installed ({error}).",
             "Run `pip install 'tokenflow-sdk[cpu]'`, or 'tokenflow-sdk[gpu]' on a machine with an NVIDIA GPU (never both).",
         ) from None
-
-
-def available_cores() -> int:
-    """Number of cores that the process may use: of its affinity mask where the system has one, else of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _register_shared_arena(ort: Any) -> None:
@@ -116,6 +109,8 @@ class OnnxRuntimeSession(Session):
             # The fallback would print a message and run on the CPU instead.
             self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
         except Exception as error:
+            if not _is_own(error):
+                raise
             raise BackendError(
                 f"onnxruntime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
                 "Check free memory and `tokenflow verify BUNDLE`; an older onnxruntime may not know the graph's operators.",
@@ -150,21 +145,25 @@ class OnnxRuntimeSession(Session):
         return "cpu" if self._bound_device is None else "{}:{}".format(*self._bound_device)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
+        session = self._open_session()
         try:
             if self._bound_device is None:
-                return list(self._session.run(list(outputs), dict(feeds)))
-            return list(self._run_bound(feeds, outputs, "cpu").copy_outputs_to_cpu())
-        except MemoryError:
-            raise
+                return list(session.run(list(outputs), dict(feeds)))
+            return list(self._run_bound(session, feeds, outputs, "cpu").copy_outputs_to_cpu())
         except Exception as error:
+            if not _is_own(error):
+                raise
             raise _run_error(error) from error
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
         if self._cuda is None or self._bound_device is None:
             return self._infer(feeds, outputs)
+        session = self._open_session()
         try:
-            found = self._run_bound(feeds, outputs, self._bound_device[0]).get_outputs()
+            found = self._run_bound(session, feeds, outputs, self._bound_device[0]).get_outputs()
         except Exception as error:
+            if not _is_own(error):
+                raise
             raise _run_error(error) from error
         specs = {spec.name: np.dtype(spec.dtype) for spec in self.outputs}
         return [
@@ -175,10 +174,21 @@ class OnnxRuntimeSession(Session):
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return super().make_pages(shape, dtype) if self._cuda is None else CudaPages(self._cuda, shape, dtype)
 
-    def _run_bound(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...], where: str) -> Any:
+    def _open_session(self) -> Any:
+        """The session of onnxruntime; who has it may run it to the end although this is closed meanwhile.
+
+        Raises:
+            ArgumentError: this session is closed.
+        """
+        session = self._session
+        if session is None:
+            raise ArgumentError("This session is closed.", "Open the bundle again.")
+        return session
+
+    def _run_bound(self, session: Any, feeds: Mapping[str, Tensor], outputs: tuple[str, ...], where: str) -> Any:
         """Run with the wanted outputs bound to device `where`, so that no other output is copied, and return the binding."""
         assert self._bound_device is not None
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, CudaArray):
                 binding.bind_input(name, *self._bound_device, value.dtype, value.shape, value.pointer)
@@ -188,7 +198,7 @@ class OnnxRuntimeSession(Session):
             binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
         # onnxruntime changes the thread's current GPU and does not restore it.
         with nullcontext() if self._cuda is None else self._cuda.active():
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         return binding
 
@@ -220,6 +230,14 @@ def _open_cuda(index: int) -> Cuda | None:
     except BackendError as error:
         logging.getLogger("tokenflow_sdk").warning("Pages cross to the GPU at every step: %s", error)
         return None
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether onnxruntime raised it, and not e.g. a signal handler of the application that ran meanwhile.
+
+    onnxruntime raises classes of its own; its bindings and its Python code also raise the plain built-in classes.
+    """
+    return type(error) in (RuntimeError, ValueError, TypeError) or type(error).__module__.startswith("onnxruntime")
 
 
 def _run_error(error: Exception) -> BackendError:

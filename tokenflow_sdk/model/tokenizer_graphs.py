@@ -94,9 +94,14 @@ class TokenizerGraphs:
             self._sessions.clear()
 
     def _run(self, graph: str, feed: str, array: Array, output: str) -> NDArray[Any]:
-        session = self.load(graph)
+        """Run a graph on all rows, at most `batch_limit` in a call.
+
+        Raises:
+            ArgumentError: this is closed, also meanwhile.
+        """
+        # Asked for at every call, because another thread may close this between two.
         parts = [
-            session.run({feed: array[start : start + self.batch_limit]}, [output])[output]
+            self.load(graph).run({feed: array[start : start + self.batch_limit]}, [output])[output]
             for start in range(0, len(array), self.batch_limit)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

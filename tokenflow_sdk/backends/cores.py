@@ -1,0 +1,54 @@
+"""How many CPU cores the process may use: its affinity, the quota of its container, and `OMP_NUM_THREADS`."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["available_cores"]
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def available_cores() -> int:
+    """Number of cores that the process may use, at least 1.
+
+    `OMP_NUM_THREADS` decides where it is set. Else it is the cores of the affinity mask, where the system has one, but no more
+    than the CPU quota of the container (cgroup v2 or v1), rounded up: more threads than that are stopped for a part of each
+    period.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isascii() and wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _quotas() -> list[float]:
+    """CPU quotas in cores, of the process's cgroup and of those around it."""
+    found = []
+    for directory in _cgroups():
+        # Version 2: "200000 100000", or "max 100000" without a quota. Version 1: two files, -1 without a quota.
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (directory / "cpu.max").read_text().split()
+            found.append(float(quota) / float(period))
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = ((directory / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            found.append(float(quota) / float(period))
+    return [cores for cores in found if math.isfinite(cores) and cores > 0]
+
+
+def _cgroups() -> list[Path]:
+    """Directories of the process's cgroup and of all around it. In a container the root is usually the container's own."""
+    found = {CGROUPS, CGROUPS / "cpu"}
+    with suppress(OSError, ValueError):
+        for line in OWN_CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS if not controllers else CGROUPS / "cpu"
+            if not controllers or "cpu" in controllers.split(","):
+                own = Path(path.lstrip("/"))
+                found |= {root / part for part in (own, *own.parents)}
+    return sorted(found)
