@@ -210,7 +210,13 @@ def test_a_signal_handler_may_use_and_close_the_model(generator: Generator) -> N
     done: list[object] = []
 
     def ring(*_: object) -> None:
-        done.append(generator.generate("w2", seed=1, preset="fast").codes)
+        try:
+            done.append(generator.generate("w2", seed=1, preset="fast").codes)
+        except ArgumentError as error:
+            # It came at one of the moments when the interrupted thread hands requests over: said, instead of waiting for ever.
+            assert "busy in the thread that a signal handler interrupted" in str(error)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
         generator.close()
 
     before = signal.signal(signal.SIGALRM, ring)

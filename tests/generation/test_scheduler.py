@@ -402,3 +402,11 @@ def test_any_order_of_requests_takes_the_steps_that_the_rules_say(data: st.DataO
         assert r.scale == oracle.scale.get(number, 0)
         scheduler.remove(r)
     assert is_clean(scheduler)
+
+
+def test_a_request_is_as_far_as_its_last_image() -> None:
+    """A step may be split between its images, and is asked about in the middle."""
+    r = request(n=2)
+    r.images = [SimpleNamespace(scale=3), SimpleNamespace(scale=2)]  # type: ignore[list-item]
+    assert r.scale == 2
+    assert not r.reached(3)

@@ -233,3 +233,14 @@ def test_a_pool_that_is_too_small_says_so() -> None:
     assert request.table is not None
     request.table.release()
     assert loop.transformer.pool.free == 2
+
+
+def test_an_answer_has_its_last_token_when_it_is_finished() -> None:
+    """Another thread may ask between the token and the finish."""
+    answer = AnswerRequest(TokenPrompt(((1,),), ()), AnswerParams(max_tokens=2), False, 0.0)
+    answer.tokens = [5]
+    assert answer.reached(1)
+    answer.tokens = [5, 6]
+    assert not answer.reached(2)
+    answer.finish = "length"
+    assert answer.reached(2)

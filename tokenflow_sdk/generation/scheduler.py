@@ -41,7 +41,7 @@ class ImageRequest:
     @property
     def scale(self) -> int:
         """Scales sampled so far."""
-        return self.images[0].scale if self.images else 0
+        return min((image.scale for image in self.images), default=0)
 
     def reached(self, count: int) -> bool:
         """Whether `count` scales are sampled."""
