@@ -57,7 +57,7 @@ class Reference:
         table = self.model.model.embed_tokens
         blocks = [*prompt.blocks, tuple(answer)]
         parts = [
-            self.projector(torch.from_numpy(b.features)) if isinstance(b, ImageBlock) else table(torch.tensor(b).long())
+            self.projector(torch.tensor(b.features)) if isinstance(b, ImageBlock) else table(torch.tensor(b).long())
             for b in blocks
         ]
         return torch.cat(parts)[None]
