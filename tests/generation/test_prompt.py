@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.fake_graphs import GENERATOR
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError, PromptError
 from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
 
@@ -65,6 +67,24 @@ def test_more_is_cut_with_a_warning_or_refused(encoder: PromptEncoder, prompt: P
 def test_an_empty_text_is_refused(encoder: PromptEncoder, text: str) -> None:
     with pytest.raises(PromptError, match="The prompt is empty"):
         encoder.encode(text)
+
+
+def test_half_characters_are_named(encoder: PromptEncoder) -> None:
+    """What a command line gives for a byte that is not UTF-8."""
+    with pytest.raises(PromptError, match=r"'a.udce9' is no text: its character 1 is half of one"):
+        encoder.encode("a\udce9")
+
+
+@pytest.mark.parametrize("spelled", ["<s>", "[PAD]", "a <s> b", "</s>", "[PAD][PAD]"])
+def test_a_prompt_cannot_spell_control_tokens(spelled: str) -> None:
+    path = find_bundle("tiny", GeneratorConfig.kind)
+    encoder = PromptEncoder(path / "tokenizer.json", Bundle.open(path, GeneratorConfig).config)
+    plain = Tokenizer.from_file(str(path / "tokenizer.json"))
+    found = encoder.encode(spelled)
+    assert not {0, 1} & set(found)
+    assert plain.decode(found, skip_special_tokens=False).strip() == spelled
+    # Other prompts have the ids that they always had.
+    assert encoder.encode("a red apple, 3d render") == tuple(plain.encode("a red apple, 3d render").ids)
 
 
 @pytest.mark.parametrize("ids", [[], (), np.zeros(0, int)])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
+from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
 from tokenflow_sdk.errors import PromptError
 
 __all__ = ["Prompt", "PromptEncoder"]
@@ -53,6 +53,7 @@ class PromptEncoder:
     def _ids_of_text(self, text: str) -> tuple[int, ...]:
         if not text.strip():
             raise PromptError("The prompt is empty.", "Describe the picture in a few words.")
+        require_unicode(text)
         if self._tokenizer is None:
             self._tokenizer = load_text_tokenizer(self._path)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
