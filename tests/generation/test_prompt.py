@@ -93,6 +93,20 @@ def test_no_ids_are_refused(encoder: PromptEncoder, ids: Sequence[int]) -> None:
         encoder.encode(ids)
 
 
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"cup", bytearray(b"cup"), memoryview(b"cup"), ["a cup"], [1.5], [None], 2.5, [[5]]]
+)
+def test_what_is_no_prompt_is_named(encoder: PromptEncoder, prompt: object) -> None:
+    with pytest.raises(PromptError, match=f"negative prompt is {type(prompt).__name__}, neither text nor.*generate_batch"):
+        encoder.encode(prompt, name="negative prompt")  # type: ignore[arg-type]
+
+
+def test_an_empty_negative_prompt_is_called_by_its_name(encoder: PromptEncoder) -> None:
+    for empty in ("", []):
+        with pytest.raises(PromptError, match="The negative prompt (is empty|has no tokens)"):
+            encoder.encode(empty, name="negative prompt")
+
+
 @pytest.mark.parametrize("wrong", [-1, 20, 45, 69, 74, 10**9])
 def test_ids_that_are_no_text_are_named(encoder: PromptEncoder, wrong: int) -> None:
     """Codes are 20 .. 69; 74 ends the vocabulary."""
