@@ -64,7 +64,7 @@ class Transformers:
         """The embeddings [1, Q, H] of a prompt."""
         table = self.model.model.embed_tokens
         parts = [
-            self.projector(torch.from_numpy(block.features)) if isinstance(block, ImageBlock) else table(torch.tensor(block))
+            self.projector(torch.tensor(block.features)) if isinstance(block, ImageBlock) else table(torch.tensor(block))
             for block in prompt.blocks
         ]
         return torch.cat(parts)[None]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.mini_understander import features
@@ -107,3 +108,28 @@ def test_pools_that_hold_nothing_are_named(kind: Any, bundle: Bundle[Any], token
     for sizes in ({"pages": 0}, {"page_size": 0}):
         with pytest.raises(ArgumentError, match="hold nothing"):
             kind(bundle, tokenizer, SessionOptions("cpu"), **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"pages": "9"}, {"pages": 9.0}, {"page_size": None}, {"page_size": True}])
+def test_sizes_of_pools_that_are_no_integers_are_named(
+    kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer, sizes: Any
+) -> None:
+    ((name, value),) = sizes.items()
+    with pytest.raises(ArgumentError, match=f"{name}={value!r} makes a pool"):
+        kind.from_pretrained(bundle.path, tokenizer=tokenizer, **sizes)
+    with pytest.raises(ArgumentError, match=f"{name}={value!r} makes a pool"):
+        kind(bundle, tokenizer, SessionOptions("cpu"), **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"pages": 10**12}, {"page_size": 10**12}])
+def test_pools_beyond_the_machines_memory_are_refused_at_once(
+    kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer, sizes: Any
+) -> None:
+    with pytest.raises(ArgumentError, match="1000000000000 .*GB, keys and values together, and this machine has"):
+        kind.from_pretrained(bundle.path, tokenizer=tokenizer, device="cpu", **sizes)
+
+
+def test_sizes_of_pools_may_be_numbers_of_other_libraries(kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer) -> None:
+    with kind(bundle, tokenizer, SessionOptions("cpu"), pages=np.int64(150), page_size=np.int32(8)) as model:
+        pool = model._runner.model.transformer.pool
+        assert (pool.pages, pool.page_size) == (150, 8)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -73,6 +74,40 @@ def test_encode_batch_takes_any_iterable_and_reads_it_batch_by_batch(fake: Token
     assert seen == [(0, 0), (1, 0), (2, 1)]
 
 
+@pytest.mark.parametrize(
+    ("one", "name"),
+    [
+        (np.zeros((5, 256, 3), np.uint8), r"<array uint8\[5, 256, 3\]>"),
+        (np.zeros((5, 256), np.uint8), r"<array uint8\[5, 256\]>"),
+        ("photo.png", "photo.png"),
+        (Path("photo.png"), "photo.png"),
+        (b"1234", "<4 bytes>"),
+        (io.BytesIO(b"1234"), "<BytesIO>"),
+        (Image.new("RGB", (9, 8)), "<RGB image 9x8>"),
+        (None, "<NoneType>"),
+    ],
+)
+def test_one_picture_is_not_taken_for_several(fake: Tokenizer, one: object, name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"several pictures, and {name} is one.*encode_batch\(\[image\]\)"):
+        fake.encode_batch(one)  # type: ignore[arg-type]
+
+
+def test_an_array_of_pictures_is_several(fake: Tokenizer) -> None:
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    assert [codes.indices[0] for codes in fake.encode_batch(images)] == [0, 1, 2]
+    paths = np.empty(1, object)
+    paths[0] = PHOTO
+    assert fake.encode_batch(paths) == fake.encode_batch([PHOTO])
+
+
+def test_one_row_of_codes_is_not_taken_for_several(fake: Tokenizer) -> None:
+    whole = fake.codes(np.array([9, 1, 2, 3, 4]))
+    for one, kind in ((whole, "Codes"), (np.array([[9]]), "ndarray"), (5, "int")):
+        with pytest.raises(ArgumentError, match=rf"takes a list of Codes, not {kind}.*decode_batch\(\[codes\]\)"):
+            fake.decode_batch(one)  # type: ignore[arg-type]
+    assert len(fake.decode_batch(codes for codes in (whole, whole))) == 2  # type: ignore[arg-type]
+
+
 def test_partial_codes_are_padded_with_absent_scales(fake: Tokenizer) -> None:
     whole = fake.codes(np.array([9, 1, 2, 3, 4]))
     assert fake.features(whole.truncate(1))[:, 0].tolist() == [9, -1, -1, -1]
@@ -108,6 +143,12 @@ def test_codes_of_another_tokenizer_are_refused(fake: Tokenizer) -> None:
         fake.decode("p.tfc")  # type: ignore[arg-type]
 
 
+def test_graphs_that_there_are_not_are_named(fake: Tokenizer) -> None:
+    with pytest.raises(ArgumentError, match="no graph 'nope'. Choose of: encode, decode, semantic, features"):
+        fake.load("encode", "nope")
+    assert fake.device == "not loaded"
+
+
 def test_closed_tokenizers_say_so(fake: Tokenizer, made: list[FakeSession]) -> None:
     with fake:
         fake.load("encode")
@@ -120,6 +161,12 @@ def test_closed_tokenizers_say_so(fake: Tokenizer, made: list[FakeSession]) -> N
 def test_options_that_cannot_work(mini_bundle: Path) -> None:
     with pytest.raises(ArgumentError, match="batch_limit=0"):
         Tokenizer.from_pretrained(mini_bundle, batch_limit=0)
+    for limit in ("2", 2.0, None, True):
+        with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):
+            Tokenizer.from_pretrained(mini_bundle, batch_limit=limit)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):
+            Tokenizer(fake_bundle(), batch_limit=limit)  # type: ignore[arg-type]
+    assert Tokenizer(fake_bundle(), batch_limit=np.int64(2)).batch_limit == 2  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="device"):
         Tokenizer.from_pretrained(mini_bundle, device="gpu")
 

@@ -11,6 +11,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -19,7 +20,7 @@ from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.choice import Needs, choose, engines_for
 from tokenflow_sdk.engines.hot_swap import EngineSwap
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CodebookMismatchError
+from tokenflow_sdk.errors import BundleNotFoundError, CodebookMismatchError
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.request_runner import LoadedModel, Request, RequestRunner, Scheduler
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -58,8 +59,7 @@ class LanguageModel(ABC, Generic[C, R]):
         page_size: int = PAGE_SIZE,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
-        if page_size < 1 or (pages is not None and pages < 1):
-            raise ArgumentError(f"pages={pages}, page_size={page_size} hold nothing.", "Give at least 1 of each.")
+        pages, page_size = _checked_pool(pages, page_size)
         require_paired(tokenizer, bundle.config, bundle.path)
         self.bundle = bundle
         self.tokenizer = tokenizer
@@ -101,7 +101,7 @@ class LanguageModel(ABC, Generic[C, R]):
         """
         options = RuntimeOptions(
             device=device,
-            providers=None if providers is None else tuple(providers),
+            providers=providers,
             threads=threads,
             backend=backend,
             build_config=build_config,
@@ -124,6 +124,7 @@ class LanguageModel(ABC, Generic[C, R]):
         bundle = Bundle.open(find_bundle(name, cls.config_type.kind), cls.config_type)
         bundle.verify()
         paired = paired_tokenizer(bundle, tokenizer, options)
+        pages, page_size = _checked_pool(pages, page_size)
         needs = Needs(pages=pages, page_size=page_size)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
@@ -181,6 +182,14 @@ class LanguageModel(ABC, Generic[C, R]):
             scheduler = self._schedule(sessions, transformer)
             opened.pop_all()
         return LoadedModel(sessions, transformer, scheduler)
+
+
+def _checked_pool(pages: object, page_size: object) -> tuple[int | None, int]:
+    problem, hint = "makes a pool of pages that hold nothing.", "Give an integer from 1 on."
+    return (
+        None if pages is None else integer("pages", pages, 1, None, problem, hint),
+        integer("page_size", page_size, 1, None, problem, hint),
+    )
 
 
 def paired_tokenizer(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -23,12 +24,14 @@ from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.pictures.codes import Codes
-from tokenflow_sdk.pictures.images import MAX_PIXELS, ImageSource, Preprocess, check_batch
+from tokenflow_sdk.pictures.images import MAX_PIXELS, ImageSource, Preprocess, check_batch, describe
 from tokenflow_sdk.pictures.images import preprocess as load_and_fit
 
 __all__ = ["Tokenizer"]
 
 T = TypeVar("T")
+
+GRAPHS = ("encode", "decode", "semantic", "features")
 
 
 class Tokenizer:
@@ -49,8 +52,7 @@ class Tokenizer:
         batch_limit: int = 1,
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
-        if batch_limit < 1:
-            raise ArgumentError(f"batch_limit={batch_limit} leaves no room for an image.", "Give at least 1.")
+        batch_limit = _checked_batch_limit(batch_limit)
         self.bundle = bundle
         self.batch_limit = batch_limit
         self.graphs = TokenizerGraphs(bundle, open_session, options or SessionOptions(), batch_limit)
@@ -90,7 +92,7 @@ class Tokenizer:
         """
         options = RuntimeOptions(
             device=device,
-            providers=None if providers is None else tuple(providers),
+            providers=providers,
             threads=threads,
             backend=backend,
             build_config=build_config,
@@ -106,6 +108,7 @@ class Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
+        batch_limit = _checked_batch_limit(batch_limit)
         needs = Needs(batch=batch_limit)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
@@ -134,7 +137,14 @@ class Tokenizer:
         return self._swap is None or self._swap.wait(timeout)
 
     def load(self, *graphs: str) -> Tokenizer:
-        """Load graphs now instead of on first use: any of `encode`, `decode`, `semantic`, `features`; none means all."""
+        """Load graphs now instead of on first use: any of `encode`, `decode`, `semantic`, `features`; none means all.
+
+        Raises:
+            ArgumentError: there is no such graph.
+            CorruptBundleError, BackendError, MissingPackageError: a graph is missing or cannot be loaded.
+        """
+        if unknown := [name for name in graphs if name not in GRAPHS]:
+            raise ArgumentError(f"A tokenizer has no graph {unknown[0]!r}.", f"Choose of: {', '.join(GRAPHS)}.")
         for name in graphs or tuple(self.bundle.graphs):
             self.graphs.load(name)
         return self
@@ -165,7 +175,21 @@ class Tokenizer:
         fast: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Codes]:
-        """Encode several images, in order, to the same codes as one by one. Options and errors as in `encode`."""
+        """Encode several images, in order, to the same codes as one by one. Options and errors as in `encode`.
+
+        Args:
+            images: a list or another iterable, read batch by batch; or one u8 array [B, H, W, 3].
+
+        Raises:
+            ArgumentError: one image instead of several.
+        """
+        stack = isinstance(images, np.ndarray) and (images.ndim == 4 or images.dtype == object)
+        single = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray)) or hasattr(images, "read")
+        if (single and not stack) or not isinstance(images, Iterable):
+            raise ArgumentError(
+                f"encode_batch takes several pictures, and {describe(images)} is one.",
+                "Use encode(image), or give a list: encode_batch([image]).",
+            )
         found: list[Codes] = []
         for chunk in _chunks(images, self.batch_limit):
             array = np.stack(
@@ -208,7 +232,17 @@ class Tokenizer:
         return self.decode_batch([codes])[0]
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Image.Image]:
-        """Decode several codes, in order; they may have different numbers of scales."""
+        """Decode several codes, in order; they may have different numbers of scales. Errors as in `decode`.
+
+        Raises:
+            ArgumentError: not a list of codes.
+        """
+        if isinstance(codes, (Codes, np.ndarray)) or not isinstance(codes, Iterable):
+            raise ArgumentError(
+                f"decode_batch takes a list of Codes, not {type(codes).__name__}.",
+                "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices.",
+            )
+        codes = list(codes)
         return [Image.fromarray(image) for image in self.decode_array(self._indices(codes))] if codes else []
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
@@ -291,6 +325,10 @@ class Tokenizer:
                     f"Scale {i + 1} is absent (-1) in part.", "Leave a scale out as a whole, or give all of its codes."
                 )
         return full
+
+
+def _checked_batch_limit(value: object) -> int:
+    return integer("batch_limit", value, 1, None, "leaves no room for an image.", "Give at least 1.")
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -304,6 +304,17 @@ def test_pads_are_never_computed(bundle: Path) -> None:
         ({"prompt": "w5", "seed": -1}, ArgumentError, "seed=-1"),
         ({"prompt": "w5 " * 200, "strict": True}, PromptError, "200 tokens; this model reads 127"),
         ({"prompt": "w5", "negative_prompt": ""}, PromptError, "empty"),
+        ({"prompt": "w5", "negative_prompt": ""}, PromptError, "The negative prompt is empty"),
+        ({"prompt": None}, PromptError, "The prompt is NoneType, neither text nor"),
+        ({"prompt": b"w5"}, PromptError, "The prompt is bytes"),
+        ({"prompt": ["w5"]}, PromptError, "The prompt is list.*generate_batch"),
+        ({"prompt": "w\udce9"}, PromptError, "is no text"),
+        ({"prompt": "w5", "n": "2"}, ArgumentError, "n='2'"),
+        ({"prompt": "w5", "n": True}, ArgumentError, "n=True"),
+        ({"prompt": "w5", "seed": "1"}, ArgumentError, "seed='1'"),
+        ({"prompt": "w5", "cfg_scale": "7.5"}, ArgumentError, "cfg_scale='7.5'"),
+        ({"prompt": "w5", "preset": ""}, ArgumentError, "no preset ''"),
+        ({"prompt": "w5", "params": "fast"}, ArgumentError, "params='fast' are no settings"),
     ],
 )
 def test_requests_that_cannot_work_are_named(generator: Generator, request_: dict, error: type[Exception], words: str) -> None:
@@ -312,6 +323,17 @@ def test_requests_that_cannot_work_are_named(generator: Generator, request_: dic
     with pytest.raises(error, match=words):
         generator.stream(**request_)
     assert pool_is_clean(generator)
+
+
+@pytest.mark.parametrize("one", ["w5", b"w5", None, 5, [5, 6], np.array([5, 6])])
+def test_one_prompt_is_not_taken_for_several(generator: Generator, one: object) -> None:
+    with pytest.raises(ArgumentError, match=r"several prompts, and this is one.*generate_batch\(\[prompt\]\)"):
+        generator.generate_batch(one, preset="fast")  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_fine(generator: Generator) -> None:
+    found = generator.generate("w5", n=np.int64(2), seed=np.int64(7), cfg_scale=np.float32(2), preset="fast")  # type: ignore[arg-type]
+    assert codes(found) == codes(generator.generate("w5", n=2, seed=7, cfg_scale=2, preset="fast"))
 
 
 def test_a_long_prompt_is_cut_with_a_warning(generator: Generator) -> None:

@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.fake_graphs import GENERATOR
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError, PromptError
 from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
 
@@ -67,10 +69,42 @@ def test_an_empty_text_is_refused(encoder: PromptEncoder, text: str) -> None:
         encoder.encode(text)
 
 
+def test_half_characters_are_named(encoder: PromptEncoder) -> None:
+    """What a command line gives for a byte that is not UTF-8."""
+    with pytest.raises(PromptError, match=r"'a.udce9' is no text: its character 1 is half of one"):
+        encoder.encode("a\udce9")
+
+
+@pytest.mark.parametrize("spelled", ["<s>", "[PAD]", "a <s> b", "</s>", "[PAD][PAD]"])
+def test_a_prompt_cannot_spell_control_tokens(spelled: str) -> None:
+    path = find_bundle("tiny", GeneratorConfig.kind)
+    encoder = PromptEncoder(path / "tokenizer.json", Bundle.open(path, GeneratorConfig).config)
+    plain = Tokenizer.from_file(str(path / "tokenizer.json"))
+    found = encoder.encode(spelled)
+    assert not {0, 1} & set(found)
+    assert plain.decode(found, skip_special_tokens=False).strip() == spelled
+    # Other prompts have the ids that they always had.
+    assert encoder.encode("a red apple, 3d render") == tuple(plain.encode("a red apple, 3d render").ids)
+
+
 @pytest.mark.parametrize("ids", [[], (), np.zeros(0, int)])
 def test_no_ids_are_refused(encoder: PromptEncoder, ids: Sequence[int]) -> None:
     with pytest.raises(PromptError, match="no tokens"):
         encoder.encode(ids)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"cup", bytearray(b"cup"), memoryview(b"cup"), ["a cup"], [1.5], [None], 2.5, [[5]]]
+)
+def test_what_is_no_prompt_is_named(encoder: PromptEncoder, prompt: object) -> None:
+    with pytest.raises(PromptError, match=f"negative prompt is {type(prompt).__name__}, neither text nor.*generate_batch"):
+        encoder.encode(prompt, name="negative prompt")  # type: ignore[arg-type]
+
+
+def test_an_empty_negative_prompt_is_called_by_its_name(encoder: PromptEncoder) -> None:
+    for empty in ("", []):
+        with pytest.raises(PromptError, match="The negative prompt (is empty|has no tokens)"):
+            encoder.encode(empty, name="negative prompt")
 
 
 @pytest.mark.parametrize("wrong", [-1, 20, 45, 69, 74, 10**9])

@@ -92,6 +92,19 @@ def test_presets() -> None:
         SamplingParams.preset("best")
 
 
+def test_numbers_of_other_libraries_are_pythons_own() -> None:
+    given = SamplingParams([Pass(np.int64(5), np.float32(0.5))], np.float64(3), np.uint64(7))  # type: ignore[arg-type]
+    assert given == SamplingParams((Pass(5, 0.5),), 3.0, 7)
+    assert hash(given) == hash(SamplingParams((Pass(5, 0.5),), 3.0, 7))
+    assert [type(value) for value in (*vars(given).values(), *vars(given.passes[0]).values())] == [
+        tuple,
+        float,
+        int,
+        int,
+        float,
+    ]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -106,6 +119,15 @@ def test_presets() -> None:
         (lambda: SamplingParams(seed=-1), "seed=-1"),
         (lambda: SamplingParams(seed=1.5), "seed=1.5"),  # type: ignore[arg-type]
         (lambda: SamplingParams(seed=2**63), "is no seed"),
+        (lambda: Pass("5", 0.5), "top_k='5'"),  # type: ignore[arg-type]
+        (lambda: Pass(True, 0.5), "top_k=True"),
+        (lambda: Pass(1, None), "top_p=None"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(cfg_scale="7.5"), "cfg_scale='7.5' cannot guide"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(cfg_scale=None), "cfg_scale=None"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(seed="1"), "seed='1'"),  # type: ignore[arg-type]
+        (lambda: SamplingParams("fast"), "passes='fast' is no list of passes"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(Pass(1, 0.0)), "no list of passes"),  # type: ignore[arg-type]
+        (lambda: SamplingParams.preset(["fast"]), "no preset"),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_cannot_work_are_named(make, words: str) -> None:

@@ -333,3 +333,10 @@ def test_ssim_is_the_mean_over_windows() -> None:
             found.append(top / ((p.mean() ** 2 + q.mean() ** 2 + 6.5025) * (vp + vq + 58.5225)))
     assert ssim(a, b) == pytest.approx(np.mean(found))
     assert ssim(a, a) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("limit", [0, "9", 9.5, None, True])
+def test_limits_that_are_no_integers_are_named(limit: object) -> None:
+    with pytest.raises(ArgumentError, match=f"max_pixels={limit!r} accepts no picture"):
+        load_image(np.zeros((3, 3), np.uint8), max_pixels=limit)  # type: ignore[arg-type]
+    assert load_image(np.zeros((3, 3), np.uint8), max_pixels=np.int64(9)).size == (3, 3)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ class FakeAnswering(Answering):
         self.scheduler = TokenScheduler(TokenLoop(UNDERSTANDER, graphs, transformer))
         model: LoadedModel[AnswerRequest] = LoadedModel(graphs, transformer, self.scheduler)
         self.runner = RequestRunner("Understander", model)
-        super().__init__(cast(ImageFeatures, FakeImages()), cast(ChatText, FakeText()), self.runner)
+        super().__init__(cast(ImageFeatures, FakeImages()), cast(ChatText, FakeText()), self.runner, UNDERSTANDER.context)
 
     def is_clean(self) -> bool:
         """Only the prefix cache holds pages."""

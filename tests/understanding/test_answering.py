@@ -5,8 +5,8 @@ from time import perf_counter
 import pytest
 
 from tests.support.fake_answering import HALF, FakeAnswering
-from tests.support.fake_graphs import STOP
-from tokenflow_sdk.errors import PagesExhausted, PromptError
+from tests.support.fake_graphs import STOP, UNDERSTANDER
+from tokenflow_sdk.errors import ArgumentError, PagesExhausted, PromptError
 from tokenflow_sdk.understanding.answering import Answer
 from tokenflow_sdk.understanding.params import AnswerParams
 from tokenflow_sdk.understanding.token_loop import AnswerRequest
@@ -116,3 +116,21 @@ def test_what_cannot_work_is_said_before_anything_runs() -> None:
         answering.next(fits, "?" * 20, FIVE)
     assert answering.is_clean()
     assert answering.scheduler.loop.transformer.token_forwards == 0
+
+
+def test_an_answer_without_a_length_ends_where_the_model_reads_no_more() -> None:
+    answering = FakeAnswering(tokens=(1,), pages=600)
+    long = "?" * (UNDERSTANDER.context - 4 - 10)
+    (answer,) = answering.answers([first(answering, question=long, params=AnswerParams())])
+    assert (len(answer.token_ids), answer.params.max_tokens) == (10, 10)
+    (answer,) = answering.answers([first(answering, params=AnswerParams())])
+    assert len(answer.token_ids) == 256
+    with pytest.raises(PromptError, match="max_tokens=11 more make 2001; this model reads 2000"):
+        first(answering, question=long, params=AnswerParams(max_tokens=11))
+    with pytest.raises(PromptError, match="this model reads 2000"):
+        first(answering, question=long + "?" * 10, params=AnswerParams())
+
+
+def test_stop_tokens_that_the_model_does_not_have_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"stop_ids=8 ends no answer: this model has tokens 0 \.\. 7"):
+        first(FakeAnswering(), params=AnswerParams(stop_ids=(7, 8)))

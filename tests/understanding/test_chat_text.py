@@ -79,6 +79,11 @@ def test_a_question_cannot_spell_control_tokens(kind: str, text: ChatText, spell
     assert [i for i in tricky if i in control] == [i for i in plain if i in control]
 
 
+def test_half_characters_are_named(text: ChatText) -> None:
+    with pytest.raises(PromptError, match="'a.udce9 cup' is no text: its character 1 is half of one"):
+        text.first([PICTURE], "a\udce9 cup")
+
+
 @pytest.mark.parametrize("question", ["", " \n", None, b"what?", ["what?"]])
 def test_what_is_no_question_is_named(text: ChatText, question: object) -> None:
     with pytest.raises(PromptError, match="is no question"):
@@ -96,6 +101,73 @@ def test_pieces_of_any_tokens_are_the_whole_text(ids: list[int], kind: str) -> N
     # Byte fallback replaces all of a run in which one byte is wrong, also what was given before it.
     if kind == "qwen" or "\ufffd" not in whole:
         assert "".join([*pieces, stream.flush()]) == whole
+
+
+@given(st.lists(st.integers(0, 300), max_size=30), st.sampled_from(sorted(KINDS)))
+@settings(max_examples=150, deadline=None)
+def test_tokens_without_text_change_nothing_around_them(ids: list[int], kind: str) -> None:
+    """Special tokens, and ids beyond the vocabulary, which padded embeddings have."""
+    tokenizer = KINDS[kind]()
+    stream = TextStream(tokenizer)
+    whole = tokenizer.decode(ids)
+    joined = "".join([*map(stream.push, ids), stream.flush()])
+    if kind == "qwen" or "\ufffd" not in whole:
+        assert joined == whole
+
+
+@pytest.mark.parametrize("between", ["<s>", "<unk>", None])
+def test_a_word_after_a_special_token_keeps_its_space(between: str | None) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    ids = [10**6 if text is None else tokenizer.token_to_id(text) for text in ("▁th", between, "▁th", "▁", "▁th")]
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids) == "th th  th"
+
+
+def byte_level_alphabet() -> dict[int, str]:
+    """The character that stands for each byte in byte-level vocabularies: itself if it is printable, else one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1000, 4000])
+def test_bytes_that_are_no_character_are_given_after_a_while(kind: str, count: int) -> None:
+    class Counting:
+        """Counts the tokens that are decoded."""
+
+        def __init__(self) -> None:
+            self.tokenizer, self.decoded = KINDS[kind](), 0
+
+        def decode(self, ids: list[int]) -> str:
+            self.decoded += len(ids)
+            return self.tokenizer.decode(ids)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.tokenizer, name)
+
+    tokenizer = Counting()
+    continuation = next(i for i in range(256) if tokenizer.tokenizer.decode([i]) == "\ufffd")
+    stream, given = TextStream(tokenizer), 0
+    pieces = []
+    for pushed in range(1, count + 1):
+        pieces.append(stream.push(continuation))
+        given += len(pieces[-1])
+        assert pushed - given < 64
+        assert len(stream._ids) <= 128
+    assert "".join([*pieces, stream.flush()]) == "\ufffd" * count
+    assert tokenizer.decoded < 300 * count
+
+
+@given(st.binary(min_size=60, max_size=300), st.text(max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_long_runs_of_any_bytes_are_the_whole_text(noise: bytes, after: str) -> None:
+    """Byte level: also where a run of bytes that are no text is given in parts."""
+    tokenizer = byte_level_tokenizer()
+    alphabet = {byte: tokenizer.token_to_id(character) for byte, character in byte_level_alphabet().items()}
+    ids = [alphabet[byte] for byte in bytes(0x80 | byte & 63 for byte in noise) + noise + after.encode()]
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids)
 
 
 @given(st.text(max_size=20), st.sampled_from(sorted(KINDS)))

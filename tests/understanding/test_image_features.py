@@ -47,6 +47,26 @@ def test_codes_and_features_never_meet_the_encoder(tokenizer: Tokenizer, feature
     assert by_features.features.dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_arrays_filled_again_change_nothing_that_was_asked(features: ImageFeatures, dtype: type) -> None:
+    buffer = np.ones((4, 40), dtype)
+    # Of the second, a view that cannot be written to itself.
+    view = buffer.view()
+    view.flags.writeable = False
+    blocks = features.of_all([buffer, view])
+    buffer[:] = 2
+    assert all((block.features == 1).all() for block in blocks)
+    assert blocks[0].digest == blocks[1].digest == features.of_all(np.ones((4, 40), dtype))[0].digest
+    with pytest.raises(ValueError, match="read-only"):
+        blocks[0].features[0] = 3
+
+
+def test_no_features_of_a_block_can_be_written_to(tokenizer: Tokenizer, features: ImageFeatures) -> None:
+    """Neither those of codes nor those that are kept for the next question about the same picture."""
+    for block in features.of_all([tokenizer.codes(np.arange(5)), Image.new("RGB", (8, 8))]):
+        assert not block.features.flags.writeable
+
+
 def test_old_pictures_are_forgotten(tokenizer: Tokenizer, features: ImageFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenflow_sdk.understanding.image_features._REMEMBERED", 2)
     pictures = [Image.new("RGB", (8, 8), (level,) * 3) for level in (0, 100, 200)]
@@ -64,6 +84,7 @@ def test_old_pictures_are_forgotten(tokenizer: Tokenizer, features: ImageFeature
         (b"no picture", CorruptImageError, "picture"),
         (np.zeros((4, 39), np.float32), ArrayError, r"\[4, 40\], not \[4, 39\]"),
         (np.full((4, 40), np.inf, np.float16), ArrayError, "NaN or infinity"),
+        (np.full((4, 40), 1e300), ArrayError, "NaN or infinity"),
     ],
 )
 def test_what_is_no_picture_is_named(features: ImageFeatures, picture: object, error: type[Exception], words: str) -> None:

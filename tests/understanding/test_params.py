@@ -25,11 +25,45 @@ from tokenflow_sdk.understanding.params import AnswerParams, sample_token
         ({"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"stop_ids": ("a",)}, "stop_ids"),
+        ({"stop_ids": 5}, "stop_ids=5 are no token ids"),
+        ({"stop_ids": "5"}, "stop_ids='5' are no token ids"),
+        ({"stop_ids": b"5"}, "stop_ids=b'5' are no token ids"),
+        ({"stop_ids": (3, -3)}, "stop_ids=-3"),
+        ({"stop_ids": (3, True)}, "stop_ids=True"),
+        ({"max_tokens": "8"}, "max_tokens='8'"),
+        ({"max_tokens": True}, "max_tokens=True"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"temperature": True}, "temperature=True"),
+        ({"temperature": None}, "temperature=None"),
+        ({"top_p": None}, "top_p=None"),
+        ({"top_p": "0.5"}, "top_p='0.5'"),
+        ({"top_k": "5"}, "top_k='5'"),
+        ({"repetition_penalty": "a"}, "repetition_penalty='a'"),
+        ({"seed": 1.0}, "seed=1.0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values: dict, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         AnswerParams(**values)
+
+
+def test_numbers_of_other_libraries_are_pythons_own() -> None:
+    given = AnswerParams(
+        np.int64(8), np.float32(0.5), np.float64(0.5), np.int32(9), np.int64(1), np.uint64(3), [np.int64(5), 6]
+    )  # type: ignore[arg-type]
+    assert given == AnswerParams(8, 0.5, 0.5, 9, 1.0, 3, (5, 6))
+    assert [type(value) for value in vars(given).values()] == [int, float, float, int, float, int, tuple]
+    assert hash(given) == hash(AnswerParams(8, 0.5, 0.5, 9, 1.0, 3, (5, 6)))
+
+
+def test_what_are_no_settings_is_named() -> None:
+    with pytest.raises(ArgumentError, match="params=.*are no settings of an answer"):
+        AnswerParams.of(None, None, None, {"max_tokens": 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("given", "room", "taken"), [(None, 300, 256), (None, 9, 9), (None, 0, 1), (50, 9, 50)])
+def test_only_the_default_length_adapts_to_the_room(given: int | None, room: int, taken: int) -> None:
+    assert AnswerParams(given).within(room).max_tokens == taken
 
 
 def test_the_draw_is_transformers_own_distribution() -> None:

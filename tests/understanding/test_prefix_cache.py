@@ -71,3 +71,64 @@ def test_a_beginning_may_be_shorter_than_the_table_it_comes_from() -> None:
     assert len(found.append(1).copies) == 1
     found.release()
     assert pool.free == 6
+
+
+def test_prefixes_in_use_are_kept_while_others_can_go() -> None:
+    pool, cache = PagePool(8, 4), PrefixCache()
+    live = table_of(pool, 8)
+    cache.put(b"in use", live, 8)
+    for digest in (b"b", b"c"):
+        other = table_of(pool, 4)
+        cache.put(digest, other, 4)
+        other.release()
+    for _ in range(2):
+        free = pool.free
+        assert cache.evict()
+        assert pool.free == free + 1
+    # Its full pages are all that is left: giving it up frees nothing.
+    assert not cache.evict()
+    live.release()
+    found = cache.find([b"in use"])
+    assert found is not None
+    found.release()
+    assert cache.evict()
+    assert pool.free == 8
+
+
+def test_a_prefix_in_use_goes_last_even_if_it_holds_a_page_of_its_own() -> None:
+    """Its user has copied the last page, which was filled in part."""
+    pool, cache = PagePool(8, 4), PrefixCache()
+    live = table_of(pool, 6)
+    cache.put(b"in use", live, 6)
+    live.append(1)
+    other = table_of(pool, 4)
+    cache.put(b"b", other, 4)
+    other.release()
+    assert cache.evict()
+    assert cache.find([b"b"]) is None
+    free = pool.free
+    assert cache.evict()
+    assert (pool.free, len(cache)) == (free + 1, 0)
+
+
+def test_of_nested_prefixes_the_one_that_frees_pages_goes_first() -> None:
+    pool, cache = PagePool(8, 4), PrefixCache()
+    table = table_of(pool, 16)
+    for length in (4, 16):
+        cache.put(bytes([length]), table, length)
+    table.release()
+    assert cache.evict()
+    assert (pool.free, cache.find([bytes([16])])) == (7, None)
+    assert cache.evict()
+    assert pool.free == 8
+
+
+def test_prefixes_over_the_same_pages_go_together() -> None:
+    pool, cache = PagePool(8, 4), PrefixCache()
+    table = table_of(pool, 7)
+    for length in (6, 7):
+        cache.put(bytes([length]), table, length)
+    table.release()
+    assert cache.evict()
+    assert cache.evict()
+    assert (pool.free, len(cache)) == (8, 0)

@@ -57,7 +57,7 @@ class Reference:
         table = self.model.model.embed_tokens
         blocks = [*prompt.blocks, tuple(answer)]
         parts = [
-            self.projector(torch.from_numpy(b.features)) if isinstance(b, ImageBlock) else table(torch.tensor(b).long())
+            self.projector(torch.tensor(b.features)) if isinstance(b, ImageBlock) else table(torch.tensor(b).long())
             for b in blocks
         ]
         return torch.cat(parts)[None]
@@ -353,6 +353,51 @@ def test_questions_that_cannot_work_are_named(
     with pytest.raises(error, match=words):
         understander.chat(pictures).stream(question, **settings)
     assert pool_is_clean(understander)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        ("cat.jpg", "what?"),
+        (("a.jpg", "b.jpg"), "what?"),
+        (features(0), "what?"),
+        "ab",
+        ["ab", "cd"],
+        [(features(0), "a", "b")],
+        None,
+    ],
+)
+def test_one_question_is_not_taken_for_several(understander: Understander, one: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"takes pairs of images and question.*answer_batch\(\[\(images, question\)"):
+        understander.answer_batch(one)
+
+
+def test_a_buffer_may_be_filled_again_while_an_answer_runs(reference: Reference) -> None:
+    with Understander.from_pretrained(reference.bundle) as understander:
+        expected = understander.answer(features(1), "what?", params=FREE).text
+    with Understander.from_pretrained(reference.bundle) as understander:
+        buffer = features(1)
+        stream, chat = understander.stream(buffer, "what?", params=FREE), understander.chat(buffer)
+        buffer[:] = features(2)
+        assert "".join(stream) == expected
+        assert chat.ask("what?", params=FREE).text == expected
+        # Under the digest of the first picture are its own pages.
+        assert understander.answer(features(1), "what?", params=FREE).text == expected
+
+
+def test_a_running_answers_image_stays_in_the_prefix_cache(reference: Reference) -> None:
+    with Understander.from_pretrained(reference.bundle, page_size=4, pages=60) as understander:
+        live = understander.stream(features(1), "?", params=AnswerParams(max_tokens=60, stop_ids=()))
+        next(live)
+        pool, cache = understander._runner.model.transformer.pool, understander._runner.model.scheduler.cache
+        for other in (2, 3):
+            understander.answer(features(other), "?", max_tokens=2)
+        key, free = next(iter(cache._tables)), pool.free
+        assert cache.evict()
+        assert pool.free > free
+        assert key in cache._tables
+        live.close()
+        assert understander.answer(features(1), "again?", max_tokens=2).cached_tokens > 16
 
 
 def test_more_than_the_pool_holds_is_named(reference: Reference) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError
 
@@ -27,6 +30,9 @@ __all__ = [
 ]
 
 Array = NDArray[np.generic]
+
+_MOST = 2**31 - 1
+"""Largest number that backends take."""
 
 
 class DeviceArray(ABC):
@@ -101,10 +107,22 @@ class Pages(ABC):
 
 
 class HostPages(Pages):
-    """Pages in host memory."""
+    """Pages in host memory.
+
+    Raises:
+        ArgumentError: keys and values together would take more than the machine's memory.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
+        # The system promises more memory than it has, and ends the process that uses it.
+        needed, memory = 2 * math.prod(shape) * dtype.itemsize, _memory()
+        if needed > memory:
+            raise ArgumentError(
+                f"pages={shape[1]} of page_size={shape[2]} take {needed / 1e9:.0f} GB, keys and values together, and this "
+                f"machine has {memory / 1e9:.0f} GB.",
+                "Give fewer or smaller pages.",
+            )
         self._array = np.zeros(shape, dtype)
 
     @property
@@ -119,6 +137,14 @@ class HostPages(Pages):
 
     def close(self) -> None:
         self._array = np.zeros((0, 0, *self.shape[2:]), self.dtype)
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; infinity if the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -139,11 +165,12 @@ class SessionOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        kind, _, index = self.device.partition(":")
+        kind, _, index = str(self.device).partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
             raise ArgumentError(f"There is no device {self.device!r}.", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
-        if self.threads is not None and self.threads < 1:
-            raise ArgumentError(f"threads={self.threads} cannot run anything.", "Give at least 1, or None for all cores.")
+        if self.threads is not None:
+            hint = "Give at least 1, or None for all cores."
+            object.__setattr__(self, "threads", integer("threads", self.threads, 1, _MOST, "cannot run anything.", hint))
 
 
 class Session(ABC):

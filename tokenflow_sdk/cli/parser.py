@@ -14,7 +14,7 @@ from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
 from tokenflow_sdk.pictures.images import PREPROCESS_MODES
-from tokenflow_sdk.understanding.params import AnswerParams
+from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 
 __all__ = ["make_parser"]
 
@@ -158,7 +158,8 @@ def _add_ask(subparsers: _Subparsers) -> None:
         ("seed", int, "the same seed samples the same answer"),
     ):
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+        shown = f"{DEFAULT_MAX_TOKENS}, or as many as the model still reads" if value is None else value
+        parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what="the understander", default="none")
 

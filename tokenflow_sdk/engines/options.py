@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
@@ -37,7 +39,7 @@ class RuntimeOptions:
     """
 
     device: str = "auto"
-    providers: tuple[str, ...] | None = None
+    providers: Sequence[str] | None = None
     threads: int | None = None
     backend: str = "auto"
     build_config: BuildConfig | str | None = None
@@ -47,12 +49,16 @@ class RuntimeOptions:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.providers, str):
+            raise ArgumentError(f"providers={self.providers!r} is one name.", f"Give a list: providers=[{self.providers!r}].")
+        if self.providers is not None:
+            object.__setattr__(self, "providers", tuple(self.providers))
         # SessionOptions checks device and threads.
         _ = self.session
         if self.backend not in BACKENDS:
             raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
-        if self.execution_contexts < 1:
-            raise ArgumentError(f"execution_contexts={self.execution_contexts} runs nothing.", "Give at least 1.")
+        contexts = integer("execution_contexts", self.execution_contexts, 1, None, "runs nothing.", "Give at least 1.")
+        object.__setattr__(self, "execution_contexts", contexts)
         if self.serve_while_building and (self.backend not in FLAVOURS or not self.build):
             raise ArgumentError(
                 "serve_while_building=True builds TensorRT engines.",
@@ -62,7 +68,7 @@ class RuntimeOptions:
     @property
     def session(self) -> SessionOptions:
         """The options of one session."""
-        return SessionOptions(self.device, self.providers, self.threads)
+        return SessionOptions(self.device, None if self.providers is None else tuple(self.providers), self.threads)
 
     @property
     def device_index(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
@@ -11,6 +11,7 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.bundle import load_codebook
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
@@ -127,7 +128,18 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         params: SamplingParams | None = None,
         strict: bool = False,
     ) -> list[Generation]:
-        """Generate images of several prompts together, the same as one by one. Arguments and errors as in `stream`."""
+        """Generate images of several prompts together, the same as one by one. Arguments and errors as in `stream`.
+
+        Raises:
+            ArgumentError: one prompt instead of several.
+        """
+        one = isinstance(prompts, (str, bytes, bytearray)) or not isinstance(prompts, Iterable)
+        prompts = [] if one else list(prompts)
+        if one or any(isinstance(prompt, (int, np.integer)) for prompt in prompts):
+            raise ArgumentError(
+                "generate_batch takes several prompts, and this is one.",
+                "Use generate(prompt), or give a list: generate_batch([prompt]).",
+            )
         params = self._params(preset, cfg_scale, seed, params)
         return self._generations([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
 
@@ -135,17 +147,22 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
     ) -> SamplingParams:
         if params is not None:
+            if not isinstance(params, SamplingParams):
+                raise ArgumentError(f"params={params!r} are no settings of sampling.", "Give SamplingParams(...).")
             return params if seed is None else replace(params, seed=seed)
         chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
-        return SamplingParams.preset(preset or self.config.preset, chosen, secrets.randbelow(2**63) if seed is None else seed)
+        return SamplingParams.preset(
+            self.config.preset if preset is None else preset, chosen, secrets.randbelow(2**63) if seed is None else seed
+        )
 
     def _request(
         self, prompt: Prompt, n: int, negative_prompt: Prompt | None, params: SamplingParams, strict: bool
     ) -> ImageRequest:
-        if type(n) is not int or n < 1:
-            raise ArgumentError(f"n={n!r} asks for no picture.", "Give at least 1.")
+        n = integer("n", n, 1, None, "asks for no picture.", "Give at least 1.")
         negative = self.config.negative_prompt if negative_prompt is None else negative_prompt
-        request = ImageRequest(self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict), params, n)
+        request = ImageRequest(
+            self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict, "negative prompt"), params, n
+        )
         self._runner.check(request)
         return request
 

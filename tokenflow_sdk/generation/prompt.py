@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
+from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
 from tokenflow_sdk.errors import PromptError
 
 __all__ = ["Prompt", "PromptEncoder"]
@@ -30,38 +31,48 @@ class PromptEncoder:
         self._config = config
         self._tokenizer: Any = None
 
-    def encode(self, prompt: Prompt, strict: bool = False) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, strict: bool = False, name: str = "prompt") -> tuple[int, ...]:
         """Ids of a prompt without BOS, at most `max_prompt` with it.
 
         Args:
             prompt: text or ids.
             strict: refuse a prompt that is too long instead of cutting it with a warning.
+            name: what it is called in errors.
 
         Raises:
             PromptError: empty, not text, too long (`strict`), or ids outside the text vocabulary.
             MissingPackageError: text without the `tokenizers` package.
         """
-        ids = self._ids_of_text(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        ids = self._ids_of_text(prompt, name) if isinstance(prompt, str) else self._checked(prompt, name)
         limit = self._config.max_prompt - 1
         if len(ids) > limit:
-            problem = f"The prompt has {len(ids)} tokens; this model reads {limit}."
+            problem = f"The {name} has {len(ids)} tokens; this model reads {limit}."
             if strict:
                 raise PromptError(problem, "Shorten it, or give strict=False to cut it there.")
             warnings.warn(f"{problem} It is cut there.", stacklevel=4)
         return ids[:limit]
 
-    def _ids_of_text(self, text: str) -> tuple[int, ...]:
+    def _ids_of_text(self, text: str, name: str) -> tuple[int, ...]:
         if not text.strip():
-            raise PromptError("The prompt is empty.", "Describe the picture in a few words.")
+            raise PromptError(f"The {name} is empty.", "Describe the picture in a few words, or leave a negative prompt out.")
+        require_unicode(text)
         if self._tokenizer is None:
             self._tokenizer = load_text_tokenizer(self._path)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def _checked(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
         c = self._config
-        found = tuple(int(i) for i in ids)
+        try:
+            if isinstance(ids, (bytes, bytearray, memoryview)):
+                raise TypeError
+            found = tuple(map(operator.index, ids))
+        except TypeError:
+            raise PromptError(
+                f"The {name} is {type(ids).__name__}, neither text nor a list of token ids.",
+                "Give a string, or a list of integers; for several prompts use generate_batch.",
+            ) from None
         if not found:
-            raise PromptError("The prompt has no tokens.", "Give text, or at least one token id.")
+            raise PromptError(f"The {name} has no tokens.", "Give text, or at least one token id.")
         after = c.image_token_start + c.codebook_size
         wrong = [i for i in found if not (0 <= i < c.image_token_start or after <= i < c.text_size + c.codebook_size)]
         if wrong:

@@ -65,6 +65,10 @@ class PagePool:
             if self._counts[page] == 0:
                 self._free.append(page)
 
+    def references(self, page: int) -> int:
+        """Number of references to a page; 0 if it is free."""
+        return self._counts[page]
+
     def shared(self, page: int) -> bool:
         """Whether the page has more than one reference."""
         return self._counts[page] > 1

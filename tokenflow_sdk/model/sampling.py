@@ -6,16 +6,29 @@ same codes in any batch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.arguments import integer, real
 from tokenflow_sdk.errors import ArgumentError
 
-__all__ = ["MAX_TOP_K", "PRESETS", "Pass", "Preset", "SamplingParams", "guidance", "probabilities", "sample", "uniform"]
+__all__ = [
+    "MAX_TOP_K",
+    "PRESETS",
+    "Pass",
+    "Preset",
+    "SamplingParams",
+    "checked_seed",
+    "checked_top_k",
+    "checked_top_p",
+    "guidance",
+    "probabilities",
+    "sample",
+    "uniform",
+]
 
 MAX_TOP_K = 3832
 """Largest `top_k`: TensorRT sorts at most 3840 values, and `TIES` of them are reserved for ties."""
@@ -23,6 +36,21 @@ TIES = 8
 """Number of logits beyond the k-th that the sampling graph sorts, to keep those that equal the k-th."""
 
 Float32 = NDArray[np.float32]
+
+
+def checked_top_k(value: object) -> int:
+    """`top_k` as an integer; ArgumentError if it is out of range."""
+    return integer("top_k", value, 1, MAX_TOP_K, "keeps no tokens to draw from.", f"Give an integer from 1 to {MAX_TOP_K}.")
+
+
+def checked_top_p(value: object) -> float:
+    """`top_p` as a float; ArgumentError if it is out of range."""
+    return real("top_p", value, 0, 1, "is no share of probability.", "Give a number from 0 (greedy) to 1 (all).")
+
+
+def checked_seed(value: object) -> int:
+    """`seed` as an integer; ArgumentError if it is out of range."""
+    return integer("seed", value, 0, 2**63 - 1, "is no seed.", "Give an integer from 0 to 2**63 - 1.")
 
 
 @dataclass(frozen=True)
@@ -42,14 +70,8 @@ class Pass:
     top_p: float
 
     def __post_init__(self) -> None:
-        if type(self.top_k) is not int or not 1 <= self.top_k <= MAX_TOP_K:
-            raise ArgumentError(
-                f"top_k={self.top_k!r} keeps no tokens to draw from.", f"Give an integer from 1 to {MAX_TOP_K}."
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ArgumentError(
-                f"top_p={self.top_p!r} is no share of probability.", "Give a number from 0 (greedy) to 1 (all)."
-            )
+        object.__setattr__(self, "top_k", checked_top_k(self.top_k))
+        object.__setattr__(self, "top_p", checked_top_p(self.top_p))
 
 
 Preset = Literal["fast", "balanced", "paper"]
@@ -83,14 +105,13 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.passes) <= 8 or not all(isinstance(step, Pass) for step in self.passes):
+        passes = tuple(self.passes) if isinstance(self.passes, (list, tuple)) else ()
+        if not 1 <= len(passes) <= 8 or not all(isinstance(step, Pass) for step in passes):
             raise ArgumentError(f"passes={self.passes!r} is no list of passes.", "Give 1 to 8 Pass(top_k, top_p).")
-        if not (math.isfinite(self.cfg_scale) and 0 <= self.cfg_scale <= 1000):
-            raise ArgumentError(
-                f"cfg_scale={self.cfg_scale!r} cannot guide.", "Give a number from 0 (no guidance); 7.5 is usual."
-            )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed={self.seed!r} is no seed.", "Give an integer from 0 to 2**63 - 1.")
+        hint = "Give a number from 0 (no guidance) to 1000; 7.5 is usual."
+        object.__setattr__(self, "passes", passes)
+        object.__setattr__(self, "cfg_scale", real("cfg_scale", self.cfg_scale, 0, 1000, "cannot guide.", hint))
+        object.__setattr__(self, "seed", checked_seed(self.seed))
 
     @classmethod
     def preset(cls, name: str, cfg_scale: float = 7.5, seed: int = 0) -> SamplingParams:
@@ -103,7 +124,7 @@ class SamplingParams:
         Raises:
             ArgumentError: there is no such preset, or a value is out of range.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ArgumentError(f"There is no preset {name!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         return cls(PRESETS[name], cfg_scale, seed)
 

@@ -50,7 +50,6 @@ class PagedTransformer:
     """
 
     def __init__(self, session: Session, layers: int, kv_heads: int, head_dim: int, pages: int, page_size: int) -> None:
-        self.pool = PagePool(pages, page_size)
         self.token_forwards = 0
         """Number of tokens run through the transformer so far, summed over rows."""
         self.max_rows = session.max_size("batch") or sys.maxsize
@@ -59,6 +58,8 @@ class PagedTransformer:
         shape = (layers, pages, page_size, kv_heads, head_dim)
         dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))
         self._k, self._v = session.make_pages(shape, dtype), session.make_pages(shape, dtype)
+        # After the memory, which may be refused.
+        self.pool = PagePool(pages, page_size)
 
     @classmethod
     def of(cls, config: LanguageModelConfig, session: Session, pages: int, page_size: int) -> PagedTransformer:

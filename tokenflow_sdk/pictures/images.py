@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.errors import (
     ArgumentError,
     ArrayError,
@@ -105,6 +106,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
             `tokenflow_sdk.errors`.
     """
     name = describe(source)
+    max_pixels = integer("max_pixels", max_pixels, 1, None, "accepts no picture.", "Give an integer from 1 on.")
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
     if isinstance(source, Image.Image):

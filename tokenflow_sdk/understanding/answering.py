@@ -42,10 +42,11 @@ class Answering:
         features: encodes images.
         text: writes and reads text.
         runner: of the model that answers.
+        context: most tokens that the model reads.
     """
 
-    def __init__(self, features: ImageFeatures, text: ChatText, runner: RequestRunner[AnswerRequest]) -> None:
-        self._features, self._text, self._runner = features, text, runner
+    def __init__(self, features: ImageFeatures, text: ChatText, runner: RequestRunner[AnswerRequest], context: int) -> None:
+        self._features, self._text, self._runner, self._context = features, text, runner, context
 
     def images(self, images: ImageInput | Sequence[ImageInput]) -> list[ImageBlock]:
         """The features of one image, or of several in a list. Errors as in `ImageFeatures.of_all`."""
@@ -79,7 +80,7 @@ class Answering:
         """The answer in pieces of whole characters, as they are found. Closing the iterator cancels the request."""
         text = self._text.stream()
         with self._runner.submitted([request]) as model:
-            for count in range(1, request.params.max_tokens + 1):
+            for count in range(1, request.limit + 1):
                 self._runner.advance(model, request, count)
                 if len(request.tokens) < count:
                     break
@@ -92,11 +93,11 @@ class Answering:
         """Run requests together to their ends."""
         with self._runner.submitted(requests) as model:
             for request in requests:
-                self._runner.advance(model, request, request.params.max_tokens)
+                self._runner.advance(model, request, request.limit)
         return [self._answer(request) for request in requests]
 
     def _request(self, prompt: TokenPrompt, params: AnswerParams, keep: bool, began: float) -> AnswerRequest:
-        request = AnswerRequest(prompt, params, keep, began)
+        request = AnswerRequest(prompt, params.within(self._context - len(prompt)), keep, began)
         self._runner.check(request)
         return request
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle.model_config import ChatTemplate
-from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
+from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
 from tokenflow_sdk.errors import PromptError
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt
 
@@ -17,33 +17,53 @@ _INCOMPLETE = "\ufffd"
 """What the bytes of an incomplete character decode to."""
 
 
+_HELD = 64
+"""Tokens that wait for an incomplete character at most. A character has 4 bytes at most, so these are no text."""
+
+
 class TextStream:
-    """Decodes an answer token by token into pieces of whole characters. The pieces together are the answer's text."""
+    """Decodes an answer token by token into pieces of whole characters. The pieces together are the answer's text.
+
+    Bytes that never become a character are given as U+FFFD once 64 tokens wait, so memory and time for a token are bounded.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._hidden = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._ids: list[int] = []
-        self._context = self._given = 0
+        self._given = 0
+        """How many of `_ids` were given: the tokens of the last piece."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
-        self._ids.append(token)
-        piece = self._rest()
-        if piece.endswith(_INCOMPLETE):
+        # The tokenizer leaves out tokens without text before it decodes, so that the next one keeps its leading space.
+        if token in self._hidden or self._tokenizer.id_to_token(token) is None:
             return ""
-        # The piece before is decoded again, because the first token of a decoded text may lose its leading space.
-        self._context, self._given = self._given, len(self._ids)
-        return piece
+        self._ids.append(token)
+        piece = self._text(len(self._ids))
+        if not piece.endswith(_INCOMPLETE):
+            return self._give(piece, len(self._ids))
+        if len(self._ids) - self._given < _HELD:
+            return ""
+        # Later tokens may complete the last 3 bytes. The rest is given if it ends between two characters.
+        ends = range(len(self._ids) - 3, self._given, -1)
+        end = next((end for end in ends if piece.startswith(self._text(end))), len(self._ids))
+        return self._give(self._text(end), end)
 
     def flush(self) -> str:
         """The rest at the end: bytes of an incomplete character, as U+FFFD."""
-        piece, self._given = self._rest(), len(self._ids)
-        return piece
+        return self._give(self._text(len(self._ids)), len(self._ids))
 
-    def _rest(self) -> str:
-        given: str = self._tokenizer.decode(self._ids[self._context : self._given])
-        everything: str = self._tokenizer.decode(self._ids[self._context :])
+    def _text(self, end: int) -> str:
+        """The text up to a token, without what was given. Both are decoded: the first token may lose its leading space."""
+        given: str = self._tokenizer.decode(self._ids[: self._given])
+        everything: str = self._tokenizer.decode(self._ids[:end])
         return everything[len(given) :]
+
+    def _give(self, piece: str, end: int) -> str:
+        """Note that `piece` is given, and forget the tokens of the piece before it."""
+        self._ids, self._given = self._ids[self._given :], end - self._given
+        return piece
 
 
 class ChatText:
@@ -64,9 +84,7 @@ class ChatText:
     @property
     def _tokenizer(self) -> Any:
         if self._loaded is None:
-            loaded = load_text_tokenizer(self._path)
-            loaded.encode_special_tokens = True
-            self._loaded = loaded
+            self._loaded = load_text_tokenizer(self._path)
         return self._loaded
 
     def stream(self) -> TextStream:
@@ -112,4 +130,4 @@ class ChatText:
 def _checked(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise PromptError(f"{question!r} is no question.", "Ask something about the picture, in words.")
-    return question
+    return require_unicode(question)

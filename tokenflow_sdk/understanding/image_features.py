@@ -60,30 +60,40 @@ class ImageFeatures:
 
     def _of(self, image: ImageInput) -> ImageBlock:
         if isinstance(image, Codes):
-            return ImageBlock(self._tokenizer.features(image))
+            return _own(self._tokenizer.features(image))
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
-            return ImageBlock(self._checked(image))
-        pixels = self._tokenizer.preprocess(image)
+            return self._checked(image)
+        # A copy: the digest must be that of the pixels that are encoded, even if the caller fills the array again meanwhile.
+        pixels = np.array(self._tokenizer.preprocess(image))
         digest = hashlib.sha256(pixels.tobytes()).digest()
         with self._lock:
             if digest in self._encoded:
                 self._encoded.move_to_end(digest)
                 return self._encoded[digest]
         codes = self._tokenizer.codes(self._tokenizer.encode_array(pixels[None])[0])
-        block = ImageBlock(self._tokenizer.features(codes))
+        block = _own(self._tokenizer.features(codes))
         with self._lock:
             self._encoded[digest] = block
             if len(self._encoded) > _REMEMBERED:
                 self._encoded.popitem(last=False)
         return block
 
-    def _checked(self, features: NDArray[Any]) -> NDArray[np.float32]:
+    def _checked(self, features: NDArray[Any]) -> ImageBlock:
         c = self._config
         if features.shape != (c.image_tokens, c.code_dim):
             raise ArrayError(
                 f"Features of {c.tokenizer_variant} are [{c.image_tokens}, {c.code_dim}], not {list(features.shape)}.",
                 "Take them from Tokenizer.features of the tokenizer that this model was exported with.",
             )
-        if not np.isfinite(features).all():
-            raise ArrayError("The features hold NaN or infinity.", "Take them from Tokenizer.features.")
-        return np.ascontiguousarray(features, np.float32)
+        block = _own(features)
+        if not np.isfinite(block.features).all():
+            raise ArrayError("The features hold NaN or infinity in float32.", "Take them from Tokenizer.features.")
+        return block
+
+
+def _own(features: NDArray[Any]) -> ImageBlock:
+    """A block of a read-only copy: the caller may fill the array again, and requests read it and its digest later."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
+        kept = np.array(features, np.float32, order="C")
+    kept.flags.writeable = False
+    return ImageBlock(kept)

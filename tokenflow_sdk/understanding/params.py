@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.arguments import integer, real
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.model.sampling import MAX_TOP_K, sample
+from tokenflow_sdk.model.sampling import checked_seed, checked_top_k, checked_top_p, sample
 
-__all__ = ["AnswerParams", "sample_token"]
+__all__ = ["DEFAULT_MAX_TOKENS", "AnswerParams", "sample_token"]
 
+DEFAULT_MAX_TOKENS = 256
 _HOTTEST, _COLDEST = 100.0, 0.01
 
 
@@ -23,7 +24,7 @@ class AnswerParams:
     """How to answer.
 
     Args:
-        max_tokens: most tokens of the answer.
+        max_tokens: most tokens of the answer; None takes 256, or as many as the model still reads after the question.
         temperature: 0 always takes the likeliest token; 1 draws from the model's own probabilities.
         top_p: of the likeliest tokens, those that hold this share of the probability.
         top_k: of the likeliest tokens, so many.
@@ -35,7 +36,7 @@ class AnswerParams:
         ArgumentError: a value that cannot work.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 50
@@ -44,30 +45,20 @@ class AnswerParams:
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if type(self.max_tokens) is not int or self.max_tokens < 1:
-            raise ArgumentError(f"max_tokens={self.max_tokens!r} leaves no room for an answer.", "Give at least 1.")
-        if not (self.temperature == 0 or _COLDEST <= self.temperature <= _HOTTEST):
-            raise ArgumentError(
-                f"temperature={self.temperature!r} cannot be drawn with.",
-                f"Give 0 (always the likeliest token), or {_COLDEST} to {_HOTTEST:.0f}.",
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ArgumentError(
-                f"top_p={self.top_p!r} is no share of probability.", "Give a number from 0 (greedy) to 1 (all)."
-            )
-        if type(self.top_k) is not int or not 1 <= self.top_k <= MAX_TOP_K:
-            raise ArgumentError(
-                f"top_k={self.top_k!r} keeps no tokens to draw from.", f"Give an integer from 1 to {MAX_TOP_K}."
-            )
-        if not (math.isfinite(self.repetition_penalty) and 0.1 <= self.repetition_penalty <= 10):
-            raise ArgumentError(
-                f"repetition_penalty={self.repetition_penalty!r} cannot be used.",
-                "Give 1 (none) or a little more, as 1.1; 0.1 to 10 is accepted.",
-            )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed={self.seed!r} is no seed.", "Give an integer from 0 to 2**63 - 1.")
-        if self.stop_ids is not None and not all(type(i) is int for i in self.stop_ids):
-            raise ArgumentError(f"stop_ids={self.stop_ids!r} are no token ids.", "Give a tuple of integers, or None.")
+        penalty_hint = "Give 1 (none) or a little more, as 1.1; 0.1 to 10 is accepted."
+        values = {
+            "max_tokens": self.max_tokens
+            if self.max_tokens is None
+            else integer("max_tokens", self.max_tokens, 1, None, "leaves no room for an answer.", "Give at least 1."),
+            "temperature": _checked_temperature(self.temperature),
+            "top_p": checked_top_p(self.top_p),
+            "top_k": checked_top_k(self.top_k),
+            "repetition_penalty": real("repetition_penalty", self.repetition_penalty, 0.1, 10, "cannot be used.", penalty_hint),
+            "seed": checked_seed(self.seed),
+            "stop_ids": None if self.stop_ids is None else _checked_stop_ids(self.stop_ids),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -79,6 +70,8 @@ class AnswerParams:
             ArgumentError: a value that cannot work.
         """
         base = cls(seed=secrets.randbelow(2**63)) if params is None else params
+        if not isinstance(base, AnswerParams):
+            raise ArgumentError(f"params={params!r} are no settings of an answer.", "Give AnswerParams(...).")
         return replace(
             base,
             max_tokens=base.max_tokens if max_tokens is None else max_tokens,
@@ -86,10 +79,27 @@ class AnswerParams:
             seed=base.seed if seed is None else seed,
         )
 
+    def within(self, room: int) -> AnswerParams:
+        """These, with as many tokens as a model reads after a question if `max_tokens` was not given."""
+        return self if self.max_tokens is not None else replace(self, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
+
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
         return self.temperature == 0
+
+
+def _checked_temperature(value: object) -> float:
+    problem, hint = "cannot be drawn with.", f"Give 0 (always the likeliest token), or {_COLDEST} to {_HOTTEST:.0f}."
+    found = real("temperature", value, 0, _HOTTEST, problem, hint)
+    return found and real("temperature", value, _COLDEST, _HOTTEST, problem, hint)
+
+
+def _checked_stop_ids(ids: object) -> tuple[int, ...]:
+    problem, hint = "ends no answer: it is no token id.", "Give a tuple of integers from 0 on, or None for the model's own."
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
+        raise ArgumentError(f"stop_ids={ids!r} are no token ids.", hint)
+    return tuple(integer("stop_ids", i, 0, None, problem, hint) for i in ids)
 
 
 def sample_token(logits: NDArray[np.floating], params: AnswerParams, answer: Sequence[int], noise: float) -> int:

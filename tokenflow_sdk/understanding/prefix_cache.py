@@ -1,12 +1,13 @@
 """The prefix cache: pages of prompts' prefixes that other prompts may begin with, e.g. an image, or a conversation so far.
 
 A prefix is known by the digest of all its tokens and images. The cache holds forks of block tables, so pages stay while anybody
-uses them; those that only the cache holds are given back when others need room, least recently used first.
+uses them; those that only the cache holds are given back when others need room, least recently used first. Prefixes of running
+requests are kept as long as others can go: giving them up frees next to nothing, and the next request would compute them again.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from tokenflow_sdk.model.kv_cache import PageTable
@@ -38,8 +39,22 @@ class PrefixCache:
         self._tables.move_to_end(digest)
 
     def evict(self) -> bool:
-        """Release the least recently used table; False if there is none."""
-        if not self._tables:
+        """Release the table that is missed least; False if releasing any would give nobody room.
+
+        First come tables that no request uses, least recently used first: those that free pages at once, then those whose pages
+        other tables of the cache hold as well. Then come those in use whose last page is filled in part, as whoever shares that
+        page must copy it before writing to it.
+        """
+        held = Counter(page for table in self._tables.values() for page in table.pages)
+        ranks: dict[bytes, tuple[bool, bool]] = {}
+        for digest, table in self._tables.items():
+            references, size = table.pool.references, table.pool.page_size
+            # Who uses a prefix shares its full pages; of a page filled in part he may have a copy by now.
+            last_full = table.pages[max(table.length // size - 1, 0)]
+            used = references(last_full) > held[last_full]
+            if not used or table.length % size:
+                ranks[digest] = used, references(table.pages[-1]) > 1
+        if not ranks:
             return False
-        self._tables.popitem(last=False)[1].release()
+        self._tables.pop(min(ranks, key=ranks.__getitem__)).release()
         return True

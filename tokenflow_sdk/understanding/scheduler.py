@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from tokenflow_sdk.bundle.model_config import pages_for
-from tokenflow_sdk.errors import PagesExhausted, PromptError
+from tokenflow_sdk.errors import ArgumentError, PagesExhausted, PromptError
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 from tokenflow_sdk.understanding.prefix_cache import PrefixCache
@@ -37,14 +37,19 @@ class TokenScheduler:
         """Raise if a request could never run.
 
         Raises:
+            ArgumentError: a stop token that the model does not have.
             PromptError: prompt and answer are longer than the model reads.
             PagesExhausted: it needs more pages than the pool has.
         """
         pool, config = self.loop.transformer.pool, self.loop.config
-        total = len(request.prompt) + request.params.max_tokens
+        if wrong := [i for i in request.params.stop_ids or () if i >= config.vocabulary]:
+            raise ArgumentError(
+                f"stop_ids={wrong[0]} ends no answer: this model has tokens 0 .. {config.vocabulary - 1}.", "Leave it out."
+            )
+        total = len(request.prompt) + request.limit
         if total > config.context:
             raise PromptError(
-                f"Images and text have {len(request.prompt)} tokens, and max_tokens={request.params.max_tokens} more make "
+                f"Images and text have {len(request.prompt)} tokens, and max_tokens={request.limit} more make "
                 f"{total}; this model reads {config.context}.",
                 "Shorten the conversation, give fewer images, or a smaller max_tokens.",
             )

@@ -19,7 +19,7 @@ from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.request_runner import Progress
-from tokenflow_sdk.understanding.params import AnswerParams
+from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
 __all__ = ["AnswerRequest", "TokenLoop"]
@@ -59,9 +59,14 @@ class AnswerRequest:
         return sum(map(len, self.pending or ()))
 
     @property
+    def limit(self) -> int:
+        """Most tokens of the answer."""
+        return DEFAULT_MAX_TOKENS if self.params.max_tokens is None else self.params.max_tokens
+
+    @property
     def most_stored(self) -> int:
         """Tokens in its pages at the end at most. The last token of an answer is never run, so it is not stored."""
-        return len(self.prompt) + self.params.max_tokens - 1
+        return len(self.prompt) + self.limit - 1
 
     @property
     def history(self) -> TokenPrompt:
@@ -166,5 +171,5 @@ class TokenLoop:
             request.finish = "stop"
             return
         request.tokens.append(token)
-        if len(request.tokens) == request.params.max_tokens:
+        if len(request.tokens) == request.limit:
             request.finish = "length"

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
+from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.understanding.answering import Answer, Answering
@@ -85,9 +86,19 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         seed: int | None = None,
         params: AnswerParams | None = None,
     ) -> list[Answer]:
-        """Answer several questions together, each a pair of images and question. Arguments and errors as in `answer`."""
+        """Answer several questions together, each a pair of images and question. Arguments and errors as in `answer`.
+
+        Raises:
+            ArgumentError: something else than pairs, e.g. one question.
+        """
+        pairs = list(questions) if isinstance(questions, Iterable) else [questions]
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise ArgumentError(
+                "answer_batch takes pairs of images and question.",
+                "Write answer_batch([(images, question), ...]), or answer(images, question) for one question.",
+            )
         chosen = AnswerParams.of(max_tokens, temperature, seed, params)
-        return self._answering.answers([self._request(images, question, chosen) for images, question in questions])
+        return self._answering.answers([self._request(images, question, chosen) for images, question in pairs])
 
     def chat(self, images: ImageInput | Sequence[ImageInput]) -> Chat:
         """A conversation about some images. Errors about them as in `answer`."""
@@ -96,7 +107,7 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
     @cached_property
     def _answering(self) -> Answering:
         text = ChatText(self._text_tokenizer, self.config.template)
-        return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner)
+        return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner, self.config.context)
 
     def _request(self, images: ImageInput | Sequence[ImageInput], question: str, params: AnswerParams) -> AnswerRequest:
         began = perf_counter()
