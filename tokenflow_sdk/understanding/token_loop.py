@@ -51,7 +51,7 @@ class AnswerRequest:
     def reached(self, count: int) -> bool:
         """Whether it has `count` tokens, or is finished with fewer."""
         # The last token is there before `finish` says so.
-        return self.finish is not None or (count < self.params.max_tokens and len(self.tokens) >= count)
+        return self.finish is not None or (count < self.limit and len(self.tokens) >= count)
 
     @property
     def unread(self) -> int:
