@@ -20,6 +20,7 @@ from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
 from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.errors import OutputError
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.pictures.codes import Codes
 
@@ -58,7 +59,12 @@ def _print_engines(bundle: Bundle[Any]) -> None:
     """Print the bundle's engines in the cache, for any GPU, with the results of their comparison with the reference."""
     graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
     sets: dict[tuple[str, str, BuildConfig], list[CachedEngine]] = {}
-    for engine in EngineCache().entries():
+    try:
+        cached = EngineCache().entries()
+    except OutputError:
+        # Without a home directory there is no cache; the table above says so where a GPU could use one.
+        return
+    for engine in cached:
         config = BuildConfig.from_json(engine.build_config)
         if config is not None and engine.key.graph_sha256 in graphs:
             sets.setdefault((f"{config.backend} {engine.key.version}", engine.key.target, config), []).append(engine)
