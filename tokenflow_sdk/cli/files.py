@@ -92,12 +92,12 @@ def process_files(
             for outcome in process(inputs[start : start + batch_limit]):
                 progress.advance(task)
                 if isinstance(outcome, str):
-                    stdout.print(outcome, markup=False, soft_wrap=True)
+                    stdout.print(outcome, soft_wrap=True)
                 elif len(inputs) == 1:
                     raise outcome
                 else:
                     failed += 1
-                    stderr.print(f"error: {outcome}", style="red", markup=False, soft_wrap=True)
+                    stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0

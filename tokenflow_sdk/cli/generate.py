@@ -54,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> int:
         made_with = _metadata(generator, arguments.prompt, arguments.n, negative, params)
         _save(steps, output, made_with, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
-    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}", markup=False)
+    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
 
 
@@ -79,7 +79,7 @@ def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any]
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt(METADATA_KEY, json.dumps({**metadata, "image": i}))
         _write_png(path, image, chunk)
-        stdout.print(str(path), markup=False, soft_wrap=True)
+        stdout.print(str(path), soft_wrap=True)
     if progressive:
         sides = steps[-1].codes[0].patch_nums
         tiles = [
@@ -88,7 +88,7 @@ def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any]
             for side, image in zip(sides, (step.preview()[i] for step in steps), strict=True)
         ]
         _write_png(output / "scales.png", contact_sheet(tiles, len(sides)))
-        stdout.print(str(output / "scales.png"), markup=False, soft_wrap=True)
+        stdout.print(str(output / "scales.png"), soft_wrap=True)
 
 
 def _write_png(path: Path, image: Image.Image, chunk: PngImagePlugin.PngInfo | None = None) -> None:

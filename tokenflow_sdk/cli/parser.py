@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
@@ -16,9 +16,12 @@ from tokenflow_sdk.passes.quantize import EightBit
 from tokenflow_sdk.pictures.images import PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import AnswerParams
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
 __all__ = ["make_parser"]
 
-_Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 _DESCRIPTION = """\
 Images to codes and back with TokenFlow tokenizers, images from text, and answers about images.
@@ -60,11 +63,17 @@ otherwise it is built again.
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Lets `main` handle output that cannot be written; argparse ignores it."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if file is not None:
+            file.write(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser. Parsed arguments have the attribute `run`: a function that takes them and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser("tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 

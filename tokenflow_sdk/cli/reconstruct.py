@@ -38,7 +38,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 progress.advance(task)
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
-    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", markup=False, soft_wrap=True)
+    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
     return 0
 
 

@@ -214,7 +214,7 @@ def progress_bar() -> Iterator[Progress | None]:
         yield None
         return
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
