@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["packaged_data", "write_atomic"]
+__all__ = ["file_status", "is_directory", "packaged_data", "write_atomic"]
 
 
 def packaged_data(name: str) -> Path:
@@ -24,6 +25,20 @@ def packaged_data(name: str) -> Path:
     package = Path(__file__).parent
     inside = package / "_data" / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def file_status(path: Path) -> os.stat_result | None:
+    """What `Path.stat` gives; None if the file is missing or may not be looked up, or no file can have such a name."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path is a directory. Unlike `Path.is_dir`, never raises: see `file_status`."""
+    status = file_status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

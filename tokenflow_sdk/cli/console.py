@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
@@ -40,6 +41,18 @@ class _Console(Console):
         try:
             self.file.write(text)
             self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _stdout_error(error) from error
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write to stdout as it is. Raises as `print`, also where stdout is closed."""
+        if sys.stdout is None:
+            raise _stdout_error(OSError(errno.EBADF, "it is closed"))
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
         except BrokenPipeError:
             raise
         except OSError as error:

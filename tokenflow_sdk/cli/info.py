@@ -20,6 +20,7 @@ from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.files import file_status, is_directory
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.pictures.codes import Codes
 
@@ -29,7 +30,7 @@ __all__ = ["info"]
 def info(arguments: argparse.Namespace) -> int:
     """Describe a file of codes, or every bundle under a name."""
     target = Path(bundle_name(arguments))
-    if target.is_file() and target.name != MANIFEST:
+    if target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
         _codes_info(target)
         return 0
     for path in [target.parent] if target.name == MANIFEST else bundles_in(bundle_name(arguments)):
