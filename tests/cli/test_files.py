@@ -125,6 +125,9 @@ def test_standard_input_and_output(mini_bundle: Path, here: Path) -> None:
         done = piped("decode", *words, *bundle, data=expected.to_bytes())
         assert done.returncode == 0
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(done.stdout))), picture)
+    done = piped("reconstruct", str(PHOTO), "-o", "-", *bundle)
+    assert Image.open(io.BytesIO(done.stdout)).format == "PNG"
+    assert b"PSNR" in done.stderr
     assert os.listdir() == []
     assert piped("encode", "-", "-o", "x.tfc", *bundle, data=PHOTO.read_bytes()).returncode == 0
     assert piped("encode", "-", str(PHOTO), "-o", "out", *bundle, data=PHOTO.read_bytes()).returncode == 0

@@ -19,6 +19,7 @@ from tokenflow_sdk.cli.files import (
 from tokenflow_sdk.cli.opening import open_tokenizer
 from tokenflow_sdk.errors import CodesReadError, TokenFlowError
 from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.tfc import MAX_BYTES
 
 __all__ = ["decode"]
 
@@ -34,7 +35,7 @@ def decode(arguments: argparse.Namespace) -> int:
         def decode_each(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
             for path in paths:
                 try:
-                    codes = Codes.from_bytes(input_bytes(CodesReadError)) if path == STDIO else Codes.load(path)
+                    codes = Codes.from_bytes(input_bytes(CodesReadError, MAX_BYTES + 1)) if path == STDIO else Codes.load(path)
                     if arguments.scales is not None:
                         codes = codes.truncate(arguments.scales)
                     save_image(tokenizer.decode(codes), outputs[path])

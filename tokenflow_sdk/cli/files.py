@@ -162,18 +162,19 @@ def _holds_codes(path: Path) -> bool:
         return False
 
 
-def input_bytes(kind: type[TokenFlowError]) -> bytes:
-    """All of stdin.
+def input_bytes(kind: type[TokenFlowError], limit: int = -1) -> bytes:
+    """The content of stdin.
 
     Args:
         kind: the error to raise.
+        limit: most bytes to read; -1: all.
 
     Raises:
         TokenFlowError: of this kind: stdin is closed or cannot be read.
     """
     try:
         if sys.stdin is not None:
-            return sys.stdin.buffer.read()
+            return sys.stdin.buffer.read(limit)
         why = "it is closed"
     except OSError as error:
         why = str(error.strerror)

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.files import check_outputs, image_format, save_image
+from tokenflow_sdk.cli.files import STDIO, check_outputs, image_format, save_image
 from tokenflow_sdk.cli.opening import open_tokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
@@ -40,7 +40,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 progress.advance(task)
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
-    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
+    lines = stderr if output == STDIO else stdout
+    lines.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
     return 0
 
 
