@@ -50,3 +50,21 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is not a file that can be replaced"):
             write_atomic(target, b"one")
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["猫" * 80 + ".tfc", "é" * 127, "a" * 255, "\U0001f600" * 63])
+def test_every_name_that_the_file_system_takes_is_written(name: str, tmp_path: Path) -> None:
+    write_atomic(tmp_path / name, b"one")
+    assert (tmp_path / name).read_bytes() == b"one"
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "猫" * 86, "a\0b", "\ud800", "file/x.tfc", "missing/x.tfc", "..", "."])
+def test_every_other_name_is_an_output_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be written|is not a file"):
+        write_atomic(tmp_path / name, b"one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is not a file"):
+        write_atomic("", b"one")
+    assert os.listdir(tmp_path) == ["file"]

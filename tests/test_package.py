@@ -18,11 +18,9 @@ COVERED_BY = {
         f"tokenflow_sdk/cli/{name}"
         for name in [
             "bench",
-            "console",
             "decode",
             "encode",
             "exit_status",
-            "files",
             "info",
             "opening",
             "parser",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["packaged_data", "write_atomic"]
+__all__ = ["file_status", "is_directory", "packaged_data", "write_atomic"]
 
 
 def packaged_data(name: str) -> Path:
@@ -25,6 +27,20 @@ def packaged_data(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+def file_status(path: Path) -> os.stat_result | None:
+    """What `Path.stat` gives; None if the file is missing or may not be looked up, or no file can have such a name."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path is a directory. Unlike `Path.is_dir`, never raises: see `file_status`."""
+    status = file_status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file atomically: to a temporary file in the same directory, which then replaces `path`.
 
@@ -33,23 +49,30 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         data: its whole content.
 
     Raises:
-        OutputError: the directory is missing or read-only, the disk is full, or `path` exists and is not a regular file.
+        OutputError: the directory is missing or read-only, the disk is full, the file system does not allow the name, or `path`
+            exists and is not a regular file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}")
     try:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a file that can be replaced.", "Choose another output.")
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        # File systems limit the bytes of a name, usually to 255.
+        start = path.name.encode(errors="ignore")[:100].decode(errors="ignore")
+        temporary = path.with_name(f".{start}-{secrets.token_hex(6)}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError, ValueError):
+                temporary.unlink(missing_ok=True)
     except OutputError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # A null byte or a lone surrogate in a name is a ValueError.
+        why = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{path} cannot be written: {error.strerror}.", "Choose another output, or check its directory and the free space."
+            f"{path} cannot be written: {why}.", "Choose another output, or check its directory and the free space."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ class ProgressSteps:
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<40}"),
+            TextColumn("{task.description:<40}", markup=False),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
             console=console or Console(stderr=True),

@@ -236,3 +236,44 @@ def test_every_manifest_error_is_one_of_ours(bundle_copy: Path) -> None:
                 Bundle.open(bundle_copy, TokenizerConfig)
             except TokenFlowError:
                 continue
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/exp--3", "file/x", "./a/b", "../a/b", "/a/b", "a\\b", "a\0/b", "a" * 300, "\ud800", "a/" + "b" * 300]
+)
+def test_paths_are_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleNotFoundError):
+        open_bundle(bundles_in(name)[0])
+    assert bundles_in(name) == [Path(name)]
+
+
+@pytest.mark.parametrize("name", ["org/exp--3", "org/" + "a" * 97, "org-/name", "猫/狗"])
+def test_ids_that_the_hub_refuses_name_no_bundle(name: str) -> None:
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(BundleNotFoundError, match=r"no directory here|no bundle at"):
+        open_bundle(find_bundle(name))
+
+
+@pytest.mark.parametrize("error", [OSError(), ValueError("odd id"), TimeoutError("too slow")])
+def test_whatever_the_hub_raises_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(BundleNotFoundError, match=f"did not deliver it: {str(error) or 'OSError'}"):
+        find_bundle("org/name")
+
+
+def test_empty_and_homeless_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BundleNotFoundError, match="An empty name"):
+        find_bundle("")
+    with pytest.raises(BundleNotFoundError, match=r"~nobody-of-this-name/x cannot be found.*without ~"):
+        find_bundle("~nobody-of-this-name/x")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
+from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.cache import EngineCache, EngineKey, default_directory, graph_digest
 from tokenflow_sdk.errors import ArgumentError, OutputError
 
@@ -125,9 +127,90 @@ def test_clearing(cache: EngineCache) -> None:
     assert cache.entries() == []
 
 
+@pytest.fixture
+def built(cache: EngineCache) -> EngineCache:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    return cache
+
+
+def test_clearing_removes_only_what_a_cache_writes(built: EngineCache) -> None:
+    names = ["notes.json", ".env", "a.engine", "AB" * 16 + ".json", "ab" * 16 + ".json.bak", f".{'ab' * 16}.env-{'0' * 12}"]
+    for name in names:
+        (built.directory / name).write_text("kept")
+    (built.directory / f"{'cd' * 16}.engine").mkdir()
+    for name in ("ab" * 16 + ".kernels", "ab" * 16 + ".lock", f".{'ab' * 16}.engine-{'0' * 12}"):
+        (built.directory / name).write_bytes(b"x" * 1000)
+    assert built.clear() > 3006
+    assert sorted(os.listdir(built.directory)) == sorted([*names, f"{'cd' * 16}.engine", "CACHEDIR.TAG"])
+
+
+@pytest.mark.parametrize("mark", [None, b"Signature: 8a477f597d28d172789f06886806bc55\n# by cargo\n"])
+def test_a_directory_of_something_else_is_not_cleared(built: EngineCache, mark: bytes | None) -> None:
+    (built.directory / "CACHEDIR.TAG").unlink()
+    (built.directory / "package.json").write_text("{}")
+    if mark is not None:
+        (built.directory / "CACHEDIR.TAG").write_bytes(mark)
+    before = sorted(os.listdir(built.directory))
+    with pytest.raises(ArgumentError, match=r"is no engine cache: it holds .*--cache"):
+        built.clear()
+    with built.building(KEY):
+        pass
+    with pytest.raises(ArgumentError, match="is no engine cache"):
+        built.clear()
+    assert set(before) <= set(os.listdir(built.directory))
+
+
+def test_a_cache_without_a_mark_that_holds_nothing_else_is_cleared(built: EngineCache, tmp_path: Path) -> None:
+    (built.directory / "CACHEDIR.TAG").unlink()
+    assert built.clear() > 6
+    assert not any(name.endswith((".engine", ".json")) for name in os.listdir(built.directory))
+    assert EngineCache(tmp_path / "missing").clear() == 0
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="file cannot be cleared: Not a directory"):
+        EngineCache(tmp_path / "file").clear()
+
+
+def test_an_empty_directory_becomes_a_cache(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    (tmp_path / "notes.txt").write_text("kept")
+    assert cache.clear() > 6
+    assert {"notes.txt", "CACHEDIR.TAG"} <= set(os.listdir(tmp_path))
+
+
+def test_without_a_home_only_engines_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(cls: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(no_home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "named"))
+    assert EngineCache().directory == tmp_path / "named"
+    monkeypatch.delenv("TOKENFLOW_CACHE")
+    cache = EngineCache()
+    with Tokenizer.from_pretrained("tiny") as tokenizer:
+        assert tokenizer.device
+    assert main(["info", "tiny"]) == 0
+    for use in (cache.entries, cache.clear, lambda: cache.building(KEY).__enter__()):
+        with pytest.raises(OutputError, match=r"this user has no home directory.*\$TOKENFLOW_CACHE"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["file/engines", "a\0b", "a" * 300])
+def test_a_cache_that_cannot_be_made_is_empty_and_builds_nothing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = EngineCache(tmp_path / name)
+    assert cache.get(KEY) is None
+    with pytest.raises(OutputError, match=r"cannot be written.*--cache"), cache.building(KEY):
+        pass
+
+
 HOLD = """
 import sys, time
 from tests.engines.test_cache import KEY
+from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.cache import EngineCache
 from pathlib import Path
 cache = EngineCache(Path(sys.argv[1]))
@@ -155,6 +238,7 @@ def test_a_killed_build_leaves_a_cache_that_works(cache: EngineCache) -> None:
 RACE = """
 import sys, time
 from tests.engines.test_cache import KEY
+from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.cache import EngineCache
 from pathlib import Path
 cache = EngineCache(Path(sys.argv[1]))

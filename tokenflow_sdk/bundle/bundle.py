@@ -29,7 +29,7 @@ from tokenflow_sdk.errors import (
     CorruptBundleError,
     MissingPackageError,
 )
-from tokenflow_sdk.files import packaged_data, write_atomic
+from tokenflow_sdk.files import file_status, packaged_data, write_atomic
 
 __all__ = [
     "MANIFEST",
@@ -238,15 +238,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         if manifest.stat().st_size > _MAX_MANIFEST_BYTES:
             raise CorruptBundleError(f"{manifest} is larger than any manifest.", _AGAIN)
-        data = json.loads(manifest.read_bytes())
+        content = manifest.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleNotFoundError(
             f"There is no bundle at {path} (no {MANIFEST} there).",
             "Give the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
         ) from None
-    except OSError as error:
-        raise BundleNotFoundError(f"{manifest} cannot be read: {error.strerror}.", "Check its permissions.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BundleNotFoundError(f"{manifest} cannot be read: {why}.", "Check its name and permissions.") from None
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise CorruptBundleError(f"{manifest} is not valid JSON: {error}.", _AGAIN) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
@@ -326,7 +329,7 @@ def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
     """
     path = _locate(name)
     inside = path / (kind or "")
-    return inside if not (path / MANIFEST).exists() and (inside / MANIFEST).is_file() else path
+    return inside if file_status(path / MANIFEST) is None and file_status(inside / MANIFEST) is not None else path
 
 
 def bundles_in(name: str | os.PathLike[str]) -> list[Path]:
@@ -338,22 +341,25 @@ def bundles_in(name: str | os.PathLike[str]) -> list[Path]:
         As `find_bundle`.
     """
     found = [find_bundle(name, kind) for kind in KINDS]
-    return [path for path in dict.fromkeys(found) if (path / MANIFEST).exists()] or found[:1]
+    return [path for path in dict.fromkeys(found) if file_status(path / MANIFEST) is not None] or found[:1]
 
 
 def _locate(name: str | os.PathLike[str]) -> Path:
     if name == TINY:
         return packaged_data(f"models/{TINY}")
-    path = Path(name).expanduser()
-    if path.exists() or not isinstance(name, str) or not _HUB_ID.fullmatch(name):
-        return path
-    return _from_hub(name)
+    if not os.fspath(name):
+        raise BundleNotFoundError("An empty name is that of no bundle.", "Give a directory, or a hub id like org/name.")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise BundleNotFoundError(f"{name} cannot be found: {error}", "Write the path without ~.") from error
+    is_hub_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
+    return _from_hub(str(name)) if is_hub_id and not os.path.lexists(path.parent) else path
 
 
 def _from_hub(repo_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise MissingPackageError(
             f"{repo_id!r} is no directory here, and fetching it from the hub needs huggingface_hub.",
@@ -361,8 +367,9 @@ def _from_hub(repo_id: str) -> Path:
         ) from None
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, its HTTP client, the file system, and ValueError for an invalid name
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleNotFoundError(
-            f"{repo_id!r} is no directory here, and the hub did not deliver it: {str(error).splitlines()[0]}",
+            f"{repo_id!r} is no directory here, and the hub did not deliver it: {why}",
             "Check the name and the network, or give the path of a bundle.",
         ) from error

@@ -25,8 +25,6 @@ def ask(arguments: argparse.Namespace) -> int:
     with open_understander(arguments) as understander:
         images = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
         for piece in understander.stream(images, arguments.question, params=params):
-            # Not by rich, which would turn tabs into spaces.
-            stdout.file.write(piece)
-            stdout.file.flush()
-        stdout.out("")
+            stdout.write(piece)
+        stdout.write("\n")
     return 0

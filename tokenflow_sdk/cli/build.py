@@ -49,7 +49,13 @@ def build(arguments: argparse.Namespace) -> int:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, build_config, trt)]
     rows = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         whole = progress.add_task("building", total=len(jobs))
         for job in jobs:
@@ -61,7 +67,7 @@ def build(arguments: argparse.Namespace) -> int:
         key = row.engine.key
         table.add_row(key.graph, key.target, key.precision, f"{row.engine.size / 1e6:,.1f} MB", done)
     stdout.print(table)
-    stdout.print(f"{len(rows)} engines in {store.directory}", markup=False, soft_wrap=True)
+    stdout.print(f"{len(rows)} engines in {store.directory}", soft_wrap=True)
     for bundle in bundles:
         _certify(bundle, build_config, store)
     return 0
@@ -76,21 +82,21 @@ def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache)
     try:
         engines = Engines(bundle, build_config, cache=store)
     except (MissingPackageError, BackendError) as error:
-        stdout.print(f"not compared with PyTorch yet: {error.message} This is done at first use.", soft_wrap=True, markup=False)
+        stdout.print(f"not compared with PyTorch yet: {error.message} This is done at first use.", soft_wrap=True)
         return
     if engines.missing():
         stdout.print("not compared with PyTorch yet: none is for the GPU here", soft_wrap=True)
         return
     with stderr.status(f"comparing {bundle.path.name} with PyTorch"):
         certificate = engines.prepare(build=False)
-    stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True, markup=False)
+    stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True)
 
 
 def cache(arguments: argparse.Namespace) -> int:
     """List or remove the engines in the cache."""
     store = EngineCache(arguments.cache)
     if arguments.action == "clear":
-        stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", markup=False, soft_wrap=True)
+        stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", soft_wrap=True)
         return 0
     entries = store.entries()
     table = Table("graph", "target", "precision", "engine", "size", "comparison", "file")
@@ -102,7 +108,7 @@ def cache(arguments: argparse.Namespace) -> int:
     if entries:
         stdout.print(table)
     total = sum(entry.size for entry in entries)
-    stdout.print(f"{len(entries)} engines, {total / 1e6:,.1f} MB, in {store.directory}", markup=False, soft_wrap=True)
+    stdout.print(f"{len(entries)} engines, {total / 1e6:,.1f} MB, in {store.directory}", soft_wrap=True)
     return 0
 
 

@@ -2,12 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.status import Status
+from rich.text import Text
+
+from tokenflow_sdk.errors import OutputError
 
 __all__ = ["stderr", "stdout"]
 
+
+class _Console(Console):
+    """Prints text as it is: names of files and bundles may look like rich's markup or emoji codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`. On stderr, failures are ignored, because they could be told to nobody.
+
+        Raises:
+            BrokenPipeError: the reader has gone.
+            OutputError: stdout cannot be written.
+        """
+        try:
+            super().print(*objects, **options)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.stderr:
+                raise _stdout_error(error) from error
+
+    def write(self, text: str) -> None:
+        """Write text at once, without wrapping it or replacing tabs. Raises as `print`."""
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _stdout_error(error) from error
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write to stdout as it is. Raises as `print`, also where stdout is closed."""
+        if sys.stdout is None:
+            raise _stdout_error(OSError(errno.EBADF, "it is closed"))
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _stdout_error(error) from error
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """As `Console.status`, which reads strings as markup whatever the console's options."""
+        return super().status(Text(status) if isinstance(status, str) else status, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to `main`; rich would exit with status 1."""
+        # Rich calls this while it handles the error.
+        raise
+
+
+def _stdout_error(error: OSError) -> OutputError:
+    # The interpreter would try to write the rest when it ends, and print a traceback.
+    sys.stdout = None
+    return OutputError(f"The standard output cannot be written: {error.strerror}.", "Check where it is redirected to.")
+
+
 # Piped output has no width of its own: 160 columns keep the lines of tables from wrapping.
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-stderr = Console(stderr=True, highlight=False)
+stdout = _Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
+stderr = _Console(stderr=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
-
+from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.errors import TokenFlowError
 
 __all__ = ["run"]
@@ -21,12 +20,11 @@ def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     Returns:
         The status of the command, 2 after such a mistake, 130 after Ctrl-C.
     """
-    console = Console(stderr=True, highlight=False)
     try:
         return command()
     except TokenFlowError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        stderr.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print(interrupted, style="yellow")
+        stderr.print(interrupted, style="yellow")
         return 130

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
-from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError, OutputError
+from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import GeneratedScale, Generator
 from tokenflow_sdk.model.sampling import Pass, SamplingParams
@@ -42,6 +43,11 @@ def generate(arguments: argparse.Namespace) -> int:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
+    if output == STDIO:
+        raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
+    names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
+    inputs = [] if arguments.replay is None else [arguments.replay]
+    check_outputs(inputs, (output / name for name in names), codes=False, force=arguments.force)
     with open_generator(arguments) as generator:
         if metadata is None:
             own = generator.config
@@ -54,7 +60,7 @@ def generate(arguments: argparse.Namespace) -> int:
         made_with = _metadata(generator, arguments.prompt, arguments.n, negative, params)
         _save(steps, output, made_with, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
-    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}", markup=False)
+    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
 
 
@@ -70,16 +76,13 @@ def _draw(generator: Generator, prompt: str, n: int, negative: str | None, param
 
 
 def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any], progressive: bool) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another -o.") from error
+    make_directory(output)
     for i, image in enumerate(steps[-1].preview()):
         path = output / f"{i + 1}.png"
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt(METADATA_KEY, json.dumps({**metadata, "image": i}))
         _write_png(path, image, chunk)
-        stdout.print(str(path), markup=False, soft_wrap=True)
+        stdout.print(str(path), soft_wrap=True)
     if progressive:
         sides = steps[-1].codes[0].patch_nums
         tiles = [
@@ -88,7 +91,7 @@ def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any]
             for side, image in zip(sides, (step.preview()[i] for step in steps), strict=True)
         ]
         _write_png(output / "scales.png", contact_sheet(tiles, len(sides)))
-        stdout.print(str(output / "scales.png"), markup=False, soft_wrap=True)
+        stdout.print(str(output / "scales.png"), soft_wrap=True)
 
 
 def _write_png(path: Path, image: Image.Image, chunk: PngImagePlugin.PngInfo | None = None) -> None:
@@ -130,7 +133,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
     keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
-    if not isinstance(metadata, dict) or set(metadata) != keys:
+    if not isinstance(metadata, dict) or set(metadata) != keys or type(metadata["n"]) is not int:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")
     return metadata
 

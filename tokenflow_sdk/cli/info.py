@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
@@ -20,6 +19,8 @@ from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
 from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.files import file_status, is_directory
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.pictures.codes import Codes
 
@@ -29,7 +30,7 @@ __all__ = ["info"]
 def info(arguments: argparse.Namespace) -> int:
     """Describe a file of codes, or every bundle under a name."""
     target = Path(bundle_name(arguments))
-    if target.is_file() and target.name != MANIFEST:
+    if target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
         _codes_info(target)
         return 0
     for path in [target.parent] if target.name == MANIFEST else bundles_in(bundle_name(arguments)):
@@ -48,7 +49,7 @@ def _print_choice(bundle: Bundle[Any]) -> None:
     table, chosen = Table("backend", "here", "why"), None
     for candidate in survey(bundle, RuntimeOptions()):
         chosen = chosen or (candidate.title if candidate.usable else None)
-        table.add_row(candidate.title, "yes" if candidate.usable else "no", Text(candidate.reason))
+        table.add_row(candidate.title, "yes" if candidate.usable else "no", candidate.reason)
     stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
     stdout.print(table)
     _print_engines(bundle)
@@ -58,7 +59,12 @@ def _print_engines(bundle: Bundle[Any]) -> None:
     """Print the bundle's engines in the cache, for any GPU, with the results of their comparison with the reference."""
     graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
     sets: dict[tuple[str, str, BuildConfig], list[CachedEngine]] = {}
-    for engine in EngineCache().entries():
+    try:
+        cached = EngineCache().entries()
+    except OutputError:
+        # Without a home directory there is no cache; the table above says so where a GPU could use one.
+        return
+    for engine in cached:
         config = BuildConfig.from_json(engine.build_config)
         if config is not None and engine.key.graph_sha256 in graphs:
             sets.setdefault((f"{config.backend} {engine.key.version}", engine.key.target, config), []).append(engine)
@@ -72,13 +78,13 @@ def _print_engines(bundle: Bundle[Any]) -> None:
         precision = config.precision if config.decoder is None else f"{config.precision}, decoder {config.decoder}"
         names = ", ".join(sorted(engine.key.graph for engine in engines))
         size = _size(sum(engine.size for engine in engines))
-        table.add_row(title, target, precision, ",".join(map(str, config.batch)), names, size, Text(verdict))
+        table.add_row(title, target, precision, ",".join(map(str, config.batch)), names, size, verdict)
     stdout.print(table)
 
 
 def _codes_info(path: Path) -> None:
     codes = Codes.load(path)
-    stdout.print(repr(codes), markup=False, soft_wrap=True)
+    stdout.print(repr(codes), soft_wrap=True)
     table = Table("scale", "codes", "file may end at byte", "first codes")
     for i, (side, count) in enumerate(zip(codes.scales.sides, codes.scales.counts, strict=True)):
         if i == codes.n_scales:
@@ -91,7 +97,7 @@ def _codes_info(path: Path) -> None:
 def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
     c = bundle.config
     bits = (c.codebook_size - 1).bit_length()
-    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", soft_wrap=True)
     stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
     stdout.print(
         f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True
@@ -137,12 +143,10 @@ def _print_language_model(
     bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], sizes: str, pairing: str, choice: str
 ) -> None:
     c = bundle.config
-    stdout.print(f"{bundle.path}: TokenFlow {c.kind}", style="bold", markup=False, soft_wrap=True)
+    stdout.print(f"{bundle.path}: TokenFlow {c.kind}", style="bold", soft_wrap=True)
     stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
     stdout.print(sizes)
-    stdout.print(
-        f"{pairing} {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", markup=False, soft_wrap=True
-    )
+    stdout.print(f"{pairing} {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", soft_wrap=True)
     _print_graphs(bundle.graphs)
     _print_pages(bundle, c.image_pages(), c.default_pages())
     _print_check(bundle.parity, choice)
@@ -174,8 +178,7 @@ def _print_check(parity: Mapping[str, Any], choice: str) -> None:
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
     table = Table("graph", "size", "inputs", "outputs")
     for name, graph in graphs.items():
-        # In a plain string rich would read a shape such as [batch, 3] as markup.
-        tensors = (Text("\n".join(map(str, specs))) for specs in (graph.inputs, graph.outputs))
+        tensors = ("\n".join(map(str, specs)) for specs in (graph.inputs, graph.outputs))
         table.add_row(name, _size(sum(file.size for file in graph.files)), *tensors)
     stdout.print(table)
 
@@ -186,4 +189,4 @@ def _size(count: int) -> str:
 
 def _print_provenance(provenance: Mapping[str, Any]) -> None:
     for key, value in provenance.items():
-        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        stdout.print(f"{key}: {value}", soft_wrap=True)

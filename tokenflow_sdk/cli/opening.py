@@ -21,15 +21,16 @@ def bundle_name(arguments: argparse.Namespace) -> str:
     Raises:
         ArgumentError: two bundles are named.
     """
-    return _named_bundle(arguments) or TINY
+    name = _named_bundle(arguments)
+    return TINY if name is None else name
 
 
 def _named_bundle(arguments: argparse.Namespace) -> str | None:
     """As `bundle_name`, but None if no bundle is named."""
-    named = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name]
+    named = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name is not None]
     if len(named) > 1:
         raise ArgumentError("Two bundles were given.", "Name one.")
-    return str(named[0]) if named else None
+    return named[0] if named else None
 
 
 def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, verify
+from tokenflow_sdk.cli import ask, bench, build, decode, encode, files, generate, info, reconstruct, verify
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
 from tokenflow_sdk.pictures.images import PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
 __all__ = ["make_parser"]
 
-_Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 _DESCRIPTION = """\
 Images to codes and back with TokenFlow tokenizers, images from text, and answers about images.
@@ -60,11 +63,17 @@ otherwise it is built again.
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Lets `main` handle output that cannot be written; argparse ignores it."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if file is not None:
+            file.write(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser. Parsed arguments have the attribute `run`: a function that takes them and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser("tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -93,16 +102,19 @@ def _add_info(subparsers: _Subparsers) -> None:
 
 def _add_encode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "encode", encode.encode, "encode images to .tfc files of codes")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or directories of them")
-    _add_output(parser, ".tfc file for a single image, else a directory (default: the current one)")
+    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or directories of them; -: stdin")
+    _add_output(parser, ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)")
     _add_engine_options(parser)
     _add_image_options(parser)
 
 
 def _add_decode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "decode", decode.decode, "decode .tfc files to PNG images")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.tfc", help="files of codes")
-    _add_output(parser, "image file for a single file of codes, else a directory (default: the current one)")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help="files of codes; -: stdin")
+    _add_output(
+        parser,
+        "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
+    )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)
 
@@ -110,8 +122,8 @@ def _add_decode(subparsers: _Subparsers) -> None:
 def _add_reconstruct(subparsers: _Subparsers) -> None:
     summary = "write an image, its reconstruction from every number of scales, and their sizes and PSNR into one image"
     parser = _add_command(subparsers, "reconstruct", reconstruct.reconstruct, summary)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
-    _add_output(parser, "the image file to write (default: side_by_side.png)")
+    parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
+    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png")
     _add_engine_options(parser)
     _add_image_options(parser)
 
@@ -121,7 +133,7 @@ def _add_generate(subparsers: _Subparsers) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
     parser.add_argument(
         "--replay",
-        type=Path,
+        type=_path,
         metavar="FILE.png",
         help="draw again with the prompt and settings in this image's metadata, instead of PROMPT",
     )
@@ -146,7 +158,7 @@ def _add_ask(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "ask", ask.ask, "answer a question about images")
     parser.description = _ASKING
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or .tfc files of their codes")
+    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or .tfc files of their codes")
     parser.add_argument("question", metavar="QUESTION", help="in quotes")
     defaults = AnswerParams()
     for name, kind, text in (
@@ -177,7 +189,7 @@ def _add_bench(subparsers: _Subparsers) -> None:
     parser.add_argument("target", nargs="?", metavar="BUNDLE", help="default: tiny")
     parser.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
     _add_tokenizer_option(parser)
     _add_engine_options(parser)
 
@@ -237,14 +249,25 @@ def _add_command(
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path. `./-` stays a file, unlike `-`, which is stdin or stdout."""
+    if not text:
+        raise argparse.ArgumentTypeError("a file has an empty name")
+    path = Path(text)
+    return path.absolute() if path == files.STDIO and text != str(path) else path
+
+
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=text)
+    parser.add_argument("-o", "--output", type=_path, metavar="PATH", help=text)
+    parser.add_argument(
+        "--force", action="store_true", help="write codes over images and images over codes, but never over an input"
+    )
 
 
 def _add_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="directory of engines (default: $TOKENFLOW_CACHE, else tokenflow/engines in the user's cache directory)",
     )

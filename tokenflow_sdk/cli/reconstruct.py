@@ -10,7 +10,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.files import save_image
+from tokenflow_sdk.cli.files import STDIO, check_outputs, image_format, save_image
 from tokenflow_sdk.cli.opening import open_tokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
@@ -21,6 +21,8 @@ __all__ = ["reconstruct"]
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Encode an image, decode every prefix of its scales, and write a contact sheet with sizes and PSNR."""
     output = arguments.output or Path("side_by_side.png")
+    image_format(output)
+    check_outputs([arguments.image], [output], codes=False, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
         original = tokenizer.preprocess(arguments.image, preprocess=arguments.preprocess, fast=arguments.fast)
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -38,7 +40,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 progress.advance(task)
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
-    stdout.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", markup=False, soft_wrap=True)
+    lines = stderr if output == STDIO else stdout
+    lines.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
     return 0
 
 

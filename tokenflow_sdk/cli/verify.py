@@ -79,7 +79,7 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
         stack.enter_context(stderr.status(f"running {path}"))
         bundle.verify()
         certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
-    stdout.print(f"{path}: {certificate.summary}", markup=False, soft_wrap=True)
+    stdout.print(f"{path}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
 
 
@@ -89,6 +89,6 @@ def _verify_engines(path: Path, options: RuntimeOptions, batch_limit: int) -> No
     with stderr.status(f"running {path} on {options.backend}"):
         bundle.verify()
         certificate = engines.recertify()
-    stdout.print(f"{path} on {options.backend}: {certificate.summary}", markup=False, soft_wrap=True)
+    stdout.print(f"{path} on {options.backend}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
     stdout.print("certified", style="green")

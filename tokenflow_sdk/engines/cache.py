@@ -11,16 +11,18 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle.bundle import file_sha256
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError, TokenFlowError
 from tokenflow_sdk.files import write_atomic
 
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
@@ -28,13 +30,31 @@ __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "def
 DEFAULT_LIMIT_GB = 20.0
 _SUFFIXES = (".json", ".engine", ".kernels")
 """Endings of an engine's files: its record, the engine, and the kernels that TensorRT-RTX compiled from it."""
+_WRITTEN = re.compile(r"[0-9a-f]{32}\.(json|engine|kernels|lock)|\.[0-9a-f]{32}\.(json|engine|kernels)-[0-9a-f]{12}")
+"""Names of all files that the cache writes: those of engines, their locks, and the temporary files of `write_atomic`."""
+_MARK = "CACHEDIR.TAG"
+_MARK_TEXT = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n# Engines that tokenflow-sdk built; `tokenflow cache clear` removes them.\n"
+)
+"""Marks a directory as an engine cache; backup programs leave directories with such a file out (bford.info/cachedir)."""
 
 
 def default_directory() -> Path:
-    """The engine cache's directory: `$TOKENFLOW_CACHE`, else `tokenflow/engines` in the user's cache directory."""
-    named = os.environ.get("TOKENFLOW_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "tokenflow" / "engines"
+    """The engine cache's directory: `$TOKENFLOW_CACHE`, else `tokenflow/engines` in the user's cache directory.
+
+    Raises:
+        OutputError: neither is known, because the user has no home directory.
+    """
+    if named := os.environ.get("TOKENFLOW_CACHE"):
+        return Path(named)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OutputError(
+            "There is no directory for engines: this user has no home directory.",
+            "Name one in $TOKENFLOW_CACHE or with --cache.",
+        ) from error
+    return base / "tokenflow" / "engines"
 
 
 def default_limit() -> int:
@@ -130,7 +150,7 @@ class EngineCache:
     """A directory of engines. Several processes may use it at once.
 
     Args:
-        directory: created on the first write; None: `default_directory`.
+        directory: created by the first build; None: `default_directory`, which is looked up when it is first needed.
         limit: bytes of engines to keep; None: `default_limit`. Beyond it the least recently used engines are removed, except
             those used since this object was made, so that the engines of one bundle do not evict each other.
 
@@ -142,9 +162,14 @@ class EngineCache:
         self.limit = default_limit() if limit is None else limit
         if self.limit < 0:
             raise ArgumentError(f"limit={limit} keeps nothing.", "Give bytes, e.g. 20_000_000_000.")
-        self.directory = directory or default_directory()
+        self._directory = directory
         # Some file systems round modification times to two seconds.
         self._since = time.time() - 2
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where the engines are. Raises as `default_directory` if none was named."""
+        return self._directory or default_directory()
 
     def get(self, key: EngineKey) -> CachedEngine | None:
         """The engine of a key; None if it is missing or damaged. Marks it as used.
@@ -219,10 +244,12 @@ class EngineCache:
         lock = FileLock(self.directory / f"{key.digest}.lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            if not (self.directory / _MARK).exists() and self._foreign() is None:
+                write_atomic(self.directory / _MARK, _MARK_TEXT)
             lock.acquire()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise OutputError(
-                f"{self.directory} cannot be written: {error.strerror or error}.",
+                f"{self.directory} cannot be written: {getattr(error, 'strerror', None) or error}.",
                 "Name another directory for engines in $TOKENFLOW_CACHE or with --cache.",
             ) from error
         try:
@@ -236,18 +263,54 @@ class EngineCache:
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
-        """Remove all engines, records, kernels and temporary files.
+        """Remove all engines, records, kernels, locks and temporary files. Other files stay.
 
         Returns:
             The number of bytes freed.
+
+        Raises:
+            ArgumentError: the directory is no engine cache: it has no mark of one, and holds other files.
+            OutputError: the directory cannot be read, or a file cannot be removed.
         """
         freed = 0
-        for path in self.directory.glob("*"):
-            if path.suffix in _SUFFIXES or path.name.startswith("."):
+        try:
+            foreign = None if self._is_marked() else self._foreign()
+            if foreign is not None:
+                raise ArgumentError(
+                    f"{self.directory} is no engine cache: it holds {foreign}, and no {_MARK} of tokenflow-sdk.",
+                    "Give --cache the directory that engines were built into, or remove its *.engine files yourself.",
+                )
+            for path in self._written():
                 with suppress(FileNotFoundError):
-                    freed += path.stat().st_size
+                    size = path.lstat().st_size
                     path.unlink()
+                    freed += size
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            if isinstance(error, TokenFlowError):
+                raise
+            raise OutputError(
+                f"{self.directory} cannot be cleared: {getattr(error, 'strerror', None) or error}.",
+                "Check its permissions, or name another --cache.",
+            ) from error
         return freed
+
+    def _is_marked(self) -> bool:
+        try:
+            return (self.directory / _MARK).read_bytes() == _MARK_TEXT
+        except (FileNotFoundError, IsADirectoryError):
+            return False
+
+    def _foreign(self) -> str | None:
+        """The name of something in the directory that no cache writes; None: there is nothing else, or no directory."""
+        written = {path.name for path in self._written()}
+        marks = {_MARK} if self._is_marked() else set()
+        return next((path.name for path in self.directory.iterdir() if path.name not in written | marks), None)
+
+    def _written(self) -> list[Path]:
+        """The files in the directory that caches wrote."""
+        return [path for path in self.directory.iterdir() if _WRITTEN.fullmatch(path.name) and not path.is_dir()]
 
     def _engine(self, key: EngineKey) -> Path:
         return self.directory / f"{key.digest}.engine"

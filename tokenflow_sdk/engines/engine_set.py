@@ -209,7 +209,8 @@ def progress_bar() -> Iterator[Progress]:
     """Show a progress bar on stderr if that is a terminal; yields the callback."""
     bars = importlib.import_module("rich.progress")
     console = importlib.import_module("rich.console").Console(stderr=True)
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    title = bars.TextColumn("{task.description}", markup=False)
+    columns = (title, bars.BarColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("TensorRT", total=1.0)
         yield lambda title, share: progress.update(task, description=title, completed=share)

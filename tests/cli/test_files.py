@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tokenflow_sdk import Codes, Tokenizer
+from tokenflow_sdk.cli import main
+from tokenflow_sdk.cli.files import image_files, output_paths, save_image
+from tokenflow_sdk.errors import ArgumentError, ImageReadError, OutputError
+
+PHOTO = ROOT / "examples" / "chelsea.jpg"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "export")]))
+    return tmp_path
+
+
+@pytest.fixture
+def codes(mini_bundle: Path) -> Codes:
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        return tokenizer.codes(np.zeros(30, int))
+
+
+def contents() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["encode", "photo.png", "-o", "photo.png"],
+        ["encode", "photo.png", "-o", "photo.png", "--force"],
+        ["encode", "photo.png", "-o", "link.tfc"],
+        ["encode", "photo.png", "-o", "hard.tfc", "--force"],
+        ["encode", "photo.png", "-o", "sub/../photo.png"],
+        ["encode", "link.tfc", "-o", "photo.png", "--force"],
+        ["encode", "photo.png", "-o", "other.png"],
+        ["encode", "photo.png", "-o", "picture.tfc"],
+        ["encode", "photo.png", "-o", "cut.jpg"],
+        ["encode", "photo.png", "-o", "notes.txt"],
+        ["encode", "photo.tfc/../photo.png", "picture.tfc", "-o", "."],
+        ["decode", "codes.tfc", "-o", "codes.tfc", "--force"],
+        ["decode", "codes.png", "-o", "codes.png", "--force"],
+        ["decode", "codes.tfc", "-o", "codes.png"],
+        ["decode", "codes.png", "-o", "."],
+        ["reconstruct", "photo.png", "-o", "photo.png", "--force"],
+        ["reconstruct", "photo.png", "-o", "codes.png"],
+        ["reconstruct", "photo.png", "-o", "codes.tfc"],
+    ],
+)
+def test_nothing_of_value_is_replaced(
+    words: list[str], mini_bundle: Path, here: Path, codes: Codes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("photo.png", "other.png"):
+        Image.new("RGB", (70, 70), "red").save(name)
+    (here / "link.tfc").symlink_to("photo.png")
+    os.link("photo.png", "hard.tfc")
+    (here / "sub").mkdir()
+    shutil.copy("other.png", "picture.tfc")
+    (here / "cut.jpg").write_bytes(PHOTO.read_bytes()[:3000])
+    (here / "notes.txt").write_text("kept")
+    codes.save("codes.tfc")
+    codes.save("codes.png")
+    before = contents()
+    assert main([*words, "--bundle", str(mini_bundle)]) == 2
+    assert contents() == before
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_force_replaces_the_other_kind(mini_bundle: Path, here: Path, codes: Codes) -> None:
+    Image.new("RGB", (70, 70), "red").save("other.png")
+    codes.save("codes.png")
+    (here / "empty.png").write_bytes(b"")
+    bundle = ["--bundle", str(mini_bundle)]
+    assert main(["encode", str(PHOTO), "-o", "other.png", "--force", *bundle]) == 0
+    assert main(["encode", str(PHOTO), "-o", "empty.png", *bundle]) == 0
+    assert main(["encode", str(PHOTO), "-o", "empty.png", *bundle]) == 0
+    assert Codes.load("other.png") == Codes.load("empty.png")
+    assert main(["decode", "empty.png", "-o", "codes.png", "--force", *bundle]) == 0
+    assert main(["reconstruct", str(PHOTO), "-o", "codes.png", *bundle]) == 0
+    with Image.open("codes.png") as image:
+        assert image.format == "PNG"
+
+
+def test_a_replay_is_not_replaced_by_what_it_draws(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a red apple", "--preset", "fast", "-o", "out"]) == 0
+    before = (here / "out/1.png").read_bytes()
+    assert main(["generate", "--replay", "out/1.png", "-o", "out", "--force"]) == 2
+    assert "out/1.png is an input" in capsys.readouterr().err
+    assert (here / "out/1.png").read_bytes() == before
+    shutil.copy("out/1.png", "out/replay.png")
+    Codes(np.zeros(1, int), (1, 2), 500, "x", "ab" * 8).save("out/1.png")
+    assert main(["generate", "--replay", "out/replay.png", "-o", "out"]) == 2
+    assert "out/1.png exists and is a file of codes" in capsys.readouterr().err
+    assert main(["generate", "a red apple", "-o", "-"]) == 2
+    assert sorted(os.listdir()) == ["out"]
+
+
+def piped(*words: str, data: bytes | None = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "tokenflow_sdk.cli", *words], input=data, capture_output=True, check=False)
+
+
+def test_standard_input_and_output(mini_bundle: Path, here: Path) -> None:
+    bundle = ("--bundle", str(mini_bundle))
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        expected = tokenizer.encode(PHOTO)
+        picture = np.asarray(tokenizer.decode(expected))
+    for words in (("-",), ("-", "-o", "-"), (str(PHOTO), "-o", "-")):
+        done = piped("encode", *words, *bundle, data=PHOTO.read_bytes())
+        assert (done.returncode, done.stdout) == (0, expected.to_bytes())
+        assert b"30 codes" in done.stderr
+    for words in (("-",), ("-", "-o", "-")):
+        done = piped("decode", *words, *bundle, data=expected.to_bytes())
+        assert done.returncode == 0
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(done.stdout))), picture)
+    done = piped("reconstruct", str(PHOTO), "-o", "-", *bundle)
+    assert Image.open(io.BytesIO(done.stdout)).format == "PNG"
+    assert b"PSNR" in done.stderr
+    assert os.listdir() == []
+    assert piped("encode", "-", "-o", "x.tfc", *bundle, data=PHOTO.read_bytes()).returncode == 0
+    assert piped("encode", "-", str(PHOTO), "-o", "out", *bundle, data=PHOTO.read_bytes()).returncode == 0
+    assert Codes.load("x.tfc") == Codes.load("out/stdin.tfc") == Codes.load("out/chelsea.tfc") == expected
+    Path("-").write_bytes(PHOTO.read_bytes())
+    assert piped("encode", "./-", "-o", "y.tfc", *bundle).returncode == 0
+    assert Codes.load("y.tfc") == expected
+
+
+def test_mistakes_with_standard_streams(mini_bundle: Path, here: Path) -> None:
+    bundle = ("--bundle", str(mini_bundle))
+    for words, sentence in (
+        (("encode", "-"), b"is empty"),
+        (("decode", "-"), b"error: "),
+        (("encode", "-", "-"), b"- was given twice"),
+        (("encode", "-", "x.png", "-o", "-"), b"2 results cannot go into the one file -"),
+    ):
+        done = piped(*words, *bundle)
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert sentence in done.stderr
+        assert b"Traceback" not in done.stderr
+    for redirected, sentence in (
+        ("encode - 0> /dev/null", "standard input cannot be read: Bad file descriptor"),
+        ("encode - <&-", "standard input cannot be read: it is closed"),
+        ("decode - <&-", "standard input cannot be read: it is closed"),
+        (f"encode {PHOTO} -o - >&-", "standard output cannot be written: it is closed"),
+        (f"encode {PHOTO} -o - > /dev/full", "standard output cannot be written: No space left"),
+    ):
+        line = f"{sys.executable} -m tokenflow_sdk.cli {redirected} --bundle {mini_bundle}"
+        shell = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
+        assert shell.returncode == 2
+        assert sentence in shell.stderr
+        assert len(shell.stderr.splitlines()) == 1
+    assert os.listdir() == []
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["encode", LONG + ".jpg"],
+        ["encode", "猫" * 100],
+        ["encode", "a\0b.jpg"],
+        ["encode", "\ud800.jpg"],
+        ["encode", "z.png/x.jpg"],
+        ["encode", "z.png", "-o", LONG + ".tfc"],
+        ["encode", "z.png", "-o", LONG],
+        ["encode", "z.png", "-o", "a\0b"],
+        ["encode", "z.png", "-o", "a\0b.tfc"],
+        ["encode", "z.png", "-o", "\ud800.tfc"],
+        ["encode", "z.png", "-o", "z.png/out"],
+        ["encode", "z.png", "-o", "z.png/out.tfc"],
+        ["encode", "z.png", "-o", "/proc/out.tfc"],
+        ["encode", "z.png", "-o", "/proc/out"],
+        ["encode", "z.png", "--bundle", LONG],
+        ["encode", "z.png", "--bundle", "a\0b"],
+        ["encode", "z.png", "--bundle", "\ud800"],
+        ["encode", "z.png", "--bundle", ""],
+        ["encode", "z.png", "--bundle", "z.png/x"],
+        ["encode", "z.png", "--bundle", "runs/exp--3"],
+        ["encode", "z.png", "--bundle", "~nobody-of-this-name/x"],
+        ["decode", LONG + ".tfc"],
+        ["decode", "a\0b"],
+        ["reconstruct", LONG],
+        ["reconstruct", "a\0b", "-o", "x.png"],
+        ["info", LONG],
+        ["info", "a\0b"],
+        ["info", "\ud800"],
+        ["info", ""],
+        ["verify", LONG],
+        ["bench", "a\0b"],
+        ["generate", "--replay", LONG],
+        ["generate", "--replay", "a\0b"],
+        ["generate", "x", "--preset", "fast", "-o", "z.png/x"],
+        ["ask", LONG, "what?", "--bundle", LONG],
+        ["cache", "list", "--cache", "z.png/x/y"],
+        ["cache", "clear", "--cache", "z.png"],
+        ["cache", "clear", "--cache", "a\0b"],
+        ["cache", "clear", "--cache", LONG],
+    ],
+)
+def test_names_that_cannot_be_used_get_a_sentence(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (70, 70), "red").save("z.png")
+    (here / "runs").mkdir()
+    status = main(words)
+    captured = capsys.readouterr()
+    if words[:2] == ["cache", "list"]:
+        assert (status, captured.err) == (0, "")
+    else:
+        assert (status, captured.err[:7]) == (2, "error: ")
+        assert len(captured.err.splitlines()) == 1
+    assert sorted(os.listdir()) == ["runs", "z.png"]
+
+
+@pytest.mark.parametrize(
+    "words", [["encode", ""], ["encode", "x.png", "-o", ""], ["decode", ""], ["cache", "clear", "--cache", ""]]
+)
+def test_an_empty_name_is_no_file(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "a file has an empty name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize(
+    "words", [["encode", "closed"], ["encode", "closed/x.png"], ["info", "closed/x"], ["decode", "closed/x.tfc"]]
+)
+def test_forbidden_directories_are_named(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "closed").mkdir(mode=0)
+    assert main(words) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_listed_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    (here / "closed").mkdir()
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(ImageReadError, match="closed cannot be read: Permission denied"):
+        image_files([Path("closed")])
+
+
+def test_endings_that_are_written(here: Path) -> None:
+    image = Image.new("RGB", (300, 200), "red")
+    Image.init()
+    for ending in sorted(Image.EXTENSION):
+        output = here / f"x{ending}"
+        try:
+            save_image(image, output)
+        except ArgumentError as error:
+            assert "no ending of a picture format" in str(error)
+            assert not output.exists()
+            continue
+        with Image.open(output) as written:
+            assert written.size == image.size
+            assert np.abs(np.asarray(written.convert("RGB"), int) - np.asarray(image, int)).max() < 8
+    assert {"x.png", "x.jpg", "x.webp", "x.tif", "x.bmp"} <= set(os.listdir())
+    with pytest.raises(OutputError, match="cannot be written as WEBP"):
+        save_image(Image.new("RGB", (20000, 1)), here / "wide.webp")
+
+
+def test_what_is_left_out_of_a_directory_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = here / "d"
+    (pictures / "deep").mkdir(parents=True)
+    for name in ("a.jfif", "c.heic", "e.jp2", "README", "._b.jpg"):
+        (pictures / name).write_bytes(b"x")
+    Image.new("RGB", (9, 9)).save(pictures / "b.jpg")
+    assert image_files([Path("d"), Path("d/a.jfif")]) == [Path("d/b.jpg"), Path("d/a.jfif")]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "d: 4 left out (their endings are not those of pictures; name them to read them all the same): "
+        "README, a.jfif, c.heic, e.jp2",
+        "d: 1 left out (metadata of macOS): ._b.jpg",
+        "d: 1 left out (directories in directories are not searched): deep",
+    ]
+    (pictures / "b.jpg").unlink()
+    with pytest.raises(ImageReadError, match="d holds no pictures"):
+        image_files([Path("d")])
+    (pictures / "b.jpg").write_bytes(b"x")
+    with pytest.raises(ArgumentError, match="b.jpg was given twice"):
+        image_files([Path("d"), Path("d/b.jpg")])
+
+
+def test_many_files_are_checked_in_linear_time(here: Path) -> None:
+    class Counted(type(Path())):  # type: ignore[misc]
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return super().__eq__(other)
+
+        __hash__ = type(Path()).__hash__
+
+    paths = [Counted(f"{i}.jpg") for i in range(2000)]
+    assert image_files(paths) == paths
+    assert len(output_paths(paths, Path("out"), ".tfc")) == 2000
+    assert Counted.compared < 20_000
