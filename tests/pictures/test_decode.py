@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
-from tests.pictures.test_rgb import chunk, png
+from tests.pictures.test_rgb import chunk, png, tiff
 from tokenflow_sdk.errors import CorruptImageError, ImageReadError, ImageTooLargeError, TokenFlowError
 from tokenflow_sdk.pictures.decode import FORMATS, raised_elsewhere
 from tokenflow_sdk.pictures.images import load_image, preprocess
@@ -74,34 +74,32 @@ def test_the_orientation_is_read_where_other_exif_is_broken(name: str, picture_f
         lying.save(buffer, picture_format, exif=EXIFS[name])
         content = buffer.getvalue()
     assert load_image(content).size == (64, 32)
-    with Image.open(io.BytesIO(content)) as image:
-        assert load_image(image).size == (64, 32)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("deflate", [False, True], ids=["raw", "deflate"])
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_tiff_with_broken_exif_is_turned_once(orientation: int, compression: str) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
-    buffer = io.BytesIO()
-    tags = {0x0112: orientation, 0x8825: "abc"}
-    Image.fromarray(pixels).save(buffer, "TIFF", tiffinfo=tags, compression=compression)
+def test_a_tiff_with_broken_exif_is_turned_once(orientation: int, deflate: bool, order: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64), np.uint8)
+    more = ((0x0112, orientation), (0x8769, 10**9), (0x8825, 9))
+    content = tiff(order, 1, 8, pixels.tobytes(), deflate=deflate, more=more)
     upright = {
         1: pixels,
         2: pixels[:, ::-1],
         3: pixels[::-1, ::-1],
         4: pixels[::-1],
-        5: pixels.transpose(1, 0, 2),
+        5: pixels.T,
         6: np.rot90(pixels, -1),
-        7: np.rot90(pixels, 2).transpose(1, 0, 2),
+        7: np.rot90(pixels, 2).T,
         8: np.rot90(pixels),
     }
-    assert np.array_equal(np.asarray(load_image(buffer.getvalue())), upright[orientation])
+    assert np.array_equal(np.asarray(load_image(content))[..., 0], upright[orientation])
 
 
 def test_an_orientation_that_the_caller_removed_is_not_applied() -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (32, 64)).save(buffer, "JPEG", exif=EXIFS["plain"])
+    Image.new("RGB", (32, 64)).save(buffer, "JPEG", exif=b"Exif\0\0" + EXIFS["plain"])
     with Image.open(buffer) as image:
         del image.getexif()[0x0112]
         assert load_image(image).size == (32, 64)
@@ -145,7 +143,7 @@ def test_what_a_signal_handler_raises_passes(
     for source in (PNG, tmp_path / "p.png", Image.new("RGBA", (200, 100))):
         ring(kind)
         with pytest.raises(kind, match="the time is over") as caught:
-            while True:
+            for _ in range(3000):
                 load_image(source)
         assert not isinstance(caught.value, TokenFlowError)
 

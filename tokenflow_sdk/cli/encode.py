@@ -25,7 +25,9 @@ def encode(arguments: argparse.Namespace) -> int:
             arrays = {}
             for path in paths:
                 try:
-                    arrays[path] = tokenizer.preprocess(path, preprocess=arguments.preprocess, fast=arguments.fast)
+                    arrays[path] = tokenizer.preprocess(
+                        path, preprocess=arguments.preprocess, fast=arguments.fast, max_pixels=arguments.max_pixels
+                    )
                 except TokenFlowError as error:
                     yield error
             found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()

@@ -99,9 +99,9 @@ def decode_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | No
         try:
             return _decode(file, name, max_pixels, draft_size)
         except ValueError as error:
-            if type(error) is not ValueError or "MAX_TEXT" not in str(error):
+            if type(error) is not ValueError or raised_elsewhere(error) or not _is_png(file):
                 raise
-            # Pillow refuses a sound PNG for the size of texts and profiles that nobody here reads.
+            # Perhaps Pillow refuses a sound PNG for the size of texts and profiles that nobody here reads.
             return _decode(_without_texts(file), name, max_pixels, draft_size)
 
 
@@ -111,7 +111,7 @@ def decode_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     with _named_errors(name):
         if isinstance(image, ImageFile.ImageFile) and image.tile and getattr(image, "fp", None) is None:
             raise _closed_error(name)
-        return _upright(*_load(image, name, None))
+        return _upright(*_load(image, name, None, False))
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -200,7 +200,7 @@ def _seekable(file: BinaryIO, name: str) -> BinaryIO:
 def _decode(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None) -> Image.Image:
     image = _open(file, name, max_pixels)
     check_size(image.size, name, max_pixels)
-    rgb, orientation = _load(image, name, draft_size)
+    rgb, orientation = _load(image, name, draft_size, True)
     # Freed before the turned copy is made: three images at once would not fit where two do.
     del image
     return _upright(rgb, orientation)
@@ -255,6 +255,11 @@ def _check_icons(file: BinaryIO, name: str, max_pixels: int) -> None:
             check_size((width, height), name, max_pixels)
 
 
+def _is_png(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
 def _without_texts(file: BinaryIO) -> BinaryIO:
     """A PNG file without its texts and colour profile. Short texts that may hold the orientation stay."""
     file.seek(0)
@@ -266,14 +271,14 @@ def _without_texts(file: BinaryIO) -> BinaryIO:
     return io.BytesIO(b"".join(kept))
 
 
-def _load(image: Image.Image, name: str, draft_size: int | None) -> tuple[Image.Image, int]:
+def _load(image: Image.Image, name: str, draft_size: int | None, ours: bool) -> tuple[Image.Image, int]:
     """The image as stored, in RGB, and its EXIF orientation."""
     if draft_size is not None and image.format in _JPEG_FORMATS:
         image.draft(None, (draft_size, draft_size))
     transparency = _transparent_level(image)
     image.load()
     # After loading, because PNG may have EXIF behind the pixels, and Pillow itself turns TIFFs that the caller opened.
-    return to_rgb(image, name, transparency), _orientation(image)
+    return to_rgb(image, name, transparency), _orientation(image, ours)
 
 
 def _transparent_level(image: Image.Image) -> Any:
@@ -289,15 +294,18 @@ def _transparent_level(image: Image.Image) -> Any:
     return None
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, ours: bool) -> int:
     """The EXIF orientation, from 1 to 8. Other EXIF tags may be broken: only this one is used."""
     try:
         found = image.getexif().get(_ORIENTATION)
     except Exception as error:
         if raised_elsewhere(error) or type(error) not in _PILLOW_ERRORS:
             raise
-        found = None
-    if not isinstance(found, int):
+        found, ours = None, True
+    if isinstance(found, bytes):
+        found = found[0]
+    # Pillow stops at some broken entries. In an image of the caller's, a missing tag may have been removed on purpose.
+    if found is None and ours:
         found = image.tag_v2.get(_ORIENTATION) if isinstance(image, _TiffFile) else _stored_orientation(image.info.get("exif"))
     return found if found in _TRANSPOSITIONS else 1
 
