@@ -24,7 +24,8 @@ from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.pictures.codes import Codes
-from tokenflow_sdk.pictures.images import MAX_PIXELS, ImageSource, Preprocess, check_batch, describe
+from tokenflow_sdk.pictures.decode import MAX_PIXELS
+from tokenflow_sdk.pictures.images import ImageSource, Preprocess, check_batch, describe
 from tokenflow_sdk.pictures.images import preprocess as load_and_fit
 
 __all__ = ["Tokenizer"]

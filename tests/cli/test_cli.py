@@ -43,6 +43,13 @@ def test_encode_and_decode_one_picture(mini_bundle: Path, here: Path, capsys: py
     assert "4 of 4 scales" in out
 
 
+def test_max_pixels_is_an_option(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, output in (("encode", "p.tfc"), ("reconstruct", "p.png")):
+        assert run(command, PHOTO, "--bundle", mini_bundle, "-o", output, "--max-pixels", 1000) == 2
+        assert "the limit is 1,000" in capsys.readouterr().err
+        assert run(command, PHOTO, "--bundle", mini_bundle, "-o", output, "--max-pixels", 300_000_000) == 0
+
+
 def test_several_files_go_into_a_directory(mini_bundle: Path, here: Path) -> None:
     pictures = here / "pictures"
     pictures.mkdir()

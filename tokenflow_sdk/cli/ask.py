@@ -23,7 +23,12 @@ def ask(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     with open_understander(arguments) as understander:
-        images = [Codes.load(path) if path.suffix == ".tfc" else path for path in arguments.images]
+        images = [
+            Codes.load(path)
+            if path.suffix == ".tfc"
+            else understander.tokenizer.preprocess(path, max_pixels=arguments.max_pixels)
+            for path in arguments.images
+        ]
         for piece in understander.stream(images, arguments.question, params=params):
             stdout.write(piece)
         stdout.write("\n")

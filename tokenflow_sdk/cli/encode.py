@@ -28,7 +28,9 @@ def encode(arguments: argparse.Namespace) -> int:
             for path in paths:
                 try:
                     source = input_bytes(ImageReadError) if path == STDIO else path
-                    arrays[path] = tokenizer.preprocess(source, preprocess=arguments.preprocess, fast=arguments.fast)
+                    arrays[path] = tokenizer.preprocess(
+                        source, preprocess=arguments.preprocess, fast=arguments.fast, max_pixels=arguments.max_pixels
+                    )
                 except TokenFlowError as error:
                     yield error
             found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()

@@ -13,6 +13,7 @@ from tokenflow_sdk.cli import ask, bench, build, decode, encode, files, generate
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
+from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.images import PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 
@@ -172,6 +173,7 @@ def _add_ask(subparsers: _Subparsers) -> None:
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         shown = f"{DEFAULT_MAX_TOKENS}, or as many as the model still reads" if value is None else value
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
+    _add_max_pixels(parser)
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what="the understander", default="none")
 
@@ -304,3 +306,14 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="how images are made square: crop the centre, squash, or pad with white (default: the tokenizer's)",
     )
     group.add_argument("--fast", action="store_true", help="decode large JPEGs at reduced size; codes may differ slightly")
+    _add_max_pixels(group)
+
+
+def _add_max_pixels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="pixels of the largest image accepted; raise it for images from a source you trust (default: %(default)s)",
+    )

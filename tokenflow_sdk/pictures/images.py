@@ -10,22 +10,14 @@ from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from tokenflow_sdk.arguments import integer
-from tokenflow_sdk.errors import (
-    ArgumentError,
-    ArrayError,
-    CorruptImageError,
-    ImageError,
-    ImageReadError,
-    ImageShapeError,
-    ImageTooLargeError,
-)
+from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, ImageShapeError
+from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
+from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
 
 __all__ = [
-    "MAX_ASPECT",
-    "MAX_PIXELS",
     "PREPROCESS_MODES",
     "ImageSource",
     "Preprocess",
@@ -39,19 +31,11 @@ __all__ = [
     "ssim",
 ]
 
-MAX_PIXELS = 89_478_485
-"""Default limit on an image's number of pixels, which is Pillow's limit against decompression bombs."""
-MAX_ASPECT = 100
-"""Largest ratio of the long side to the short side. Beyond it a crop shows almost nothing of the image, and resizing its short
-side up would take too much memory."""
-
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]"
 Preprocess = Literal["crop", "squash", "pad"]
 PREPROCESS_MODES: tuple[Preprocess, ...] = get_args(Preprocess)
 
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-_WHITE = (255, 255, 255)
-_JPEG_FORMATS = ("JPEG", "MPO")
 
 
 def pictures_in(directory: Path) -> list[Path]:
@@ -110,14 +94,13 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
     if isinstance(source, Image.Image):
-        _check_size(source.size, name, max_pixels)
-        return _decode_rgb(source, name, None)
+        return decode_image(source, name, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_file(io.BytesIO(source), name, max_pixels, draft_size)
+        return decode_file(io.BytesIO(source), name, max_pixels, draft_size)
     if isinstance(source, (str, os.PathLike)):
         return _from_path(source, name, max_pixels, draft_size)
     if hasattr(source, "read") and hasattr(source, "seek"):
-        return _from_file(source, name, max_pixels, draft_size)
+        return decode_file(source, name, max_pixels, draft_size)
     raise ArgumentError(
         f"A picture cannot be made from {type(source).__name__}.",
         "Give a path, bytes, a binary file, a PIL image or a u8 array.",
@@ -148,99 +131,18 @@ def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_s
     path = Path(path)
     try:
         # Opening a pipe or a device could block for ever, so only regular files are opened.
-        if stat.S_ISREG(path.stat().st_mode):
-            with path.open("rb") as file:
-                return _from_file(file, name, max_pixels, draft_size)
-    except ImageError:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageReadError(f"{name} is not a file.", "Give the path of a picture.")
+        file = path.open("rb")
+    except ImageReadError:
         raise
     except (OSError, ValueError) as error:
+        if raised_elsewhere(error):
+            raise
         why = getattr(error, "strerror", None) or error
         raise ImageReadError(f"{name} cannot be read: {why}.", "Check the path and its permissions.") from error
-    raise ImageReadError(f"{name} is not a file.", "Give the path of a picture.")
-
-
-def _from_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None) -> Image.Image:
-    try:
-        image = Image.open(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified_error(file, name) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise any exception on damaged bytes
-        raise _damaged_error(name, error) from error
-    with image:
-        _check_size(image.size, name, max_pixels)
-        return _decode_rgb(image, name, draft_size)
-
-
-def _unidentified_error(file: BinaryIO, name: str) -> CorruptImageError:
-    file.seek(0)
-    if not file.read(1):
-        return CorruptImageError(f"{name} is empty.", "Give a picture, e.g. PNG or JPEG.")
-    return CorruptImageError(
-        f"{name} is not a picture in a known format, or its beginning is damaged.",
-        "Check the file, or convert it to PNG or JPEG.",
-    )
-
-
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    width, height = size
-    if min(size) < 1:
-        raise ImageShapeError(f"{name} has no pixels ({width}x{height}).", "Give a picture.")
-    if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}.",
-            "Shrink it first, or raise max_pixels if you trust its source.",
-        )
-    if max(size) > MAX_ASPECT * min(size):
-        raise ImageShapeError(
-            f"{name} is {width}x{height}, longer than {MAX_ASPECT} times its short side.", "Cut it into squarer pieces."
-        )
-
-
-def _decode_rgb(image: Image.Image, name: str, draft_size: int | None) -> Image.Image:
-    try:
-        if draft_size is not None and image.format in _JPEG_FORMATS:
-            image.draft(None, (draft_size, draft_size))
-        image.load()
-        return _to_rgb(_apply_orientation(image), name)
-    except (ImageError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(f"{name} is too large: {error}", "Shrink the picture first.") from error
-    except Exception as error:  # decoders raise any exception on damaged bytes
-        raise _damaged_error(name, error) from error
-
-
-def _damaged_error(name: str, error: Exception) -> CorruptImageError:
-    why = str(error) or type(error).__name__
-    return CorruptImageError(f"{name} is damaged or cut short: {why}.", "Copy or save the picture again.")
-
-
-def _apply_orientation(image: Image.Image) -> Image.Image:
-    """The image rotated as its EXIF orientation says; unchanged if the EXIF data are damaged."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:
-        return image
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise CorruptImageError(f"{name} holds floating-point pixels.", "Convert it to 8 bits first; its range is not known.")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise CorruptImageError(f"{name} holds 32-bit pixels.", "Convert it to 8 or 16 bits first; its range is not known.")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*_WHITE, 255)), layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    with file:
+        return decode_file(file, name, max_pixels, draft_size)
 
 
 def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
@@ -252,8 +154,8 @@ def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
             f"A picture must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], not {list(array.shape)}.",
             "Move channels last with array.transpose(1, 2, 0); for several pictures use encode_batch or encode_array.",
         )
-    _check_size((array.shape[1], array.shape[0]), name, max_pixels)
-    return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array), name)
+    check_size((array.shape[1], array.shape[0]), name, max_pixels)
+    return to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array), name)
 
 
 def _dtype_hint(array: NDArray[Any]) -> str:
@@ -283,7 +185,7 @@ def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
     scale = size / side(image.size)
     resized = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
     if mode == "pad":
-        canvas = Image.new("RGB", (size, size), _WHITE)
+        canvas = Image.new("RGB", (size, size), WHITE)
         canvas.paste(resized, ((size - resized.width) // 2, (size - resized.height) // 2))
         return np.array(canvas)
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
