@@ -88,7 +88,7 @@ def _add_searching(words: _Words) -> None:
         "--decoded", type=int, metavar="N", help="how many crops are decoded too, which takes the longest (default: all)"
     )
     parser.add_argument(
-        "--bar", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
+        "--agreement", type=float, default=0.975, help="least teacher-forced code agreement in any scale (default: %(default)s)"
     )
     parser.set_defaults(run=precision.precision_search)
 

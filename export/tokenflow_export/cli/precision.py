@@ -19,9 +19,9 @@ def precision_search(arguments: argparse.Namespace) -> None:
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_sdk.bundle.bundle import bundle_kind
 
-    if arguments.crops < 1 or not 0 < arguments.bar <= 1:
+    if arguments.crops < 1 or not 0 < arguments.agreement <= 1:
         raise ArgumentError(
-            f"--crops {arguments.crops} and --bar {arguments.bar} measure nothing.", "Give 1 or more, and 0 to 1."
+            f"--crops {arguments.crops} and --agreement {arguments.agreement} measure nothing.", "Give 1 or more, and 0 to 1."
         )
     if arguments.decoded is not None and not 1 <= arguments.decoded <= arguments.crops:
         raise ArgumentError(f"--decoded {arguments.decoded} is not of the {arguments.crops} crops.", "Give 1 to --crops.")
@@ -56,7 +56,7 @@ def _search_tokenizer(arguments: argparse.Namespace, steps: ProgressSteps) -> li
         raise ArgumentError("A tokenizer is measured on photos.", "Give a directory of them as --images.")
     photos = pictures_in(arguments.images)
     images = crops(photos, arguments.crops, bundle.config.image_size)
-    found = search_tokenizer(bundle, images, arguments.bar, arguments.precision, steps, arguments.decoded)
+    found = search_tokenizer(bundle, images, arguments.agreement, arguments.precision, steps, arguments.decoded)
     title = f"{bundle.path} in {arguments.precision} against fp32, {found.pictures} crops of {len(photos)} photos:"
     return [title, *found.lines(bundle.config.patch_nums)]
 

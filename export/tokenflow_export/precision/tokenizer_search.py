@@ -217,7 +217,7 @@ class _Trial:
         if not certificate.passed:
             raise ParityError(
                 f"Engines of {self.bundle.path} in {self.precision} would be refused: {'; '.join(certificate.failures)}.",
-                "Ask for more with --bar, so that more is pinned, or build with --precision fp32.",
+                "Ask for more with --agreement, so that more is pinned, or build with --precision fp32.",
             )
         return certificate
 

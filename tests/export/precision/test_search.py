@@ -87,7 +87,7 @@ def test_what_is_found_is_stored_where_engines_are_built(bundle_copy: Path, caps
     assert min(bundle.parity["fp16"]["agreement"]) >= 0.975
     assert bundle.parity["fp16"]["decode_psnr"] > 45
     assert pinned_nodes(bundle, "fp16") == {}
-    assert main([*words, "--bar", "1.1"]) == 2
+    assert main([*words, "--agreement", "1.1"]) == 2
     assert main(words[:2]) == 2
     assert "Give a directory of them as --images" in capsys.readouterr().err
 

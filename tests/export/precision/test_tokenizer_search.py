@@ -27,10 +27,10 @@ STEPS = ProgressSteps(Console(quiet=True))
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
 
-def searched(path: Path, precision: HalfType, bar: float = 0.5, count: int = 2) -> TokenizerFinding:
+def searched(path: Path, precision: HalfType, agreement: float = 0.5, count: int = 2) -> TokenizerFinding:
     bundle = Bundle.open(path, TokenizerConfig)
     images = crops([PHOTO], count, bundle.config.image_size)
-    return search_tokenizer(bundle, images, bar, precision, STEPS)
+    return search_tokenizer(bundle, images, agreement, precision, STEPS)
 
 
 def test_figures_are_those_of_the_emulated_graphs(bundle_copy: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_every_graph_that_misses_its_bar_is_mended(tmp_path: Path) -> None:
 
 def test_pinning_brings_codes_nearer(bundle_copy: Path) -> None:
     """Random weights in bfloat16 miss most tolerances."""
-    found = searched(bundle_copy, "bf16", bar=0.99, count=16)
+    found = searched(bundle_copy, "bf16", agreement=0.99, count=16)
     assert min(found.plain.agreement) < 0.99 <= min(found.quality.agreement)
     assert 0 < len(found.pinned["encode"]) <= found.nodes["encode"]
     bundle = Bundle.open(bundle_copy, TokenizerConfig)
@@ -82,7 +82,7 @@ def test_pinning_brings_codes_nearer(bundle_copy: Path) -> None:
 def test_what_a_certificate_would_refuse_is_not_stored(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The crops are one thing, the bundle's reference another."""
     monkeypatch.setattr(certificate, "ROUNDED", replace(certificate.ROUNDED, agreement=1.0, margin=0.0))
-    with pytest.raises(ParityError, match="in bf16 would be refused: a code flipped.*--bar"):
+    with pytest.raises(ParityError, match="in bf16 would be refused: a code flipped.*--agreement"):
         searched(bundle_copy, "bf16")
     assert pinned_nodes(Bundle.open(bundle_copy, TokenizerConfig), "bf16") == {}
 
@@ -91,7 +91,7 @@ def test_what_a_certificate_would_refuse_is_not_stored(bundle_copy: Path, monkey
 def test_the_bundled_tokenizer_keeps_its_codes_in_float16(tmp_path: Path) -> None:
     """200 crops of a photo, 99 % in every scale, nothing pinned."""
     tiny = Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / "tiny"))
-    found = searched(tiny, "fp16", bar=0.99, count=200)
+    found = searched(tiny, "fp16", agreement=0.99, count=200)
     assert found.pictures == 200
     assert min(found.quality.agreement) >= 0.99
     assert not any(found.pinned.values())
