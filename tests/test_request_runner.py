@@ -12,8 +12,9 @@ import pytest
 
 from tests.support.fake_graphs import UNDERSTANDER, FakeGraph, understander_graphs
 from tokenflow_sdk.errors import ArgumentError, PromptError
+from tokenflow_sdk.loaded_model import LoadedModel, Progress
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.request_runner import LoadedModel, Progress, RequestRunner
+from tokenflow_sdk.request_runner import RequestRunner
 
 
 @dataclass(eq=False)

@@ -21,8 +21,9 @@ from tokenflow_sdk.engines.choice import Needs, choose, engines_for
 from tokenflow_sdk.engines.hot_swap import EngineSwap
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import BundleNotFoundError, CodebookMismatchError
+from tokenflow_sdk.loaded_model import LoadedModel, Request, Scheduler
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.request_runner import LoadedModel, Request, RequestRunner, Scheduler
+from tokenflow_sdk.request_runner import RequestRunner
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "paired_tokenizer", "require_paired"]

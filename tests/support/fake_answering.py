@@ -8,8 +8,9 @@ from typing import cast
 import numpy as np
 
 from tests.support.fake_graphs import UNDERSTANDER, understander_graphs
+from tokenflow_sdk.loaded_model import LoadedModel
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.request_runner import LoadedModel, RequestRunner
+from tokenflow_sdk.request_runner import RequestRunner
 from tokenflow_sdk.understanding.answering import Answering
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.image_features import ImageFeatures

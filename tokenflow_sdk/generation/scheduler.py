@@ -15,8 +15,8 @@ from functools import partial
 from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
+from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.sampling import SamplingParams
-from tokenflow_sdk.request_runner import Progress
 
 __all__ = ["ImageRequest", "ScaleScheduler"]
 

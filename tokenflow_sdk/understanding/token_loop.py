@@ -15,10 +15,10 @@ import numpy as np
 
 from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
+from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.request_runner import Progress
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
