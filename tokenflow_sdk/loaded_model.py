@@ -221,12 +221,14 @@ class LoadedModel(Generic[R]):
             except BaseException as error:
                 # A scheduler keeps failures with their requests. This one belongs to no request, so to all.
                 self._fail(error)
+            try:
+                for request in list(self._live):
+                    if request.error is not None or request.reached(request.progress.target):
+                        request.progress.arrived.set()
+                return bool(self._wanting() or self._queue)
             finally:
+                # Last of all: who closes from a finaliser on this thread must see that it has the lock.
                 self._holder = None
-            for request in list(self._live):
-                if request.error is not None or request.reached(request.progress.target):
-                    request.progress.arrived.set()
-            return bool(self._wanting() or self._queue)
 
     def _wanting(self) -> list[R]:
         """Requests whose callers wait for more than there is."""
