@@ -150,7 +150,7 @@ def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> 
     (tmp_path / "half").mkdir()
     graph = engine_graph(tmp_path / "head.onnx", dtype, tmp_path / "half")
     profile = Profile({"batch": (1, 1, 8), "seen": (1, 64, context), "window": (1, 64, MAX_TOP_K + TIES)})
-    assert len(build_engine(trt, graph, entry, [profile], "sm89")) > vocabulary * width * 2
+    assert len(build_engine(trt, graph, entry, [profile], "sm89").plan) > vocabulary * width * 2
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,8 @@ class FakeTrt:
 
     class ILogger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+
+    ProfilingVerbosity = SimpleNamespace(DETAILED=2)
 
     class IProgressMonitor:
         pass

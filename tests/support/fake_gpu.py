@@ -30,6 +30,7 @@ class FakeTensorRT(ModuleType):
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
     MemoryPoolType = SimpleNamespace(WORKSPACE=0)
     BuilderFlag = SimpleNamespace(TF32=0)
+    ProfilingVerbosity = SimpleNamespace(DETAILED=2)
     ComputeCapability = SimpleNamespace(SM86="sm86", SM89="sm89")
     DataType = SimpleNamespace(FLOAT="float32", HALF="float16", BF16="bfloat16", INT32="int32", INT64="int64", UINT8="uint8")
 

@@ -63,12 +63,17 @@ def import_tensorrt(flavour: str) -> ModuleType:
     return module
 
 
+_BUILD_NOTES = ("Total Activation Memory", "Total Weights Memory", "Layers:")
+"""How the messages begin in which TensorRT tells what it has built."""
+
+
 @dataclass(frozen=True)
 class LogMessages:
-    """The last 50 errors and the last 50 warnings of TensorRT, bounded because a long-running service collects them."""
+    """The last 50 errors, warnings and notes on a build, bounded because a long-running service collects them."""
 
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=50))
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=50))
+    build_notes: deque[str] = field(default_factory=lambda: deque(maxlen=50))
 
 
 _logs: dict[Any, Any] = {}
@@ -115,6 +120,8 @@ def _make_log(trt: Any) -> Any:
                     messages.errors.append(text)
                 elif severity == trt.ILogger.Severity.WARNING:
                     messages.warnings.append(text)
+                elif text.startswith(_BUILD_NOTES):
+                    messages.build_notes.append(text)
 
     return Log()
 

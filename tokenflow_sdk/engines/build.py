@@ -7,10 +7,12 @@ TensorRT-RTX can also build for an architecture that is not in the machine.
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tokenflow_sdk.backends.tensorrt_module import LogMessages, create_or_raise,
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
+from tokenflow_sdk.passes.attention import repeat_key_value_heads
 from tokenflow_sdk.passes.dequantize import dequantize
 from tokenflow_sdk.passes.graph import import_onnx_ir, load_graph
 from tokenflow_sdk.passes.half_precision import HalfType, to_half
@@ -26,11 +29,12 @@ from tokenflow_sdk.passes.quantize import ActivationRanges, quantize
 
 __all__ = [
     "REVISION",
+    "BuiltEngine",
     "build_engine",
     "engine_graph",
 ]
 
-REVISION = "2"
+REVISION = "3"
 """Version of what this module and `tokenflow_sdk.passes` make of a graph; part of every engine's key.
 
 Raise it when they build another engine from the same graph: all cached engines are then rebuilt.
@@ -40,10 +44,32 @@ Progress = Callable[[str, float], None]
 """Called with the name of the phase, and the fraction of it that is done, from 0 to 1."""
 
 
+_FIGURES = {"activation_bytes": r"Total Activation Memory: (\d+)", "weights_bytes": r"Total Weights Memory: (\d+)"}
+_KERNEL = re.compile(r"^Name: ([^,]*), LayerType: (?!shape_call|signal|wait)", re.MULTILINE)
+"""A layer that runs as a kernel, in the list that TensorRT logs of what it has built."""
+_FUSED_ATTENTION = "mha"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What `build_engine` returns.
+
+    Attributes:
+        plan: the serialized engine.
+        figures: what TensorRT said of it: `activation_bytes`, the memory that a call works in at the largest shapes;
+            `weights_bytes`; `kernels`, launched in a call; and `fused_attentions`, how many of them are attention as one
+            kernel. A figure that this version of TensorRT does not log is missing.
+    """
+
+    plan: bytes
+    figures: Mapping[str, int]
+
+
 def engine_graph(
     graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
 ) -> Path:
-    """Rewrite a bundle's graph for TensorRT: integer products as float products, in half precision, with 8-bit convolutions.
+    """Rewrite a bundle's graph for TensorRT: integer products as float products, attention in a form that TensorRT fuses, in
+    half precision, with 8-bit convolutions.
 
     Args:
         graph: the bundle's `.onnx` file.
@@ -65,6 +91,8 @@ def engine_graph(
         return graph
     dequantize(model)
     if dtype is not None:
+        # In float32 TensorRT has no fused attention, and repeated keys and values would only take memory.
+        repeat_key_value_heads(model)
         to_half(model, dtype, pinned)
     if ranges is not None:
         quantize(model, ranges.without(pinned))
@@ -82,7 +110,7 @@ def build_engine(
     workspace: int | None = None,
     progress: Progress | None = None,
     cuda: Cuda | None = None,
-) -> bytes:
+) -> BuiltEngine:
     """Build an engine from a graph.
 
     TensorRT runs on a thread of its own while the caller waits, because TensorRT discards exceptions raised in its callbacks,
@@ -99,7 +127,7 @@ def build_engine(
         cuda: the GPU to build on; None: no GPU is needed, because a `target` is given.
 
     Returns:
-        The serialized engine.
+        The engine, and what TensorRT said of it.
 
     Raises:
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
@@ -110,7 +138,7 @@ def build_engine(
     monitor = _make_monitor(trt, progress, cancelled)
     shapes = [{spec.name: profile.shapes(spec) for spec in entry.inputs} for profile in profiles]
 
-    def work() -> bytes:
+    def work() -> BuiltEngine:
         # TensorRT builds for the CUDA device that is current on the building thread.
         with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).collect() as messages:
             return _build(
@@ -120,7 +148,7 @@ def build_engine(
     return _run_on_thread(work, cancelled)
 
 
-def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> bytes:
+def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[Any], Any]) -> BuiltEngine:
     """Parse a graph into a strongly typed network and build its engine.
 
     Args:
@@ -148,12 +176,22 @@ def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[An
     ignored = [text for text in messages.warnings if "Unused Input" in text]
     if ignored:
         raise EngineBuildError(f"TensorRT would ignore an input of {graph.name}: {ignored[0]}.", _REPORT_HINT)
-    return bytes(engine)
+    return BuiltEngine(bytes(engine), _figures(messages.build_notes))
 
 
-def _run_on_thread(work: Callable[[], bytes], cancelled: threading.Event) -> bytes:
+def _figures(notes: Iterable[str]) -> dict[str, int]:
+    """The figures of a `BuiltEngine` that TensorRT's messages tell."""
+    text = "\n".join(notes)
+    found = {name: int(match[1]) for name, pattern in _FIGURES.items() if (match := re.search(pattern, text))}
+    kernels = _KERNEL.findall(text)
+    if kernels:
+        found |= {"kernels": len(kernels), "fused_attentions": sum(_FUSED_ATTENTION in name for name in kernels)}
+    return found
+
+
+def _run_on_thread(work: Callable[[], BuiltEngine], cancelled: threading.Event) -> BuiltEngine:
     """Run `work` on a new thread and return its result. An interrupted wait sets `cancelled` and joins the thread."""
-    future: Future[bytes] = Future()
+    future: Future[BuiltEngine] = Future()
 
     def run() -> None:
         try:
@@ -186,6 +224,8 @@ def _builder_config(
         _set_target(trt, config, target)
     # TF32 would round the inputs of float32 products to 10 bits of mantissa.
     config.clear_flag(trt.BuilderFlag.TF32)
+    # Makes TensorRT log the layers of the engine, which is not larger for it.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for shapes in profiles:
         optimization = builder.create_optimization_profile()
         for name, limits in shapes.items():

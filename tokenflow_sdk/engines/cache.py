@@ -1,7 +1,7 @@
 """A directory of built engines, each found by a key of everything it depends on, and evicted when least recently used.
 
-An engine is `<digest>.engine` with a record `<digest>.json` beside it: the engine's key, build config, size, SHA-256 and
-certificate. The record is written after the engine, so an engine without a record is incomplete and never used.
+An engine is `<digest>.engine` with a record `<digest>.json` beside it: the engine's key, build config, size, SHA-256, figures
+and certificate. The record is written after the engine, so an engine without a record is incomplete and never used.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class CachedEngine:
         size: in bytes.
         certificate: result of its comparison with the reference, as `Certificate.to_json`; empty before the comparison.
         build_config: what it was built by, as `BuildConfig.to_json`.
+        figures: what TensorRT said of it; see `BuiltEngine`.
     """
 
     key: EngineKey
@@ -139,6 +140,7 @@ class CachedEngine:
     size: int
     certificate: Mapping[str, Any]
     build_config: Mapping[str, Any]
+    figures: Mapping[str, Any]
 
     @property
     def kernels(self) -> Path:
@@ -184,13 +186,16 @@ class EngineCache:
             os.utime(self._record(key))
         return found
 
-    def put(self, key: EngineKey, engine: bytes, build_config: Mapping[str, Any]) -> CachedEngine:
+    def put(
+        self, key: EngineKey, engine: bytes, build_config: Mapping[str, Any], figures: Mapping[str, int] | None = None
+    ) -> CachedEngine:
         """Store an engine without a certificate, and evict the least recently used engines beyond the limit.
 
         Args:
             key: of the engine.
             engine: serialized.
             build_config: what it was built by, as `BuildConfig.to_json`.
+            figures: what TensorRT said of it; see `BuiltEngine`.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -201,6 +206,7 @@ class EngineCache:
             "size": len(engine),
             "sha256": hashlib.sha256(engine).hexdigest(),
             "build_config": dict(build_config),
+            "figures": dict(figures or {}),
             "certificate": {},
         }
         try:
@@ -213,7 +219,7 @@ class EngineCache:
                 "--cache.",
             ) from error
         self._evict()
-        return CachedEngine(key, path, len(engine), {}, dict(build_config))
+        return CachedEngine(key, path, len(engine), {}, dict(build_config), dict(figures or {}))
 
     def certify(self, key: EngineKey, certificate: Mapping[str, Any]) -> None:
         """Store an engine's certificate (`Certificate.to_json`) in its record. Does nothing if the record is gone.
@@ -322,7 +328,7 @@ class EngineCache:
         try:
             data = json.loads(path.read_bytes())
             key = EngineKey(**{field.name: str(data["key"][field.name]) for field in fields(EngineKey)})
-            contents = (dict(data[name]) for name in ("certificate", "build_config"))
+            contents = (dict(data[name]) for name in ("certificate", "build_config", "figures"))
             return CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), *contents)
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -15,7 +15,7 @@ from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.annotations import Annotations
-from tokenflow_sdk.engines.build import REVISION, Progress, build_engine, engine_graph
+from tokenflow_sdk.engines.build import REVISION, BuiltEngine, Progress, build_engine, engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.engines.profiles import Profile, graph_profiles
@@ -81,9 +81,9 @@ class EngineJob:
                     f"The graph of {self.key.title} cannot be prepared: {error.strerror or error}.",
                     "Free some space, or name another directory for temporary files in $TMPDIR.",
                 ) from error
-            return cache.put(self.key, engine, self.build_config.to_json()), True
+            return cache.put(self.key, engine.plan, self.build_config.to_json(), engine.figures), True
 
-    def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> bytes:
+    def _build(self, trt: ModuleType, work: Path, progress: Progress | None) -> BuiltEngine:
         config = self.build_config
         half = None if config.precision == "fp32" else config.precision
         graph = engine_graph(self.graph, half, work, self.pinned, self.ranges)
