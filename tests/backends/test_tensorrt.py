@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_cuda import FakeCuda, Status
-from tests.support.fake_gpu import MAGIC, FakeContext, FakeTensorRT, make_plan
+from tests.support.fake_gpu import MAGIC, FakeContext, FakeEngine, FakeTensorRT, make_plan
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
@@ -45,9 +45,9 @@ def session(
 
 def settings_of(engine: TensorRTSession) -> SimpleNamespace:
     """What its first context was made with."""
-    context = engine._profiles[0].idle.queue[0]
-    assert context is not None
-    found: SimpleNamespace = context._context.settings
+    execution = engine._idle.queue[0]
+    assert execution is not None
+    found: SimpleNamespace = execution._profiles[0].context.settings
     return found
 
 
@@ -158,15 +158,12 @@ def test_each_call_runs_by_a_profile_that_it_fits(machine: Machine, mini_underst
     with session(machine, mini_understander, "embed_text", profiles=profiles) as engine:
         assert (engine.max_size("batch"), engine.max_size("queries"), engine.max_size("pages")) == (4, 9, None)
         assert machine[1].contexts_left == 1000 - 2
-        kept = []
+        assert [size for _, size in machine[0].device_memory.values()] == [FakeEngine.device_memory_size_v2]
         for batch, queries in ((1, 9), (4, 1), (1, 1), (1, 5), (3, 1), (1, 9)):
             feeds = texts(batch, queries)
             right = expected.run(feeds)["embeddings"]
             np.testing.assert_array_equal(engine.run(feeds)["embeddings"], right)
-            kept.append((engine.run_resident(feeds)["embeddings"], right))
-        # Results of one profile lie apart from those of the other.
-        for found, right in kept[-2:]:
-            np.testing.assert_array_equal(np.asarray(found), right)
+            np.testing.assert_array_equal(np.asarray(engine.run_resident(feeds)["embeddings"]), right)
         with pytest.raises(ArgumentError, match="built for batch from 1 to 4, not 5"):
             engine.run(texts(5, 1))
         with pytest.raises(ArgumentError, match="built for queries from 1 to 9, not 10"):
@@ -229,7 +226,10 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
         with pytest.raises(BackendError, match="TensorRT failed to run encode"):
             engine.run(images(1))
     trt.contexts_left = 0
-    with pytest.raises(BackendError, match="no 1 MB left that encode works in"):
+    with pytest.raises(BackendError, match="no memory left for the 1 contexts of encode"):
+        session(machine, mini_bundle, "encode")
+    trt.contexts_left, machine[0].memory = 1000, machine[0].used() + FakeEngine.device_memory_size_v2 - 1
+    with pytest.raises(BackendError, match="GPU 0 has no 1 MB left"):
         session(machine, mini_bundle, "encode")
     trt.__version__ = "12.0"
     plan = MAGIC + b"11.0.fake\n{}\n"

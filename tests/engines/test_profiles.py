@@ -11,53 +11,95 @@ import pytest
 from tests.support.fake_graphs import GENERATOR, UNDERSTANDER, understander_graphs
 from tests.support.fakes import CONFIG, fake_bundle
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, UnderstanderConfig, pages_for
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.jobs import engine_jobs
-from tokenflow_sdk.engines.profiles import Profile, bundle_profiles, graph_profiles, pool_pages
+from tokenflow_sdk.engines.profiles import Profile, graph_profiles, images_at_once, pool_pages
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 
 
-def test_the_profile_covers_every_step_of_the_loop(mini_generator: Path) -> None:
-    """Prompts of any length, every scale, alone and in the largest batch, whatever is cached."""
-    bundle = Bundle.open(mini_generator, GeneratorConfig)
+def test_the_profiles_cover_every_step_of_the_loop(mini_generator: Path) -> None:
+    """Prompts of any length, every scale, alone and in the largest batch: each by the smallest profile that fits."""
+    bundle = with_released_scales(mini_generator)
     config = bundle.config
-    (profile,) = bundle_profiles(bundle, BuildConfig(batch=(1, 2, 4), pages=9))
-    sizes = profile.sizes
-    assert sizes["batch"] == (1, 4, 8)
-    assert sizes["queries"][2] >= max(config.prefix_length + 1, config.patch_nums[-1] ** 2)
-    assert sizes["table"][2] * PAGE_SIZE >= config.prefix_length + config.n_codes
-    assert sizes["slots"] == (9 * config.layers,) * 3
-    for name, entry in bundle.graphs.items():
-        for spec in entry.inputs:
-            assert len(Profile(sizes).shapes(spec)) == 3, name
+    build_config = BuildConfig(batch=(1, 2, 4), pages=config.default_pages())
+    profiles = graph_profiles(bundle, build_config)
+    transformer = profiles["transformer"]
+    assert [profile.sizes["queries"][2] for profile in transformer] == [16, 100, 256]
+    for profile in transformer:
+        assert profile.sizes["batch"] == (1, 4, 8)
+        assert profile.sizes["slots"] == (build_config.pages * config.layers,) * 3
+    steps = [
+        (rows, count, pages_for(config.prefix_length + start)) for rows in (2, 8) for count, start in scales_of(config)[1:]
+    ]
+    steps += [(1, length, 1) for length in range(3, config.prefix_length + 2)]
+    taken = [
+        next(i for i, p in enumerate(transformer) if holds(p, batch=rows, queries=count, table=table))
+        for rows, count, table in steps
+    ]
+    assert taken == [(count > 16) + (count > 100) for _, count, _ in steps]
+    assert [profile.sizes["batch"] for profile in profiles["sample"]] == [(1, 2, 4)] * 3
+
+
+def with_released_scales(path: Path) -> Bundle[GeneratorConfig]:
+    """A small generator's bundle with the scales and prompts of the released one."""
+    bundle = Bundle.open(path, GeneratorConfig)
+    return replace(bundle, config=replace(bundle.config, patch_nums=(1, 2, 4, 6, 8, 10, 12, 14, 16), max_prompt=120))
+
+
+def scales_of(config: GeneratorConfig) -> list[tuple[int, int]]:
+    """Number of codes and first code of each scale."""
+    return list(zip(config.scales.counts, config.scales.starts, strict=True))
+
+
+def holds(profile: Profile, **sizes: int) -> bool:
+    return all(profile.sizes[dim][0] <= size <= profile.sizes[dim][2] for dim, size in sizes.items())
+
+
+def test_rows_are_no_more_than_the_pool_holds(mini_generator: Path) -> None:
+    """Whatever the build config asks for: rows without pages would take working memory for nothing."""
+    bundle = with_released_scales(mini_generator)
+    config = bundle.config
+    for batch, pages, most in (
+        ((1, 32, 128), 0, 8),
+        ((1, 1, 2), 0, 2),
+        ((1, 8, 32), 3 * config.image_pages(), 3),
+        ((1, 1, 1), 1, 1),
+    ):
+        build_config = BuildConfig(batch=batch, pages=pages)
+        profiles = graph_profiles(bundle, build_config)
+        assert images_at_once(config, build_config) == most
+        assert {profile.sizes["batch"][2] for profile in profiles["transformer"]} == {2 * most}
+        # One image alone is given to `sample` twice at its first code.
+        assert {profile.sizes["batch"][2] for profile in profiles["sample"]} == {max(2, most)}
 
 
 def test_the_profile_covers_every_step_of_an_answer(mini_understander: Path) -> None:
     """Prompts of any length in pieces, one at a time; answers of any length and setting, alone and in the largest batch."""
     bundle = Bundle.open(mini_understander, UnderstanderConfig)
     config = bundle.config
-    tokens, pieces = (profile.sizes for profile in bundle_profiles(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
+    tokens, pieces = (profile.sizes for profile in transformer_profiles(bundle, BuildConfig(batch=(1, 4, 6), pages=9)))
     assert (tokens["batch"], tokens["queries"]) == ((1, 4, 6), (1, 1, 1))
     assert (pieces["batch"], pieces["queries"]) == ((1, 1, 1), (1, PREFILL_CHUNK, PREFILL_CHUNK))
     for sizes in (tokens, pieces):
         assert sizes["slots"] == (9 * config.layers,) * 3
         assert sizes["table"] == (1, 4, 9)
-        assert sizes["seen"][2] == config.vocabulary
-        assert sizes["window"][2] == config.vocabulary
-    usual = bundle_profiles(bundle, BuildConfig())[0].sizes
+    (head,) = graph_profiles(bundle, BuildConfig(batch=(1, 4, 6), pages=9))["head"]
+    assert (head.sizes["seen"][2], head.sizes["window"][2]) == (config.vocabulary, config.vocabulary)
+    usual = transformer_profiles(bundle, BuildConfig())[0].sizes
     assert usual["table"][2] * PAGE_SIZE == config.context
     assert usual["slots"][2] == config.default_pages()
     large = replace(bundle, config=replace(config, vocabulary=152_064, context=32_768, image_tokens=729))
-    for profile in bundle_profiles(large, BuildConfig()):
-        sizes = profile.sizes
-        found = (sizes["seen"][2], sizes["window"][2], sizes["table"][2])
-        assert found == (32_768, 3840, large.config.default_pages())
-        for name, entry in bundle.graphs.items():
-            for spec in entry.inputs:
-                assert len(profile.shapes(spec)) == 3, name
+    for profile in transformer_profiles(large, BuildConfig()):
+        assert profile.sizes["table"][2] == large.config.default_pages()
+    (head,) = graph_profiles(large, BuildConfig())["head"]
+    assert (head.sizes["seen"][2], head.sizes["window"][2]) == (32_768, 3840)
+
+
+def transformer_profiles(bundle: Bundle[UnderstanderConfig], build_config: BuildConfig) -> tuple[Profile, ...]:
+    return graph_profiles(bundle, build_config)["transformer"]
 
 
 def test_an_engine_has_no_more_profiles_than_it_needs(machine, mini_understander: Path, mini_generator: Path) -> None:
@@ -73,7 +115,7 @@ def test_an_engine_has_no_more_profiles_than_it_needs(machine, mini_understander
     assert head.sizes["batch"] == BuildConfig().batch
     assert set(head.sizes) == {"batch", "seen", "window"}
     for job in engine_jobs(Bundle.open(mini_generator, GeneratorConfig), BuildConfig("tensorrt"), machine[1]):
-        assert len(job.profiles) == 1
+        assert len(job.profiles) == len({profile.canonical for profile in job.profiles}) <= 3
 
 
 def test_profiles_contain_each_other() -> None:
@@ -134,10 +176,10 @@ def test_a_tokenizer_varies_in_its_batch_alone() -> None:
 
 
 def test_a_profile_that_another_contains_is_left_out() -> None:
-    """A graph that does not see the dimension in which profiles differ needs one."""
+    """A graph that does not see the dimension in which profiles differ needs one; one for single tokens is never left out."""
     graphs = {name: GraphEntry((), graph.inputs, graph.outputs) for name, graph in understander_graphs().items()}
     bundle = replace(fake_bundle(), config=UNDERSTANDER, graphs=graphs)  # type: ignore[arg-type]
-    for batch, counts in (((1, 1, 4), (2, 2, 2, 1)), ((1, 1, 1), (1, 1, 1, 1))):
+    for batch, counts in (((1, 1, 4), (2, 2, 2, 1)), ((1, 1, 1), (2, 2, 2, 1))):
         found = graph_profiles(bundle, BuildConfig(batch=batch, pages=9))
         assert list(found) == ["embed_text", "project", "transformer", "head"]
         assert tuple(map(len, found.values())) == counts

@@ -31,6 +31,7 @@ class FakeTensorRT(ModuleType):
     MemoryPoolType = SimpleNamespace(WORKSPACE=0)
     BuilderFlag = SimpleNamespace(TF32=0)
     ProfilingVerbosity = SimpleNamespace(DETAILED=2)
+    ExecutionContextAllocationStrategy = SimpleNamespace(STATIC="static", USER_MANAGED="user")
     ComputeCapability = SimpleNamespace(SM86="sm86", SM89="sm89")
     DataType = SimpleNamespace(FLOAT="float32", HALF="float16", BF16="bfloat16", INT32="int32", INT64="int64", UINT8="uint8")
 
@@ -107,6 +108,7 @@ def make_plan(trt: FakeTensorRT, graph: Path, profiles: list[dict[str, Any]]) ->
 
 class FakeEngine:
     device_memory_size_v2 = 10**6
+    """Bytes that each of its contexts must be given."""
 
     def __init__(self, trt: FakeTensorRT, about: dict[str, Any], model: bytes) -> None:
         self.trt, self.name, self.profiles = trt, about["name"], about["profiles"]
@@ -128,15 +130,17 @@ class FakeEngine:
     def num_optimization_profiles(self) -> int:
         return len(self.profiles)
 
-    def create_execution_context(self, settings: Any = None):
+    def create_execution_context(self, settings: Any):
+        assert (settings if isinstance(settings, str) else settings.allocation) == "user"
         if self.trt.contexts_left == 0:
             return None
         self.trt.contexts_left -= 1
-        return FakeContext(self, settings)
+        return FakeContext(self, None if isinstance(settings, str) else settings)
 
     def create_runtime_config(self):
         settings = SimpleNamespace(cuda_graph_strategy="disabled", cache=None, create_runtime_cache=lambda: FakeCache(self.trt))
         settings.set_runtime_cache = lambda cache: setattr(settings, "cache", cache)
+        settings.set_execution_context_allocation_strategy = lambda strategy: setattr(settings, "allocation", strategy)
         return settings
 
 
@@ -174,6 +178,7 @@ class FakeTensorRTRTX(FakeTensorRT):
 class FakeContext:
     def __init__(self, engine: FakeEngine, settings: Any) -> None:
         self.engine, self.settings, self.shapes, self.addresses, self.profile = engine, settings, {}, {}, 0
+        self.memory = (0, 0)
         self.state, self.ready = 0, -1
         """Of shapes and addresses, counted; and which of them was run without capturing."""
 
@@ -182,6 +187,9 @@ class FakeContext:
         self.shapes = {}
         self.profile = profile
         return profile < min(self.engine.num_optimization_profiles, self.engine.trt.profiles_taken)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.memory = memory, size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
@@ -210,6 +218,8 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, work = self.engine.trt.cuda, self._work(dict(self.addresses), dict(self.shapes))
+        assert self.memory[1] >= self.engine.device_memory_size_v2
+        cuda.check(*self.memory, device=True)
         if self.settings is not None and self.settings.cache is not None:
             kernel = f"{self.engine.name} {sorted(self.shapes.items())}"
             self.engine.trt.compiled += kernel not in self.settings.cache.kernels

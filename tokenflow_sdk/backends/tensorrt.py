@@ -1,7 +1,6 @@
 """Run serialized engines of TensorRT and TensorRT-RTX as sessions, with the part of the Python API that both share.
 
-Every optimization profile of an engine has the same number of execution contexts. Each has its own stream and buffers, so that
-as many calls can run at once.
+A session has as many execution contexts as calls can run at once. Each has its own stream, buffers and working memory.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class TensorRTSession(Session):
         entry: the graph's entry in bundle.json.
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
-        execution_contexts: number of calls of a profile that can run at once; each context has its own working memory.
+        execution_contexts: number of calls that can run at once; each context has its own working memory.
         cuda_graphs: run repeated calls of equal shapes as CUDA graphs, which saves launch time where calls are short.
         kernels: file for the kernels that TensorRT-RTX compiles at run time, read now and written by `close`; None keeps none.
 
@@ -68,9 +67,10 @@ class TensorRTSession(Session):
             )
             self._profiles = [_Profile(self._engine, self.inputs, i) for i in range(self._engine.num_optimization_profiles)]
             self._execution_contexts = execution_contexts
-            for profile in self._profiles:
-                for _ in range(execution_contexts):
-                    profile.idle.put(self._make_context(profile))
+            self._idle: queue.LifoQueue[ExecutionContext | None] = queue.LifoQueue()
+            """Execution contexts that no call uses, and None once the session is closed."""
+            for _ in range(execution_contexts):
+                self._idle.put(self._make_context())
 
     def _deserialize(self, data: bytes) -> Any:
         trt, log = self._trt, self._log
@@ -85,19 +85,19 @@ class TensorRTSession(Session):
             )
         return engine
 
-    def _make_context(self, profile: _Profile) -> ExecutionContext:
+    def _make_context(self) -> ExecutionContext:
         settings = _settings(self._trt, self._engine, self._graphs, self._kernels, self.inputs)
-        context = self._engine.create_execution_context(*([] if settings is None else [settings]))
-        if context is None:
-            size = self._engine.device_memory_size_v2
+        contexts = [self._engine.create_execution_context(settings) for _ in self._profiles]
+        memory = self._engine.device_memory_size_v2
+        if any(context is None for context in contexts):
             raise BackendError(
-                f"GPU {self._cuda.device} has no {size / 1e6:,.0f} MB left that {self._name} works in.",
-                "Open fewer graphs or execution_contexts, build with a smaller --batch, or free memory of other processes.",
+                f"GPU {self._cuda.device} has no memory left for the {len(contexts)} contexts of {self._name}.",
+                "Open fewer graphs or execution_contexts, or free memory of other processes.",
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
+        keep_alive = (settings, self._kernels, self._engine)
         try:
-            keep_alive = (settings, self._kernels, self._engine)
-            return ExecutionContext(self._cuda, context, self.inputs, self.outputs, replay, profile.number, keep_alive)
+            return ExecutionContext(self._cuda, contexts, memory, self.inputs, self.outputs, replay, keep_alive)
         except TensorRTCallError:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
@@ -114,40 +114,40 @@ class TensorRTSession(Session):
         return CudaPages(self._cuda, shape, dtype)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
-        return self._run_on_context(feeds, lambda execution: execution.run(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution, profile: execution.run(profile, feeds, outputs))
 
     def _infer_resident(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Tensor]:
-        return self._run_on_context(feeds, lambda execution: execution.run_resident(feeds, outputs))
+        return self._run_on_context(feeds, lambda execution, profile: execution.run_resident(profile, feeds, outputs))
 
-    def _run_on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext], Sequence[T]]) -> Sequence[T]:
-        idle = self._select_profile(feeds).idle
-        execution = idle.get()
+    def _run_on_context(self, feeds: Mapping[str, Tensor], run: Callable[[ExecutionContext, int], Sequence[T]]) -> Sequence[T]:
+        profile = self._select_profile(feeds)
+        execution = self._idle.get()
         if execution is None:
-            idle.put(None)
+            self._idle.put(None)
             raise BackendError(f"The engine of {self._name} was closed.", "Open the bundle again.")
         try:
             with self._cuda.active(), self._log.collect() as messages:
-                return run(execution)
+                return run(execution, profile)
         except TensorRTCallError:
             raise BackendError(
                 f"TensorRT failed to run {self._name}: {'; '.join(messages.errors) or 'it does not say why'}.",
                 "If memory ran out, use smaller batches (batch_limit=1) or fewer graphs at once.",
             ) from None
         finally:
-            idle.put(execution)
+            self._idle.put(execution)
 
-    def _select_profile(self, feeds: Mapping[str, Tensor]) -> _Profile:
-        """The first optimization profile whose limits hold the inputs.
+    def _select_profile(self, feeds: Mapping[str, Tensor]) -> int:
+        """Number of the first optimization profile whose limits hold the inputs.
 
         Raises:
             ArgumentError: no profile holds them.
         """
         sizes = {dim: size for spec in self.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)}
         misses = []
-        for profile in self._profiles:
+        for number, profile in enumerate(self._profiles):
             missed = {dim: limits for dim, limits in profile.sizes.items() if not limits[0] <= sizes[dim] <= limits[1]}
             if not missed:
-                return profile
+                return number
             misses.append(missed)
         # The error names a limit of the nearest profile: fewest dimensions out of range, then the largest limit.
         nearest = min(misses, key=lambda missed: (len(missed), -max(high for _, high in missed.values())))
@@ -163,27 +163,21 @@ class TensorRTSession(Session):
         """Wait for running calls and free the engine; later calls raise BackendError. May be called more than once."""
         execution_contexts, self._execution_contexts = self._execution_contexts, 0
         with self._cuda.active():
-            idle = [profile.idle.get() for profile in self._profiles for _ in range(execution_contexts)]
+            idle = [self._idle.get() for _ in range(execution_contexts)]
             if self._kernels is not None:
                 self._kernels.save()
             for execution in idle:
                 if execution is not None:
                     execution.close()
             self._kernels = self._engine = self._runtime = None
-        for profile in self._profiles if execution_contexts else ():
-            profile.idle.put(None)
+        if execution_contexts:
+            self._idle.put(None)
 
 
 class _Profile:
-    """An optimization profile of an engine.
-
-    `idle` holds its execution contexts that no call uses, and None once the session is closed. `sizes` holds the smallest and
-    the largest size of each dynamic dimension.
-    """
+    """An optimization profile of an engine; `sizes` holds the smallest and the largest size of each dynamic dimension."""
 
     def __init__(self, engine: Any, inputs: Sequence[TensorSpec], number: int) -> None:
-        self.number = number
-        self.idle: queue.LifoQueue[ExecutionContext | None] = queue.LifoQueue()
         self.sizes: dict[str, tuple[int, int]] = {}
         for spec in inputs:
             least, _, most = engine.get_tensor_profile_shape(spec.name, number)
@@ -225,10 +219,15 @@ class _KernelCache:
 
 
 def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, inputs: Sequence[TensorSpec]) -> Any:
-    """Settings with which TensorRT-RTX creates execution contexts; None for TensorRT, which has none."""
+    """What `create_execution_context` is given: settings of TensorRT-RTX, or TensorRT's way of allocating memory.
+
+    A context works in memory that it is given, so that those of several profiles can share it.
+    """
+    own_memory = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        return None
+        return own_memory
     settings = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(own_memory)
     # The default, lazy specialization, replaces kernels in the background: results would change between calls, and differ from
     # the certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have
     # too many.

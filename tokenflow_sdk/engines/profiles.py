@@ -22,7 +22,10 @@ from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.sampling import MAX_TOP_K, TIES
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 
-__all__ = ["DimRange", "Profile", "Shapes", "bundle_profiles", "graph_profiles", "pool_pages"]
+__all__ = ["DimRange", "Profile", "Shapes", "graph_profiles", "images_at_once", "pool_pages"]
+
+_QUERY_LIMITS = (16, 100)
+"""Numbers of queries up to which a generator's steps have optimization profiles of their own."""
 
 DimRange = tuple[int, int, int]
 """Least, usual and largest size of a dimension: TensorRT's min, opt and max."""
@@ -85,54 +88,72 @@ def pool_pages(config: object, build_config: BuildConfig) -> int:
     return (build_config.pages or config.default_pages()) if isinstance(config, LanguageModelConfig) else 0
 
 
+def images_at_once(config: GeneratorConfig, build_config: BuildConfig) -> int:
+    """Most images that one step of a generator's engines takes: as many as the build config asks for and the pool holds."""
+    return max(1, min(build_config.batch[2], pool_pages(config, build_config) // config.image_pages()))
+
+
 def graph_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> dict[str, tuple[Profile, ...]]:
-    """The optimization profiles of each graph, by its name: those of `bundle_profiles`, without redundant ones."""
-    profiles = bundle_profiles(bundle, build_config)
-    return {name: _without_redundant([profile.of(entry) for profile in profiles]) for name, entry in bundle.graphs.items()}
+    """The optimization profiles of each graph of a bundle, by its name.
 
-
-def bundle_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> tuple[Profile, ...]:
-    """The optimization profiles of a bundle, each with the sizes of all dynamic dimensions of its graphs.
-
-    An understander has two, one for single tokens of many answers and one for chunks of one prompt. TensorRT tunes kernels for
-    each profile and sizes working memory for its largest sizes together, so a single profile would need memory for chunks of
-    many prompts.
+    TensorRT tunes kernels for each profile and sizes working memory for all of a profile's largest sizes together. A generator
+    has a profile for steps of up to 16 queries, of up to 100, and for the rest, so that coarse scales do not run on kernels
+    for fine ones. An understander has one for single tokens of many answers and one for chunks of one prompt.
     """
     config = bundle.config
     if isinstance(config, TokenizerConfig):
-        return (Profile({"batch": build_config.batch}),)
-    slots = config.layers * pool_pages(config, build_config)
-    pool = {"slots": (slots, slots, slots), "page": (PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)}
-    steps = (
-        [_generator_sizes(config, build_config)]
-        if isinstance(config, GeneratorConfig)
-        else _understander_sizes(config, build_config)
-    )
-    return tuple(Profile(pool | step) for step in steps)
+        steps: list[dict[str, DimRange]] = [{"batch": build_config.batch}]
+    elif isinstance(config, GeneratorConfig):
+        steps = _generator_sizes(config, build_config)
+    else:
+        steps = _understander_sizes(config, build_config)
+    if not isinstance(config, TokenizerConfig):
+        slots = config.layers * pool_pages(config, build_config)
+        pool: dict[str, DimRange] = {"slots": (slots,) * 3, "page": (PAGE_SIZE,) * 3}
+        steps = [pool | step for step in steps]
+    return {
+        name: _without_redundant([Profile(_sampled_rows(step) if name == "sample" else step).of(entry) for step in steps])
+        for name, entry in bundle.graphs.items()
+    }
+
+
+def _sampled_rows(step: Mapping[str, DimRange]) -> dict[str, DimRange]:
+    """The sizes of a step for the graph `sample`, in which the two rows of an image have become one.
+
+    A single row of a single query is given twice; see `ScaleLoop`.
+    """
+    least, usual, most = step["batch"]
+    return dict(step) | {"batch": (least, max(1, usual // 2), max(2, most // 2))}
 
 
 def _without_redundant(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """Drop profiles that lie within another one, and repeated ones."""
+    """Drop repeated profiles, and those that lie within another one for the same number of queries."""
     kept: list[Profile] = []
     for profile in profiles:
-        if not any(profile.within(other) for other in kept):
-            kept = [*(other for other in kept if not other.within(profile)), profile]
+        same = [other for other in kept if other.sizes.get("queries") == profile.sizes.get("queries")]
+        if not any(profile.within(other) for other in same):
+            kept = [*(other for other in kept if other not in same or not other.within(profile)), profile]
     return tuple(kept)
 
 
-def _generator_sizes(config: GeneratorConfig, build_config: BuildConfig) -> dict[str, DimRange]:
-    """Sizes for prefill and for the scales of images, in one profile."""
-    least, usual, most = build_config.batch
-    longest = config.prefix_length + 1
-    table = pages_for(config.prefix_length + config.n_codes)
+def _generator_sizes(config: GeneratorConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:
+    """Sizes for prefill and for the scales of images: one dictionary for each limit of the number of queries."""
+    prompt, counts = config.prefix_length + 1, config.scales.counts
+    most = max(prompt, counts[-1])
+    images = images_at_once(config, build_config)
     window = min(MAX_TOP_K + TIES, config.codebook_size)
-    return {
+    shared: dict[str, DimRange] = {
         # Classifier-free guidance runs two rows for each image: with and without the prompt.
-        "batch": (least, 2 * usual, 2 * most),
-        "queries": (1, min(64, longest), max(longest, config.scales.counts[-1])),
-        "table": (1, table // 2 or 1, table),
+        "batch": (1, 2 * min(build_config.batch[1], images), 2 * images),
         "window": (1, min(608, window), window),
     }
+    steps = []
+    for limit in [*(limit for limit in _QUERY_LIMITS if limit < most), most]:
+        scale = max(i for i, count in enumerate(counts) if count <= limit)
+        # What the last of these scales sees, or, in the comparison with the reference, a prompt and a scale.
+        table = pages_for(config.prefix_length + max(config.scales.starts[scale], 1 + min(limit, counts[-1])))
+        steps.append(shared | {"queries": (1, min(limit, counts[scale]), limit), "table": (1, table, table)})
+    return steps
 
 
 def _understander_sizes(config: UnderstanderConfig, build_config: BuildConfig) -> list[dict[str, DimRange]]:

@@ -1,8 +1,8 @@
 """Rewrite grouped-query attention in the form that TensorRT runs as one fused kernel.
 
-A bundle's graph stacks the queries that share a key/value head, [B, kv_heads, groups * Q, D], so that a CPU reads each key once.
-TensorRT finds no attention in that. It does where each query head has a head of keys and values of its own, [B, heads, Q, D]:
-the keys and values are repeated inside the fused kernel, and no scores are written to memory.
+A bundle's graph stacks the queries that share a key/value head, [B, kv_heads, groups * Q, D]: a CPU then reads each key once.
+TensorRT finds no attention in that. It does where each query head has keys and values of its own, [B, heads, Q, D]. They are
+repeated while they are gathered from their pages, and no scores are written to memory.
 """
 
 from __future__ import annotations
