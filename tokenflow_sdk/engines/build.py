@@ -20,6 +20,7 @@ from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
 from tokenflow_sdk.passes.dequantize import dequantize
+from tokenflow_sdk.passes.finite_pages import keep_pages_finite
 from tokenflow_sdk.passes.graph import import_onnx_ir, load_graph
 from tokenflow_sdk.passes.half_precision import HalfType, to_half
 from tokenflow_sdk.passes.quantize import ActivationRanges, quantize
@@ -30,7 +31,7 @@ __all__ = [
     "engine_graph",
 ]
 
-REVISION = "2"
+REVISION = "3"
 """Version of what this module and `tokenflow_sdk.passes` make of a graph; part of every engine's key.
 
 Raise it when they build another engine from the same graph: all cached engines are then rebuilt.
@@ -43,7 +44,8 @@ Progress = Callable[[str, float], None]
 def engine_graph(
     graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
 ) -> Path:
-    """Rewrite a bundle's graph for TensorRT: integer products as float products, in half precision, with 8-bit convolutions.
+    """Rewrite a bundle's graph for TensorRT: integer products as float products, in half precision, with 8-bit convolutions,
+    and with finite keys and values.
 
     Args:
         graph: the bundle's `.onnx` file.
@@ -61,11 +63,14 @@ def engine_graph(
     """
     ir = import_onnx_ir()
     model = load_graph(graph)
-    if dtype is None and ranges is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
+    integers = any(node.op_type == "MatMulInteger" for node in model.graph)
+    paged = any(value.name == "new_k" for value in model.graph.outputs)
+    if dtype is None and ranges is None and not integers and not paged:
         return graph
     dequantize(model)
     if dtype is not None:
         to_half(model, dtype, pinned)
+    keep_pages_finite(model)
     if ranges is not None:
         quantize(model, ranges.without(pinned))
     path = directory / graph.name
