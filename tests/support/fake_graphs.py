@@ -125,8 +125,8 @@ def understander_graphs(
     def head(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         rows = next(calls) + np.arange(len(feeds["hidden"]))
         certain = np.isfinite(feeds["hidden"]).all(axis=-1)
-        logits = np.where(certain[:, None], np.zeros(config.vocabulary), np.nan).astype(np.float32)
         found = np.asarray(tokens, np.int32)[rows % len(tokens)]
+        logits = np.where(certain[:, None], np.eye(config.vocabulary, dtype=np.float32)[found], np.float32(np.nan))
         return {"token_ids": found, "certain": certain.astype(np.int32), "logits": logits}
 
     embeddings = [tensor("embeddings", "float32", "batch", "queries", config.width)]
