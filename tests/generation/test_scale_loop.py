@@ -369,9 +369,7 @@ def plain_codes(number: int) -> list[list[int]]:
 
 def test_a_prompt_that_is_not_finite_holds_no_page() -> None:
     loop, graphs = make()
-    graphs["transformer"].compute = lambda feeds: {
-        name: array * np.float32(np.nan) for name, array in transform(feeds).items()
-    }
+    graphs["transformer"].compute = lambda feeds: {name: array * np.float32(np.nan) for name, array in transform(feeds).items()}
     with pytest.raises(NotFiniteError):
         loop.prefill([2, 3])
     assert loop.transformer.pool.free == 60

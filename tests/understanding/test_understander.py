@@ -254,7 +254,7 @@ def test_features_that_overflow_fail_alone(understander: Understander) -> None:
     assert pool_is_clean(understander)
 
 
-@pytest.mark.parametrize(("precision", "size"), [(FULL_PRECISION, 3e38), (ExportPrecision("fp16"), 1e5)], ids=str)
+@pytest.mark.parametrize(("precision", "size"), [(FULL_PRECISION, 3e38), (ExportPrecision("fp16"), 1e6)], ids=["fp32", "fp16"])
 def test_pages_of_what_overflowed_are_clean(
     precision: ExportPrecision, size: float, reference: Reference, mini_bundle: Path, tmp_path: Path
 ) -> None:

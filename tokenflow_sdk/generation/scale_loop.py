@@ -206,11 +206,12 @@ class ScaleLoop:
         window = min(max(min(step.top_k, self.config.codebook_size) for step in passes) + TIES, self.config.codebook_size)
         feeds["ranks"] = np.arange(window, dtype=np.int32)
         codes, logits = run_sampling(self._sessions["sample"], feeds, "code_indices")
-        for row, image in enumerate(images if logits is not None else ()):
-            if not np.isfinite(logits[row]).all():
-                image.error = not_finite()
-            elif passes[row].top_p == 0:
-                codes[row] = logits[row].argmax(axis=-1)
+        if logits is not None:
+            for row, image in enumerate(images):
+                if not np.isfinite(logits[row]).all():
+                    image.error = not_finite()
+                elif passes[row].top_p == 0:
+                    codes[row] = logits[row].argmax(axis=-1)
         return codes[: len(images)]
 
 

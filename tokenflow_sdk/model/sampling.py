@@ -1,4 +1,4 @@
-"""Sampling of codes: parameters, presets, random numbers, running a sampling graph, and the same in NumPy (docs/model.md, section 4).
+"""Sampling of codes: parameters, presets, random numbers, and sampling in a graph and in NumPy (docs/model.md, section 4).
 
 Random numbers are counter-based: each is a function of seed, image, scale, pass and position alone, so that a request gets the
 same codes in any batch.
@@ -175,9 +175,9 @@ def run_sampling(session: Session, feeds: Mapping[str, Tensor], indices: str) ->
         indices: name of the output that was sampled.
 
     Returns:
-        The indices int32 [R, ...]; and None, or the logits float32 [R, ...] of a graph that is not certain of every row. Then the
-        caller decides by them: a row may have logits that are not finite, or be greedy and have an index that is not the first of
-        its largest logits. Graphs of older exporters are never certain.
+        The indices int32 [R, ...]; and None, or the logits float32 [R, ...] of a graph that is not certain of every row. By them
+        the caller decides: a row may have logits that are not finite, and the index of a greedy one may not be the first of its
+        largest logits. Graphs of older exporters are never certain.
     """
     if any(spec.name == "certain" for spec in session.outputs):
         found = session.run(feeds, [indices, "certain"])

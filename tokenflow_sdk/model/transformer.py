@@ -120,8 +120,8 @@ class PagedTransformer:
     def store(self, output: StepOutput, tables: Sequence[PageTable]) -> list[bool]:
         """Append the keys and values of a step to the cache, except those of rows that are not finite.
 
-        Pages are reused, and block tables are filled up with the pages of others. Attention multiplies what it masks by 0, which
-        is 0 for finite numbers only.
+        Pages are reused, and block tables are filled up with the pages of others. Attention multiplies what it masks by 0,
+        which is 0 for finite numbers only.
 
         Args:
             output: result of the last step.
