@@ -175,8 +175,8 @@ def run_sampling(session: Session, feeds: Mapping[str, Tensor], indices: str) ->
         indices: name of the output that was sampled.
 
     Returns:
-        The indices int32 [R, ...]; and None, or the logits float32 [R, ...] of a graph that is not certain of every row. By them
-        the caller decides: a row may have logits that are not finite, and the index of a greedy one may not be the first of its
+        The indices int32 [R, ...]; and None, or the logits float32 [R, ...] of a graph that is not certain of every row. They
+        decide: a row may have logits that are not finite, and the index of a greedy one may not be the first of its
         largest logits. Graphs of older exporters are never certain.
     """
     if any(spec.name == "certain" for spec in session.outputs):
