@@ -354,6 +354,7 @@ def test_an_image_that_is_not_finite_ends_alone(graph: str, scale: int) -> None:
     loop.sample_scale(images)
     graphs[graph].compute = plain
     assert [type(image.error) for image in images] == [type(None), NotFiniteError, type(None)]
+    assert len(images[1].codes) == scale
     run(loop, images[0], images[2])
     for image, number in ((images[0], 0), (images[2], 2)):
         assert [row.tolist() for row in image.codes] == plain_codes(number)

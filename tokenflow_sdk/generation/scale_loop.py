@@ -113,7 +113,7 @@ class ScaleLoop:
         return ImageState(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
 
     def sample_scale(self, images: Sequence[ImageState]) -> None:
-        """Sample the next scale of images that are all at the same scale. Those that cannot go on get an `error`.
+        """Sample the next scale of images that are all at the same scale. Those that cannot go on get an `error` and no codes.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the images must then be given up.
@@ -131,6 +131,8 @@ class ScaleLoop:
         else:
             codes = self._sample_later_scale(images, scale)
         for image, row in zip(images, codes, strict=True):
+            if image.error is not None:
+                continue
             total = image.f_hat + self._rows(row, scale)
             if scale + 1 < len(self.config.patch_nums):
                 up = self._up[scale]
