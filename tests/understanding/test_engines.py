@@ -180,12 +180,12 @@ def test_half_precision_engines_pass_and_answer(machine, mini_understander: Path
     assert figures["hidden_cosine"] > 0.999
 
 
-@pytest.mark.parametrize(("build_config", "size"), [(FP32, 3e38), (None, 1e5)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("build_config", [FP32, None], ids=["fp32", "fp16"])
 def test_what_overflows_on_engines_fails_alone_and_leaves_pages_finite(
-    machine, build_config: BuildConfig | None, size: float, mini_understander: Path
+    machine, build_config: BuildConfig | None, mini_understander: Path
 ) -> None:
     """Also in the middle of a prompt, whose tokens nothing is sampled from."""
-    wide = np.full((16, 40), size, np.float32)
+    wide = np.full((16, 40), 3e38, np.float32)
     with on_engines(mini_understander, build_config=build_config) as understander:
         expected = understander.answer(features(0), LONG, params=FREE).token_ids
         while understander._runner.model.scheduler.cache.evict():
