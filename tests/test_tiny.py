@@ -14,6 +14,7 @@ from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.model.sampling import TIES
 from tokenflow_sdk.parity.certificate import certify
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
 from tokenflow_sdk.pictures.images import psnr
@@ -88,3 +89,24 @@ def test_unknown_words_still_draw(generator: Generator) -> None:
         warnings.simplefilter("error")
         result = generator.generate("zyxw quaternion 中 🍎", seed=0, preset="fast")
     assert result.images[0].size == (256, 256)
+
+
+@pytest.mark.parametrize(("value", "code"), [(0.0, 0), (np.nan, None)])
+def test_its_sampling_graph_says_where_it_is_not_certain(generator: Generator, value: float, code: int | None) -> None:
+    """Hidden states of zeros make all logits equal; greedy codes are then the first of all. The row beside it stays certain."""
+    sample = generator._runner.model.sessions["sample"]
+    hidden = np.stack([np.full((3, 256), value), np.random.default_rng(0).standard_normal((3, 256))]).astype(np.float32)
+    feeds = {
+        "conditional": hidden,
+        "unconditional": hidden,
+        "guidance": np.zeros(2, np.float32),
+        "top_k": np.ones(2, np.int32),
+        "top_p": np.zeros(2, np.float32),
+        "noise": np.full((2, 3), 0.9, np.float32),
+        "ranks": np.arange(1 + TIES, dtype=np.int32),
+    }
+    found = sample.run(feeds)
+    assert found["certain"].tolist() == [0, 1]
+    np.testing.assert_array_equal(found["code_indices"][1], found["logits"][1].argmax(axis=-1))
+    if code is not None:
+        assert set(found["code_indices"][0].tolist()) == {code}

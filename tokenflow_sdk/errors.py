@@ -24,7 +24,8 @@
     ├── PagesExhausted           the pool of key/value pages is too small for what was asked
     ├── BackendError             a backend cannot start, or cannot load or run a graph
     │   ├── EngineBuildError     TensorRT cannot build an engine from a graph
-    │   └── EngineRefusedError   an engine does not reproduce its bundle's reference
+    │   ├── EngineRefusedError   an engine does not reproduce its bundle's reference
+    │   └── NotFiniteError       a model computed NaN or infinity for a request
     ├── MissingPackageError      an optional package is not installed
     └── OutputError              a result cannot be written (read-only, disk full, exists)
 
@@ -59,6 +60,7 @@ __all__ = [
     "ImageShapeError",
     "ImageTooLargeError",
     "MissingPackageError",
+    "NotFiniteError",
     "OutputError",
     "PagesExhausted",
     "ParityError",
@@ -209,6 +211,10 @@ class EngineBuildError(BackendError):
 
 class EngineRefusedError(BackendError):
     """An engine does not reproduce its bundle's reference within the tolerances."""
+
+
+class NotFiniteError(BackendError):
+    """A model computed NaN or infinity for a request. Requests that ran beside it are not affected."""
 
 
 class MissingPackageError(TokenFlowError, ImportError):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.support.fake_graphs import GENERATOR, FakeGraph, tensor, transformer_graph
 from tokenflow_sdk.backends.session import Array
-from tokenflow_sdk.errors import PagesExhausted
+from tokenflow_sdk.errors import NotFiniteError, PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
 from tokenflow_sdk.model.sampling import TIES, Pass, SamplingParams, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer
@@ -49,7 +49,10 @@ def sample(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
     hidden = feeds["conditional"].astype(np.float64) + 2 * feeds["unconditional"]
     mixed = hidden[..., 0] + 100 * feeds["noise"]
     mixed = mixed + feeds["guidance"][:, None] + feeds["top_k"][:, None] + 10 * feeds["top_p"][:, None]
-    return {"code_indices": np.floor(mixed * 7).astype(np.int32) % CONFIG.codebook_size}
+    certain = np.isfinite(mixed).all(axis=-1)
+    codes = np.floor(np.where(certain[:, None], mixed, 0) * 7).astype(np.int32) % CONFIG.codebook_size
+    logits = np.where(certain[:, None, None], np.eye(CONFIG.codebook_size, dtype=np.float32)[codes], np.float32(np.nan))
+    return {"code_indices": codes, "certain": certain.astype(np.int32), "logits": logits}
 
 
 class Graphs(dict[str, FakeGraph]):
@@ -68,12 +71,17 @@ class Graphs(dict[str, FakeGraph]):
             tensor("noise", "float32", "batch", "queries"),
             tensor("ranks", "int32", "window"),
         ]
+        sampled = [
+            tensor("code_indices", "int32", "batch", "queries"),
+            tensor("certain", "int32", "batch"),
+            tensor("logits", "float32", "batch", "queries", CONFIG.codebook_size),
+        ]
         sizes = {} if most is None else {"batch": most}
         super().__init__(
             embed_text=FakeGraph(text, embeddings, embed_text),
             embed_image=FakeGraph(image, embeddings, embed_image),
             transformer=transformer_graph(CONFIG, transform, sizes),
-            sample=FakeGraph(drawing, [tensor("code_indices", "int32", "batch", "queries")], sample),
+            sample=FakeGraph(drawing, sampled, sample),
         )
 
 
@@ -317,3 +325,74 @@ def test_a_pool_that_is_too_small_says_so() -> None:
         loop.sample_scale([image])
     image.release()
     assert loop.transformer.pool.free == 4
+
+
+@pytest.mark.parametrize(
+    ("graph", "scale"), [("sample", 0), *((graph, scale) for graph in ("transformer", "sample") for scale in (1, 2, 3))]
+)
+def test_an_image_that_is_not_finite_ends_alone(graph: str, scale: int) -> None:
+    """At any scale and pass: its neighbours draw what they draw alone, and nothing of it is stored."""
+    loop, graphs = make(pages=200)
+    images = [begin(loop, ONE, 0), begin(loop, THREE, 1), begin(loop, ONE, 2)]
+    for _ in range(scale):
+        loop.sample_scale(images)
+    plain = graphs[graph].compute
+
+    def failing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if graph == "transformer":
+            found = {name: np.array(array) for name, array in plain(feeds).items()}
+            bad = len(found["hidden"]) * 2 // 3 if len(found["hidden"]) > 2 else 0
+            for name, rows in (("hidden", (bad,)), ("new_k", (slice(None), bad)), ("new_v", (slice(None), bad))):
+                found[name][rows] = np.nan
+            return found
+        hidden = np.array(feeds["conditional"])
+        hidden[1 if len(hidden) == 3 else 0] = np.nan
+        return plain({**feeds, "conditional": hidden})
+
+    graphs[graph].compute = failing
+    loop.sample_scale(images)
+    graphs[graph].compute = plain
+    assert [type(image.error) for image in images] == [type(None), NotFiniteError, type(None)]
+    assert len(images[1].codes) == scale
+    run(loop, images[0], images[2])
+    for image, number in ((images[0], 0), (images[2], 2)):
+        assert [row.tolist() for row in image.codes] == plain_codes(number)
+    assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (loop.transformer._k, loop.transformer._v))
+    for image in images:
+        image.release()
+    assert loop.transformer.pool.free == 200
+
+
+def plain_codes(number: int) -> list[list[int]]:
+    return plain(ONE, number, (2, 3))[0]
+
+
+def test_a_prompt_that_is_not_finite_holds_no_page() -> None:
+    loop, graphs = make()
+    graphs["transformer"].compute = lambda feeds: {name: array * np.float32(np.nan) for name, array in transform(feeds).items()}
+    with pytest.raises(NotFiniteError):
+        loop.prefill([2, 3])
+    assert loop.transformer.pool.free == 60
+    assert not np.asarray(loop.transformer._k.slots).any()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_greedy_passes_take_the_first_of_the_largest_logits(older: bool) -> None:
+    """Where the graph is not certain, or was exported before graphs said so; drawn codes stay what they are."""
+    loop, graphs = make()
+    graph = graphs["sample"]
+
+    def tied(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = dict(sample(feeds))
+        logits = np.zeros_like(found["logits"])
+        logits[..., [7, 30, 31]] = 1
+        return {**found, "logits": logits, "certain": 0 * found["certain"]}
+
+    graph.compute = tied
+    if older:
+        graph.outputs = tuple(spec for spec in graph.outputs if spec.name != "certain")
+    drawn, greedy = begin(loop, ONE, 0), begin(loop, THREE, 1)
+    run(loop, drawn, greedy)
+    assert [row.tolist() for row in drawn.codes] == plain_codes(0)
+    assert [set(row.tolist()) for row in greedy.codes[1:]] == [{7}] * 3
+    assert set(greedy.codes[0].tolist()) != {7}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fake_graphs import GENERATOR
-from tokenflow_sdk.errors import BackendError, PagesExhausted
+from tokenflow_sdk.errors import BackendError, NotFiniteError, PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
 from tokenflow_sdk.generation.scheduler import PATIENCE, ImageRequest, ScaleScheduler
 from tokenflow_sdk.model.kv_cache import PagePool, PageTable
@@ -34,6 +34,7 @@ class FakeLoop:
         self.prompts: list[tuple[int, ...]] = []
         self.steps: list[list[ImageState]] = []
         self.failing: Callable[[Any], BaseException | None] = lambda what: None
+        self.wrong: Callable[[ImageState], NotFiniteError | None] = lambda image: None
 
     def prefill(self, ids: Sequence[int]) -> Prefix:
         self._fail(ids)
@@ -52,6 +53,7 @@ class FakeLoop:
         self._fail(images)
         self.steps.append(list(images))
         for image in images:
+            image.error = self.wrong(image)
             for prefix in (image.conditional, image.unconditional):
                 # Neither the first scale nor the last leaves keys behind.
                 prefix.table.append(CONFIG.scales.counts[scale] if 0 < scale < SCALES - 1 else 0)
@@ -410,3 +412,17 @@ def test_a_request_is_as_far_as_its_last_image() -> None:
     r.images = [SimpleNamespace(scale=3), SimpleNamespace(scale=2)]  # type: ignore[list-item]
     assert r.scale == 2
     assert not r.reached(3)
+
+
+def test_a_request_with_an_image_that_cannot_go_on_leaves_with_its_error() -> None:
+    scheduler, loop = make(300)
+    requests = [request(n=1), request(n=3), request(n=2)]
+    for r in requests:
+        scheduler.submit(r)
+    scheduler.step()
+    error = NotFiniteError("It broke.", "Mend it.")
+    loop.wrong = lambda image: error if image is requests[1].images[2] else None
+    drain(scheduler, *requests)
+    assert [r.error for r in requests] == [None, error, None]
+    assert drawn(loop, *requests) == [[0, 1, 2]] * 2 + [[0, 2]] * 2
+    assert is_clean(scheduler)

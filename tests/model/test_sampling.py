@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.fake_graphs import FakeGraph, tensor
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.model.sampling import PRESETS, Pass, SamplingParams, guidance, probabilities, sample, uniform
+from tokenflow_sdk.model.sampling import PRESETS, Pass, SamplingParams, guidance, probabilities, run_sampling, sample, uniform
 
 
 def slow_probabilities(logits: list[float], top_k: int, top_p: float) -> list[float]:
@@ -133,3 +134,18 @@ def test_numbers_of_other_libraries_are_pythons_own() -> None:
 def test_values_that_cannot_work_are_named(make, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         make()
+
+
+@pytest.mark.parametrize(("certain", "asked"), [([1, 1], 1), ([1, 0], 2), (None, 1)])
+def test_logits_are_fetched_only_where_the_graph_is_not_certain(certain: list[int] | None, asked: int) -> None:
+    """None: a graph from before graphs said so."""
+    found = {"code_indices": np.asarray([3, 4], np.int32), "logits": np.ones((2, 5), np.float32)}
+    outputs = [tensor("code_indices", "int32", "batch"), tensor("logits", "float32", "batch", 5)]
+    if certain is not None:
+        found["certain"] = np.asarray(certain, np.int32)
+        outputs.insert(1, tensor("certain", "int32", "batch"))
+    graph = FakeGraph([tensor("noise", "float32", "batch")], outputs, lambda feeds: found)
+    codes, logits = run_sampling(graph, {"noise": np.zeros(2, np.float32)}, "code_indices")
+    assert codes.tolist() == [3, 4]
+    assert (logits is None) == (certain == [1, 1])
+    assert len(graph.feeds) == asked

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fake_graphs import UNDERSTANDER, FakeGraph, transformer_graph
-from tokenflow_sdk.backends.session import Array
+from tokenflow_sdk.backends.session import Array, DeviceArray
 from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput
@@ -209,3 +209,60 @@ def test_closing_frees_the_pages_and_not_the_session() -> None:
     transformer.close()
     assert (np.asarray(transformer._k.slots).size, np.asarray(transformer._v.slots).size) == (0, 0)
     assert graph.closed == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["hidden", "new_k", "new_v"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rows_that_are_not_finite_are_not_stored(value: float, place: str, dtype: type) -> None:
+    """Their tables stay as they were; the others' keys and values are stored as ever."""
+    graph = transformer_graph(CONFIG, numbered)
+    graph.inputs = tuple(replace(spec, dtype=np.dtype(dtype).name) if "pages" in spec.name else spec for spec in graph.inputs)
+    transformer = PagedTransformer.of(CONFIG, graph, 8, 4)
+    tables = [PageTable(transformer.pool) for _ in range(3)]
+    assert transformer.store(step(transformer, np.asarray([[1, 2]] * 3), *tables), tables) == [True] * 3
+    found = step(transformer, np.asarray([[3, 4]] * 3), *tables)
+    output = StepOutput(found.hidden, np.array(found.new_k, dtype), np.array(found.new_v, dtype))
+    if place == "hidden":
+        np.asarray(output.hidden)[1, -1, 0] = value
+    else:
+        getattr(output, place)[1, 1, 0, 2, 4] = value
+    assert transformer.store(output, tables) == [True, False, True]
+    assert [held(transformer, table)[0] for table in tables] == [[1, 2, 3, 4], [1, 2], [1, 2, 3, 4]]
+    assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (transformer._k, transformer._v))
+
+
+class Resident(DeviceArray):
+    """In the memory of a device; `fetched` are the shapes of what was copied to the host."""
+
+    fetched: list[tuple[int, ...]]
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __getitem__(self, rows: slice) -> Resident:
+        return Resident(self.array[rows])
+
+    def reshape(self, *shape: int) -> Resident:
+        return Resident(self.array.reshape(*shape))
+
+    def numpy(self) -> np.ndarray:
+        self.fetched.append(self.shape)
+        return self.array
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_of_a_devices_rows_only_the_last_hidden_states_are_fetched(length: int) -> None:
+    transformer, _ = make()
+    tables = [PageTable(transformer.pool) for _ in range(3)]
+    found = step(transformer, np.ones((3, length)), *tables)
+    hidden = np.array(found.hidden)
+    hidden[1, -1] = np.nan
+    Resident.fetched = []
+    written: list[int] = []
+    for pages in (transformer._k, transformer._v):
+        pages.write = lambda new, row, *_: written.append(row)  # type: ignore[method-assign]
+    output = StepOutput(*map(Resident, (hidden, np.asarray(found.new_k), np.asarray(found.new_v))))
+    assert transformer.store(output, tables) == [True, False, True]
+    assert Resident.fetched == [(1, 2)] * 3
+    assert written == [0, 0, 2, 2]

@@ -115,7 +115,7 @@ def transformer_graph(
 def understander_graphs(
     config: UnderstanderConfig = UNDERSTANDER, tokens: Sequence[int] = (1, 2, 3), sizes: Mapping[str, int] = {}
 ) -> dict[str, FakeGraph]:
-    """The graphs of an understander; its head gives `tokens`, round robin."""
+    """The graphs of an understander; its head gives `tokens`, round robin, where hidden states are finite."""
     calls = count(1)
 
     def embed(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -124,13 +124,20 @@ def understander_graphs(
 
     def head(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         rows = next(calls) + np.arange(len(feeds["hidden"]))
-        return {"token_ids": np.asarray(tokens, np.int32)[rows % len(tokens)]}
+        certain = np.isfinite(feeds["hidden"]).all(axis=-1)
+        found = np.asarray(tokens, np.int32)[rows % len(tokens)]
+        logits = np.where(certain[:, None], np.eye(config.vocabulary, dtype=np.float32)[found], np.float32(np.nan))
+        return {"token_ids": found, "certain": certain.astype(np.int32), "logits": logits}
 
     embeddings = [tensor("embeddings", "float32", "batch", "queries", config.width)]
     settings = [tensor(name, "float32", "batch") for name in ("penalty", "temperature", "top_p", "noise")]
     seen, ranks = tensor("seen", "int32", "batch", "seen"), tensor("ranks", "int32", "window")
     hidden, top_k = tensor("hidden", "float32", "batch", config.width), tensor("top_k", "int32", "batch")
-    drawn = [tensor("token_ids", "int32", "batch")]
+    drawn = [
+        tensor("token_ids", "int32", "batch"),
+        tensor("certain", "int32", "batch"),
+        tensor("logits", "float32", "batch", config.vocabulary),
+    ]
     return {
         "embed_text": FakeGraph([tensor("token_ids", "int32", "batch", "queries")], embeddings, embed, sizes),
         "project": FakeGraph([tensor("features", "float32", "batch", "queries", config.code_dim)], embeddings, embed, sizes),

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,7 +40,7 @@ from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.choice import survey
 from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, EngineRefusedError
+from tokenflow_sdk.errors import ArgumentError, BackendError, EngineBuildError, EngineRefusedError, NotFiniteError
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
 from tokenflow_sdk.tokenizer import Tokenizer
 
@@ -126,14 +127,20 @@ def test_an_answer_of_any_length_can_be_penalised(machine, mini_understander: Pa
 def test_nothing_large_crosses_in_a_step(
     machine, cuda_graphs: bool, mini_understander: Path, on_cpu: Understander, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is copied to and from the GPU while an answer grows: numbers of tokens and pages, settings, the tokens drawn."""
+    """What is copied to and from the GPU while an answer grows: numbers of tokens and pages, settings, the tokens drawn and
+    whether they are certain, and the last hidden state of each step."""
     crossed: list[str] = []
     staging, fetched = ExecutionContext._staging_buffer, CudaArray.numpy
     monkeypatch.setattr(
         ExecutionContext, "_staging_buffer", lambda context, name, size: (crossed.append(name), staging(context, name, size))[1]
     )
     with on_engines(mini_understander, cuda_graphs=cuda_graphs) as understander:
-        monkeypatch.setattr(CudaArray, "numpy", lambda array: (crossed.append("an array"), fetched(array))[1])
+
+        def noting(array: CudaArray) -> np.ndarray:
+            crossed.append("a hidden state" if array.shape == (1, SMALLEST["hidden_size"]) else "an array")
+            return fetched(array)
+
+        monkeypatch.setattr(CudaArray, "numpy", noting)
         expected = on_cpu.answer(features(0), LONG, params=FREE)
         stream = understander.stream(features(0), LONG, params=FREE)
         crossed.clear()
@@ -147,7 +154,8 @@ def test_nothing_large_crosses_in_a_step(
         text = first + "".join(stream)
         assert running.transformer.token_forwards - before == len(turn.tokens) - answered > 20
         settings = {"seen", "penalty", "temperature", "top_k", "top_p", "noise", "ranks"}
-        assert set(crossed) == {"token_ids", "positions", "visible", "context", "block_tables"} | settings
+        found = {"certain", "a hidden state"}
+        assert set(crossed) == {"token_ids", "positions", "visible", "context", "block_tables"} | settings | found
         assert text == expected.text
         # A piece inside one block stays there too.
         turn = understander._request(features(0), LONG, FREE)
@@ -157,7 +165,7 @@ def test_nothing_large_crosses_in_a_step(
         assert pending is not None
         crossed.clear()
         running.scheduler.loop.prefill(turn, min(PREFILL_CHUNK, len(pending[0])) - 1)
-        assert set(crossed) == {"token_ids", "positions", "visible", "context", "block_tables"}
+        assert set(crossed) == {"token_ids", "positions", "visible", "context", "block_tables", "a hidden state"}
         running.scheduler.remove(turn)
         assert pool_is_clean(understander)
     assert bool(machine[0].launches) == cuda_graphs
@@ -170,6 +178,25 @@ def test_half_precision_engines_pass_and_answer(machine, mini_understander: Path
     figures = Engines(Bundle.open(mini_understander, UnderstanderConfig), BuildConfig("tensorrt")).prepare(build=False).figures
     assert 0 < figures["hidden_error"] < 0.1
     assert figures["hidden_cosine"] > 0.999
+
+
+@pytest.mark.parametrize("build_config", [FP32, None], ids=["fp32", "fp16"])
+def test_what_overflows_on_engines_fails_alone_and_leaves_pages_finite(
+    machine, build_config: BuildConfig | None, mini_understander: Path
+) -> None:
+    """Also in the middle of a prompt, whose tokens nothing is sampled from."""
+    wide = np.full((16, 40), 3e38, np.float32)
+    with on_engines(mini_understander, build_config=build_config) as understander:
+        expected = understander.answer(features(0), LONG, params=FREE).token_ids
+        while understander._runner.model.scheduler.cache.evict():
+            pass
+        for question in ("what?", LONG):
+            with pytest.raises(NotFiniteError, match="NaN or infinity"):
+                understander.answer(wide, question, params=FREE)
+        transformer = understander._runner.model.transformer
+        assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (transformer._k, transformer._v))
+        assert understander.answer(features(0), LONG, params=FREE).token_ids == expected
+        assert pool_is_clean(understander)
 
 
 @pytest.mark.parametrize("precision", [ExportPrecision("fp32", "int8"), ExportPrecision("fp16", "int4")], ids=str)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.fake_graphs import STOP, understander_graphs
+from tests.support.fake_graphs import STOP, FakeGraph, understander_graphs
 from tests.support.fake_graphs import UNDERSTANDER as CONFIG
-from tokenflow_sdk.errors import PagesExhausted, PromptError
+from tokenflow_sdk.backends.session import Array
+from tokenflow_sdk.errors import NotFiniteError, PagesExhausted, PromptError
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK, PagedTransformer
 from tokenflow_sdk.understanding.params import AnswerParams
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
@@ -264,3 +266,33 @@ def test_ten_thousand_operations_leak_no_page(seed: int) -> None:
 def test_the_default_pool_holds_eight_questions() -> None:
     assert CONFIG.default_pages() == 8 * 33
     assert replace(CONFIG, context=100).default_pages() == 8 * 7
+
+
+@pytest.mark.parametrize("when", ["prompt", "answer"])
+def test_a_request_that_is_not_finite_leaves_alone_and_leaves_nothing_behind(when: str) -> None:
+    """Its pages are free and finite, and the prefix of a prompt that failed is not kept."""
+    queue = scheduler(100)
+    turns = [turn(1), turn(2), turn(3, keep=True)]
+    steps, graph = count(1), queue.loop._sessions["transformer"]
+    assert isinstance(graph, FakeGraph)
+    plain = graph.compute
+
+    def failing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = {name: np.array(array) for name, array in plain(feeds).items()}
+        number = next(steps)
+        # A prompt, a token, then the second prompt, then a token of both.
+        if number == (3 if when == "prompt" else 4):
+            found["new_k"][:, -1] = np.nan
+        return found
+
+    graph.compute = failing
+    for t in turns:
+        queue.submit(t)
+    for _ in range(30):
+        queue.step()
+    assert [type(t.error) for t in turns] == [type(None), NotFiniteError, type(None)]
+    assert [len(t.tokens) for t in turns] == [6, int(when == "answer"), 6]
+    assert is_clean(queue)
+    # Of each picture its prefix, and the conversation that goes on; nothing of a prompt that failed.
+    assert len(queue.cache) == (3 if when == "prompt" else 4)
+    assert np.isfinite(np.asarray(queue.loop.transformer._k.slots)).all()

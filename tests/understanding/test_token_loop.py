@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.fake_graphs import STOP, UNDERSTANDER, FakeGraph, understander_graphs
-from tokenflow_sdk.errors import PagesExhausted
+from tokenflow_sdk.backends.session import Array
+from tokenflow_sdk.errors import NotFiniteError, PagesExhausted
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer
@@ -189,7 +191,7 @@ def test_settings_are_each_answers_own() -> None:
     for number, feeds in enumerate(graphs["head"].feeds[3:], start=1):
         assert feeds["top_k"].tolist() == [70, 90, 1]
         assert feeds["temperature"].tolist() == [0.5, 2.0, 1.0]
-        assert feeds["top_p"].tolist() == [0.25, 1.0, 1.0]
+        assert feeds["top_p"].tolist() == [0.25, 1.0, 0.0]
         assert len(feeds["ranks"]) == 90
         expected = [uniform(seed, 0, number, 0, 1)[0] for seed in (1, 2, 0)]
         np.testing.assert_array_equal(feeds["noise"], expected)
@@ -244,3 +246,68 @@ def test_an_answer_has_its_last_token_when_it_is_finished() -> None:
     assert not answer.reached(2)
     answer.finish = "length"
     assert answer.reached(2)
+
+
+def test_a_prompt_that_is_not_finite_is_not_stored_whatever_piece_it_is_in() -> None:
+    loop, graphs = make()
+    plain = graphs["transformer"].compute
+
+    def failing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = dict(plain(feeds))
+        if 3 in feeds["positions"]:
+            found["new_v"][0, 0, 0] = np.inf
+        return found
+
+    graphs["transformer"].compute = failing
+    request = asked(loop)
+    loop.prefill(request, 3)
+    with pytest.raises(NotFiniteError):
+        loop.prefill(request, 4)
+    assert request.table is not None
+    assert (request.table.length, request.tokens, graphs["head"].feeds) == (3, [], [])
+
+
+@pytest.mark.parametrize("place", ["hidden", "new_k", "new_v", "logits"])
+def test_an_answer_that_is_not_finite_ends_alone(place: str) -> None:
+    """Wherever NaN first shows; what its neighbours read stays as it was."""
+    loop, graphs = make(tokens=(4,))
+    requests = [asked(loop) for _ in range(3)]
+    for request in requests:
+        read(loop, request)
+    graph = graphs["head" if place == "logits" else "transformer"]
+    plain = graph.compute
+
+    def failing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = {name: np.array(array) for name, array in plain(feeds).items()}
+        found[place][(slice(None), 1) if place in ("new_k", "new_v") else 1] = np.nan
+        if place == "logits":
+            found["certain"][1] = 0
+        return found
+
+    graph.compute = failing
+    loop.decode(requests)
+    assert [type(request.error) for request in requests] == [type(None), NotFiniteError, type(None)]
+    assert [request.tokens for request in requests] == [[4, 4], [4], [4, 4]]
+    assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (loop.transformer._k, loop.transformer._v))
+
+
+@pytest.mark.parametrize("certain", [False, None])
+def test_greedy_answers_take_the_first_of_the_largest_logits(certain: bool | None) -> None:
+    """Where the graph is not certain, or was exported before graphs said so: beside answers that are drawn, with a penalty."""
+    loop, graphs = make(tokens=(3,))
+    head = graphs["head"]
+    logits = np.zeros((3, UNDERSTANDER.vocabulary), np.float32)
+    logits[:, [1, 4, 5]] = 2
+    head.compute = lambda feeds: {
+        "token_ids": np.full(len(feeds["hidden"]), 5, np.int32),
+        "certain": np.zeros(len(feeds["hidden"]), np.int32),
+        "logits": logits[: len(feeds["hidden"])],
+    }
+    if certain is None:
+        head.outputs = tuple(spec for spec in head.outputs if spec.name != "certain")
+    params = [PLAIN, AnswerParams(max_tokens=10, temperature=1.0), AnswerParams(max_tokens=10, repetition_penalty=2.0)]
+    requests = [asked(loop, each) for each in params]
+    for request in requests:
+        read(loop, request)
+    loop.decode(requests)
+    assert [request.tokens for request in requests] == [[1, 1], [5, 5], [1, 4]]

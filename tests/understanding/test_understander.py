@@ -22,6 +22,7 @@ from tests.support.mini_understander import (
     reference_projector,
     write_checkpoint,
 )
+from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
 from tokenflow_sdk import AnswerParams, Codes, Tokenizer, Understander
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
@@ -33,6 +34,7 @@ from tokenflow_sdk.errors import (
     CodebookMismatchError,
     CorruptBundleError,
     ImageReadError,
+    NotFiniteError,
     PagesExhausted,
     PromptError,
 )
@@ -114,9 +116,9 @@ def recorded(understander: Understander, ask: Callable[[], Any]) -> tuple[Any, l
     plain = head._infer
 
     def spying(feeds, outputs):
-        found = plain(feeds, ("token_ids", "logits"))
-        steps.append(found[1])
-        return found[:1]
+        found = plain(feeds, (*outputs, "logits"))
+        steps.append(found[-1])
+        return found[:-1]
 
     head._infer = spying
     try:
@@ -196,6 +198,82 @@ def test_a_conversation_whose_pages_are_gone_is_read_again(reference: Reference)
         without = lost.ask("and?", params=FREE)
         assert (without.token_ids, without.cached_tokens) == (with_pages.token_ids, 0)
         assert with_pages.cached_tokens > 0
+
+
+def test_among_equal_logits_the_first_is_taken(mini_bundle: Path, tmp_path: Path) -> None:
+    """As transformers does, whatever the seed: from 1 to 128 tokens are equally likely, more than are sorted."""
+    config = GEOMETRIES["qwen"]
+    model, projector = reference_model(config), reference_projector(config["hidden_size"])
+    alike = np.frompyfunc(lambda i: 2 ** int(i).bit_length() // 2, 1, 1)(np.arange(288)).astype(np.int64)
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[torch.from_numpy(alike)]
+    checkpoint = write_checkpoint(tmp_path / "hf", config, model, projector)
+    tokenizer = Bundle.open(mini_bundle, TokenizerConfig)
+    reference = Reference(model, projector, export_quietly(checkpoint, tokenizer, tmp_path / "bundle"))
+    found: set[int] = set()
+    with Understander.from_pretrained(reference.bundle, threads=1) as understander:
+        for number in range(4):
+            prompt = prompt_of(understander, [features(number)], "?")
+            asked = [(features(number), "?")] * 2
+            for seed in (1, 2):
+                params = AnswerParams(max_tokens=8, stop_ids=(), seed=seed)
+                answers = understander.answer_batch(asked, params=params)
+                assert [list(answer.token_ids) for answer in answers] == [reference.generate(prompt, 8)] * 2
+            found |= set(answers[0].token_ids)
+        assert found <= set(alike)
+        assert max(found) >= 16
+        drawn = understander.answer(features(0), "?", params=AnswerParams(max_tokens=30, stop_ids=(), temperature=1.0))
+        assert not set(drawn.token_ids) <= set(alike)
+
+
+def wide(size: float) -> np.ndarray:
+    """Features that overflow inside the model."""
+    return np.full((16, 40), size, np.float32)
+
+
+def test_features_that_overflow_fail_alone(understander: Understander) -> None:
+    asked = [(features(8 + i), "?") for i in range(3)]
+    params = AnswerParams(max_tokens=24, stop_ids=())
+    alone = [understander.answer(*question, params=params).token_ids for question in asked]
+    threads, found = [], {}
+
+    def ask(number: int) -> None:
+        try:
+            found[number] = understander.answer(*asked[number], params=params).token_ids
+        except NotFiniteError as error:
+            found[number] = str(error)
+
+    asked.append(([wide(3e38), features(2), features(3)], "a wide table"))  # type: ignore[arg-type]
+    for number in range(4):
+        threads.append(threading.Thread(target=ask, args=(number,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(3)] == alone
+    assert "NaN or infinity" in found[3]
+    assert pool_is_clean(understander)
+
+
+@pytest.mark.parametrize(("precision", "size"), [(FULL_PRECISION, 3e38), (ExportPrecision("fp16"), 1e6)], ids=["fp32", "fp16"])
+def test_pages_of_what_overflowed_are_clean(
+    precision: ExportPrecision, size: float, reference: Reference, mini_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = reference.bundle
+    if precision != FULL_PRECISION:
+        checkpoint = reference.bundle.with_name("qwen_hf")
+        bundle = export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), tmp_path / "bundle", precision)
+    with Understander.from_pretrained(bundle, threads=1, pages=8) as understander:
+        transformer = understander._runner.model.transformer
+        params = AnswerParams(max_tokens=24, stop_ids=())
+        expected = understander.answer(features(8), "?", params=params).token_ids
+        for _ in range(3):
+            while understander._runner.model.scheduler.cache.evict():
+                pass
+            with pytest.raises(NotFiniteError):
+                understander.answer(wide(size), "?", params=params)
+            assert transformer.pool.free == 8
+            assert understander.answer(features(8), "?", params=params).token_ids == expected
+        assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (transformer._k, transformer._v))
 
 
 def test_the_pieces_of_a_stream_are_the_answer(understander: Understander) -> None:

@@ -23,6 +23,7 @@ from tokenflow_sdk.engines.profiles import Profile, Shapes
 from tokenflow_sdk.errors import ArgumentError, EngineBuildError
 from tokenflow_sdk.passes.attention import repeat_key_value_heads
 from tokenflow_sdk.passes.dequantize import dequantize
+from tokenflow_sdk.passes.finite_pages import keep_pages_finite
 from tokenflow_sdk.passes.graph import import_onnx_ir, load_graph
 from tokenflow_sdk.passes.half_precision import HalfType, to_half
 from tokenflow_sdk.passes.quantize import ActivationRanges, quantize
@@ -69,7 +70,7 @@ def engine_graph(
     graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
 ) -> Path:
     """Rewrite a bundle's graph for TensorRT: integer products as float products, attention in a form that TensorRT fuses, in
-    half precision, with 8-bit convolutions.
+    half precision, with 8-bit convolutions and finite keys and values.
 
     Args:
         graph: the bundle's `.onnx` file.
@@ -87,13 +88,16 @@ def engine_graph(
     """
     ir = import_onnx_ir()
     model = load_graph(graph)
-    if dtype is None and ranges is None and not any(node.op_type == "MatMulInteger" for node in model.graph):
+    integers = any(node.op_type == "MatMulInteger" for node in model.graph)
+    paged = any(value.name == "new_k" for value in model.graph.outputs)
+    if dtype is None and ranges is None and not integers and not paged:
         return graph
     dequantize(model)
     if dtype is not None:
         # In float32 TensorRT has no fused attention, and repeated keys and values would only take memory.
         repeat_key_value_heads(model)
         to_half(model, dtype, pinned)
+    keep_pages_finite(model)
     if ranges is not None:
         quantize(model, ranges.without(pinned))
     path = directory / graph.name

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
+from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PageTable
-from tokenflow_sdk.model.sampling import TIES, SamplingParams, guidance, uniform
-from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.model.sampling import TIES, SamplingParams, guidance, run_sampling, uniform
+from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput, not_finite
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
 __all__ = ["ImageState", "Prefix", "ScaleLoop"]
@@ -49,6 +50,8 @@ class ImageState:
     unconditional: Prefix
     f_hat: Float32
     codes: list[Int32] = field(default_factory=list)
+    error: NotFiniteError | None = None
+    """Set by the step in which it cannot go on; other images can."""
 
     @property
     def scale(self) -> int:
@@ -86,6 +89,7 @@ class ScaleLoop:
 
         Raises:
             PagesExhausted: the pool has too few free pages.
+            NotFiniteError: the model computed NaN or infinity.
         """
         c = self.config
         ids = [c.bos_id, *prompt_ids][: c.max_prompt]
@@ -99,7 +103,8 @@ class ScaleLoop:
         visible = np.arange(1, total + 1, dtype=np.int32)[None]
         table = PageTable(self.transformer.pool)
         output = self.transformer.step(embeddings, positions, visible, [table], [0], width=1)
-        self.transformer.store(output, [table])
+        if not all(self.transformer.store(output, [table])):
+            raise not_finite()
         return Prefix(table, np.asarray(output.hidden, np.float32)[0, -1].copy())
 
     def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> ImageState:
@@ -108,7 +113,7 @@ class ScaleLoop:
         return ImageState(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
 
     def sample_scale(self, images: Sequence[ImageState]) -> None:
-        """Sample the next scale of images that are all at the same scale.
+        """Sample the next scale of images that are all at the same scale. Those that cannot go on get an `error` and no codes.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the images must then be given up.
@@ -126,6 +131,8 @@ class ScaleLoop:
         else:
             codes = self._sample_later_scale(images, scale)
         for image, row in zip(images, codes, strict=True):
+            if image.error is not None:
+                continue
             total = image.f_hat + self._rows(row, scale)
             if scale + 1 < len(self.config.patch_nums):
                 up = self._up[scale]
@@ -136,14 +143,19 @@ class ScaleLoop:
         inputs = np.stack([image.f_hat for image in images])
         tables = [image.conditional.table for image in images] + [image.unconditional.table for image in images]
         context = [table.length for table in tables]
-        hidden = self._step(inputs, scale, tables, context, store=scale + 1 < len(self.config.patch_nums))
-        codes = self._sample(images, *hidden, 0)
+        output = self._step(inputs, scale, tables, context)
+        if scale + 1 < len(self.config.patch_nums):
+            stored = self.transformer.store(output, tables)
+            for row, image in enumerate(images):
+                if not (stored[row] and stored[row + len(images)]):
+                    image.error = not_finite()
+        codes = self._sample(images, *_halves(output.hidden), 0)
         for refinement in range(1, max(len(image.params.passes) for image in images)):
             active = [i for i, image in enumerate(images) if refinement < len(image.params.passes)]
             refined = np.stack([inputs[i] + self._rows(codes[i], scale) for i in active])
             both = active + [i + len(images) for i in active]
-            hidden = self._step(refined, scale, [tables[i] for i in both], [context[i] for i in both], store=False)
-            codes[active] = self._sample([images[i] for i in active], *hidden, refinement)
+            output = self._step(refined, scale, [tables[i] for i in both], [context[i] for i in both])
+            codes[active] = self._sample([images[i] for i in active], *_halves(output.hidden), refinement)
         return codes
 
     def _rows(self, codes: Int32, scale: int) -> Float32:
@@ -152,17 +164,14 @@ class ScaleLoop:
         rows: Float32 = self._codebook[codes].T.reshape(-1, side, side)
         return rows
 
-    def _step(
-        self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int], store: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Run maps [R, C, s, s] in both rows of R images; hidden states [R, s * s, H] of each row.
+    def _step(self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int]) -> StepOutput:
+        """Run maps [R, C, s, s] in both rows of R images.
 
         Args:
             maps: the inputs of the scale.
             scale: its number, from 0.
             tables: of all conditional rows, then of all unconditional rows.
             context: tokens of each table that the step sees.
-            store: append the step's keys and values to the tables.
         """
         c, count = self.config, maps.shape[2] * maps.shape[3]
         places = np.arange(c.scales.starts[scale], c.scales.ends[scale], dtype=np.int32)
@@ -170,7 +179,7 @@ class ScaleLoop:
         rows = 2 * len(maps)
         both = np.concatenate([features, features])
         feeds = {"features": both, "level": np.asarray([scale + 1], np.int32), "places": places}
-        output = self.transformer.step(
+        return self.transformer.step(
             self._sessions["embed_image"].run_resident(feeds)["embeddings"],
             np.broadcast_to(places + np.int32(c.prefix_length), (rows, count)).copy(),
             np.full((rows, count), count, np.int32),
@@ -179,9 +188,6 @@ class ScaleLoop:
             # As wide as the longest prompt needs, whatever these prompts are: a batch must not change a row's sums.
             width=pages_for(c.prefix_length + c.scales.starts[scale], self.transformer.pool.page_size),
         )
-        if store:
-            self.transformer.store(output, tables)
-        return output.hidden[: len(maps)], output.hidden[len(maps) :]
 
     def _sample(self, images: Sequence[ImageState], conditional: Tensor, unconditional: Tensor, refinement: int) -> Int32:
         scale, count = images[0].scale, conditional.shape[1]
@@ -201,5 +207,17 @@ class ScaleLoop:
             feeds = {name: np.concatenate([array, array]) for name, array in feeds.items()}
         window = min(max(min(step.top_k, self.config.codebook_size) for step in passes) + TIES, self.config.codebook_size)
         feeds["ranks"] = np.arange(window, dtype=np.int32)
-        found = self._sessions["sample"].run(feeds, ["code_indices"])["code_indices"]
-        return found[: len(images)].astype(np.int32)
+        codes, logits = run_sampling(self._sessions["sample"], feeds, "code_indices")
+        if logits is not None:
+            for row, image in enumerate(images):
+                if not np.isfinite(logits[row]).all():
+                    image.error = not_finite()
+                elif passes[row].top_p == 0:
+                    codes[row] = logits[row].argmax(axis=-1)
+        return codes[: len(images)]
+
+
+def _halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [2 R, Q, H] as those of the conditional and of the unconditional rows."""
+    rows = hidden.shape[0] // 2
+    return hidden[:rows], hidden[rows:]

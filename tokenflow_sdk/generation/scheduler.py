@@ -104,6 +104,10 @@ class ScaleScheduler:
         chosen = overdue if overdue.waited >= PATIENCE else newest
         group = [request for request in self._live if request.scale == chosen.scale]
         self._run(group, lambda: self.loop.sample_scale([image for request in group for image in request.images]))
+        for request in group:
+            if request.error is None and (errors := [image.error for image in request.images if image.error is not None]):
+                request.error = errors[0]
+                self.remove(request)
         for request in list(self._live):
             request.waited = 0 if request in group else request.waited + 1
             if request.scale == len(self.loop.config.patch_nums):

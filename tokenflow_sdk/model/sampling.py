@@ -1,4 +1,4 @@
-"""Sampling of codes: parameters, presets, random numbers, and top-k/top-p sampling in NumPy (docs/model.md, section 4).
+"""Sampling of codes: parameters, presets, random numbers, and sampling in a graph and in NumPy (docs/model.md, section 4).
 
 Random numbers are counter-based: each is a function of seed, image, scale, pass and position alone, so that a request gets the
 same codes in any batch.
@@ -6,6 +6,7 @@ same codes in any batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.arguments import integer, real
+from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.errors import ArgumentError
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "checked_top_p",
     "guidance",
     "probabilities",
+    "run_sampling",
     "sample",
     "uniform",
 ]
@@ -161,6 +164,27 @@ def uniform(seed: int, image: int, scale: int, refinement: int, count: int) -> F
     """
     stream = np.random.Generator(np.random.Philox(key=[seed, image], counter=[0, refinement, scale, 0]))
     return stream.random(count, dtype=np.float32)
+
+
+def run_sampling(session: Session, feeds: Mapping[str, Tensor], indices: str) -> tuple[NDArray[np.int32], Float32 | None]:
+    """Run a graph that samples.
+
+    Args:
+        session: of the graph `sample` or `head`.
+        feeds: its inputs; rows with a top_p of 0 are greedy.
+        indices: name of the output that was sampled.
+
+    Returns:
+        The indices int32 [R, ...]; and None, or the logits float32 [R, ...] of a graph that is not certain of every row. They
+        decide: a row may have logits that are not finite, and the index of a greedy one may not be the first of its
+        largest logits. Graphs of older exporters are never certain.
+    """
+    if any(spec.name == "certain" for spec in session.outputs):
+        found = session.run(feeds, [indices, "certain"])
+        if found["certain"].all():
+            return found[indices].astype(np.int32), None
+    found = session.run(feeds, [indices, "logits"])
+    return found[indices].astype(np.int32), found["logits"].astype(np.float32)
 
 
 def probabilities(logits: NDArray[np.floating], top_k: int, top_p: float) -> NDArray[np.float64]:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import LanguageModelConfig
+from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PagePool, PageTable
 
-__all__ = ["PREFILL_CHUNK", "PagedTransformer", "StepOutput"]
+__all__ = ["PREFILL_CHUNK", "PagedTransformer", "StepOutput", "not_finite"]
 
 PREFILL_CHUNK = 256
 """Largest number of prompt tokens in one prefill step, which bounds how long running answers wait for their next token."""
@@ -116,20 +117,55 @@ class PagedTransformer:
         )
         return StepOutput(found["hidden"], found["new_k"], found["new_v"])
 
-    def store(self, output: StepOutput, tables: Sequence[PageTable]) -> None:
-        """Append the keys and values of a step to the cache.
+    def store(self, output: StepOutput, tables: Sequence[PageTable]) -> list[bool]:
+        """Append the keys and values of a step to the cache, except those of rows that are not finite.
+
+        Pages are reused, and block tables are filled up with the pages of others. Attention multiplies what it masks by 0,
+        which is 0 for finite numbers only.
 
         Args:
             output: result of the last step.
             tables: the tables that were given to it.
 
+        Returns:
+            For each row whether it was stored. The other tables are unchanged; their sequences cannot go on.
+
         Raises:
             PagesExhausted: the pool has too few free pages; rows before the failing one are stored.
         """
+        finite = _finite_rows(output)
         for row, table in enumerate(tables):
+            if not finite[row]:
+                continue
             append = table.append(output.new_k.shape[2])
             for source, target in append.copies:
                 self._k.copy_page(source, target)
                 self._v.copy_page(source, target)
             self._k.write(output.new_k, row, append.pages, append.offsets)
             self._v.write(output.new_v, row, append.pages, append.offsets)
+        return finite
+
+
+def not_finite() -> NotFiniteError:
+    """The error of a request for which the model computed NaN or infinity."""
+    return NotFiniteError(
+        "The model computed NaN or infinity for this request.",
+        "Give features as Tokenizer.features gives them; if pictures and text fail as well, check the bundle with "
+        "`tokenflow verify`, or export it in float32.",
+    )
+
+
+def _finite_rows(output: StepOutput) -> list[bool]:
+    """For each row of a step whether its numbers are finite.
+
+    The last query sees all keys and values of its row, so NaN in any of them, and infinite values, reach its hidden state; it
+    alone is fetched from a device. Keys that hide, because infinity of the right sign weighs nothing, are found in host memory;
+    engines make them finite (`tokenflow_sdk.passes.finite_pages`).
+    """
+    batch, length, width = output.hidden.shape
+    hidden = output.hidden.reshape(batch * length, width)
+    ends = [np.asarray(hidden[end - 1 : end]) for end in range(length, batch * length + 1, length)]
+    new = [array for array in (output.new_k, output.new_v) if isinstance(array, np.ndarray)]
+    return [
+        bool(np.isfinite(end).all() and all(np.isfinite(array[:, row]).all() for array in new)) for row, end in enumerate(ends)
+    ]

@@ -123,7 +123,7 @@ def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
         "unconditional": np.zeros_like(hidden[None]),
         "guidance": np.zeros(1, np.float32),
         "top_k": np.ones(1, np.int32),
-        "top_p": np.ones(1, np.float32),
+        "top_p": np.zeros(1, np.float32),
         "noise": np.full((1, len(hidden)), 0.5, np.float32),
         "ranks": np.arange(1 + TIES, dtype=np.int32),
     }

@@ -97,7 +97,7 @@ def greedy_feeds(hidden: Float32, config: UnderstanderConfig) -> dict[str, Tenso
         "penalty": ones,
         "temperature": ones,
         "top_k": np.ones(len(hidden), np.int32),
-        "top_p": ones,
+        "top_p": 0 * ones,
         "noise": 0.5 * ones,
         "ranks": np.arange(min(1 + TIES, config.vocabulary), dtype=np.int32),
     }

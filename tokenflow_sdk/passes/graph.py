@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["drop_unused", "import_onnx_ir", "load_graph"]
+__all__ = ["append_output", "drop_unused", "import_onnx_ir", "load_graph"]
 
 
 def import_onnx_ir() -> Any:
@@ -75,6 +76,25 @@ def load_graph(path: Path) -> ir.Model:
 
 def _corrupt(path: Path, problem: str) -> CorruptBundleError:
     return CorruptBundleError(f"The graph {path} {problem}.", "Export the bundle again, or fetch it again.")
+
+
+def append_output(
+    graph: ir.Graph, index: int, operator: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] = {}
+) -> None:
+    """Append a node and make its result the graph's output `index`, under the old output's name.
+
+    It has the old output's type; a `Cast` has the one that it casts `to`.
+    """
+    onnx_ir = import_onnx_ir()
+    old = graph.outputs[index]
+    name = old.name
+    old.name = f"{name}_before_{operator.lower()}"
+    node = onnx_ir.node(operator, inputs, attributes, name=f"{name}_{operator.lower()}")
+    graph.append(node)
+    result = node.outputs[0]
+    result.name, result.shape = name, old.shape
+    result.type = onnx_ir.TensorType(attributes["to"]) if operator == "Cast" else old.type
+    graph.outputs[index] = result
 
 
 def drop_unused(model: ir.Model) -> None:

@@ -13,9 +13,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from tokenflow_sdk.passes.graph import import_onnx_ir
+from tokenflow_sdk.passes.graph import append_output, import_onnx_ir
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,8 +33,6 @@ and softmax are not rounded."""
 _INT4_WEIGHTS = "DequantizeLinear"
 """Operator that dequantizes int4 weights. Its output has the type of the product, so that no `Cast` keeps TensorRT from fusing
 the two."""
-_LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.3895313892515355e38}
-"""Largest finite number of each type."""
 _DECISION_TENSORS = ("latent", "logits")
 """Graph outputs from which codes or tokens are chosen; everything computed from them stays in float32."""
 
@@ -153,43 +149,7 @@ class _TypeRewriter:
             paged = value.name in ("new_k", "new_v")
             wanted = self.half if paged else self.full
             if value.dtype in (self.half, self.full) and value.dtype != wanted:
-                self._append_output(index, "Cast", [value], {"to": wanted})
-            if paged:
-                self._keep_finite(index)
-
-    def _keep_finite(self, index: int) -> None:
-        """Replace infinities of a graph output by the largest finite numbers, and NaN by 0.
-
-        Pages are reused by other sequences. Attention multiplies masked values by 0, which is 0 only for finite numbers.
-        """
-        value = self.graph.outputs[index]
-        most = _LARGEST[self.half.name]
-        numbers = {"zero": 0.0, "least": -most, "largest": most}
-        zero, least, largest = (self._constant(f"{value.name}_{name}", number) for name, number in numbers.items())
-        missing = self.ir.node("IsNaN", [value], name=f"{value.name}_is_nan")
-        self.graph.append(missing)
-        missing.outputs[0].name, missing.outputs[0].shape = f"{value.name}_nan", value.shape
-        missing.outputs[0].type = self.ir.TensorType(self.ir.DataType.BOOL)
-        self._append_output(index, "Where", [missing.outputs[0], zero, value], {})
-        self._append_output(index, "Clip", [self.graph.outputs[index], least, largest], {})
-
-    def _constant(self, name: str, number: float) -> ir.Value:
-        tensor = self.ir.tensor(np.asarray(number, self.half.numpy()), name=name)
-        value: ir.Value = self.ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=self.ir.TensorType(self.half))
-        self.graph.register_initializer(value)
-        return value
-
-    def _append_output(self, index: int, operator: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> None:
-        """Append a node and make its result the graph's output `index`, under the old output's name."""
-        old = self.graph.outputs[index]
-        name = old.name
-        old.name = f"{name}_before_{operator.lower()}"
-        node = self.ir.node(operator, inputs, attributes, name=f"{name}_{operator.lower()}")
-        self.graph.append(node)
-        result = node.outputs[0]
-        result.name, result.shape = name, old.shape
-        result.type = self.ir.TensorType(attributes["to"]) if operator == "Cast" else old.type
-        self.graph.outputs[index] = result
+                append_output(self.graph, index, "Cast", [value], {"to": wanted})
 
     def _cast(self, value: ir.Value, wanted: Any) -> ir.Value:
         key = (str(value.name), wanted)

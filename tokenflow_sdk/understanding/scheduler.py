@@ -121,6 +121,7 @@ class TokenScheduler:
         for request in requests:
             if request.finish is not None:
                 self._keep(request)
+            if request.finish is not None or request.error is not None:
                 self.remove(request)
 
     def _keep(self, request: AnswerRequest) -> None:

@@ -7,7 +7,7 @@ every answer that it is given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
@@ -17,9 +17,9 @@ from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.kv_cache import PageTable
-from tokenflow_sdk.model.sampling import TIES, uniform
-from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
+from tokenflow_sdk.model.sampling import TIES, run_sampling, uniform
+from tokenflow_sdk.model.transformer import PagedTransformer, not_finite
+from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams, sample_token
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
 __all__ = ["AnswerRequest", "TokenLoop"]
@@ -98,23 +98,26 @@ class TokenLoop:
 
         Raises:
             PagesExhausted: the pool has too few free pages; the request must then be given up.
+            NotFiniteError: the model computed NaN or infinity for it.
         """
         assert request.table is not None and request.pending is not None
         blocks, request.pending = split_blocks(request.pending, count)
-        hidden = self._step(self._embed(blocks), [request.table])
+        hidden = self._step(self._embed(blocks), [request])
         if not request.pending:
             request.pending = None
             self._sample([request], hidden[-1:])
+        if request.error is not None:
+            raise request.error
 
     def decode(self, requests: Sequence[AnswerRequest]) -> None:
-        """Sample one more token of each answer.
+        """Sample one more token of each answer. Requests whose numbers are not finite get an `error`, and cannot go on.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the requests must then be given up.
         """
         ids = np.asarray([[request.tokens[-1]] for request in requests], np.int32)
         embeddings = self._sessions["embed_text"].run_resident({"token_ids": ids})["embeddings"]
-        self._sample(requests, self._step(embeddings, [request.table for request in requests if request.table is not None]))
+        self._sample(requests, self._step(embeddings, requests))
 
     def _embed(self, blocks: Sequence[Block]) -> Tensor:
         """Embeddings [1, Q, H] of a chunk: where the graph left them if it is one block, else joined on the host."""
@@ -128,9 +131,13 @@ class TokenLoop:
             return self._sessions["project"].run_resident({"features": block.features[None]})["embeddings"]
         return self._sessions["embed_text"].run_resident({"token_ids": np.asarray([block], np.int32)})["embeddings"]
 
-    def _step(self, embeddings: Tensor, tables: Sequence[PageTable]) -> Tensor:
-        """Run embeddings [B, Q, H] after the tokens in the tables, store keys and values; hidden states [B * Q, H]."""
+    def _step(self, embeddings: Tensor, requests: Sequence[AnswerRequest]) -> Tensor:
+        """Run embeddings [B, Q, H] after the tokens of each request, and store keys and values; hidden states [B * Q, H].
+
+        Requests whose numbers are not finite get an `error`.
+        """
         batch, length, width = embeddings.shape
+        tables = [request.table for request in requests if request.table is not None]
         context = [table.length for table in tables]
         own = np.arange(length, dtype=np.int32)
         output = self.transformer.step(
@@ -141,7 +148,9 @@ class TokenLoop:
             context,
             width=max(1, *(len(table.pages) for table in tables)),
         )
-        self.transformer.store(output, tables)
+        for request, stored in zip(requests, self.transformer.store(output, tables), strict=True):
+            if not stored:
+                request.error = not_finite()
         return output.hidden.reshape(batch * length, width)
 
     def _sample(self, requests: Sequence[AnswerRequest], hidden: Tensor) -> None:
@@ -150,6 +159,7 @@ class TokenLoop:
         # The repetition penalty is for the answer's own tokens. Shorter rows are filled with a token they have.
         seen = [list(dict.fromkeys(t.tokens)) if t.tokens and t.params.repetition_penalty != 1 else [0] for t in requests]
         longest = max(map(len, seen))
+        top_p = [0 if p.greedy else p.top_p for p in params]
         top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
         feeds: dict[str, Tensor] = {
             "hidden": hidden,
@@ -157,13 +167,19 @@ class TokenLoop:
             "penalty": np.asarray([t.params.repetition_penalty if t.tokens else 1 for t in requests], np.float32),
             "temperature": np.asarray([1 if p.greedy else p.temperature for p in params], np.float32),
             "top_k": np.asarray(top_k, np.int32),
-            "top_p": np.asarray([p.top_p for p in params], np.float32),
+            "top_p": np.asarray(top_p, np.float32),
             "noise": np.asarray([uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in requests], np.float32),
             "ranks": np.arange(min(max(top_k) + TIES, self.config.vocabulary), dtype=np.int32),
         }
-        found = self._sessions["head"].run(feeds, ["token_ids"])["token_ids"]
-        for request, token in zip(requests, found.tolist(), strict=True):
-            self._accept(request, token)
+        found, logits = run_sampling(self._sessions["head"], feeds, "token_ids")
+        for row, request in enumerate(requests):
+            token = int(found[row])
+            if logits is not None and not np.isfinite(logits[row]).all():
+                request.error = not_finite()
+            elif logits is not None and top_p[row] == 0:
+                token = sample_token(logits[row], replace(request.params, temperature=0), request.tokens, 0)
+            if request.error is None:
+                self._accept(request, token)
 
     def _accept(self, request: AnswerRequest, token: int) -> None:
         request.timings.append(perf_counter() - request.began)

@@ -179,7 +179,7 @@ def _sample_spec(
             "noise": (_zeros(2, 3), rows),
             "ranks": (_counts(9), {0: dims["window"]}),
         },
-        ("code_indices", "logits"),
+        ("code_indices", "certain", "logits"),
     )
 
 

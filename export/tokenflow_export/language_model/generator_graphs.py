@@ -54,8 +54,9 @@ class SampleGraph(nn.Module):
 
     `tokenflow_sdk.model.sampling` does the same in NumPy. Inputs: conditional and unconditional hidden states [R, Q, H];
     guidance and top_p float32 [R]; top_k int32 [R]; noise float32 [R, Q]; ranks int32 [W], the numbers 0 .. W - 1. Only the W
-    likeliest codes are sorted, so W must be at least every top_k. Outputs: code_indices int32 [R, Q]; logits float32 [R, Q, K].
-    The head has no bias, so guidance is applied to the hidden states, which takes one product with the head instead of two.
+    likeliest codes are sorted, so W must be at least every top_k. Outputs: code_indices int32 [R, Q]; certain int32 [R], as
+    `sample` gives it; logits float32 [R, Q, K]. The head has no bias, so guidance is applied to the hidden states, which
+    takes one product with the head instead of two.
     """
 
     head: Tensor
@@ -73,8 +74,8 @@ class SampleGraph(nn.Module):
         top_p: Tensor,
         noise: Tensor,
         ranks: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         t = guidance[:, None, None]
         guided = (1 + t) * conditional - t * unconditional
         logits = F.linear(guided.to(self.head.dtype), self.head).float()
-        return sample(logits, top_k, top_p, noise, ranks), logits
+        return *sample(logits, top_k, top_p, noise, ranks), logits

@@ -137,7 +137,7 @@ def _head_spec(
             "noise": (reals[3], batch),
             "ranks": (torch.ones(9, dtype=torch.int32), {0: dims["window"]}),
         }
-    outputs = ("token_ids", "logits")
+    outputs = ("token_ids", "certain", "logits")
     return GraphSpec(
         "head", graph, inputs, outputs, lambda _: directory.tensor(head_key).T.contiguous().numpy(), precision.weights
     )

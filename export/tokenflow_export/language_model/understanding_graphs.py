@@ -29,7 +29,8 @@ class HeadGraph(nn.Module):
 
     Inputs: hidden float32 [B, H]; seen int32 [B, S], the tokens to penalise, padded by repeating any of them; penalty,
     temperature, top_p and noise float32 [B]; top_k int32 [B]; ranks int32 [W], the numbers 0 .. W - 1, where W is at least
-    every top_k. Outputs: token_ids int32 [B]; logits float32 [B, V], before penalty and temperature.
+    every top_k. Outputs: token_ids int32 [B]; certain int32 [B], as `sample` gives it; logits float32 [B, V], before
+    penalty and temperature.
     """
 
     def __init__(self, width: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -46,10 +47,11 @@ class HeadGraph(nn.Module):
         top_p: Tensor,
         noise: Tensor,
         ranks: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.head(hidden.to(self.head.weight.dtype)).float()
         rows, strength = seen.long(), penalty[:, None]
         found = logits.gather(-1, rows)
         found = torch.where(found < 0, found * strength, found / strength)
         tempered = logits.scatter(-1, rows, found) / temperature[:, None]
-        return sample(tempered[:, None], top_k, top_p, noise[:, None], ranks)[:, 0], logits
+        token_ids, certain = sample(tempered[:, None], top_k, top_p, noise[:, None], ranks)
+        return token_ids[:, 0], certain, logits
