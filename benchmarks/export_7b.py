@@ -114,7 +114,7 @@ def draw(bundle: Path) -> dict[str, float]:
     prompt, negative = loop.prefill(range(2, 40)), loop.prefill(range(40, 60))
     picture = loop.start(SamplingParams(passes=PRESETS["fast"], seed=0), 0, prompt, negative)
     while picture.scale < len(config.patch_nums):
-        loop.sample_scale([picture])
+        loop.sample_pass([picture])
     status = Path("/proc/self/status").read_text()
     resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
     return {"open_s": ready - began, "picture_s": perf_counter() - ready, "resident": resident}

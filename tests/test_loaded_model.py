@@ -168,12 +168,12 @@ generator = Generator.from_pretrained(sys.argv[1], device="cpu", threads=1, page
 right = generator.generate("w5", seed=1, preset="fast").codes
 begun, go, found = threading.Event(), threading.Event(), []
 loop = generator._runner.model.scheduler.loop
-plain = loop.sample_scale
+plain = loop.sample_pass
 def slow(images):
     begun.set()
     go.wait(20)
     plain(images)
-loop.sample_scale = slow
+loop.sample_pass = slow
 def other():
     found.append(generator.generate("w5", seed=1, preset="fast").codes)
 thread = threading.Thread(target=other)

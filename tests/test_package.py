@@ -114,6 +114,7 @@ def test_all_names_what_is_public() -> None:
         "Generation",
         "Generator",
         "Pass",
+        "RequestStream",
         "RuntimeOptions",
         "SamplingParams",
         "Scales",

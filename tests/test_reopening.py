@@ -65,7 +65,9 @@ PLAIN: list[Any] = [
     Certificate((), "equal", {"psnr": 40.0}),
     REPORT,
     LanguageModelReport(0.1, 0.995, 0.95, "token"),
-    CachedEngine(EngineKey("decode", "ab", "1", "tensorrt", "10", "sm86", "fp16", "p"), Path("a"), 5, {}, {"pages": 1}, {"kernels": 3}),
+    CachedEngine(
+        EngineKey("decode", "ab", "1", "tensorrt", "10", "sm86", "fp16", "p"), Path("a"), 5, {}, {"pages": 1}, {"kernels": 3}
+    ),
 ]
 
 

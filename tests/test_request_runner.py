@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,10 +14,10 @@ from typing import Any, cast
 import pytest
 
 from tests.support.fake_graphs import UNDERSTANDER, FakeGraph, understander_graphs
-from tokenflow_sdk.errors import ArgumentError, PromptError
+from tokenflow_sdk.errors import ArgumentError, PromptError, RequestCancelledError, RequestTimeoutError
 from tokenflow_sdk.loaded_model import LoadedModel, Progress
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.request_runner import RequestRunner
+from tokenflow_sdk.request_runner import RequestRunner, RequestStream
 
 
 @dataclass(eq=False)
@@ -308,3 +311,187 @@ def test_models_are_replaced_under_requests_of_many_threads() -> None:
     assert problems == []
     assert [is_closed(model) for model in models] == [True] * (len(models) - 1) + [False]
     assert all(model.users == 0 for model in models)
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan, "1", True, -math.inf])
+def test_a_timeout_that_is_no_time_is_named(timeout: object) -> None:
+    with pytest.raises(ArgumentError, match=r"timeout=.* is no time to wait\. Give seconds, or None"):
+        Progress(cast(float, timeout))
+
+
+@pytest.mark.parametrize("timeout", [None, math.inf, 10**12])
+def test_a_timeout_may_be_as_long_as_one_likes(timeout: float | None) -> None:
+    runner, _, _ = make()
+    request = Count(progress=Progress(timeout))
+    with runner.submitted([request]) as model:
+        runner.advance(model, request, 3)
+    assert request.done == 3
+
+
+def test_a_request_whose_time_is_over_ends_while_a_step_still_runs() -> None:
+    """A step cannot be interrupted; the caller need not wait for it. Others go on."""
+    runner, scheduler, _ = make()
+    go = threading.Event()
+    scheduler.failing[1] = lambda: go.wait(60)
+    hurried, patient = Count(progress=Progress(0.05)), Count()
+    with runner.submitted([patient]) as model:
+        words = r"not finished within timeout=0\.05 seconds\. Give it more time"
+        with pytest.raises(RequestTimeoutError, match=words), runner.submitted([hurried]):
+            runner.advance(model, hurried, 5)
+        assert not go.is_set()
+        go.set()
+        runner.advance(model, patient, 10)
+        assert hurried not in scheduler.requests
+        assert hurried.done < 10
+    assert (scheduler.requests, runner.model.users) == ([], 0)
+
+
+def test_time_begins_when_a_request_is_made_and_counts_while_it_waits() -> None:
+    runner, scheduler, _ = make()
+    request = Count(progress=Progress(5, began=-1e9))
+    with pytest.raises(RequestTimeoutError), runner.submitted([request]) as model:
+        runner.advance(model, request, 1)
+    assert (scheduler.steps, scheduler.requests) == (0, [])
+
+
+def test_a_late_request_that_nobody_waits_for_gives_its_pages_to_others() -> None:
+    """What it had by then, it may have."""
+    runner, scheduler, _ = make()
+    late, other = Count(), Count()
+    with runner.submitted([late, other]) as model:
+        runner.advance(model, late, 2)
+        late.progress.timeout = 0
+        runner.advance(model, other, 4)
+        assert scheduler.removed == [late]
+        runner.advance(model, late, 2)
+        with pytest.raises(RequestTimeoutError):
+            runner.advance(model, late, 3)
+    assert late.done == 2
+
+
+def stream_of(runner: RequestRunner[Count], request: Count) -> RequestStream[int, str]:
+    def pieces() -> Generator[int, None, None]:
+        with runner.submitted([request]) as model:
+            for count in range(1, request.last + 1):
+                runner.advance(model, request, count)
+                yield count
+
+    return RequestStream(request, pieces(), lambda: f"{request.done} in all")
+
+
+def test_a_stream_has_a_result_however_much_of_it_was_read() -> None:
+    runner, _, _ = make()
+    for read in (0, 2, 3, 4):
+        with stream_of(runner, Count(last=3)) as stream:
+            assert [next(stream, None) for _ in range(read)] == [1, 2, 3, None][:read]
+            assert stream.result() == "3 in all"
+            assert list(stream) == []
+        # Closed after its end: nothing is cancelled.
+        assert stream.result() == "3 in all"
+    assert runner.model.users == 0
+
+
+def test_a_closed_stream_cannot_be_taken_for_a_finished_one() -> None:
+    runner, scheduler, _ = make()
+    for read in (0, 2):
+        stream = stream_of(runner, Count())
+        for _ in range(read):
+            next(stream)
+        stream.close()
+        stream.close()
+        assert (scheduler.requests, runner.model.users) == ([], 0)
+        for way in (stream.result, lambda stream=stream: next(stream)):
+            with pytest.raises(RequestCancelledError, match="closed before its end"):
+                way()
+
+
+def test_a_stream_that_failed_cannot_be_taken_for_a_finished_one() -> None:
+    runner, scheduler, _ = make()
+    request = Count()
+    stream = stream_of(runner, request)
+    scheduler.failing[2] = lambda: setattr(request, "error", ZeroDivisionError("its step"))
+    with pytest.raises(ZeroDivisionError):
+        for _ in range(10):
+            next(stream)
+            request.done = min(request.done, 1)
+    for way in (stream.result, lambda: next(stream)):
+        with pytest.raises(ZeroDivisionError, match="its step"):
+            way()
+    stream.close()
+    assert (scheduler.requests, runner.model.users) == ([], 0)
+
+
+def test_a_stream_may_be_closed_while_another_thread_waits_for_it() -> None:
+    runner, scheduler, _ = make()
+    inside, go, errors = threading.Event(), threading.Event(), []
+    scheduler.failing[1] = lambda: (inside.set(), go.wait(60))
+    stream = stream_of(runner, Count())
+
+    def read() -> None:
+        try:
+            stream.result()
+        except RequestCancelledError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(ArgumentError, match="Another thread is reading this stream"):
+        next(stream)
+    stream.close()
+    # Before the step that is running ends.
+    thread.join(60)
+    assert (len(errors), go.is_set()) == (1, False)
+    go.set()
+    later = Count(last=2)
+    assert stream_of(runner, later).result() == "2 in all"
+    assert (scheduler.requests, runner.model.users) == ([], 0)
+
+
+def test_a_dropped_stream_is_cancelled_at_once() -> None:
+    runner, scheduler, _ = make()
+    gc.disable()
+    try:
+        stream = stream_of(runner, Count())
+        next(stream)
+        del stream
+        assert (scheduler.requests, runner.model.users) == ([], 0)
+    finally:
+        gc.enable()
+
+
+def test_an_abandoned_await_ends_its_request() -> None:
+    """As the guide to serving says: closing the stream ends the thread that the event loop left behind."""
+    runner, scheduler, _ = make()
+    inside, go = threading.Event(), threading.Event()
+    scheduler.failing[1] = lambda: (inside.set(), go.wait(60))
+    left: list[type[BaseException]] = []
+
+    async def ask() -> str:
+        stream = stream_of(runner, Count())
+
+        def result() -> str:
+            try:
+                return stream.result()
+            except RequestCancelledError as error:
+                left.append(type(error))
+                raise
+
+        try:
+            return await asyncio.to_thread(result)
+        finally:
+            stream.close()
+
+    async def main() -> None:
+        task = asyncio.create_task(ask())
+        assert await asyncio.to_thread(inside.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    # Returns only when the threads of the loop have ended.
+    asyncio.run(main())
+    assert (left, go.is_set()) == ([RequestCancelledError], False)
+    go.set()
+    assert stream_of(runner, Count(last=1)).result() == "1 in all"
+    assert (scheduler.requests, runner.model.users) == ([], 0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenflow_sdk.model.sampling import Pass, SamplingParams
     from tokenflow_sdk.pictures.codes import Codes
     from tokenflow_sdk.pictures.scales import Scales
+    from tokenflow_sdk.request_runner import RequestStream
     from tokenflow_sdk.tokenizer import Tokenizer
     from tokenflow_sdk.understanding.answering import Answer
     from tokenflow_sdk.understanding.chat import Chat
@@ -35,6 +36,7 @@ __all__ = [
     "Generation",
     "Generator",
     "Pass",
+    "RequestStream",
     "RuntimeOptions",
     "SamplingParams",
     "Scales",
@@ -57,6 +59,7 @@ _HOMES = {
     "Generation": "generation.generator",
     "Generator": "generation.generator",
     "Pass": "model.sampling",
+    "RequestStream": "request_runner",
     "RuntimeOptions": "engines.options",
     "SamplingParams": "model.sampling",
     "Scales": "pictures.scales",

@@ -22,6 +22,8 @@
     ├── ParityError              an exported or stored graph does not reproduce its reference
     ├── PromptError              a prompt is empty or too long
     ├── PagesExhausted           the pool of key/value pages is too small for what was asked
+    ├── RequestTimeoutError      a request was not finished within its `timeout`
+    ├── RequestCancelledError    a stream was closed before its end, and then read
     ├── BackendError             a backend cannot start, or cannot load or run a graph
     │   ├── EngineBuildError     TensorRT cannot build an engine from a graph
     │   ├── EngineRefusedError   an engine does not reproduce its bundle's reference
@@ -65,6 +67,8 @@ __all__ = [
     "PagesExhausted",
     "ParityError",
     "PromptError",
+    "RequestCancelledError",
+    "RequestTimeoutError",
     "TokenFlowError",
 ]
 
@@ -199,6 +203,16 @@ class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in th
             f"pages={total - free + needed} or more.",
         )
         self.needed, self.free, self.total = needed, free, total
+
+
+class RequestTimeoutError(TokenFlowError, TimeoutError):
+    """A request was not finished within its `timeout`, the time that it waited for others included."""
+
+    __str__ = TokenFlowError.__str__
+
+
+class RequestCancelledError(TokenFlowError):
+    """A stream was closed before its end, and is read nevertheless, e.g. by a thread that was waiting for its next piece."""
 
 
 class BackendError(TokenFlowError, RuntimeError):

@@ -11,17 +11,20 @@ which is emptied by whoever can take the lock at once, and otherwise by whoever 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from time import perf_counter
 from typing import Generic, Literal, Protocol, TypeVar
 
+from tokenflow_sdk.arguments import real
 from tokenflow_sdk.backends.session import Session
-from tokenflow_sdk.errors import ArgumentError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, RequestCancelledError, RequestTimeoutError, TokenFlowError
 from tokenflow_sdk.model.transformer import PagedTransformer
 
-__all__ = ["LoadedModel", "Progress", "Request", "Scheduler"]
+__all__ = ["LoadedModel", "Progress", "Request", "Scheduler", "cancelled"]
 
 LINGER = 0.05
 """Seconds that the thread waits for the next request before it ends: a stream asks for one token after another."""
@@ -49,13 +52,42 @@ class Signal:
 
 
 class Progress:
-    """How far the caller of a request wants it to be, and the signal that it is there."""
+    """How far the caller of a request wants it to be and until when, and the signal that it is there.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: seconds that the request may take, or None.
+        began: when they begin, in seconds of `perf_counter`; None: now.
+
+    Raises:
+        ArgumentError: a timeout that is no time.
+    """
+
+    def __init__(self, timeout: float | None = None, began: float | None = None) -> None:
+        hint = "Give seconds, or None for no limit."
+        self.timeout = None if timeout is None else real("timeout", timeout, 0, math.inf, "is no time to wait.", hint)
+        self._began = perf_counter() if began is None else began
+        self.cancelled = False
         self.target = 0
         self.daemon = False
         """Whether the thread that waits is a daemon, for which no program goes on."""
         self.arrived = Signal()
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the request is given up, not less than 0; None: it is not."""
+        return None if self.timeout is None else max(0.0, self._began + self.timeout - perf_counter())
+
+    def cancel(self) -> None:
+        """Have the thread that waits, now or later, give the request up. Any thread may call this, and a signal handler."""
+        self.cancelled = True
+        self.arrived.set()
+
+    def late(self) -> RequestTimeoutError:
+        """The error of a request whose time has run out."""
+        return RequestTimeoutError(
+            f"The request was not finished within timeout={self.timeout:g} seconds.",
+            "Give it more time, ask for less, or send fewer requests at once.",
+        )
 
 
 class Request(Protocol):
@@ -141,6 +173,8 @@ class LoadedModel(Generic[R]):
 
         Raises:
             ArgumentError: the program has ended, or a signal handler interrupted this thread where waiting would be for ever.
+            RequestTimeoutError: its time has run out.
+            RequestCancelledError: it was cancelled meanwhile.
             BaseException: what made a step of this request fail.
         """
         progress = request.progress
@@ -150,6 +184,8 @@ class LoadedModel(Generic[R]):
             progress.arrived.clear()
             if request.reached(count):
                 return
+            if progress.cancelled:
+                raise cancelled()
             if request.error is not None:
                 raise request.error
             if self.closed:
@@ -158,8 +194,12 @@ class LoadedModel(Generic[R]):
                 raise ArgumentError(
                     "The model is busy in the thread that a signal handler interrupted.", "Try again afterwards."
                 )
+            remaining = progress.remaining
+            if remaining == 0:
+                request.error = progress.late()
+                raise request.error
             self._serve(progress)
-            progress.arrived.wait()
+            progress.arrived.wait(-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
     def retire(self) -> None:
         """Take no more requests, and close after the last."""
@@ -213,6 +253,7 @@ class LoadedModel(Generic[R]):
             self._holder = threading.get_ident()
             try:
                 self._hand_over()
+                self._give_up_late()
                 wanting = self._wanting()
                 if wanting and not threading.main_thread().is_alive() and all(r.progress.daemon for r in wanting):
                     self._fail(_ended())
@@ -233,6 +274,13 @@ class LoadedModel(Generic[R]):
     def _wanting(self) -> list[R]:
         """Requests whose callers wait for more than there is."""
         return [r for r in list(self._live) if r.error is None and not r.reached(r.progress.target)]
+
+    def _give_up_late(self) -> None:
+        """Free the pages of requests whose time has run out, also of those that nobody waits for at the moment."""
+        for request in self._live:
+            if request.error is None and request.progress.remaining == 0:
+                request.error = request.progress.late()
+                self.scheduler.remove(request)
 
     def _fail(self, error: BaseException) -> None:
         for request in list(self._live):
@@ -312,6 +360,11 @@ class LoadedModel(Generic[R]):
                     session.close()
         finally:
             self.transformer.close()
+
+
+def cancelled() -> RequestCancelledError:
+    """The error of reading a stream that was closed."""
+    return RequestCancelledError("This stream was closed before its end.", "Read it to its end, or ask again.")
 
 
 def _ended() -> ArgumentError:

@@ -1,18 +1,25 @@
-"""`RequestRunner`: takes requests from several threads, and finishes each on the model that it was submitted to."""
+"""`RequestRunner`: takes requests from several threads, and finishes each on the model that it was submitted to.
+
+`RequestStream` is what the caller of a request gets who wants to see it grow, or to cancel it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.loaded_model import LoadedModel, Request
+from tokenflow_sdk.loaded_model import LoadedModel, Request, cancelled
 
-__all__ = ["RequestRunner"]
+__all__ = ["RequestRunner", "RequestStream"]
 
 R = TypeVar("R", bound=Request)
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+S = TypeVar("S", bound="RequestStream[Any, Any]")
 
 
 class RequestRunner(Generic[R]):
@@ -69,6 +76,8 @@ class RequestRunner(Generic[R]):
 
         Raises:
             ArgumentError: the model is closed, or was opened before a fork.
+            RequestTimeoutError: its time has run out.
+            RequestCancelledError: it was cancelled meanwhile.
             BaseException: what made a step of this request fail.
         """
         self._require_usable()
@@ -101,3 +110,74 @@ class RequestRunner(Generic[R]):
 
     def _closed_error(self) -> ArgumentError:
         return ArgumentError(f"This {self._owner} is closed.", f"Make a new one with {self._owner}.from_pretrained.")
+
+
+class RequestStream(Iterator[Piece], Generic[Piece, Result]):
+    """What comes of a request, piece by piece as it is found. It begins with the first piece that is asked for.
+
+    One thread reads it. `close`, from any thread, cancels the request; so does dropping it, and the end of a `with` block.
+
+    Args:
+        request: what is run.
+        pieces: runs it, and drops it at its end. It must not refer to the stream, so that it ends as soon as nobody has that.
+        result: everything together, once `pieces` has ended.
+    """
+
+    def __init__(self, request: Request, pieces: Generator[Piece, None, None], result: Callable[[], Result]) -> None:
+        self._request, self._pieces, self._result = request, pieces, result
+        self._ended = False
+
+    def __next__(self) -> Piece:
+        """The next piece.
+
+        Raises:
+            StopIteration: there is none.
+            RequestTimeoutError: the time of the request has run out.
+            RequestCancelledError: the stream was closed.
+            ArgumentError: another thread reads it, or the model is closed.
+        """
+        if self._request.progress.cancelled and not self._ended:
+            raise self._request.error or cancelled()
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self._ended = True
+            raise
+        except BaseException as error:
+            if _is_running(error):
+                raise ArgumentError(
+                    "Another thread is reading this stream.", "Read it in one thread; any may close it."
+                ) from None
+            # Nothing comes of it any more, and reading on must not look like its end.
+            self._request.progress.cancel()
+            raise
+
+    def result(self) -> Result:
+        """Run the request to its end, and return what it gives without streaming. Errors as in reading the stream."""
+        for _ in self:
+            pass
+        return self._result()
+
+    def close(self) -> None:
+        """Cancel the request unless the stream was read to its end; its pages are free after the step that is running.
+
+        A thread that is waiting for the next piece gets a `RequestCancelledError`.
+        """
+        if not self._ended:
+            self._request.progress.cancel()
+        try:
+            self._pieces.close()
+        except ValueError as error:
+            # Another thread is in it, or the one that a signal handler interrupted: it leaves by what was just set.
+            if not _is_running(error):
+                raise
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def _is_running(error: BaseException) -> bool:
+    return isinstance(error, ValueError) and str(error) == "generator already executing"

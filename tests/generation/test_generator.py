@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from tokenflow_sdk.errors import (
     MissingPackageError,
     PagesExhausted,
     PromptError,
+    RequestTimeoutError,
 )
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.model.sampling import Pass, SamplingParams
@@ -175,6 +177,32 @@ def test_stream_yields_after_every_scale(generator: Generator) -> None:
     assert pool_is_clean(generator)
 
 
+def test_a_stream_ends_with_the_generation(generator: Generator) -> None:
+    whole = generator.generate([5, 6], seed=4, n=2, preset="fast")
+    for read in (0, 2, 4):
+        with generator.stream([5, 6], seed=4, n=2, preset="fast") as stream:
+            for _ in range(read):
+                next(stream)
+            found = stream.result()
+        assert replace(found, timings=whole.timings) == whole
+        assert len(found.timings) == 4
+    assert pool_is_clean(generator)
+
+
+def test_a_request_that_takes_too_long_gives_its_pages_back(generator: Generator) -> None:
+    for way in (
+        lambda: generator.generate([5], timeout=0),
+        lambda: generator.generate_batch([[5], [6]], timeout=0),
+        lambda: generator.stream([5], timeout=0).result(),
+    ):
+        with pytest.raises(RequestTimeoutError, match="not finished within timeout=0 seconds"):
+            way()
+        assert pool_is_clean(generator)
+    for method in (generator.generate, generator.stream):
+        with pytest.raises(ArgumentError, match="timeout=-1"):
+            method([5], timeout=-1)
+
+
 def test_a_thousand_cancelled_streams_leak_no_page(generator: Generator) -> None:
     rng = np.random.default_rng(0)
     streams = []
@@ -193,12 +221,13 @@ def test_a_thousand_cancelled_streams_leak_no_page(generator: Generator) -> None
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_requests_that_join_leave_and_queue_draw_what_they_draw_alone(generator: Generator, data: st.DataObject) -> None:
-    wanted = {seed: codes(generator.generate([7, seed], preset="balanced", seed=seed, n=1 + seed % 2)) for seed in range(3, 6)}
+    presets = {3: "fast", 4: "balanced", 5: "paper"}
+    wanted = {seed: codes(generator.generate([7, seed], preset=presets[seed], seed=seed, n=1 + seed % 2)) for seed in presets}
     live: dict[int, Iterator] = {}
     for _ in range(30):
         seed = data.draw(st.integers(3, 5))
         if seed not in live:
-            live[seed] = generator.stream([7, seed], preset="balanced", seed=seed, n=1 + seed % 2)
+            live[seed] = generator.stream([7, seed], preset=presets[seed], seed=seed, n=1 + seed % 2)
         elif data.draw(st.integers(0, 9)) == 0:
             live.pop(seed).close()
             continue
@@ -218,19 +247,19 @@ def test_a_newcomers_first_preview_never_waits_for_a_last_scale(generator: Gener
         next(old)
     drawn: list[int] = []
     loop = generator._runner.model.scheduler.loop
-    plain = loop.sample_scale
-    loop.sample_scale = lambda pictures: (drawn.append(pictures[0].scale), plain(pictures))[1]  # type: ignore[method-assign]
+    plain = loop.sample_pass
+    loop.sample_pass = lambda pictures: (drawn.append(pictures[0].scale), plain(pictures))[1]  # type: ignore[method-assign]
     try:
         newcomer = generator.stream([6], seed=2)
         next(newcomer)
         assert drawn == [0]
         next(old)
-        # The newcomer catches up first, then both share the last step.
-        assert drawn == [0, 1, 2, 3]
+        # The old one is nearer to its end, so it goes first then.
+        assert drawn == [0, 3, 3, 3]
         assert len(list(newcomer)) == 3
-        assert drawn == [0, 1, 2, 3]
+        assert drawn == [0, 3, 3, 3, *(scale for scale in (1, 2, 3) for _ in range(3))]
     finally:
-        loop.sample_scale = plain  # type: ignore[method-assign]
+        loop.sample_pass = plain  # type: ignore[method-assign]
         old.close()
     assert pool_is_clean(generator)
 

@@ -99,9 +99,17 @@ def begin(loop: ScaleLoop, params: SamplingParams, number: int = 0, prompt: Sequ
     return image
 
 
+def sample_scale(loop: ScaleLoop, *images: ImageState) -> None:
+    """All passes of the next scale, of as many images together as the transformer takes."""
+    scale, most = images[0].scale, min(len(images), loop.transformer.max_rows // 2)
+    for start in range(0, len(images), most):
+        while active := [image for image in images[start : start + most] if image.scale == scale and image.error is None]:
+            loop.sample_pass(active)
+
+
 def run(loop: ScaleLoop, *images: ImageState) -> None:
     while images[0].scale < len(CONFIG.patch_nums):
-        loop.sample_scale(images)
+        sample_scale(loop, *images)
 
 
 def stored(loop: ScaleLoop, prefix: Prefix) -> list[int]:
@@ -148,7 +156,7 @@ def test_the_first_scale_is_drawn_from_the_prompts_alone() -> None:
     loop, graphs = make()
     image = begin(loop, THREE)
     graphs["transformer"].feeds.clear()
-    loop.sample_scale([image])
+    sample_scale(loop, image)
     assert graphs["transformer"].feeds == graphs["embed_image"].feeds == []
     (drawing,) = graphs["sample"].feeds
     # The one row goes twice, as in a batch.
@@ -225,7 +233,7 @@ def test_refinement_and_the_last_scale_store_nothing() -> None:
     kept = [*range(5, 9)], [*range(6, 9)]
     lengths = [4, 8, 17, 17]
     for scale, length in enumerate(lengths):
-        loop.sample_scale([image])
+        sample_scale(loop, image)
         assert [image.conditional.table.length, image.unconditional.table.length] == [length, length - 1]
         for prefix, prompt in zip((image.conditional, image.unconditional), kept, strict=True):
             # Positions of all scales but the first, whose token was the prompt's last, and the last one.
@@ -319,10 +327,10 @@ def test_images_of_one_prompt_share_its_pages() -> None:
 def test_a_pool_that_is_too_small_says_so() -> None:
     loop, _ = make(pages=4)
     image = begin(loop, ONE)
-    loop.sample_scale([image])
-    loop.sample_scale([image])
+    sample_scale(loop, image)
+    sample_scale(loop, image)
     with pytest.raises(PagesExhausted):
-        loop.sample_scale([image])
+        sample_scale(loop, image)
     image.release()
     assert loop.transformer.pool.free == 4
 
@@ -335,7 +343,7 @@ def test_an_image_that_is_not_finite_ends_alone(graph: str, scale: int) -> None:
     loop, graphs = make(pages=200)
     images = [begin(loop, ONE, 0), begin(loop, THREE, 1), begin(loop, ONE, 2)]
     for _ in range(scale):
-        loop.sample_scale(images)
+        sample_scale(loop, *images)
     plain = graphs[graph].compute
 
     def failing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -350,7 +358,7 @@ def test_an_image_that_is_not_finite_ends_alone(graph: str, scale: int) -> None:
         return plain({**feeds, "conditional": hidden})
 
     graphs[graph].compute = failing
-    loop.sample_scale(images)
+    sample_scale(loop, *images)
     graphs[graph].compute = plain
     assert [type(image.error) for image in images] == [type(None), NotFiniteError, type(None)]
     assert len(images[1].codes) == scale

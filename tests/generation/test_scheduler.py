@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,24 +15,28 @@ from hypothesis import strategies as st
 from tests.support.fake_graphs import GENERATOR
 from tokenflow_sdk.errors import BackendError, NotFiniteError, PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
-from tokenflow_sdk.generation.scheduler import PATIENCE, ImageRequest, ScaleScheduler
+from tokenflow_sdk.generation.scheduler import COMPANY, STEP_TOKENS, ImageRequest, ScaleScheduler
 from tokenflow_sdk.model.kv_cache import PagePool, PageTable
-from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.model.sampling import Pass, SamplingParams
+from tokenflow_sdk.scheduling import PATIENCE
 
 CONFIG = replace(GENERATOR, patch_nums=(1, 2, 3, 4))
 SCALES = len(CONFIG.patch_nums)
-PARAMS = SamplingParams()
+WORK = sum(CONFIG.scales.counts)
+"""Of an image with one pass."""
 HIDDEN = np.zeros(2, np.float32)
 
 
 class FakeLoop:
     """Takes the pages that the real one takes, and writes down what it was asked for."""
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    def __init__(self, pages: int, page_size: int, rows: int) -> None:
         self.config = CONFIG
-        self.transformer = SimpleNamespace(pool=PagePool(pages, page_size))
+        self.transformer = SimpleNamespace(pool=PagePool(pages, page_size), max_rows=rows)
         self.prompts: list[tuple[int, ...]] = []
         self.steps: list[list[ImageState]] = []
+        self.work: list[int] = []
+        """Codes that each step sampled."""
         self.failing: Callable[[Any], BaseException | None] = lambda what: None
         self.wrong: Callable[[ImageState], NotFiniteError | None] = lambda image: None
 
@@ -47,17 +51,24 @@ class FakeLoop:
         forks = [Prefix(prefix.table.fork(), HIDDEN) for prefix in (conditional, unconditional)]
         return ImageState(params, number, forks[0], forks[1], HIDDEN)
 
-    def sample_scale(self, images: Sequence[ImageState]) -> None:
-        scale = images[0].scale
-        assert {image.scale for image in images} == {scale}
+    def sample_pass(self, images: Sequence[ImageState]) -> None:
+        scale, done = images[0].position
+        assert {image.position for image in images} == {(scale, done)}
         self._fail(images)
         self.steps.append(list(images))
+        self.work.append(len(images) * self.config.scales.counts[scale])
         for image in images:
             image.error = self.wrong(image)
             for prefix in (image.conditional, image.unconditional):
-                # Neither the first scale nor the last leaves keys behind.
-                prefix.table.append(CONFIG.scales.counts[scale] if 0 < scale < SCALES - 1 else 0)
-            image.codes.append(np.zeros(CONFIG.scales.counts[scale], np.int32))
+                # Neither the first scale nor the last leaves keys behind, nor does a refinement pass.
+                prefix.table.append(
+                    self.config.scales.counts[scale] if 0 < scale < len(self.config.scales) - 1 and not done else 0
+                )
+            if scale and done + 1 < len(image.params.passes):
+                image.refinement += 1
+            else:
+                image.refinement = 0
+                image.codes.append(np.zeros(self.config.scales.counts[scale], np.int32))
 
     def _fail(self, what: Any) -> None:
         error = self.failing(what)
@@ -65,14 +76,14 @@ class FakeLoop:
             raise error
 
 
-def make(pages: int, page_size: int = 4) -> tuple[ScaleScheduler, FakeLoop]:
-    loop = FakeLoop(pages, page_size)
+def make(pages: int, page_size: int = 4, rows: int = 1000) -> tuple[ScaleScheduler, FakeLoop]:
+    loop = FakeLoop(pages, page_size, rows)
     return ScaleScheduler(cast(ScaleLoop, loop)), loop
 
 
-def request(prompt: int = 2, negative: Sequence[int] = (9,), n: int = 1) -> ImageRequest:
+def request(prompt: int = 2, negative: Sequence[int] = (9,), n: int = 1, passes: int = 1) -> ImageRequest:
     """For a prompt of so many tokens."""
-    return ImageRequest((5,) * prompt, tuple(negative), PARAMS, n)
+    return ImageRequest((5,) * prompt, tuple(negative), SamplingParams((Pass(1, 0.0),) * passes), n)
 
 
 def drain(scheduler: ScaleScheduler, *requests: ImageRequest) -> None:
@@ -98,66 +109,103 @@ def drawn(loop: FakeLoop, *requests: ImageRequest) -> list[list[int]]:
     return [sorted({owners[id(image)] for image in images}) for images in loop.steps]
 
 
-def test_requests_at_one_scale_share_steps() -> None:
+def test_requests_of_one_size_share_steps() -> None:
     scheduler, loop = make(200)
-    requests = [request(n=1), request(n=3), request(n=2)]
+    requests = [request(n=2), request(n=2), request(n=2)]
     for r in requests:
         scheduler.submit(r)
     drain(scheduler, *requests)
     assert drawn(loop, *requests) == [[0, 1, 2]] * SCALES
     assert [len(images) for images in loop.steps] == [6] * SCALES
-    assert [[image.number for image in r.images] for r in requests] == [[0], [0, 1, 2], [0, 1]]
+    assert [[image.number for image in r.images] for r in requests] == [[0, 1]] * 3
     assert is_clean(scheduler)
 
 
-def test_the_newest_go_first_and_catch_up() -> None:
+def test_a_small_request_does_not_take_a_large_one_along() -> None:
+    """Each has its first scale at once, which is a preview; then the small one runs alone, with those of about its size."""
+    scheduler, loop = make(200)
+    large, small, double = request(n=2 * COMPANY + 1), request(), request(n=COMPANY)
+    for r in (large, small, double):
+        scheduler.submit(r)
+    drain(scheduler, large, small, double)
+    assert drawn(loop, large, small, double) == [[1, 2], [0]] + [[1, 2]] * (SCALES - 1) + [[0]] * (SCALES - 1)
+    assert [r.scale for r in (large, small, double)] == [SCALES] * 3
+    assert is_clean(scheduler)
+
+
+def test_whoever_has_the_least_work_left_goes_first() -> None:
     scheduler, loop = make(200)
     old, new = request(), request()
     scheduler.submit(old)
     scheduler.step()
     scheduler.step()
     scheduler.submit(new)
-    assert (old.scale, new.scale) == (2, 0)
-    scheduler.step()
-    assert (old.scale, new.scale) == (2, 1)
     drain(scheduler, old, new)
-    assert drawn(loop, old, new) == [[0], [0], [1], [1], [0, 1], [0, 1]]
-    assert [old.waited, new.waited] == [0, 0]
+    # The newcomer's preview costs nothing; then the old one is nearer to its end.
+    assert drawn(loop, old, new) == [[0], [0], [1], [0], [0], [1], [1], [1]]
 
 
-def test_nobody_is_passed_over_more_than_patience_allows() -> None:
-    """One old request, and newcomers without end at a coarser scale."""
-    scheduler, loop = make(200)
-    old = request()
-    scheduler.submit(old)
-    for _ in range(SCALES - 1):
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_newcomer_never_waits_for_strangers_refinement_passes(passes: int) -> None:
+    """Whenever it comes, what others do until its end is a part of its own work and a step at most."""
+    own = 1 + passes * (WORK - 1)
+    for arrival in range(1, 20, 3):
+        scheduler, loop = make(400, rows=4)
+        large, small = request(n=6, passes=3), request(passes=passes)
+        scheduler.submit(large)
+        for _ in range(arrival):
+            scheduler.step()
+        assert scheduler._left(large) > own
+        begun = len(loop.steps)
+        scheduler.submit(small)
+        drain(scheduler, small)
+        # Two images are the most that a step takes here, of at most 16 codes each.
+        assert sum(loop.work[begun:]) - own <= own / PATIENCE + 2 * 16
+        drain(scheduler, large)
+        assert is_clean(scheduler)
+
+
+def test_a_large_request_is_not_starved() -> None:
+    """Small ones come without end, each smaller than what the large one has left; it has its part nevertheless."""
+    scheduler, loop = make(400)
+    large = request(n=3, passes=3)
+    scheduler.submit(large)
+    while not large.reached(SCALES):
+        if not any(r is not large for r in scheduler._live):
+            scheduler.submit(request())
         scheduler.step()
-    steps = 0
-    while not old.reached(SCALES):
-        newcomer = request()
-        scheduler.submit(newcomer)
-        scheduler.step()
-        steps += 1
-        scheduler.remove(newcomer)
-    assert steps == PATIENCE + 1
-    assert loop.steps[-1] == old.images
-    assert is_clean(scheduler)
+        assert sum(loop.work) <= (PATIENCE + 2) * large.n * 3 * WORK
+    assert sum(loop.work) > 3 * large.n * 3 * WORK
 
 
-def test_waiting_requests_are_admitted_in_order_and_never_overtaken() -> None:
-    """The second does not fit beside the first; the third would, and waits its turn all the same."""
-    scheduler, loop = make(60)
-    pages = CONFIG.image_pages(4)
-    first, large, small = request(n=2), request(n=60 // pages - 1), request()
-    for r in (first, large, small):
-        scheduler.submit(r)
+def test_a_large_waiting_request_is_overtaken_by_small_ones_for_a_while() -> None:
+    """It does not fit beside the first. Those behind it, which do, go before it with as much work together as its own is."""
+    scheduler, _ = make(2 + 4 * (1 + CONFIG.image_pages(4)))
+    first, large, *small = request(n=3, passes=8), request(n=4), *(request() for _ in range(12))
+    scheduler.submit(first)
     scheduler.step()
-    assert [bool(r.images) for r in (first, large, small)] == [True, False, False]
-    drain(scheduler, first, large, small)
-    order = drawn(loop, first, large, small)
-    assert order[:SCALES] == [[0]] * SCALES
-    assert order[SCALES][0] == 1
+    for r in (large, *small):
+        scheduler.submit(r)
+    ends: list[ImageRequest] = []
+    while len(ends) < 14:
+        scheduler.step()
+        ends += [r for r in (first, large, *small) if r.reached(SCALES) and r not in ends]
+    assert ends == [*small[:4], first, large, *small[4:]]
     assert is_clean(scheduler)
+
+
+def test_steps_are_no_larger_than_a_newcomer_may_wait_for() -> None:
+    for rows in (2, 5, 1000):
+        scheduler, loop = make(4000, rows=rows)
+        loop.config = replace(CONFIG, patch_nums=(1, 2, 4, 16))
+        requests = [request(n=7, passes=2), request(n=9, passes=2)]
+        for r in requests:
+            scheduler.submit(r)
+        drain(scheduler, *requests)
+        counts = [[len(images) for images in loop.steps if images[0] in r.images] for r in requests]
+        assert max(map(max, counts)) == min(rows // 2, 16)
+        assert max(max(found[-8:]) for found in counts) == min(rows // 2, STEP_TOKENS // 512)
+        assert is_clean(scheduler)
 
 
 def test_pages_are_promised_for_a_whole_life() -> None:
@@ -313,115 +361,64 @@ def test_whatever_a_step_raises_stays_with_its_requests() -> None:
     assert is_clean(scheduler)
 
 
-@dataclass
-class Oracle:
-    """The scheduler's rules over plain lists; requests are their numbers, `scale` and `waited` say how far they are."""
-
-    pages: int
-    page_size: int
-    requests: list[ImageRequest] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
-    live: list[int] = field(default_factory=list)
-    scale: dict[int, int] = field(default_factory=dict)
-    waited: dict[int, int] = field(default_factory=dict)
-    steps: list[list[int]] = field(default_factory=list)
-
-    def pages_for(self, tokens: int) -> int:
-        return (tokens + self.page_size - 1) // self.page_size
-
-    def promised(self, numbers: Sequence[int]) -> int:
-        """Prompts, images, and each different negative prompt once."""
-        total = 0
-        for number in numbers:
-            r = self.requests[number]
-            total += self.pages_for(len(r.prompt) + 2)
-            # Two rows: keys of all scales but the first and the last, a copied page before them, a broken one behind.
-            total += r.n * 2 * (self.pages_for(sum(side**2 for side in CONFIG.patch_nums[1:-1])) + 2)
-        return total + sum(self.pages_for(len(ids) + 2) for ids in {self.requests[i].negative for i in numbers})
-
-    def step(self) -> None:
-        while self.waiting and self.promised([*self.live, self.waiting[0]]) <= self.pages:
-            number = self.waiting.pop(0)
-            self.live.append(number)
-            self.scale[number] = self.waited[number] = 0
-        if not self.live:
-            return
-        coarsest = min(self.scale[i] for i in self.live)
-        longest = max(self.waited[i] for i in self.live)
-        if longest >= PATIENCE:
-            coarsest = next(self.scale[i] for i in self.live if self.waited[i] == longest)
-        group = [i for i in self.live if self.scale[i] == coarsest]
-        self.steps.append(group)
-        for i in list(self.live):
-            self.waited[i] = 0 if i in group else self.waited[i] + 1
-            self.scale[i] += i in group
-            if self.scale[i] == SCALES:
-                self.live.remove(i)
-
-    def remove(self, number: int) -> None:
-        for queue in (self.waiting, self.live):
-            if number in queue:
-                queue.remove(number)
-
-
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_order_of_requests_takes_the_steps_that_the_rules_say(data: st.DataObject) -> None:
+def test_any_order_of_requests_keeps_the_rules(data: st.DataObject) -> None:
+    """Nobody has pages that were not promised, so nothing fails, and everybody comes to an end."""
     page_size, pages = data.draw(st.integers(1, 7)), data.draw(st.integers(40, 160))
-    scheduler, loop = make(pages, page_size)
-    pool, oracle = loop.transformer.pool, Oracle(pages, page_size)
+    scheduler, loop = make(pages, page_size, rows=data.draw(st.integers(2, 9)))
+    pool = loop.transformer.pool
+    requests: list[ImageRequest] = []
     choices = st.sampled_from(["submit", "remove", "step", "step", "step", "many"])
     for choice in data.draw(st.lists(choices, min_size=20, max_size=80)):
         if choice == "submit":
             negative = data.draw(st.sampled_from([(9,), (8,) * 5, (7,) * 6]))
-            r = request(data.draw(st.integers(1, 6)), negative, data.draw(st.integers(1, 3)))
-            number = len(oracle.requests)
-            oracle.requests.append(r)
-            if oracle.promised([number]) > pages:
-                with pytest.raises(PagesExhausted):
-                    scheduler.submit(r)
-                continue
-            scheduler.submit(r)
-            oracle.waiting.append(number)
-        elif choice == "remove" and oracle.requests:
-            number = data.draw(st.integers(0, len(oracle.requests) - 1))
-            scheduler.remove(oracle.requests[number])
-            oracle.remove(number)
-        else:
-            # Many, so that patience ends now and then.
-            for _ in range(40 if choice == "many" else 1):
-                scheduler.step()
-                oracle.step()
-        live = [oracle.requests[i] for i in oracle.live]
-        assert scheduler._live == live
+            r = request(data.draw(st.integers(1, 6)), negative, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+            try:
+                scheduler.submit(r)
+            except PagesExhausted as error:
+                assert error.needed > pages
+            else:
+                requests.append(r)
+        elif choice == "remove" and requests:
+            scheduler.remove(requests.pop(data.draw(st.integers(0, len(requests) - 1))))
+        for _ in range({"step": 1, "many": 40}.get(choice, 0)):
+            scheduler.step()
+        live = [r for r in requests if r in scheduler._live]
         tables = [prefix.table for r in live for image in r.images for prefix in (image.conditional, image.unconditional)]
         held = {page for table in tables for page in table.pages}
         negatives = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
         assert pool.free == pool.pages - len(held | negatives)
-        assert len(held) <= oracle.promised(oracle.live)
-    assert drawn(loop, *oracle.requests) == [sorted(group) for group in oracle.steps]
-    for number, r in enumerate(oracle.requests):
-        assert r.scale == oracle.scale.get(number, 0)
-        scheduler.remove(r)
+        prefixes = {r.negative for r in live}
+        assert len(held) <= sum(map(scheduler._needs, live)) + sum(map(scheduler._prefix_pages, prefixes)) <= pages
+    drain(scheduler, *requests)
+    assert not any(r.error for r in requests)
     assert is_clean(scheduler)
 
 
 def test_a_request_is_as_far_as_its_last_image() -> None:
-    """A step may be split between its images, and is asked about in the middle."""
+    """A step has room for one of its two images, and it is asked about in between."""
+    scheduler, _ = make(200, rows=2)
     r = request(n=2)
-    r.images = [SimpleNamespace(scale=3), SimpleNamespace(scale=2)]  # type: ignore[list-item]
-    assert r.scale == 2
-    assert not r.reached(3)
+    scheduler.submit(r)
+    scheduler.step()
+    assert [image.scale for image in r.images] == [1, 0]
+    assert not r.reached(1)
+    scheduler.step()
+    assert r.reached(1)
+    drain(scheduler, r)
+    assert len(r.timings) == SCALES
+    assert r.timings == sorted(r.timings)
 
 
 def test_a_request_with_an_image_that_cannot_go_on_leaves_with_its_error() -> None:
     scheduler, loop = make(300)
-    requests = [request(n=1), request(n=3), request(n=2)]
+    requests = [request(n=2) for _ in range(3)]
     for r in requests:
         scheduler.submit(r)
     scheduler.step()
     error = NotFiniteError("It broke.", "Mend it.")
-    loop.wrong = lambda image: error if image is requests[1].images[2] else None
+    loop.wrong = lambda image: error if image is requests[1].images[1] else None
     drain(scheduler, *requests)
     assert [r.error for r in requests] == [None, error, None]
     assert drawn(loop, *requests) == [[0, 1, 2]] * 2 + [[0, 2]] * 2

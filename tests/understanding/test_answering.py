@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
 
 from tests.support.fake_answering import HALF, FakeAnswering
 from tests.support.fake_graphs import STOP, UNDERSTANDER
-from tokenflow_sdk.errors import ArgumentError, PagesExhausted, PromptError
+from tokenflow_sdk.errors import ArgumentError, PagesExhausted, PromptError, RequestTimeoutError
 from tokenflow_sdk.understanding.answering import Answer
 from tokenflow_sdk.understanding.params import AnswerParams
 from tokenflow_sdk.understanding.token_loop import AnswerRequest
@@ -67,6 +68,31 @@ def test_pieces_are_whole_characters_and_together_the_answer(tokens: tuple[int, 
     again = FakeAnswering(tokens)
     (answer,) = again.answers([first(again, params=params)])
     assert answer.text == "".join(pieces)
+
+
+@pytest.mark.parametrize("read", [0, 2, 9])
+def test_a_stream_ends_with_the_answer(read: int) -> None:
+    """How it ended, and what it took."""
+    for tokens in ((STOP, 1, 2), (1, 2)):
+        answering, streaming = FakeAnswering(tokens), FakeAnswering(tokens)
+        (expected,) = answering.answers([first(answering)])
+        stream = streaming.stream(first(streaming))
+        pieces = [piece for _, piece in zip(range(read), stream, strict=False)]
+        found = stream.result()
+        assert found == replace(expected, timings=found.timings)
+        assert expected.text.startswith("".join(pieces))
+        assert streaming.is_clean()
+
+
+def test_an_answer_that_takes_too_long_gives_its_pages_back() -> None:
+    answering = FakeAnswering()
+    for began, timeout in ((None, 0.0), (perf_counter() - 9, 8.0)):
+        request = answering.first(answering.images(0), "what?", FIVE, False, began, timeout)
+        with pytest.raises(RequestTimeoutError, match="not finished within timeout="):
+            answering.answers([first(answering), request])
+        with pytest.raises(RequestTimeoutError):
+            answering.stream(request).result()
+        assert answering.is_clean()
 
 
 def test_pieces_come_as_soon_as_they_are_found() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from tests.support.fake_answering import FakeAnswering
 from tests.support.fake_graphs import STOP
-from tokenflow_sdk.errors import ArgumentError, PromptError
+from tokenflow_sdk.errors import ArgumentError, PromptError, RequestCancelledError, RequestTimeoutError
 from tokenflow_sdk.understanding.answering import Answer
 from tokenflow_sdk.understanding.chat import Chat
 from tokenflow_sdk.understanding.params import AnswerParams
@@ -103,4 +105,68 @@ def test_a_question_that_fails_was_never_asked() -> None:
     answering.scheduler.loop.decode = decode  # type: ignore[method-assign]
     assert [question for question, _ in talk.turns] == ["one?"]
     assert talk.ask("three", max_tokens=3).prompt_tokens == 4 + 4 + 3 + 5
+    assert answering.is_clean()
+
+
+def test_one_question_at_a_time() -> None:
+    """Whoever asks: an open stream, or another thread in the middle of an answer."""
+    answering = FakeAnswering()
+    talk = chat(answering)
+    pieces = talk.stream("one?", max_tokens=4)
+    early = talk.stream("early", max_tokens=4)
+    next(pieces)
+    for way in (lambda: talk.ask("two?"), lambda: next(talk.stream("two?")), lambda: next(early)):
+        with pytest.raises(ArgumentError, match=r"answering another question\. Wait for its answer, or close its stream"):
+            way()
+    answer = pieces.result()
+    assert talk.turns == [("one?", answer.text)]
+    late = talk.stream("late", max_tokens=4)
+    talk.ask("two?", max_tokens=4)
+    with pytest.raises(ArgumentError, match="The chat went on after this stream was made"):
+        next(late)
+    assert [question for question, _ in talk.turns] == ["one?", "two?"]
+    assert answering.is_clean()
+
+
+def test_threads_never_mix_a_history() -> None:
+    """Each question is refused by name, or asked after exactly those before it."""
+    answering = FakeAnswering()
+    talk = chat(answering)
+    answers, refused = [], []
+    begin = threading.Barrier(4)
+
+    def ask() -> None:
+        begin.wait(60)
+        for _ in range(10):
+            try:
+                answers.append(talk.ask("what?", max_tokens=3))
+            except ArgumentError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) + len(refused) == 40
+    assert len(talk.turns) == len(answers) > 0
+    # 4 tokens of the image, then 5 of each question and 3 of each answer.
+    assert sorted(answer.prompt_tokens for answer in answers) == [4 + 8 * number + 5 for number in range(len(answers))]
+    assert answering.is_clean()
+
+
+def test_a_question_that_was_given_up_was_never_asked() -> None:
+    answering = FakeAnswering()
+    talk = chat(answering)
+    with pytest.raises(RequestTimeoutError):
+        talk.ask("one?", timeout=0)
+    with pytest.raises(RequestTimeoutError):
+        list(talk.stream("one?", timeout=0))
+    with talk.stream("one?", max_tokens=4) as stream:
+        next(stream)
+    with pytest.raises(RequestCancelledError):
+        stream.result()
+    assert talk.turns == []
+    assert talk.stream("one?", max_tokens=4).result().prompt_tokens == 4 + 4
+    assert [question for question, _ in talk.turns] == ["one?"]
     assert answering.is_clean()

@@ -15,6 +15,7 @@ from tests.support.fake_graphs import UNDERSTANDER as CONFIG
 from tokenflow_sdk.backends.session import Array
 from tokenflow_sdk.errors import NotFiniteError, PagesExhausted, PromptError
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK, PagedTransformer
+from tokenflow_sdk.scheduling import PATIENCE
 from tokenflow_sdk.understanding.params import AnswerParams
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 from tokenflow_sdk.understanding.scheduler import TokenScheduler
@@ -296,3 +297,70 @@ def test_a_request_that_is_not_finite_leaves_alone_and_leaves_nothing_behind(whe
     # Of each picture its prefix, and the conversation that goes on; nothing of a prompt that failed.
     assert len(queue.cache) == (3 if when == "prompt" else 4)
     assert np.isfinite(np.asarray(queue.loop.transformer._k.slots)).all()
+
+
+def test_a_short_prompt_waits_for_a_chunk_of_a_long_one_at_most() -> None:
+    """Whether it comes while long ones wait, or while they are read."""
+    queue = scheduler(2000)
+    long = [turn(i, text=3 * PREFILL_CHUNK) for i in range(3)]
+    for t in long:
+        queue.submit(t)
+    queue.step()
+    queue.step()
+    short = turn(9)
+    queue.submit(short)
+    forwards = queue.loop.transformer.token_forwards
+    queue.step()
+    assert short.tokens
+    assert queue.loop.transformer.token_forwards - forwards < PREFILL_CHUNK
+    drain(queue, *long, short)
+    assert is_clean(queue)
+
+
+def test_a_long_prompt_is_read_while_short_ones_never_stop_coming() -> None:
+    queue = scheduler(2000)
+    long, short = turn(0, text=4 * PREFILL_CHUNK, max_tokens=1), []
+    queue.submit(long)
+    steps = 0
+    while not long.tokens:
+        # Two at each step, of which the model reads one.
+        for _ in range(2):
+            short.append(turn(len(short) + 1, text=100, max_tokens=1))
+            queue.submit(short[-1])
+        queue.step()
+        steps += 1
+        read = queue.loop.transformer.token_forwards
+        assert read <= (PATIENCE + 2) * len(long.prompt)
+    assert steps > 8
+    for t in short:
+        queue.remove(t)
+    assert is_clean(queue)
+
+
+def test_small_questions_overtake_a_large_one_that_does_not_fit_yet_for_a_while() -> None:
+    queue = scheduler(16)
+    first, large, *small = turn(1, max_tokens=14), turn(2, text=20, max_tokens=20), *(turn(i) for i in range(3, 13))
+    for t in (first, large, *small):
+        queue.submit(t)
+    ends: list[AnswerRequest] = []
+    while len(ends) < 12:
+        queue.step()
+        ends += [t for t in (first, large, *small) if t.finish and t not in ends]
+    # Each is 25 tokens, and the large one 54.
+    assert 1 <= sum(t in small for t in ends[: ends.index(large)]) <= 54 // 25 + 1
+    assert is_clean(queue)
+
+
+def test_what_is_cached_is_no_work() -> None:
+    """The longer of two prompts goes first where nearly all of it was read before."""
+    queue = scheduler(1000)
+    known = turn(1, image=100)
+    queue.submit(known)
+    drain(queue, known)
+    again, fresh = turn(1, image=100), turn(2, image=40)
+    for t in (fresh, again):
+        queue.submit(t)
+    queue.step()
+    assert (bool(again.tokens), bool(fresh.tokens)) == (True, False)
+    drain(queue, again, fresh)
+    assert is_clean(queue)

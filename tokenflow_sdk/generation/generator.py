@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Pieces
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from time import perf_counter
+from functools import cached_property, partial
 
 import numpy as np
 from PIL import Image
@@ -20,9 +20,11 @@ from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
 from tokenflow_sdk.generation.scale_loop import ScaleLoop
 from tokenflow_sdk.generation.scheduler import ImageRequest, ScaleScheduler
 from tokenflow_sdk.language_model import LanguageModel
+from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.sampling import SamplingParams
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["GeneratedScale", "Generation", "Generator"]
@@ -80,8 +82,9 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
-    ) -> Iterator[GeneratedScale]:
-        """Generate `n` images and yield after every scale. Closing the iterator cancels the request and frees its pages.
+        timeout: float | None = None,
+    ) -> RequestStream[GeneratedScale, Generation]:
+        """Generate `n` images and yield after every scale. Closing the stream cancels the request and frees its pages.
 
         Args:
             prompt: text, or token ids without BOS.
@@ -92,13 +95,16 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
             seed: 0 .. 2**63 - 1; None takes a random one, which `Generation.seed` tells.
             params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.
             strict: refuse a prompt that is too long instead of cutting it with a warning.
+            timeout: most seconds from this call to the last scale, waiting for other requests included; None is no limit.
 
         Raises:
             PromptError, ArgumentError: the request cannot work.
             PagesExhausted: it needs more pages than the pool has.
+            RequestTimeoutError: it was not finished in time.
         """
-        request = self._request(prompt, n, negative_prompt, self._params(preset, cfg_scale, seed, params), strict)
-        return self._stream(request)
+        params = self._params(preset, cfg_scale, seed, params)
+        request = self._request(prompt, n, negative_prompt, params, strict, timeout)
+        return RequestStream(request, self._scales(request), partial(self._generation, request))
 
     def generate(
         self,
@@ -111,10 +117,11 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
+        timeout: float | None = None,
     ) -> Generation:
         """Generate `n` images. Arguments and errors as in `stream`."""
         params = self._params(preset, cfg_scale, seed, params)
-        return self._generations([self._request(prompt, n, negative_prompt, params, strict)])[0]
+        return self._generations([self._request(prompt, n, negative_prompt, params, strict, timeout)])[0]
 
     def generate_batch(
         self,
@@ -127,6 +134,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         seed: int | None = None,
         params: SamplingParams | None = None,
         strict: bool = False,
+        timeout: float | None = None,
     ) -> list[Generation]:
         """Generate images of several prompts together, the same as one by one. Arguments and errors as in `stream`.
 
@@ -141,7 +149,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
                 "Use generate(prompt), or give a list: generate_batch([prompt]).",
             )
         params = self._params(preset, cfg_scale, seed, params)
-        return self._generations([self._request(prompt, n, negative_prompt, params, strict) for prompt in prompts])
+        return self._generations([self._request(prompt, n, negative_prompt, params, strict, timeout) for prompt in prompts])
 
     def _params(
         self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
@@ -156,17 +164,28 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         )
 
     def _request(
-        self, prompt: Prompt, n: int, negative_prompt: Prompt | None, params: SamplingParams, strict: bool
+        self,
+        prompt: Prompt,
+        n: int,
+        negative_prompt: Prompt | None,
+        params: SamplingParams,
+        strict: bool,
+        timeout: float | None,
     ) -> ImageRequest:
+        progress = Progress(timeout)
         n = integer("n", n, 1, None, "asks for no picture.", "Give at least 1.")
         negative = self.config.negative_prompt if negative_prompt is None else negative_prompt
         request = ImageRequest(
-            self._prompts.encode(prompt, strict), self._prompts.encode(negative, strict, "negative prompt"), params, n
+            self._prompts.encode(prompt, strict),
+            self._prompts.encode(negative, strict, "negative prompt"),
+            params,
+            n,
+            progress=progress,
         )
         self._runner.check(request)
         return request
 
-    def _stream(self, request: ImageRequest) -> Iterator[GeneratedScale]:
+    def _scales(self, request: ImageRequest) -> Pieces[GeneratedScale, None, None]:
         with self._runner.submitted([request]) as model:
             for scale in range(1, len(self.config.scales) + 1):
                 self._runner.advance(model, request, scale)
@@ -174,17 +193,14 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
 
     def _generations(self, requests: Sequence[ImageRequest]) -> list[Generation]:
         """Run requests together to their ends."""
-        began = perf_counter()
-        timings: list[list[float]] = [[] for _ in requests]
         with self._runner.submitted(requests) as model:
-            for scale in range(1, len(self.config.scales) + 1):
-                for request, times in zip(requests, timings, strict=True):
-                    self._runner.advance(model, request, scale)
-                    times.append(perf_counter() - began)
-        return [
-            Generation(self._codes(request, len(self.config.scales)), request.params, tuple(times), self.tokenizer)
-            for request, times in zip(requests, timings, strict=True)
-        ]
+            for request in requests:
+                self._runner.advance(model, request, len(self.config.scales))
+        return [self._generation(request) for request in requests]
+
+    def _generation(self, request: ImageRequest) -> Generation:
+        codes = self._codes(request, len(self.config.scales))
+        return Generation(codes, request.params, tuple(request.timings), self.tokenizer)
 
     def _codes(self, request: ImageRequest, scales: int) -> tuple[Codes, ...]:
         return tuple(self.tokenizer.codes(np.concatenate(image.codes[:scales])) for image in request.images)

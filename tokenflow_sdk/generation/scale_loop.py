@@ -2,7 +2,7 @@
 
 Arithmetic only, without requests or threads. An image has two rows, one after the prompt and one after the negative prompt. At
 each scale both take one step over their pages. A refinement pass is the same step again with other inputs; only the first
-pass's keys and values are stored, because only those are seen by later scales.
+pass's keys and values are stored, because only those are seen by later scales. Between two passes an image may wait for others.
 """
 
 from __future__ import annotations
@@ -52,11 +52,19 @@ class ImageState:
     codes: list[Int32] = field(default_factory=list)
     error: NotFiniteError | None = None
     """Set by the step in which it cannot go on; other images can."""
+    refinement: int = 0
+    """Passes of the next scale that are done; `draft` is what the last of them sampled."""
+    draft: Int32 | None = None
 
     @property
     def scale(self) -> int:
         """The scale to sample next, from 0."""
         return len(self.codes)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The scale and the pass of it to sample next, from 0."""
+        return self.scale, self.refinement
 
     def release(self) -> None:
         """Free the pages of both rows."""
@@ -112,51 +120,55 @@ class ScaleLoop:
         forks = [Prefix(prefix.table.fork(), prefix.hidden) for prefix in (conditional, unconditional)]
         return ImageState(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
 
-    def sample_scale(self, images: Sequence[ImageState]) -> None:
-        """Sample the next scale of images that are all at the same scale. Those that cannot go on get an `error` and no codes.
+    def sample_pass(self, images: Sequence[ImageState]) -> None:
+        """Sample the next pass of images that are all at the same pass of the same scale; a scale's last pass gives its codes.
+
+        Images that cannot go on get an `error`, and stay where they are.
+
+        Args:
+            images: at most half as many as the transformer takes rows.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the images must then be given up.
         """
-        scale, most = images[0].scale, self.transformer.max_rows // 2
-        assert all(image.scale == scale for image in images)
-        if len(images) > most:
-            self.sample_scale(images[:most])
-            self.sample_scale(images[most:])
-            return
+        scale, refinement = images[0].position
+        assert all(image.position == (scale, refinement) for image in images)
         if scale == 0:
             conditional = np.stack([image.conditional.hidden for image in images])
             unconditional = np.stack([image.unconditional.hidden for image in images])
             codes = self._sample(images, conditional[:, None], unconditional[:, None], 0)
         else:
-            codes = self._sample_later_scale(images, scale)
+            codes = self._sample_later_scale(images, scale, refinement)
         for image, row in zip(images, codes, strict=True):
             if image.error is not None:
                 continue
-            total = image.f_hat + self._rows(row, scale)
-            if scale + 1 < len(self.config.patch_nums):
-                up = self._up[scale]
-                image.f_hat = up @ total @ up.T
-            image.codes.append(row)
+            if scale and refinement + 1 < len(image.params.passes):
+                image.refinement, image.draft = refinement + 1, row
+            else:
+                self._finish_scale(image, row)
 
-    def _sample_later_scale(self, images: Sequence[ImageState], scale: int) -> Int32:
-        inputs = np.stack([image.f_hat for image in images])
+    def _sample_later_scale(self, images: Sequence[ImageState], scale: int, refinement: int) -> Int32:
+        inputs = [image.f_hat if image.draft is None else image.f_hat + self._rows(image.draft, scale) for image in images]
         tables = [image.conditional.table for image in images] + [image.unconditional.table for image in images]
-        context = [table.length for table in tables]
-        output = self._step(inputs, scale, tables, context)
-        if scale + 1 < len(self.config.patch_nums):
+        last = scale + 1 == len(self.config.patch_nums)
+        # A later pass does not see the keys that the first one stored for the scale itself.
+        own = self.config.scales.counts[scale] if refinement and not last else 0
+        output = self._step(np.stack(inputs), scale, tables, [table.length - own for table in tables])
+        if not (refinement or last):
             stored = self.transformer.store(output, tables)
             for row, image in enumerate(images):
                 if not (stored[row] and stored[row + len(images)]):
                     image.error = not_finite()
-        codes = self._sample(images, *_halves(output.hidden), 0)
-        for refinement in range(1, max(len(image.params.passes) for image in images)):
-            active = [i for i, image in enumerate(images) if refinement < len(image.params.passes)]
-            refined = np.stack([inputs[i] + self._rows(codes[i], scale) for i in active])
-            both = active + [i + len(images) for i in active]
-            output = self._step(refined, scale, [tables[i] for i in both], [context[i] for i in both])
-            codes[active] = self._sample([images[i] for i in active], *_halves(output.hidden), refinement)
-        return codes
+        return self._sample(images, output.hidden[: len(images)], output.hidden[len(images) :], refinement)
+
+    def _finish_scale(self, image: ImageState, row: Int32) -> None:
+        scale = image.scale
+        if scale + 1 < len(self.config.patch_nums):
+            up = self._up[scale]
+            image.f_hat = up @ (image.f_hat + self._rows(row, scale)) @ up.T
+        image.refinement, image.draft = 0, None
+        # Last: other threads take the scale for sampled once its codes are here.
+        image.codes.append(row)
 
     def _rows(self, codes: Int32, scale: int) -> Float32:
         """Codebook rows of one scale's codes [s * s] as a map [C, s, s]."""
@@ -215,9 +227,3 @@ class ScaleLoop:
                 elif passes[row].top_p == 0:
                     codes[row] = logits[row].argmax(axis=-1)
         return codes[: len(images)]
-
-
-def _halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [2 R, Q, H] as those of the conditional and of the unconditional rows."""
-    rows = hidden.shape[0] // 2
-    return hidden[:rows], hidden[rows:]

@@ -1,27 +1,31 @@
-"""Schedules images: each step samples one scale for all live requests that are at the same scale.
+"""Schedules images: each step samples one pass of one scale, for some images of one request and of others of about its size.
 
-The group at the coarsest scale goes first, because coarse scales are cheap: a new request gets its first preview before
-anybody else's fine scale, and catches up with the others to share their steps. A request that was passed over `PATIENCE` times
-goes first nevertheless.
+The request with the least work left goes first (`LeastWorkFirst`), and a step is small, so a small newcomer waits for hardly
+more than the step that is running. First scales take no step of the transformer and go before everything, so that each request
+has a preview at once.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 
 from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
 from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.scheduling import LeastWorkFirst, WaitingQueue
 
-__all__ = ["ImageRequest", "ScaleScheduler"]
+__all__ = ["STEP_TOKENS", "ImageRequest", "ScaleScheduler"]
 
-PATIENCE = 32
-"""Steps for which a live request is passed over at most."""
+STEP_TOKENS = 1024
+"""Most tokens in a step of several images, which bounds how long a newcomer waits for the one that is running."""
+
+COMPANY = 2
+"""Requests that have at most so many times the work left of the one whose step it is take part in it."""
 
 
 @dataclass(eq=False)
@@ -33,19 +37,22 @@ class ImageRequest:
     params: SamplingParams
     n: int
     images: list[ImageState] = field(default_factory=list)
-    waited: int = 0
+    began: float = field(default_factory=perf_counter)
+    timings: list[float] = field(default_factory=list)
+    """Seconds from `began` to the end of each scale."""
     progress: Progress = field(default_factory=Progress)
     error: BaseException | None = None
     """What a step for this request raised; it cannot go on."""
 
     @property
     def scale(self) -> int:
-        """Scales sampled so far."""
+        """Scales sampled so far for all images."""
         return min((image.scale for image in self.images), default=0)
 
     def reached(self, count: int) -> bool:
         """Whether `count` scales are sampled."""
-        return self.scale >= count
+        # The last image's codes are there before the time.
+        return len(self.timings) >= count
 
 
 class ScaleScheduler:
@@ -58,8 +65,9 @@ class ScaleScheduler:
 
     def __init__(self, loop: ScaleLoop) -> None:
         self.loop = loop
-        self._waiting: deque[ImageRequest] = deque()
+        self._waiting = WaitingQueue(self._left)
         self._live: list[ImageRequest] = []
+        self._order: LeastWorkFirst[ImageRequest] = LeastWorkFirst()
         self._negative: dict[tuple[int, ...], Prefix] = {}
 
     def _needs(self, request: ImageRequest) -> int:
@@ -81,7 +89,7 @@ class ScaleScheduler:
     def submit(self, request: ImageRequest) -> None:
         """Queue a request. Errors as in `check`."""
         self.check(request)
-        self._waiting.append(request)
+        self._waiting.put(request)
 
     def remove(self, request: ImageRequest) -> None:
         """Drop a request and free its pages; its codes stay. Dropping a finished request does nothing."""
@@ -89,29 +97,46 @@ class ScaleScheduler:
             self._live.remove(request)
             for image in request.images:
                 image.release()
-        elif request in self._waiting:
+        else:
             self._waiting.remove(request)
 
     def step(self) -> None:
-        """Admit the requests that fit, then sample one scale for one group."""
-        while self._waiting and self._fits(self._waiting[0]):
-            request = self._waiting.popleft()
+        """Admit the requests that fit, then sample one pass of some images."""
+        while (request := self._waiting.take(self._fits)) is not None:
             self._run([request], partial(self._admit, request))
         if not self._live:
             return
-        newest = min(self._live, key=lambda request: request.scale)
-        overdue = max(self._live, key=lambda request: request.waited)
-        chosen = overdue if overdue.waited >= PATIENCE else newest
-        group = [request for request in self._live if request.scale == chosen.scale]
-        self._run(group, lambda: self.loop.sample_scale([image for request in group for image in request.images]))
-        for request in group:
-            if request.error is None and (errors := [image.error for image in request.images if image.error is not None]):
-                request.error = errors[0]
+        chosen = self._order.next(
+            self._live,
+            left=lambda request: self._left(request) if request.scale else 0,
+            step=lambda request: len(self._next_images([request])) * self.loop.config.scales.counts[request.scale],
+        )
+        most = COMPANY * self._left(chosen)
+        company = sorted((other for other in self._live if other is not chosen and self._left(other) <= most), key=self._left)
+        group = self._next_images([chosen, *company])
+        requests = list(dict.fromkeys(request for request, _ in group))
+        self._run(requests, lambda: self.loop.sample_pass([image for _, image in group]))
+        for request, image in group:
+            if image.error is not None and request.error is None:
+                request.error = image.error
                 self.remove(request)
-        for request in list(self._live):
-            request.waited = 0 if request in group else request.waited + 1
+        for request in requests:
+            request.timings += [perf_counter() - request.began] * (request.scale - len(request.timings))
             if request.scale == len(self.loop.config.patch_nums):
                 self.remove(request)
+
+    def _next_images(self, requests: Sequence[ImageRequest]) -> list[tuple[ImageRequest, ImageState]]:
+        """The images of the first request's next step, and with them those of the others at the same pass of the same scale."""
+        position = min(image.position for image in requests[0].images)
+        tokens = 2 * self.loop.config.scales.counts[position[0]]
+        most = max(1, min(STEP_TOKENS // tokens, self.loop.transformer.max_rows // 2))
+        return [(request, image) for request in requests for image in request.images if image.position == position][:most]
+
+    def _left(self, request: ImageRequest) -> int:
+        """Work left: codes that are still to be sampled, each as often as it has passes."""
+        counts, passes = self.loop.config.scales.counts, len(request.params.passes)
+        positions = [image.position for image in request.images] or [(0, 0)] * request.n
+        return sum(passes * sum(counts[scale:]) - done * sum(counts[scale : scale + 1]) for scale, done in positions)
 
     def _run(self, requests: Sequence[ImageRequest], work: Callable[[], None]) -> None:
         """Do a part of a step. Those it was for leave with the error when it fails; others go on."""
@@ -126,11 +151,10 @@ class ScaleScheduler:
         return pages_for(len(ids) + 1 + len(self.loop.config.image_start_ids), self.loop.transformer.pool.page_size)
 
     def _fits(self, request: ImageRequest) -> bool:
-        promised = sum(self._needs(other) for other in self._live) + self._needs(request)
-        pool = self.loop.transformer.pool
-        self._forget_negatives(request.negative)
-        kept = {*self._negative, request.negative}
-        return promised + sum(map(self._prefix_pages, kept)) <= pool.pages
+        together = [*self._live, request]
+        negatives = {other.negative for other in together}
+        promised = sum(map(self._needs, together)) + sum(map(self._prefix_pages, negatives))
+        return promised <= self.loop.transformer.pool.pages
 
     def _forget_negatives(self, keep: tuple[int, ...]) -> None:
         """Free the prefixes of negative prompts that no live request uses, except `keep`."""
@@ -139,6 +163,7 @@ class ScaleScheduler:
             self._negative.pop(ids).table.release()
 
     def _admit(self, request: ImageRequest) -> None:
+        self._forget_negatives(request.negative)
         if request.negative not in self._negative:
             self._negative[request.negative] = self.loop.prefill(request.negative)
         prefix = self.loop.prefill(request.prompt)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Literal
 
-from tokenflow_sdk.request_runner import RequestRunner
+from tokenflow_sdk.loaded_model import Progress
+from tokenflow_sdk.request_runner import RequestRunner, RequestStream
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.image_features import ImageFeatures, ImageInput
 from tokenflow_sdk.understanding.params import AnswerParams
@@ -53,7 +55,13 @@ class Answering:
         return self._features.of_all(images)
 
     def first(
-        self, images: Sequence[ImageBlock], question: str, params: AnswerParams, keep: bool, began: float | None = None
+        self,
+        images: Sequence[ImageBlock],
+        question: str,
+        params: AnswerParams,
+        keep: bool,
+        began: float | None = None,
+        timeout: float | None = None,
     ) -> AnswerRequest:
         """The first question of a conversation.
 
@@ -63,20 +71,27 @@ class Answering:
             params: how to answer.
             keep: whether its pages stay for a next question.
             began: when it was asked, in seconds of `perf_counter`; None: now.
+            timeout: seconds from then until it is given up; None: never.
 
         Raises:
+            ArgumentError: a timeout that is no time.
             PromptError: no question, or more tokens than the model reads.
             PagesExhausted: it would not fit into the pool even alone.
         """
-        return self._request(self._text.first(images, question), params, keep, perf_counter() if began is None else began)
+        began = perf_counter() if began is None else began
+        return self._request(self._text.first(images, question), params, keep, began, timeout)
 
-    def next(self, last: AnswerRequest, question: str, params: AnswerParams) -> AnswerRequest:
+    def next(self, last: AnswerRequest, question: str, params: AnswerParams, timeout: float | None = None) -> AnswerRequest:
         """A question after a finished one. Errors as in `first`."""
         began, history = perf_counter(), last.history
         read = len(history) - len(last.prompt)
-        return self._request(self._text.next(history, last.tokens[read:], question), params, True, began)
+        return self._request(self._text.next(history, last.tokens[read:], question), params, True, began, timeout)
 
-    def pieces(self, request: AnswerRequest) -> Iterator[str]:
+    def stream(self, request: AnswerRequest, pieces: Generator[str, None, None] | None = None) -> RequestStream[str, Answer]:
+        """The answer in pieces, and at its end as a whole; `pieces` are those of the request if not given."""
+        return RequestStream(request, self.pieces(request) if pieces is None else pieces, partial(self._answer, request))
+
+    def pieces(self, request: AnswerRequest) -> Generator[str, None, None]:
         """The answer in pieces of whole characters, as they are found. Closing the iterator cancels the request."""
         text = self._text.stream()
         with self._runner.submitted([request]) as model:
@@ -96,8 +111,11 @@ class Answering:
                 self._runner.advance(model, request, request.limit)
         return [self._answer(request) for request in requests]
 
-    def _request(self, prompt: TokenPrompt, params: AnswerParams, keep: bool, began: float) -> AnswerRequest:
-        request = AnswerRequest(prompt, params.within(self._context - len(prompt)), keep, began)
+    def _request(
+        self, prompt: TokenPrompt, params: AnswerParams, keep: bool, began: float, timeout: float | None
+    ) -> AnswerRequest:
+        params = params.within(self._context - len(prompt))
+        request = AnswerRequest(prompt, params, keep, began, progress=Progress(timeout, began))
         self._runner.check(request)
         return request
 

@@ -32,6 +32,10 @@ class PrefixCache:
                 return self._tables[digest].fork()
         return None
 
+    def length(self, digests: Iterable[bytes]) -> int:
+        """Tokens in the table of the first digest that is here, or 0."""
+        return next((self._tables[digest].length for digest in digests if digest in self._tables), 0)
+
     def put(self, digest: bytes, table: PageTable, length: int) -> None:
         """Keep a fork of the first `length` tokens of `table` under `digest`, unless that digest is here already."""
         if digest not in self._tables:

@@ -1,18 +1,21 @@
 """Schedules answers: each step runs one chunk of one prompt, and then one token of every answer that has begun.
 
-Prompts are prefilled one after another, in chunks. So running answers wait for one chunk at most between two tokens, and the
-second of two questions about the same image finds the first one's pages in the prefix cache.
+Prompts are prefilled in chunks, the one with the least work left first (`LeastWorkFirst`), and another begins before it is done
+only if it is smaller. So running answers wait for one chunk at most between two tokens, a short prompt for one chunk of a long
+one, and the second of two questions about the same image finds the first one's pages in the prefix cache.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import ArgumentError, PagesExhausted, PromptError
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PREFILL_CHUNK
+from tokenflow_sdk.scheduling import LeastWorkFirst, WaitingQueue
 from tokenflow_sdk.understanding.prefix_cache import PrefixCache
 from tokenflow_sdk.understanding.token_loop import AnswerRequest, TokenLoop
 
@@ -30,8 +33,9 @@ class TokenScheduler:
     def __init__(self, loop: TokenLoop) -> None:
         self.loop = loop
         self.cache = PrefixCache()
-        self._waiting: deque[AnswerRequest] = deque()
+        self._waiting = WaitingQueue(self._left)
         self._live: list[AnswerRequest] = []
+        self._order: LeastWorkFirst[AnswerRequest] = LeastWorkFirst()
 
     def check(self, request: AnswerRequest) -> None:
         """Raise if a request could never run.
@@ -59,7 +63,7 @@ class TokenScheduler:
     def submit(self, request: AnswerRequest) -> None:
         """Queue a request. Errors as in `check`."""
         self.check(request)
-        self._waiting.append(request)
+        self._waiting.put(request)
 
     def remove(self, request: AnswerRequest) -> None:
         """Drop a request and free its pages; its tokens stay. Dropping a finished request does nothing."""
@@ -67,33 +71,48 @@ class TokenScheduler:
             self._live.remove(request)
             if request.table is not None:
                 request.table.release()
-        elif request in self._waiting:
+        else:
             self._waiting.remove(request)
 
     def step(self) -> None:
-        """Prefill one chunk of the oldest waiting prompt, then decode one token of every answer that has begun."""
-        if all(request.pending is None for request in self._live):
-            self._admit()
-        for request in [request for request in self._live if request.pending is not None]:
-            self._run([request], self._prefill)
+        """Prefill one chunk of the smallest prompt, then decode one token of every answer that has begun."""
+        self._admit()
+        if pending := [request for request in self._live if request.pending is not None]:
+            self._run(
+                [self._order.next(pending, self._left, lambda request: min(PREFILL_CHUNK, request.unread))], self._prefill
+            )
         answering, most = [request for request in self._live if request.pending is None], self.loop.transformer.max_rows
         for start in range(0, len(answering), most):
             self._run(answering[start : start + most], self._decode)
 
     def _admit(self) -> None:
-        """Admit the request that has waited longest, if its pages fit."""
-        if not self._waiting:
-            return
-        request = self._waiting[0]
-        digests = [digest for _, digest in reversed(request.prompt.prefix_boundaries)]
-        table = self.cache.find(digests) or PageTable(self.loop.transformer.pool)
+        """Admit a waiting request that has less work left than all whose prompts are being prefilled, if its pages fit."""
+        least = min((self._left(request) for request in self._live if request.pending is not None), default=math.inf)
+        request = self._waiting.take(lambda request: self._left(request) < least and self._fits(request))
+        if request is not None:
+            self._live.append(request)
+            self._run([request], lambda _: self.loop.begin(request, self._cached(request)))
+
+    def _fits(self, request: AnswerRequest) -> bool:
+        table = self._cached(request)
         live = [(other.table, self._pages(other)) for other in self._live if other.table is not None]
-        if self._committed([*live, (table, self._pages(request))]) > table.pool.pages:
-            table.release()
-            return
-        request.table = table
-        self._live.append(self._waiting.popleft())
-        self._run([request], lambda _: self.loop.begin(request, table))
+        committed = self._committed([*live, (table, self._pages(request))])
+        table.release()
+        return committed <= table.pool.pages
+
+    def _cached(self, request: AnswerRequest) -> PageTable:
+        """A new table of the longest beginning of the prompt that the prefix cache has; the caller releases it."""
+        return self.cache.find(self._digests(request)) or PageTable(self.loop.transformer.pool)
+
+    @staticmethod
+    def _digests(request: AnswerRequest) -> list[bytes]:
+        return [digest for _, digest in reversed(request.prompt.prefix_boundaries)]
+
+    def _left(self, request: AnswerRequest) -> int:
+        """Work left at most: tokens of the prompt that are neither run nor cached, and of the answer."""
+        waits = request.table is None
+        unread = len(request.prompt) - self.cache.length(self._digests(request)) if waits else request.unread
+        return unread + request.limit - len(request.tokens)
 
     def _prefill(self, requests: Sequence[AnswerRequest]) -> None:
         (request,) = requests

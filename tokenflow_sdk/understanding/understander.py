@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from time import perf_counter
 
@@ -11,6 +11,7 @@ from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.chat import Chat
 from tokenflow_sdk.understanding.chat_text import ChatText
@@ -39,6 +40,7 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         temperature: float | None = None,
         seed: int | None = None,
         params: AnswerParams | None = None,
+        timeout: float | None = None,
     ) -> Answer:
         """Answer one question.
 
@@ -48,17 +50,18 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
             question: in words. Control tokens in it are text.
             max_tokens, temperature, seed: as in `AnswerParams`, and before those of `params`. A random seed if none is given.
             params: these and all other settings.
+            timeout: most seconds from this call to the end of the answer, waiting for others included; None is no limit.
 
         Raises:
             ArgumentError: no image, or a setting that cannot work.
             ImageError, ArrayError, CodesError: an image cannot be used, or comes from another tokenizer.
             PromptError: no question, or more tokens than the model reads.
             PagesExhausted: it would not fit into the pool even alone.
+            RequestTimeoutError: it was not finished in time.
             BackendError, MissingPackageError: the backend cannot run.
         """
-        return self._answering.answers(
-            [self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params))]
-        )[0]
+        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params), timeout)
+        return self._answering.answers([request])[0]
 
     def stream(
         self,
@@ -69,13 +72,15 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         temperature: float | None = None,
         seed: int | None = None,
         params: AnswerParams | None = None,
-    ) -> Iterator[str]:
-        """The answer in pieces of whole characters, as they are found. Closing the iterator cancels it and frees its pages.
+        timeout: float | None = None,
+    ) -> RequestStream[str, Answer]:
+        """The answer in pieces of whole characters, as they are found; `result()` of the stream is what `answer` returns.
 
-        Arguments and errors as in `answer`; what is wrong with them is raised at once.
+        Closing the stream cancels the request and frees its pages. Arguments and errors as in `answer`; what is wrong with them
+        is raised at once.
         """
-        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params))
-        return self._answering.pieces(request)
+        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params), timeout)
+        return self._answering.stream(request)
 
     def answer_batch(
         self,
@@ -85,6 +90,7 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         temperature: float | None = None,
         seed: int | None = None,
         params: AnswerParams | None = None,
+        timeout: float | None = None,
     ) -> list[Answer]:
         """Answer several questions together, each a pair of images and question. Arguments and errors as in `answer`.
 
@@ -98,7 +104,7 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
                 "Write answer_batch([(images, question), ...]), or answer(images, question) for one question.",
             )
         chosen = AnswerParams.of(max_tokens, temperature, seed, params)
-        return self._answering.answers([self._request(images, question, chosen) for images, question in pairs])
+        return self._answering.answers([self._request(images, question, chosen, timeout) for images, question in pairs])
 
     def chat(self, images: ImageInput | Sequence[ImageInput]) -> Chat:
         """A conversation about some images. Errors about them as in `answer`."""
@@ -109,9 +115,11 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         text = ChatText(self._text_tokenizer, self.config.template, self.config.vocabulary)
         return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner, self.config.context)
 
-    def _request(self, images: ImageInput | Sequence[ImageInput], question: str, params: AnswerParams) -> AnswerRequest:
+    def _request(
+        self, images: ImageInput | Sequence[ImageInput], question: str, params: AnswerParams, timeout: float | None = None
+    ) -> AnswerRequest:
         began = perf_counter()
-        return self._answering.first(self._answering.images(images), question, params, False, began)
+        return self._answering.first(self._answering.images(images), question, params, False, began, timeout)
 
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> TokenScheduler:
         return TokenScheduler(TokenLoop(self.config, sessions, transformer))

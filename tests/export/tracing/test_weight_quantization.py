@@ -161,8 +161,8 @@ def test_a_batch_of_eight_draws_what_each_request_draws_alone(bundles: dict[str,
 
     def drawn(seeds: list[int]) -> list[list[int]]:
         pictures = [loop.start(SamplingParams(seed=seed), 0, *prefixes) for seed in seeds]
-        for _ in SIDES:
-            loop.sample_scale(pictures)
+        while pictures[0].scale < len(SIDES):
+            loop.sample_pass(pictures)
         for picture in pictures:
             picture.release()
         return [np.concatenate(picture.codes).tolist() for picture in pictures]
