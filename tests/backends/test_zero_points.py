@@ -43,7 +43,9 @@ def test_a_graph_at_which_this_version_would_abort_is_never_given_to_it(
     monkeypatch.setattr(onnxruntime, "__version__", version)
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
     path = graph(tmp_path / "transformer.onnx", "middle")
-    with pytest.raises(BackendError, match=rf"(?s){version} would abort .* transformer.onnx.*onnxruntime>=1.30.*export") as caught:
+    with pytest.raises(
+        BackendError, match=rf"(?s){version} would abort .* transformer.onnx.*onnxruntime>=1.30.*export"
+    ) as caught:
         OnnxRuntimeSession(path, ENTRY, SessionOptions(device="cpu"))
     assert caught.value.__cause__ is None
 

@@ -32,7 +32,7 @@ def refuse_aborting_graph(path: Path, version: str) -> None:
     old = tuple(map(int, version.split(".")[:2])) < (1, 30)
     if old and platform.machine().lower() in ("x86_64", "amd64") and _lacks_zero_points(path):
         raise BackendError(
-            f"onnxruntime {version} would abort the process at {path.name}, whose 8-bit products were exported without zero points.",
+            f"onnxruntime {version} would abort the process at {path.name}, whose 8-bit products have no zero points.",
             "Install onnxruntime 1.30 or newer (Python 3.11 or newer), e.g. `pip install 'onnxruntime>=1.30'`, or export the "
             "bundle again with `tokenflow export`.",
         )

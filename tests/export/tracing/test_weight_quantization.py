@@ -120,7 +120,9 @@ def test_sizes_and_types(bundles: dict[str, Bundle[GeneratorConfig]]) -> None:
         assert bundles[name].provenance["precision"] == name
 
 
-def test_every_8_bit_product_has_zero_points_and_shares_none_for_its_weight(bundles: dict[str, Bundle[GeneratorConfig]]) -> None:
+def test_every_8_bit_product_has_zero_points_and_shares_none_for_its_weight(
+    bundles: dict[str, Bundle[GeneratorConfig]],
+) -> None:
     """Without one onnxruntime before 1.30 aborts on x86; with a shared one no version opens the graph there."""
     graph = onnx.load(bundles["int8 in fp32"].graph_path("transformer")).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
