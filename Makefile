@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-one test-slow test-gpu lint docs bench bench-gpu tiny-data tiny clean
+.PHONY: help install lock demo test test-one test-slow test-gpu lint docs bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -58,6 +58,13 @@ $(VENV)/.train: pyproject.toml constraints.txt $(VENV)/.export
 		echo "warning: tensorrt could not be installed (its wheels come from an index of NVIDIA's own); what needs it will fail"; fi
 
 install: $(VENV)/.dev ## everything for working on the project, into .venv
+
+# One list for every Python and system, with markers; pip reads it. Pins stay as they are unless UPGRADE says otherwise. What every
+# figure in this repository was measured on; where an index offers the CPU's build of PyTorch (2.13.0+cpu), pip prefers that.
+lock: | $(VENV)/pyvenv.cfg ## pin in constraints.txt what pyproject.toml asks for; newer versions with UPGRADE=--upgrade
+	@$(PIP) uv
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command 'make lock' \
+		$(UPGRADE) --all-extras --output-file constraints.txt pyproject.toml
 
 demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, with the bundled model
 	@$(BIN)/python examples/demo.py

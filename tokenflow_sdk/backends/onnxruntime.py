@@ -18,6 +18,7 @@ from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
 from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
+from tokenflow_sdk.backends.zero_points import refuse_aborting_graph
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
 
@@ -83,13 +84,15 @@ class OnnxRuntimeSession(Session):
     Raises:
         MissingPackageError: onnxruntime is not installed.
         ArgumentError: `options` names a provider that onnxruntime does not have.
-        BackendError: the graph cannot be loaded, or the requested device or provider does not work.
+        BackendError: the graph cannot be loaded, or this version of onnxruntime would abort at it; or the requested device or
+            provider does not work.
         CorruptBundleError: the graph's inputs or outputs differ from those in bundle.json.
     """
 
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
         ort = _import_onnxruntime()
+        refuse_aborting_graph(path, ort.__version__)
         providers = select_providers(list(ort.get_available_providers()), options)
         if any(name in (CUDA, TENSORRT) for name, _ in providers):
             preload_cuda(ort)

@@ -231,7 +231,10 @@ class _Rewrite:
         shape = (self.inputs, self.outputs)
         weight = self._initializer("int8", lambda: quantize_columns(self._read())[0], ir.DataType.INT8, shape)
         scale = self._initializer("scale", lambda: quantize_columns(self._read())[1], ir.DataType.FLOAT, (self.outputs,))
-        product = self._add("MatMulInteger", q, weight, self._constant("int8_middle", np.uint8(128)))
+        # Without a zero point of the weight, onnxruntime before 1.30 aborts the process on x86; with one shared by several
+        # weights, no version opens the graph.
+        zero_points = self._constant("int8_middle", np.uint8(128)), self._constant(f"{self.name}_zero", np.int8(0))
+        product = self._add("MatMulInteger", q, weight, *zero_points)
         product = self._add("Cast", product, to=ir.DataType.FLOAT)
         self._replace(self._add("Mul", self._add("Mul", product, row_scale), scale))
 

@@ -120,6 +120,17 @@ def test_sizes_and_types(bundles: dict[str, Bundle[GeneratorConfig]]) -> None:
         assert bundles[name].provenance["precision"] == name
 
 
+def test_every_8_bit_product_has_zero_points_and_shares_none_for_its_weight(
+    bundles: dict[str, Bundle[GeneratorConfig]],
+) -> None:
+    """Without one onnxruntime before 1.30 aborts on x86; with a shared one no version opens the graph there."""
+    graph = onnx.load(bundles["int8 in fp32"].graph_path("transformer")).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    products = [node.input for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == len({inputs[3] for inputs in products}) == 14
+    assert all(values[inputs[3]].dtype == np.int8 and values[inputs[3]] == 0 for inputs in products)
+
+
 def test_agreement_is_measured_and_orderly(bundles: dict[str, Bundle[GeneratorConfig]]) -> None:
     errors = {name: bundle.parity["hidden_error"] for name, bundle in bundles.items()}
     assert errors["fp32"] < 1e-5 < errors["fp16"] < errors["int8 in fp32"] < errors["int4 in fp32"]
