@@ -24,6 +24,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 RELEASED_TINY = {
+    "model_type": "llava_llama",
     "hidden_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -33,6 +34,7 @@ RELEASED_TINY = {
     "bos_token_id": 1,
 }
 SMALLEST = {
+    "model_type": "llava_llama",
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -91,7 +93,7 @@ def write_checkpoint(
 
 
 def generator_shapes(
-    config: Mapping[str, int], text_size: int, codes: int, patch_nums: tuple[int, ...], qk_norm: bool = True, bias: bool = False
+    config: Mapping[str, int], text_size: int, codes: int, patch_nums: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a text-to-image checkpoint of any geometry."""
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
@@ -112,12 +114,8 @@ def generator_shapes(
         layer = f"model.layers.{i}."
         for name, out in (("q", heads * head_dim), ("k", kv), ("v", kv)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (out, width)
-            if bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (out,)
         shapes[f"{layer}self_attn.o_proj.weight"] = (width, heads * head_dim)
-        if qk_norm:
-            shapes[f"{layer}self_attn.qknorm.query_norm.weight"] = (head_dim,)
-            shapes[f"{layer}self_attn.qknorm.key_norm.weight"] = (head_dim,)
+        shapes |= {f"{layer}self_attn.qknorm.{name}_norm.weight": (head_dim,) for name in ("query", "key")}
         shapes |= {f"{layer}mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
         shapes[f"{layer}mlp.down_proj.weight"] = (width, mlp)
         shapes |= {f"{layer}{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}

@@ -19,6 +19,8 @@ __all__ = ["HfDirectory"]
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 # Buffers that old library versions saved, and a vision tower, which a language model's bundle does not need.
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""What weights are stored in, by its name in safetensors. Other types hold codes, which need scales to become weights."""
 _IGNORED = (".rotary_emb.inv_freq", "vision_tower.", "vision_model.")
 
 
@@ -34,6 +36,7 @@ class HfDirectory:
         self.config = self._json("config.json")
         self._files = self._weight_files()
         self._bins: dict[str, dict[str, Tensor]] = {}
+        self._dtypes: dict[str, torch.dtype | str] = {}
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -78,12 +81,15 @@ class HfDirectory:
 
     def _shapes_in(self, file: str) -> dict[str, tuple[int, ...]]:
         if not file.endswith(".safetensors"):
+            self._dtypes |= {key: value.dtype for key, value in self._bin(file).items()}
             return {key: tuple(value.shape) for key, value in self._bin(file).items()}
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path / file, "pt") as content:
-                return {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+                slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+                self._dtypes |= {key: _FLOATS.get(part.get_dtype(), part.get_dtype()) for key, part in slices.items()}
+                return {key: tuple(part.get_shape()) for key, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}.", "Download it again.") from error
 
@@ -97,25 +103,39 @@ class HfDirectory:
         return self._bins[file]
 
     def tensor(self, key: str) -> Tensor:
-        """Read one tensor, as float32."""
-        file = self._where[key] if key in self.shapes else ""
-        if not file.endswith(".safetensors"):
-            return self._bin(file)[key].float()
-        from safetensors import safe_open
-
-        with safe_open(self.path / file, "pt") as content:
-            tensor: Tensor = content.get_tensor(key)
-        return tensor.float()
-
-    def require(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Check that the keys and shapes are exactly the expected ones.
+        """Read one tensor, as float32.
 
         Raises:
-            CheckpointError: they are not; the message names the first missing, unexpected and mis-shaped keys.
+            CheckpointError: it has a value that is not finite.
+        """
+        file = self._where[key] if key in self.shapes else ""
+        if not file.endswith(".safetensors"):
+            tensor = self._bin(file)[key].float()
+        else:
+            from safetensors import safe_open
+
+            with safe_open(self.path / file, "pt") as content:
+                tensor = content.get_tensor(key).float()
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{key} in {self.path} has values that are NaN or infinite.", "Download it again.")
+        return tensor
+
+    def require(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Check that the keys and shapes are exactly the expected ones, and that the tensors hold floats.
+
+        Raises:
+            CheckpointError: they are not; the message names the first missing, unexpected and mis-shaped keys, or the tensor.
         """
         problems = key_problems(self.shapes, expected)
         if problems:
             raise CheckpointError(
                 f"{self.path} does not match its config.json: {problems}.",
                 "Check that it is the released directory of this kind of model and was downloaded completely.",
+            )
+        codes = {key: dtype for key in expected if (dtype := self._dtypes[key]) not in _FLOATS.values()}
+        if codes:
+            key, dtype = next(iter(codes.items()))
+            raise CheckpointError(
+                f"{key} in {self.path} is stored as {dtype}, and {len(codes)} tensors are no floats of 16 bits or more.",
+                "Give an unquantized checkpoint.",
             )

@@ -10,7 +10,7 @@ int4: weights are quantized in blocks of 32 inputs and dequantized in the graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = [
     "FULL_PRECISION",
@@ -64,6 +64,26 @@ class ExportPrecision:
     def name(self) -> str:
         """The precision in words: `fp32`, `int4 in fp16`."""
         return f"{self.weights} in {self.dtype}" if self.weights else self.dtype
+
+    def cast(self, weight: Tensor, name: str) -> Tensor:
+        """A float32 weight in the dtype of the arithmetic.
+
+        Raises:
+            CheckpointError: it has a value that this dtype cannot hold.
+        """
+        cast = weight.to(self.torch_dtype)
+        _require_finite(bool(cast.isfinite().all()), name, self.dtype)
+        return cast
+
+    def require_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that matrices [out, in] of a checkpoint's layers can be stored in this precision.
+
+        Raises:
+            ArgumentError: int4, and one has a number of inputs that is no multiple of 32.
+        """
+        for name, shape in shapes.items() if self.weights == "int4" else ():
+            if name.startswith("model.layers.") and len(shape) == 2:
+                _require_block(name, shape[1])
 
     def bytes_of(self, count: int) -> int:
         """About how many bytes `count` weights take with their scales."""
@@ -109,7 +129,23 @@ def attach_weights(model: ir.Model, read: ReadWeight) -> None:
 
 
 def _reader(read: ReadWeight, name: str, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
-    return lambda: read(name).astype(dtype, copy=False)
+    def cast() -> NDArray[Any]:
+        with np.errstate(over="ignore"):
+            weight = read(name).astype(dtype, copy=False)
+        _require_finite(bool(np.isfinite(weight).all()), name, dtype.name)
+        return weight
+
+    return cast
+
+
+def _require_finite(finite: bool, name: str, dtype: str) -> None:
+    if not finite:
+        raise CheckpointError(f"{name} has values that are too large for {dtype}.", "Export it without --dtype fp16.")
+
+
+def _require_block(name: str, inputs: int) -> None:
+    if inputs % INT4_BLOCK:
+        raise ArgumentError(f"{name} has {inputs} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8.")
 
 
 def _set_lazy(value: ir.Value, make: Callable[[], NDArray[Any]], dtype: ir.DataType, shape: ir.Shape) -> None:
@@ -207,10 +243,7 @@ class _Rewrite:
             del self.graph.initializers[self.name]
 
     def to_int4(self) -> None:
-        if self.inputs % INT4_BLOCK:
-            raise ArgumentError(
-                f"{self.name} has {self.inputs} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
-            )
+        _require_block(self.name, self.inputs)
         dtype = self.tensor.dtype
         shape = (self.inputs // INT4_BLOCK, self.outputs)
         q = self._initializer("int4", lambda: quantize_blocks(self._read())[0], ir.DataType.INT4, (self.inputs, self.outputs))

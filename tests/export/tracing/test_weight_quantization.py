@@ -87,10 +87,10 @@ def test_no_weight_is_read_before_the_graph_is_written_and_then_one_at_a_time(
     read: list[str] = []
     real = HfDirectory.tensor
     monkeypatch.setattr(HfDirectory, "tensor", lambda self, key: read.append(key) or real(self, key))
-    from tokenflow_export.language_model.paged_graph import transformer_config
+    from tokenflow_export.checkpoints.architecture import read_architecture
     from tokenflow_export.tracing.onnx_export import _trace
 
-    model = _trace(transformer_spec(directory, transformer_config(directory, "output"), ExportPrecision("fp32", "int8")))
+    model = _trace(transformer_spec(directory, read_architecture(directory, "output"), ExportPrecision("fp32", "int8")))
     assert not [key for key in read if "proj" in key]
     lazy = [value for value in model.graph.initializers.values() if "proj.weight" in str(value.name)]
     assert len(lazy) == 14
