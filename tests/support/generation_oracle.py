@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.checkpoints.architecture import read_architecture
+from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.models.llama import Transformer
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.model.sampling import SamplingParams, guidance, sample, uniform

@@ -66,7 +66,8 @@ def exporters_logits(directory: HfDirectory, ids: Tensor) -> Tensor:
     """What the exporter reads from a directory, computed by its own model: logits [Q, V]."""
     config, head = read_architecture(directory, "pre"), head_key(directory)
     table = {EMBEDDING: tuple(directory.shapes[EMBEDDING])}
-    directory.require(transformer_shapes(config) | projector_shapes(config.width, 40) | table | {head: table[EMBEDDING]})
+    heads = {key: table[EMBEDDING] for key in ("lm_head.weight", head) if key in directory.shapes or key == head}
+    directory.require(transformer_shapes(config) | projector_shapes(config.width, 40) | table | heads)
     count = len(ids)
     mask = torch.ones(count, count, dtype=torch.bool).tril()[None]
     x = directory.tensor(EMBEDDING)[ids][None]

@@ -22,7 +22,16 @@ __all__ = [
     "EMBEDDING",
     "FAMILIES",
     "HARMLESS",
-    "HEAD", "LIMITED", "USED", "Family", "family_of", "head_key", "read_architecture", "size"]
+    "HEAD",
+    "LIMITED",
+    "LLAMA_LIMITED",
+    "USED",
+    "Family",
+    "family_of",
+    "head_key",
+    "read_architecture",
+    "size",
+]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -94,7 +103,8 @@ LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 """Keys that may have only these values, each with the reason. Each entry of a list must be one of them."""
 
-_LLAMA_ONLY: dict[str, tuple[tuple[object, ...], str]] = {"sliding_window": ((None,), "attention is full")}
+LLAMA_LIMITED: dict[str, tuple[tuple[object, ...], str]] = {"sliding_window": ((None,), "attention is full")}
+"""More of them for the Llama family, whose class in transformers passes this key over, while models beside it use it."""
 
 _HARMLESS = {
     "names only": "_name_or_path architectures transformers_version tokenizer_class finetuning_task problem_type prefix "
@@ -108,8 +118,8 @@ _HARMLESS = {
     "_attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled chunk_size_feed_forward is_decoder "
     "cross_attention_hidden_size remove_invalid_values",
     "the caller chooses how to sample": "temperature top_k top_p typical_p do_sample num_beams num_beam_groups early_stopping "
-    "diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size max_length min_length "
-    "num_return_sequences exponential_decay_length_penalty",
+    "diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size max_length "
+    "min_length num_return_sequences exponential_decay_length_penalty",
     "no such token is read: rows are not padded, and there is no encoder": "pad_token_id sep_token_id decoder_start_token_id "
     "tokenizer_padding_side",
     "without effect where attention is full": "sliding_window max_window_layers",
@@ -143,9 +153,11 @@ def read_architecture(
     values, path = directory.config, directory.path / "config.json"
     family = family_of(directory)
     if norm_placement == "output" and family is not _LLAMA:
-        raise CheckpointError(f"{path} gives model_type as {values['model_type']!r}.", "A text-to-image model is a llava_llama.")
+        raise CheckpointError(
+            f"{path} gives model_type as {values['model_type']!r}.", "A text-to-image model is a llava_llama."
+        )
     _require_known_keys(values, path, ignored_keys)
-    _require_values(values, path, LIMITED | (_LLAMA_ONLY if family is _LLAMA else {}))
+    _require_values(values, path, LIMITED | (LLAMA_LIMITED if family is _LLAMA else {}))
     for key, (name, axis) in _SIZE_OF.items():
         found = directory.shapes.get(name, ())
         if key in values and found and size(directory, key) != found[axis]:

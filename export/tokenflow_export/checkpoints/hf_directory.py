@@ -136,6 +136,6 @@ class HfDirectory:
         if codes:
             key, dtype = next(iter(codes.items()))
             raise CheckpointError(
-                f"{key} in {self.path} is stored as {dtype}, and {len(codes)} tensors are no floats of 16 bits or more.",
+                f"{len(codes)} tensors in {self.path} are no floats of 16 bits or more (first: {key}, {dtype}).",
                 "Give an unquantized checkpoint.",
             )

@@ -65,7 +65,17 @@ def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob],
     precision = ExportPrecision(arguments.dtype, arguments.weights)
     with ProgressSteps() as steps:
         directory = HfDirectory(arguments.checkpoint)
-        found = export(ExportJob(directory, tokenizer, arguments.out, steps, arguments.force, precision))
+        job = ExportJob(
+            directory,
+            tokenizer,
+            arguments.out,
+            steps,
+            arguments.force,
+            precision,
+            use_transformers=not getattr(arguments, "without_transformers", False),
+            ignored_keys=tuple(arguments.ignore_key),
+        )
+        found = export(job)
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
-    print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
+    print(f"  hidden states differ from {found.compared_with} by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
     print(f"  likeliest {choice} the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")

@@ -21,7 +21,14 @@ from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
 from tokenflow_sdk.model.transformer import PagedTransformer
-from tokenflow_sdk.parity.generator import GeneratorInputs, GeneratorReference, embed_inputs, likeliest_codes, likeliest_feeds, run_inputs
+from tokenflow_sdk.parity.generator import (
+    GeneratorInputs,
+    GeneratorReference,
+    embed_inputs,
+    likeliest_codes,
+    likeliest_feeds,
+    run_inputs,
+)
 
 __all__ = ["compare"]
 
@@ -78,4 +85,5 @@ def compare(
 
 def _embed_text(session: Session, ids: NDArray[np.int32]) -> Float32:
     feeds: dict[str, Any] = {"token_ids": ids[None], "starts": np.zeros((1, len(ids)), np.float32)}
-    return session.run(feeds, ["embeddings"])["embeddings"][0]
+    found: Float32 = session.run(feeds, ["embeddings"])["embeddings"][0]
+    return found

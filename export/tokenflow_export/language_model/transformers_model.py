@@ -1,4 +1,4 @@
-"""Computes what transformers' own classes make of a checkpoint, so that a bundle is compared with code that is not this project's.
+"""Computes what transformers' own classes make of a checkpoint, so that a bundle is compared with other code than ours.
 
 transformers reads config.json itself. Its model is built without weights; each module reads its own when it runs and drops them
 after, so that one matrix is in memory at a time.
@@ -73,7 +73,11 @@ def _without_weights(directory: HfDirectory) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     tied = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
     for path, module in model.named_modules():
-        keys = {part: tied.get(f"{path}.{part}", f"{path}.{part}") for part in module._parameters if module._parameters[part] is not None}
+        keys = {
+            part: tied.get(f"{path}.{part}", f"{path}.{part}")
+            for part in module._parameters
+            if module._parameters[part] is not None
+        }
         if keys:
             _read_when_run(module, directory, keys)
     return model
@@ -84,7 +88,9 @@ def _read_when_run(module: nn.Module, directory: HfDirectory, keys: dict[str, st
     empty = {part: module._parameters[part] for part in keys}
 
     def read(*_: object) -> None:
-        module._parameters.update({part: nn.Parameter(directory.tensor(key), requires_grad=False) for part, key in keys.items()})
+        module._parameters.update(
+            {part: nn.Parameter(directory.tensor(key), requires_grad=False) for part, key in keys.items()}
+        )
 
     def drop(*_: object) -> None:
         module._parameters.update(empty)

@@ -80,7 +80,8 @@ def compare(
 
 
 def _embed_text(session: Session, ids: NDArray[np.int32]) -> Float32:
-    return session.run({"token_ids": ids[None]}, ["embeddings"])["embeddings"][0]
+    found: Float32 = session.run({"token_ids": ids[None]}, ["embeddings"])["embeddings"][0]
+    return found
 
 
 def _expected(

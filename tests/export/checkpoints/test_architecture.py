@@ -102,7 +102,9 @@ def keys_of(name: str) -> list[str]:
 
     cls = getattr(transformers, name)
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    return sorted(fields | set(cls().to_dict()) | {"rope_theta", "rope_scaling", "partial_rotary_factor", "quantization_config"})
+    return sorted(
+        fields | set(cls().to_dict()) | {"rope_theta", "rope_scaling", "partial_rotary_factor", "quantization_config"}
+    )
 
 
 def other_values(key: str, config: Any) -> list[Any]:
@@ -126,7 +128,7 @@ def test_each_key_of_transformers_configs_is_used_or_harmless_or_refused(kind: s
                 assert key in str(error), (key, value)
                 refused += 1
                 continue
-            torch.testing.assert_close(found, model(IDS[None]).logits[0], rtol=0, atol=1e-4, msg=lambda m: f"{key}={value}: {m}")  # noqa: B023
+            assert (found - model(IDS[None]).logits[0]).abs().max() < 1e-4, (key, value)
     assert refused >= 12
 
 
@@ -158,7 +160,9 @@ def refusal(directory: HfDirectory, values: dict[str, Any]) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "llava_mistral", "granite", "minicpm", "smollm3", "qwen3", "frobnicator", None, ["llama"]])
+@pytest.mark.parametrize(
+    "kind", ["mistral", "llava_mistral", "granite", "minicpm", "smollm3", "qwen3", "frobnicator", None, ["llama"]]
+)
 def test_other_models_are_refused(kind: object, directory: HfDirectory) -> None:
     assert f"model_type as {kind!r}" in refusal(directory, SIZES | {"model_type": kind})
     assert "model_type as None" in refusal(directory, SIZES)
@@ -233,7 +237,10 @@ def test_rope_that_is_not_plain_is_refused(place: str, rope: dict[str, Any], wor
 
 
 def test_ropes_that_contradict_each_other_are_refused(directory: HfDirectory) -> None:
-    both = {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}
+    both = {
+        "rope_scaling": {"rope_type": "default"},
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+    }
     assert "rope_scaling and rope_parameters that differ" in refusal(directory, LLAMA | both)
 
 

@@ -145,7 +145,9 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], torch.dtype, str, int]
         values |= draw(st.dictionaries(st.sampled_from(list(odd)), st.none(), max_size=2).flatmap(
             lambda chosen: st.fixed_dictionaries({key: odd[key] for key in chosen})
         ))  # fmt: skip
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn]))
+    dtype = draw(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn])
+    )
     return values, dtype, draw(st.sampled_from(["as saved", "equal", "other"])), draw(st.integers(0, 2**31))
 
 

@@ -20,11 +20,11 @@ from tests.support.mini_understander import (
     reference_projector,
     write_checkpoint,
 )
+from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.cli import main
 from tokenflow_export.language_model import agreement
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
-from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.precision.generator_search import open_exact
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import AnswerParams, Tokenizer, Understander
