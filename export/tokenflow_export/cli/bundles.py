@@ -54,6 +54,7 @@ def understanding(arguments: argparse.Namespace) -> None:
 
 def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob], Agreement], choice: str) -> None:
     from tokenflow_export.checkpoints.hf_directory import HfDirectory
+    from tokenflow_export.language_model.agreement import OWN_MODEL
     from tokenflow_export.language_model.bundle_writer import ExportJob
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tracing.weight_quantization import ExportPrecision
@@ -78,4 +79,6 @@ def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob],
         found = export(job)
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
     print(f"  hidden states differ from {found.compared_with} by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
+    if choice == "token" and job.use_transformers and found.compared_with == OWN_MODEL:
+        print("  transformers is not installed: with `pip install transformers` the check would not rest on the exporter alone")
     print(f"  likeliest {choice} the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")

@@ -112,8 +112,8 @@ class Agreement:
             accepted = f"with a cosine of at least {least}"
         if not good:
             raise ParityError(
-                f"The exported graphs differ from {self.compared_with}: hidden states by {self.hidden_error:.1e} with a cosine of "
-                f"{self.hidden_cosine:.3f}, logits by {self.logits_error:.1e} of the largest with {self.logits_cosine:.3f} "
+                f"The exported graphs differ from {self.compared_with}: hidden states by {self.hidden_error:.1e} with a cosine "
+                f"of {self.hidden_cosine:.3f}, logits by {self.logits_error:.1e} of the largest with {self.logits_cosine:.3f} "
                 f"({accepted} is accepted in {precision.name}).",
                 _MEND,
             )

@@ -112,6 +112,8 @@ def write_bundle(source: Source[Any]) -> Agreement:
             "tokenizer": job.tokenizer.config.variant,
             "precision": job.precision.name,
         }
+        if job.ignored_keys:
+            provenance["ignored_keys"] = ", ".join(job.ignored_keys)
         bundle = Bundle(work, source.config, graphs, assets, {}, provenance | versions())
         steps.start("checking the graphs against PyTorch")
         agreement, reference = source.compare(bundle)
