@@ -1,12 +1,32 @@
-"""Compares the keys and shapes of a checkpoint with those that its model has."""
+"""Compares the keys and shapes of a checkpoint with those that its model has, and takes only plain floats for weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["Shapes", "key_problems"]
+import torch
+from torch import Tensor
+
+from tokenflow_sdk.errors import CheckpointError
+
+__all__ = ["Shapes", "as_float32", "key_problems"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of what a weight can be. Integers and floats of 8 bits are codes, which are no weights without their scales."""
+
+
+def as_float32(tensor: Tensor, key: str, name: str) -> Tensor:
+    """The weight `key` of the checkpoint `name`, as float32; without a copy if it is.
+
+    Raises:
+        CheckpointError: it is quantized, complex, sparse or without values.
+    """
+    if tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        kind = tensor.dtype if tensor.dtype not in _FLOATS else "without values" if tensor.is_meta else tensor.layout
+        raise CheckpointError(f"{name}: {key} is {kind}, not a plain float.", "Give an unquantized checkpoint.")
+    return tensor.detach().float()
 
 
 def key_problems(found: Shapes, expected: Shapes) -> str:
