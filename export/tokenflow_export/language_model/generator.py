@@ -60,16 +60,17 @@ def export_generator(
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
     model = transformer_config(directory, "output")
-    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.codebook_size)
+    rows = directory.shapes.get("model.embed_tokens.weight", (0,))[0]
+    prompts = prompt_tokenizer(directory.path, tokenizer.codebook_size, rows, directory.config)
     config = GeneratorConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        text_size=directory.shapes.get("model.embed_tokens.weight", (0,))[0] - tokenizer.codebook_size,
-        image_token_start=image_token_start,
-        bos_id=int(directory.config.get("bos_token_id", 1)),
-        image_start_ids=image_start_ids,
+        text_size=rows - tokenizer.codebook_size,
+        image_token_start=prompts.image_token_start,
+        bos_id=prompts.bos_id,
+        image_start_ids=prompts.image_start_ids,
         max_prompt=MAX_PROMPT,
         negative_prompt=negative_prompt,
         preset=preset,
@@ -80,7 +81,7 @@ def export_generator(
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_GeneratorSource(job, config, model, text, TokenizerReference.load(job.tokenizer).codebook))
+    return write_bundle(_GeneratorSource(job, config, model, prompts.content, TokenizerReference.load(job.tokenizer).codebook))
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,9 @@ class _GeneratorSource(Source[GeneratorConfig]):
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         config, width = self.config, self.model.width
         vocabulary = config.text_size + config.codebook_size
-        code_dim = self.job.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
         return (
             transformer_shapes(self.model)
-            | projector_shapes(width, code_dim)
+            | projector_shapes(width, self.codebook.shape[1])
             | {
                 "model.embed_tokens.weight": (vocabulary, width),
                 "lm_head.weight": (vocabulary, width),

@@ -23,6 +23,7 @@ from tokenflow_export.language_model.chat_template import chat_template, stop_id
 from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
+from tokenflow_export.language_model.tokenizer_files import require_rows
 from tokenflow_export.language_model.understanding_check import compare
 from tokenflow_export.language_model.understanding_graphs import EmbedTokensGraph, HeadGraph
 from tokenflow_export.models.config import TransformerConfig
@@ -49,6 +50,8 @@ def export_understanding(job: ExportJob) -> Agreement:
     directory, tokenizer = job.directory, job.tokenizer.config
     model = transformer_config(directory, "pre")
     text = load_tokenizer(directory.path)
+    vocabulary = _size(directory, "vocab_size")
+    require_rows(text, vocabulary, directory.path)
     template = chat_template(text, directory.path)
     head_key = _EMBEDDING if directory.config.get("tie_word_embeddings") else _HEAD
     config = UnderstanderConfig(
@@ -57,8 +60,8 @@ def export_understanding(job: ExportJob) -> Agreement:
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         context=_size(directory, "max_position_embeddings"),
-        vocabulary=_size(directory, "vocab_size"),
-        stop_ids=stop_ids(template, directory.config, directory.path),
+        vocabulary=vocabulary,
+        stop_ids=stop_ids(template, directory.config, directory.path, vocabulary),
         template=template,
         image_tokens=tokenizer.grid**2,
         code_dim=tokenizer.code_dim,

@@ -118,11 +118,11 @@ def test_rope_is_read_where_either_library_version_writes_it(tmp_path: Path) -> 
 def test_templates_follow_the_control_tokens(tmp_path: Path) -> None:
     vicuna = chat_template(byte_fallback_tokenizer(), tmp_path)
     assert (vicuna.opening[0], vicuna.closing) == (1, (2,))
-    assert stop_ids(vicuna, {"eos_token_id": 2}, tmp_path) == (2,)
-    assert stop_ids(vicuna, {}, tmp_path) == (2,)
+    assert stop_ids(vicuna, {"eos_token_id": 2}, tmp_path, 300) == (2,)
+    assert stop_ids(vicuna, {}, tmp_path, 300) == (2,)
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="generation_config.json cannot be read"):
-        stop_ids(vicuna, {}, tmp_path)
+    with pytest.raises(CheckpointError, match="generation_config.json is not an object"):
+        stop_ids(vicuna, {}, tmp_path, 300)
 
 
 def damaged_config(**values: object):
