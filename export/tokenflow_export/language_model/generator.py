@@ -24,6 +24,7 @@ from tokenflow_export.language_model.bundle_writer import ExportJob, Source, wri
 from tokenflow_export.language_model.generator_check import compare
 from tokenflow_export.language_model.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
 from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
 from tokenflow_export.models.config import TransformerConfig
@@ -59,6 +60,7 @@ def export_generator(
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
+    require_same_tokenizer(directory, job.tokenizer)
     model = transformer_config(directory, "output")
     rows = directory.shapes.get("model.embed_tokens.weight", (0,))[0]
     prompts = prompt_tokenizer(directory.path, tokenizer.codebook_size, rows, directory.config)

@@ -64,7 +64,7 @@ def prompt_tokenizer(directory: Path, codebook_size: int, rows: int, config: dic
     size, bos = tokenizer.get_vocab_size(), bos_id(tokenizer, config, directory)
     if rows != size and rows not in (-(-size // multiple) * multiple for multiple in _PADDED):
         raise CheckpointError(
-            f"The tokenizer in {directory} has {size} tokens, and the embedding table {rows} rows: image tokens may have moved.",
+            f"The tokenizer in {directory} has {size} tokens, and the embedding table {rows} rows, so image tokens moved.",
             "Give the tokenizer files that the model was trained with.",
         )
     if bos >= first or tokenizer.get_vocab_size(with_added_tokens=False) > first:

@@ -21,6 +21,7 @@ from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
 from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
 from tokenflow_export.language_model.tokenizer_files import require_rows
@@ -48,6 +49,7 @@ def export_understanding(job: ExportJob) -> Agreement:
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
+    require_same_tokenizer(directory, job.tokenizer)
     model = transformer_config(directory, "pre")
     text = load_tokenizer(directory.path)
     vocabulary = _size(directory, "vocab_size")
@@ -59,7 +61,7 @@ def export_understanding(job: ExportJob) -> Agreement:
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        context=_size(directory, "max_position_embeddings"),
+        context=_context(directory),
         vocabulary=vocabulary,
         stop_ids=stop_ids(template, directory.config, directory.path, vocabulary),
         template=template,
@@ -110,6 +112,13 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
     def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
         codebook = TokenizerReference.load(self.job.tokenizer).codebook
         return compare(bundle, self.job.directory, self.model, self.head_key, codebook, self.job.precision)
+
+
+def _context(directory: HfDirectory) -> int:
+    """Tokens that the model reads: its positions, or as many as it was trained on if those are fewer."""
+    positions = _size(directory, "max_position_embeddings")
+    trained = directory.config.get("tokenizer_model_max_length")
+    return positions if trained is None else min(positions, _size(directory, "tokenizer_model_max_length"))
 
 
 def _size(directory: HfDirectory, key: str) -> int:

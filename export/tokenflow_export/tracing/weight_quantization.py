@@ -10,7 +10,7 @@ int4: weights are quantized in blocks of 32 inputs and dequantized in the graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +69,18 @@ class ExportPrecision:
         """About how many bytes `count` weights take with their scales."""
         bits = {"int8": 8, "int4": 5}.get(self.weights or "", 16 if self.dtype == "fp16" else 32)
         return count * bits // 8
+
+    def require_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that weight matrices [out, in] of these shapes can be quantized in blocks, if the precision asks for it.
+
+        Raises:
+            ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+        """
+        odd = next((key for key, shape in shapes.items() if len(shape) == 2 and shape[1] % INT4_BLOCK), None)
+        if self.weights == "int4" and odd is not None:
+            raise ArgumentError(
+                f"{odd} has {shapes[odd][1]} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
+            )
 
 
 FULL_PRECISION = ExportPrecision()
@@ -145,8 +157,7 @@ def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
 def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:
     """Rewrite every product with a weight matrix of a graph, in place, to one with a quantized matrix.
 
-    Raises:
-        ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+    Of int4, every matrix has a multiple of 32 inputs; see `ExportPrecision.require_blocks`.
     """
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
@@ -207,10 +218,6 @@ class _Rewrite:
             del self.graph.initializers[self.name]
 
     def to_int4(self) -> None:
-        if self.inputs % INT4_BLOCK:
-            raise ArgumentError(
-                f"{self.name} has {self.inputs} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
-            )
         dtype = self.tensor.dtype
         shape = (self.inputs // INT4_BLOCK, self.outputs)
         q = self._initializer("int4", lambda: quantize_blocks(self._read())[0], ir.DataType.INT4, (self.inputs, self.outputs))

@@ -99,6 +99,9 @@ def test_a_tied_head_may_be_saved_as_well(tokenizer: Bundle[TokenizerConfig], tm
     weights = load_file(shard)
     table = HfDirectory(checkpoint).tensor("model.embed_tokens.weight")
     save_file(weights | {"lm_head.weight": table}, shard)
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | {"lm_head.weight": shard.name}
+    index.write_text(json.dumps({"weight_map": weight_map}))
     bundle = Bundle.open(export_quietly(checkpoint, tokenizer, tmp_path / "chat"), UnderstanderConfig)
     assert bundle.parity["same_code"] == 1.0
 
