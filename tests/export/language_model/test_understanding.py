@@ -25,6 +25,7 @@ from tokenflow_export.cli import main
 from tokenflow_export.language_model import agreement
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
 from tokenflow_export.language_model.paged_graph import transformer_config
+from tokenflow_export.language_model.understanding import _context
 from tokenflow_export.precision.generator_search import open_exact
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import AnswerParams, Tokenizer, Understander
@@ -128,6 +129,13 @@ def test_templates_follow_the_control_tokens(tmp_path: Path) -> None:
         stop_ids(vicuna, {}, tmp_path, 300)
 
 
+@pytest.mark.parametrize(("trained", "context"), [(None, 1024), (64, 64), (4096, 1024)])
+def test_the_context_is_that_of_training(trained: int | None, context: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALLEST | {"tokenizer_model_max_length": trained}))
+    (tmp_path / "pytorch_model.bin").touch()
+    assert _context(HfDirectory(tmp_path)) == context
+
+
 def damaged_config(**values: object):
     return lambda d: (d / "config.json").write_text(json.dumps(SMALLEST | values))
 
@@ -141,6 +149,10 @@ def damaged_config(**values: object):
         (lambda d: (d / "tokenizer.json").write_text(byte_level_tokenizer().to_str().replace("<|im_", "<|in_")), "has neither"),
         (damaged_config(vocab_size=None), "gives vocab_size as None"),
         (damaged_config(max_position_embeddings="long"), "gives max_position_embeddings as 'long'"),
+        (damaged_config(tokenizer_model_max_length=True), "gives tokenizer_model_max_length as True"),
+        (damaged_config(mm_hidden_size=1152), "gives mm_hidden_size as 1152"),
+        (damaged_config(eos_token_id=True), "gives eos_token_id as True"),
+        (damaged_config(vocab_size=260), "embedding table only 260 rows"),
         (damaged_config(vocab_size=289), r"mis-shaped \(first: model.embed_tokens.weight \[288, 32\]"),
         (damaged_config(num_hidden_layers=2), r"missing \(first: model.layers.1"),
         (damaged_config(intermediate_size=40), "mis-shaped"),
