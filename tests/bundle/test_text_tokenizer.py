@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError
@@ -36,3 +36,13 @@ def test_a_missing_package_is_named_with_what_installs_it(path: Path, monkeypatc
     with pytest.raises(MissingPackageError, match=r"pip install 'tokenflow-sdk\[generate\]'.*token ids") as caught:
         load_text_tokenizer(path)
     assert caught.value.__suppress_context__
+
+
+def test_truncation_and_padding_of_older_bundles_are_switched_off(path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=3, pad_id=0, pad_token="<unk>")  # noqa: S106
+    tokenizer.save(str(path))
+    loaded = load_text_tokenizer(path)
+    assert [loaded.encode(text).ids for text in ("apple", "apple apple apple apple")] == [[1], [1, 1, 1, 1]]

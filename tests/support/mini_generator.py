@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from tests.conftest import DATA
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
@@ -80,6 +80,7 @@ def write_checkpoint(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([f"<vq_token_{i}>" for i in range(codes)])
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<img>", "</img>", "<extra>", "[PAD]")])
+    tokenizer.post_processor = processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])  # BOS, as Llama's adds it
     tokenizer.save(str(directory / "tokenizer.json"))
     arrays = {key: torch.from_numpy(standin_weight(key, tuple(shape))) for key, shape in shapes.items()}
     keys = list(arrays)

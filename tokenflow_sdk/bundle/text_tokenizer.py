@@ -35,6 +35,9 @@ def load_text_tokenizer(path: Path) -> Any:
     except Exception as error:  # the library raises bare Exception
         raise CorruptBundleError(f"{path} cannot be read: {error}.", "Export the bundle again.") from error
     tokenizer.encode_special_tokens = True
+    # Of bundles exported before these were left out; they would cut prompts, and fill up what is shorter.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

@@ -67,8 +67,10 @@ USED = {
     "eos_token_id": "ends an answer",
     "image_aspect_ratio": "how an understanding model's pictures are brought to a square",
     "tokenizer_model_max_length": "how many tokens the model was trained on",
-    "mm_hidden_size": "must be the number of inputs of the projector",
+    "mm_hidden_size": "must be the number of values of the paired tokenizer's codes",
     "vq_codebook_size": "must be the size of the paired tokenizer's codebook",
+    "mm_vision_vq_type": "must be one of the names that released training scripts have for this tokenizer",
+    "mm_projector_type": "must be `mlp2x_gelu`",
 }
 """Keys that are read, with what for."""
 
@@ -90,14 +92,9 @@ LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
     "suppress_tokens": ((None,), "no token is suppressed"),
     "begin_suppress_tokens": ((None,), "no token is suppressed"),
     "bad_words_ids": ((None,), "no token is suppressed"),
-    "mm_projector_type": (("mlp2x_gelu",), "the projector is Linear, GELU, Linear"),
     "mm_resampler_type": ((None,), "a picture's features go to the projector as they are"),
     "mm_patch_merge_type": (("flat", None), "a picture's features go to the projector as they are"),
     "mm_use_im_start_end": (_FALSE, "no token stands around a picture"),
-    "mm_vision_vq_type": (
-        tuple(f"{prefix}{name}" for prefix in ("", "VQType.") for name in ("TOKEN_FLOW", "TOKENFLOW", "LLAMAGEN_VQKD")),
-        "pictures are read through a TokenFlow tokenizer",
-    ),
     "s2": (_FALSE, "pictures are read at one size"),
     "use_mm_proj": ((True, None), "pictures are read through the projector"),
 }
@@ -132,8 +129,6 @@ HARMLESS = {key: reason for reason, keys in _HARMLESS.items() for key in keys.sp
 """Keys that change nothing that a bundle computes, with the reason."""
 
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_SIZE_OF = {"vocab_size": (EMBEDDING, 0), "mm_hidden_size": ("model.mm_projector.0.weight", 1)}
-"""Sizes in config.json that no shape is expected from, with the tensor and the axis that have them."""
 
 
 def read_architecture(
@@ -158,13 +153,12 @@ def read_architecture(
         )
     _require_known_keys(values, path, ignored_keys)
     _require_values(values, path, LIMITED | (LLAMA_LIMITED if family is _LLAMA else {}))
-    for key, (name, axis) in _SIZE_OF.items():
-        found = directory.shapes.get(name, ())
-        if key in values and found and size(directory, key) != found[axis]:
-            raise CheckpointError(
-                f"{path} gives {key} as {values[key]}, but {name} is {list(found)}.",
-                "Check that config.json and the weights are of the same model.",
-            )
+    rows = directory.shapes.get(EMBEDDING, ())[:1]
+    if "vocab_size" in values and rows and size(directory, "vocab_size") != rows[0]:
+        raise CheckpointError(
+            f"{path} gives vocab_size as {values['vocab_size']}, but {EMBEDDING} has {rows[0]} rows.",
+            "Check that config.json and the weights are of the same model.",
+        )
     width, heads = size(directory, "hidden_size"), size(directory, "num_attention_heads")
     config = TransformerConfig(
         width=width,

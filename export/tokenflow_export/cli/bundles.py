@@ -20,8 +20,10 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
     from tokenflow_sdk.bundle.bundle import file_sha256
+    from tokenflow_sdk.pictures.images import pictures_in
 
     began = perf_counter()
+    images = pictures_in(arguments.images) if arguments.images else []
     with ProgressSteps() as steps:
         steps.start("reading the checkpoint")
         path = resolve(arguments.checkpoint)
@@ -30,7 +32,7 @@ def tokenizer(arguments: argparse.Namespace) -> None:
         model = load_model(state, config, path.name)
         del state
         source = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
-        report = export_tokenizer(model, arguments.out, source, steps, arguments.force)
+        report = export_tokenizer(model, arguments.out, source, steps, arguments.force, images=images)
     agreement = " ".join(f"{side}:{share:.2%}" for side, share in zip(report.patch_nums, report.agreement, strict=True))
     print(f"{config.variant} -> {arguments.out} in {perf_counter() - began:.0f} s, checked on {report.pictures} pictures:")
     print(f"  teacher-forced code agreement by scale  {agreement}")

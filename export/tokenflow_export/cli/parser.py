@@ -49,6 +49,9 @@ def _add_exporting(words: _Words) -> None:
     tokenizer.add_argument(
         "--variant", choices=list(VARIANTS), help="settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised"
     )
+    tokenizer.add_argument(
+        "--images", type=Path, metavar="DIR", help="pictures to compare with PyTorch too; they are not stored in the bundle"
+    )
     _add_output(tokenizer)
     tokenizer.set_defaults(run=bundles.tokenizer)
     generator = words.add_parser("generator", help="a text-to-image directory to a bundle")

@@ -25,6 +25,7 @@ from tokenflow_export.language_model.bundle_writer import ExportJob, Source, wri
 from tokenflow_export.language_model.generator_check import compare
 from tokenflow_export.language_model.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
 from tokenflow_export.language_model.paged_graph import transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
 from tokenflow_export.models.config import TransformerConfig
@@ -33,7 +34,6 @@ from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.bundle.schema import FileEntry
-from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
 
@@ -61,24 +61,20 @@ def export_generator(
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
+    require_same_tokenizer(directory, job.tokenizer)
     model = read_architecture(directory, "output", job.ignored_keys)
     head_key(directory)  # a head that differs from the table it is tied to is refused
-    if directory.config.get("vq_codebook_size", tokenizer.codebook_size) != tokenizer.codebook_size:
-        raise CheckpointError(
-            f"config.json in {directory.path} gives vq_codebook_size as {directory.config['vq_codebook_size']!r}, but the "
-            f"tokenizer has {tokenizer.codebook_size} codes.",
-            "Give the tokenizer bundle that the model was trained with.",
-        )
-    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.codebook_size)
+    rows = directory.shapes.get(EMBEDDING, (0,))[0]
+    prompts = prompt_tokenizer(directory.path, tokenizer.codebook_size, rows, directory.config)
     config = GeneratorConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        text_size=directory.shapes.get(EMBEDDING, (0,))[0] - tokenizer.codebook_size,
-        image_token_start=image_token_start,
-        bos_id=int(directory.config.get("bos_token_id", 1)),
-        image_start_ids=image_start_ids,
+        text_size=rows - tokenizer.codebook_size,
+        image_token_start=prompts.image_token_start,
+        bos_id=prompts.bos_id,
+        image_start_ids=prompts.image_start_ids,
         max_prompt=MAX_PROMPT,
         negative_prompt=negative_prompt,
         preset=preset,
@@ -89,7 +85,7 @@ def export_generator(
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_GeneratorSource(job, config, model, text, TokenizerReference.load(job.tokenizer).codebook))
+    return write_bundle(_GeneratorSource(job, config, model, prompts.content, TokenizerReference.load(job.tokenizer).codebook))
 
 
 @dataclass(frozen=True)
@@ -103,10 +99,9 @@ class _GeneratorSource(Source[GeneratorConfig]):
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         config, width = self.config, self.model.width
         vocabulary = config.text_size + config.codebook_size
-        code_dim = self.job.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
         return (
             transformer_shapes(self.model)
-            | projector_shapes(width, code_dim)
+            | projector_shapes(width, self.codebook.shape[1])
             | {
                 EMBEDDING: (vocabulary, width),
                 HEAD: (vocabulary, width),

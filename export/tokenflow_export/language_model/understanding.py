@@ -22,8 +22,10 @@ from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
 from tokenflow_export.language_model.paged_graph import transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
+from tokenflow_export.language_model.tokenizer_files import require_rows
 from tokenflow_export.language_model.understanding_check import compare
 from tokenflow_export.language_model.understanding_graphs import EmbedTokensGraph, HeadGraph
 from tokenflow_export.models.config import TransformerConfig
@@ -45,17 +47,20 @@ def export_understanding(job: ExportJob) -> Agreement:
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
+    require_same_tokenizer(directory, job.tokenizer)
     model = read_architecture(directory, "pre", job.ignored_keys)
     text = load_tokenizer(directory.path)
+    vocabulary = size(directory, "vocab_size")
+    require_rows(text, vocabulary, directory.path)
     template = chat_template(text, directory.path)
     config = UnderstanderConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        context=size(directory, "max_position_embeddings"),
-        vocabulary=size(directory, "vocab_size"),
-        stop_ids=stop_ids(template, directory.config, directory.path),
+        context=_context(directory),
+        vocabulary=vocabulary,
+        stop_ids=stop_ids(template, directory.config, directory.path, vocabulary),
         template=template,
         image_tokens=tokenizer.grid**2,
         code_dim=tokenizer.code_dim,
@@ -104,6 +109,13 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
     def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
         codebook = TokenizerReference.load(self.job.tokenizer).codebook
         return compare(bundle, self.job, self.model, self.head_key, codebook)
+
+
+def _context(directory: HfDirectory) -> int:
+    """Tokens that the model reads: its positions, or as many as it was trained on if those are fewer."""
+    positions = size(directory, "max_position_embeddings")
+    trained = directory.config.get("tokenizer_model_max_length")
+    return positions if trained is None else min(positions, size(directory, "tokenizer_model_max_length"))
 
 
 def _head_spec(

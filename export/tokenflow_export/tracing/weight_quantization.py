@@ -75,20 +75,22 @@ class ExportPrecision:
         _require_finite(bool(cast.isfinite().all()), name, self.dtype)
         return cast
 
-    def require_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that matrices [out, in] of a checkpoint's layers can be stored in this precision.
-
-        Raises:
-            ArgumentError: int4, and one has a number of inputs that is no multiple of 32.
-        """
-        for name, shape in shapes.items() if self.weights == "int4" else ():
-            if name.startswith("model.layers.") and len(shape) == 2:
-                _require_block(name, shape[1])
-
     def bytes_of(self, count: int) -> int:
         """About how many bytes `count` weights take with their scales."""
         bits = {"int8": 8, "int4": 5}.get(self.weights or "", 16 if self.dtype == "fp16" else 32)
         return count * bits // 8
+
+    def require_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that weight matrices [out, in] of these shapes can be quantized in blocks, if the precision asks for it.
+
+        Raises:
+            ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+        """
+        odd = next((key for key, shape in shapes.items() if len(shape) == 2 and shape[1] % INT4_BLOCK), None)
+        if self.weights == "int4" and odd is not None:
+            raise ArgumentError(
+                f"{odd} has {shapes[odd][1]} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
+            )
 
 
 FULL_PRECISION = ExportPrecision()
@@ -143,11 +145,6 @@ def _require_finite(finite: bool, name: str, dtype: str) -> None:
         raise CheckpointError(f"{name} has values that are too large for {dtype}.", "Export it without --dtype fp16.")
 
 
-def _require_block(name: str, inputs: int) -> None:
-    if inputs % INT4_BLOCK:
-        raise ArgumentError(f"{name} has {inputs} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8.")
-
-
 def _set_lazy(value: ir.Value, make: Callable[[], NDArray[Any]], dtype: ir.DataType, shape: ir.Shape) -> None:
     value.const_value = ir.LazyTensor(lambda: ir.tensor(make(), dtype=dtype), dtype=dtype, shape=shape, name=value.name)
 
@@ -181,8 +178,7 @@ def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
 def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:
     """Rewrite every product with a weight matrix of a graph, in place, to one with a quantized matrix.
 
-    Raises:
-        ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+    Of int4, every matrix has a multiple of 32 inputs; see `ExportPrecision.require_blocks`.
     """
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
@@ -243,7 +239,6 @@ class _Rewrite:
             del self.graph.initializers[self.name]
 
     def to_int4(self) -> None:
-        _require_block(self.name, self.inputs)
         dtype = self.tensor.dtype
         shape = (self.inputs // INT4_BLOCK, self.outputs)
         q = self._initializer("int4", lambda: quantize_blocks(self._read())[0], ir.DataType.INT4, (self.inputs, self.outputs))
