@@ -47,7 +47,7 @@ def run_transformers(directory: HfDirectory, token_ids: Tensor, place: Callable[
     try:
         model = _without_weights(directory)
         embeddings = place(model.get_input_embeddings()(token_ids))
-        out = model(inputs_embeds=embeddings[None], use_cache=False, output_hidden_states=True, return_dict=True)
+        out = model(inputs_embeds=embeddings[None], use_cache=False, output_hidden_states=True)
         return out.hidden_states[-1][0], out.logits[0]
     except TokenFlowError:
         raise
@@ -63,10 +63,10 @@ def _without_weights(directory: HfDirectory) -> Any:
     import transformers
 
     name = family_of(directory).name
-    # transformers takes a null head_dim of Qwen2 as it is, and then fails.
-    values = {key: value for key, value in directory.config.items() if (key, value) != ("head_dim", None)}
-    del values["model_type"]
-    config = getattr(transformers, f"{name}Config")(**values, attn_implementation="eager")
+    values = directory.config | {"attn_implementation": "eager", "return_dict": True}
+    for key in ("model_type", "_attn_implementation", *(["head_dim"] if values.get("head_dim") is None else [])):
+        values.pop(key, None)  # a null head_dim of Qwen2 is taken as it is by transformers, which then fails
+    config = getattr(transformers, f"{name}Config")(**values)
     with torch.device("meta"):
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     # The rotary embedding has no weights, but a table that is computed from the config.

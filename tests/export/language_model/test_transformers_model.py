@@ -36,6 +36,9 @@ QWEN2 = SIZES | {"model_type": "llava_qwen"}
 KINDS = {
     "llama": SIZES | {"model_type": "llava_llama", "head_dim": 6},
     "qwen2": QWEN2,
+    "released": QWEN2
+    | {"torch_dtype": "bfloat16", "rope_scaling": None, "use_cache": False, "return_dict": False, "pad_token_id": 39}
+    | {"attn_implementation": "sdpa", "_attn_implementation": "sdpa", "mm_hidden_size": 40},
     "tied": QWEN2 | {"tie_word_embeddings": True, "head_dim": None},
 }
 
@@ -43,7 +46,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_what_transformers_computes_with_all_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more than one module has its weights at a time."""
-    model = transformers_model({key: value for key, value in KINDS[kind].items() if value is not None})
+    model = transformers_model({key: value for key, value in KINDS[kind].items() if value is not None} | {"return_dict": True})
     directory = write_directory(tmp_path, KINDS[kind], state_of(model))
     made: list[Any] = []
     real = module._without_weights
