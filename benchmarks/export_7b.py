@@ -25,6 +25,7 @@ from benchmarks.common import machine, watch
 from tests.support.mini_generator import PATCH_NUMS_16, generator_shapes, tokenizer_bundle, write_checkpoint
 
 SIZES: dict[str, Any] = {
+    "model_type": "llava_llama",
     "hidden_size": 4096,
     "num_attention_heads": 32,
     "intermediate_size": 11008,

@@ -46,6 +46,7 @@ from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.model.sampling import PRESETS, SamplingParams
 
 SIZES: dict[str, Any] = {
+    "model_type": "llava_llama",
     "hidden_size": 1024,
     "num_hidden_layers": 8,
     "num_attention_heads": 16,

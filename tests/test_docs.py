@@ -179,9 +179,10 @@ def test_what_cannot_be_typed_is_noticed(line: str) -> None:
     assert refusal(shlex.split(line))
 
 
-def test_the_reference_of_the_command_line_is_what_the_parsers_say() -> None:
-    written = runpy.run_path(str(ROOT / "docs" / "write_cli.py"))
-    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "run `python docs/write_cli.py`"
+@pytest.mark.parametrize("script", ["write_cli.py", "write_config_keys.py"])
+def test_pages_that_are_written_by_a_script_are_what_it_gives(script: str) -> None:
+    written = runpy.run_path(str(ROOT / "docs" / script))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), f"run `python docs/{script}`"
 
 
 def test_everything_public_is_in_the_reference() -> None:

@@ -39,6 +39,7 @@ PRESET, CFG_SCALE = "fast", 1.5
 def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, directory: Path) -> None:
     """Write a generator as config.json, tokenizer.json and model.safetensors with the released keys."""
     config = {
+        "model_type": "llava_llama",
         "hidden_size": SIZES.width,
         "num_hidden_layers": SIZES.layers,
         "num_attention_heads": SIZES.heads,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.mini_understander import byte_fallback_tokenizer
 from tests.support.mutations import SPECIAL, mutated_text, no_hang
@@ -92,3 +92,13 @@ def test_what_others_raise_passes(error: BaseException, path: Path) -> None:
     with pytest.raises(type(error)) as caught:
         TextTokenizer(path, Interrupted()).decode([1])
     assert caught.value is error
+
+
+def test_truncation_and_padding_of_older_bundles_are_switched_off(path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=3, pad_id=0, pad_token="<unk>")  # noqa: S106
+    tokenizer.save(str(path))
+    loaded = load_text_tokenizer(path)
+    assert [loaded.encode(text).ids for text in ("apple", "apple apple apple apple")] == [[1], [1, 1, 1, 1]]

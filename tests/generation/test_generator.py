@@ -16,6 +16,7 @@ from tests.support.generation_oracle import UncachedGenerator
 from tests.support.mini_generator import (
     PATCH_NUMS_16,
     RELEASED_TINY,
+    SMALLEST,
     export_quietly,
     generator_shapes,
     released_tiny_shapes,
@@ -43,10 +44,10 @@ from tokenflow_sdk.parity.tokenizer import TokenizerReference
 GREEDY = SamplingParams((Pass(1, 0.0),))
 GREEDY_TWICE = SamplingParams((Pass(1, 0.0),) * 2)
 
-# Grouped heads, biases, no q/k norm, odd head widths: what released models vary.
+# Grouped heads, and heads of another size than hidden_size / num_attention_heads.
 GEOMETRIES = {
-    "grouped": ({"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}, True, False),
-    "biased": ({"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48, "num_hidden_layers": 1}, False, True),
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2},
+    "wide": {"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48, "num_hidden_layers": 1},
 }
 
 
@@ -57,9 +58,8 @@ def checkpoints(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
-            sizes, qk_norm, bias = GEOMETRIES[name]
-            config = {"intermediate_size": 80, "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "bos_token_id": 1} | sizes
-            shapes = generator_shapes(config, 44, 500, (1, 2, 3, 4), qk_norm, bias)
+            config = SMALLEST | {"intermediate_size": 80, "rope_theta": 5000.0} | GEOMETRIES[name]
+            shapes = generator_shapes(config, 44, 500, (1, 2, 3, 4))
             checkpoint = write_checkpoint(directory / f"{name}_hf", config, shapes, 40, 500, shards=2)
             tokenizer = Bundle.open(mini_bundle, TokenizerConfig)
             made[name] = checkpoint, export_quietly(checkpoint, tokenizer, directory / name)

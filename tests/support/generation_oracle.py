@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
-from tokenflow_export.language_model.paged_graph import transformer_config
 from tokenflow_export.models.llama import Transformer
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.model.sampling import SamplingParams, guidance, sample, uniform
@@ -27,7 +27,7 @@ class UncachedGenerator:
         self.config, self.device, self.codebook = config, device, torch.from_numpy(codebook).to(device)
         self.weights = {key: checkpoint.tensor(key).to(device) for key in checkpoint.shapes}
         with torch.device("meta"):
-            self.transformer = Transformer(transformer_config(checkpoint, "output"))
+            self.transformer = Transformer(read_architecture(checkpoint, "output"))
         state = {key: self.weights[f"model.{key}"] for key in self.transformer.state_dict()}
         self.transformer.load_state_dict(state, assign=True)
         self.transformer.eval().requires_grad_(False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from tests.conftest import DATA
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
@@ -24,6 +24,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 RELEASED_TINY = {
+    "model_type": "llava_llama",
     "hidden_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -33,6 +34,7 @@ RELEASED_TINY = {
     "bos_token_id": 1,
 }
 SMALLEST = {
+    "model_type": "llava_llama",
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -87,6 +89,7 @@ def write_checkpoint(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([f"<vq_token_{i}>" for i in range(codes)])
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<img>", "</img>", "<extra>", "[PAD]")])
+    tokenizer.post_processor = processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])  # BOS, as Llama's adds it
     tokenizer.save(str(directory / "tokenizer.json"))
     arrays = {key: torch.from_numpy(standin_weight(key, tuple(shape))) for key, shape in shapes.items()}
     keys = list(arrays)
@@ -100,7 +103,7 @@ def write_checkpoint(
 
 
 def generator_shapes(
-    config: Mapping[str, int], text_size: int, codes: int, patch_nums: tuple[int, ...], qk_norm: bool = True, bias: bool = False
+    config: Mapping[str, int], text_size: int, codes: int, patch_nums: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a text-to-image checkpoint of any geometry."""
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
@@ -121,12 +124,8 @@ def generator_shapes(
         layer = f"model.layers.{i}."
         for name, out in (("q", heads * head_dim), ("k", kv), ("v", kv)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (out, width)
-            if bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (out,)
         shapes[f"{layer}self_attn.o_proj.weight"] = (width, heads * head_dim)
-        if qk_norm:
-            shapes[f"{layer}self_attn.qknorm.query_norm.weight"] = (head_dim,)
-            shapes[f"{layer}self_attn.qknorm.key_norm.weight"] = (head_dim,)
+        shapes |= {f"{layer}self_attn.qknorm.{name}_norm.weight": (head_dim,) for name in ("query", "key")}
         shapes |= {f"{layer}mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
         shapes[f"{layer}mlp.down_proj.weight"] = (width, mlp)
         shapes |= {f"{layer}{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}

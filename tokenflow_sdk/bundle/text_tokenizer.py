@@ -62,6 +62,9 @@ def load_text_tokenizer(path: Path) -> TextTokenizer:
         raise CorruptBundleError(f"{path} cannot be read: {reason(error)}.", _AGAIN) from error
     tokenizer = _translated(path, lambda: tokenizers.Tokenizer.from_buffer(content))
     tokenizer.encode_special_tokens = True
+    # Of bundles exported before these were left out; they would cut prompts, and fill up what is shorter.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return TextTokenizer(path, tokenizer)
 
 

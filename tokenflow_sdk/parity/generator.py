@@ -22,6 +22,7 @@ __all__ = [
     "check_generator",
     "embed_inputs",
     "likeliest_codes",
+    "likeliest_feeds",
     "run_generator",
     "run_inputs",
 ]
@@ -108,6 +109,19 @@ def run_inputs(transformer: PagedTransformer, prompt: Tensor, scale: Tensor) -> 
     return run_pieces(transformer, [(prompt, causal), (scale, bidirectional)], prompt.shape[1] + scale.shape[1])
 
 
+def likeliest_feeds(hidden: Float32) -> dict[str, Tensor]:
+    """Inputs of the graph `sample` that make it choose the likeliest code at each hidden state, float32 [Q, H]."""
+    return {
+        "conditional": hidden[None],
+        "unconditional": np.zeros_like(hidden[None]),
+        "guidance": np.zeros(1, np.float32),
+        "top_k": np.ones(1, np.int32),
+        "top_p": np.zeros(1, np.float32),
+        "noise": np.full((1, len(hidden)), 0.5, np.float32),
+        "ranks": np.arange(1 + TIES, dtype=np.int32),
+    }
+
+
 def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
     """The likeliest code at each position, without classifier-free guidance.
 
@@ -118,16 +132,7 @@ def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
     Returns:
         int32 [Q].
     """
-    feeds: dict[str, Tensor] = {
-        "conditional": hidden[None],
-        "unconditional": np.zeros_like(hidden[None]),
-        "guidance": np.zeros(1, np.float32),
-        "top_k": np.ones(1, np.int32),
-        "top_p": np.zeros(1, np.float32),
-        "noise": np.full((1, len(hidden)), 0.5, np.float32),
-        "ranks": np.arange(1 + TIES, dtype=np.int32),
-    }
-    found: Int32 = sample.run(feeds, ["code_indices"])["code_indices"][0].astype(np.int32)
+    found: Int32 = sample.run(likeliest_feeds(hidden), ["code_indices"])["code_indices"][0].astype(np.int32)
     return found
 
 

@@ -6,8 +6,6 @@ A checkpoint is a `.pt` pickle (read with `weights_only=True`) that holds the st
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenflow_export.checkpoints.strict import Shapes, key_problems
+from tokenflow_export.checkpoints.pickles import load_pickle, released_keys, state_dict_in
+from tokenflow_export.checkpoints.strict import Shapes, as_float32, key_problems
 from tokenflow_export.models.config import STANDARD, VARIANTS, TokenizerArchitecture
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
@@ -64,29 +63,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint, memory-mapped. Code in a pickle is never executed.
 
     Raises:
-        CheckpointError: the file is truncated, holds objects of unknown classes, or holds no state dict.
+        CheckpointError: the file is damaged or truncated, or holds no state dict.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        # The released training scripts store their arguments beside the weights; loading a Namespace executes no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}",
-            "It may be truncated, or hold more than tensors: download it again, or convert it to .safetensors.",
-        ) from error
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"{path.name} holds no state dict under 'ema', 'model' or 'state_dict'.",
-            "Give the tokenizer's own checkpoint file, e.g. tokenflow_clipb_32k_enhanced.pt.",
-        )
-    return content
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else state_dict_in(load_pickle(path), path.name)
+    return {key: state[stored] for key, stored in released_keys(state).items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -207,10 +187,7 @@ def load_model(state: Mapping[str, Tensor], config: TokenizerArchitecture, name:
         model = TokenFlowTokenizer(config)
     weights = {}
     for key, target in model.state_dict().items():
-        value = state[key].detach()
-        if not value.is_floating_point():
-            raise CheckpointError(f"{name}: {key} is {value.dtype}, not a float.", "Give an unquantized checkpoint.")
-        value = value.float()
+        value = as_float32(state[key], key, name)
         weights[key] = _resize_positions(value, config.grid) if value.shape != target.shape else value
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

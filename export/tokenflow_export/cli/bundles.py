@@ -19,9 +19,11 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
+    from tokenflow_sdk.pictures.images import pictures_in
     from tokenflow_sdk.files import file_sha256
 
     began = perf_counter()
+    images = pictures_in(arguments.images) if arguments.images else []
     with ProgressSteps() as steps:
         steps.start("reading the checkpoint")
         path = resolve(arguments.checkpoint)
@@ -30,7 +32,7 @@ def tokenizer(arguments: argparse.Namespace) -> None:
         model = load_model(state, config, path.name)
         del state
         source = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
-        report = export_tokenizer(model, arguments.out, source, steps, arguments.force)
+        report = export_tokenizer(model, arguments.out, source, steps, arguments.force, images=images)
     agreement = " ".join(f"{side}:{share:.2%}" for side, share in zip(report.patch_nums, report.agreement, strict=True))
     print(f"{config.variant} -> {arguments.out} in {perf_counter() - began:.0f} s, checked on {report.pictures} pictures:")
     print(f"  teacher-forced code agreement by scale  {agreement}")
@@ -54,6 +56,7 @@ def understanding(arguments: argparse.Namespace) -> None:
 
 def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob], Agreement], choice: str) -> None:
     from tokenflow_export.checkpoints.hf_directory import HfDirectory
+    from tokenflow_export.language_model.agreement import OWN_MODEL
     from tokenflow_export.language_model.bundle_writer import ExportJob
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tracing.weight_quantization import ExportPrecision
@@ -65,7 +68,19 @@ def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob],
     precision = ExportPrecision(arguments.dtype, arguments.weights)
     with ProgressSteps() as steps:
         directory = HfDirectory(arguments.checkpoint)
-        found = export(ExportJob(directory, tokenizer, arguments.out, steps, arguments.force, precision))
+        job = ExportJob(
+            directory,
+            tokenizer,
+            arguments.out,
+            steps,
+            arguments.force,
+            precision,
+            use_transformers=not getattr(arguments, "without_transformers", False),
+            ignored_keys=tuple(arguments.ignore_key),
+        )
+        found = export(job)
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")
-    print(f"  hidden states differ from float32 PyTorch by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
+    print(f"  hidden states differ from {found.compared_with} by {found.hidden_error:.1e}, cosine {found.hidden_cosine:.5f}")
+    if choice == "token" and job.use_transformers and found.compared_with == OWN_MODEL:
+        print("  transformers is not installed: with `pip install transformers` the check would not rest on the exporter alone")
     print(f"  likeliest {choice} the same at {found.same_code:.1%} of positions, probabilities overlap by {found.overlap:.1%}")

@@ -49,6 +49,9 @@ def _add_exporting(words: _Words) -> None:
     tokenizer.add_argument(
         "--variant", choices=list(VARIANTS), help="settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised"
     )
+    tokenizer.add_argument(
+        "--images", type=Path, metavar="DIR", help="pictures to compare with PyTorch too; they are not stored in the bundle"
+    )
     _add_output(tokenizer)
     tokenizer.set_defaults(run=bundles.tokenizer)
     generator = words.add_parser("generator", help="a text-to-image directory to a bundle")
@@ -56,6 +59,8 @@ def _add_exporting(words: _Words) -> None:
     generator.set_defaults(run=bundles.generator)
     understanding = words.add_parser("understanding", help="a LLaVA directory (Qwen2 or Llama layout) to a bundle")
     _add_language_model(understanding, "the bundle of the tokenizer whose codes it reads")
+    without = "compare with the exporter's own model, not with transformers, which reads the checkpoint by itself"
+    understanding.add_argument("--without-transformers", action="store_true", help=without)
     understanding.set_defaults(run=bundles.understanding)
 
 
@@ -65,6 +70,10 @@ def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
     )
+    unknown = (
+        "a key of config.json that the exporter does not know and that changes nothing that the model computes; repeatable"
+    )
+    parser.add_argument("--ignore-key", action="append", default=[], metavar="KEY", help=unknown)
     weights = "store the transformer's weights in fewer bits; int8 is the fast one on CPUs"
     parser.add_argument("--weights", choices=("int8", "int4"), help=weights)
     _add_output(parser)

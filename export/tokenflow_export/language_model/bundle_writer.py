@@ -41,6 +41,8 @@ class ExportJob:
         force: replace `out`.
         precision: of the transformer, the token embeddings and the head.
         compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
+        use_transformers: compare with transformers' own classes where they are installed and know the model.
+        ignored_keys: keys of config.json that this exporter does not know and that the user knows to be harmless.
     """
 
     directory: HfDirectory
@@ -50,6 +52,8 @@ class ExportJob:
     force: bool = False
     precision: ExportPrecision = FULL_PRECISION
     compress: bool = False
+    use_transformers: bool = True
+    ignored_keys: tuple[str, ...] = ()
 
     def tokenizer_path(self) -> str:
         """Where the written bundle looks for its tokenizer, relative to itself."""
@@ -87,12 +91,15 @@ def write_bundle(source: Source[Any]) -> Agreement:
         How the bundle compares with PyTorch in float32.
 
     Raises:
-        CheckpointError: keys or shapes are not those of a released model.
+        ArgumentError: the precision does not fit the sizes.
+        CheckpointError: keys, shapes or values are not those of a released model.
         OutputError: `out` exists or cannot be written.
         ParityError: the graphs do not reproduce PyTorch; nothing is left behind.
     """
     job, steps = source.job, source.job.steps
-    job.directory.require(source.expected_shapes())
+    expected = source.expected_shapes()
+    job.directory.require(expected)
+    job.precision.require_blocks({key: shape for key, shape in expected.items() if key.startswith("model.layers.")})
     needed = job.precision.bytes_of(sum(math.prod(shape) for shape in job.directory.shapes.values()))
     with atomic_directory(job.out, job.force, needed) as work, torch.inference_mode():
         graphs = {}
@@ -105,6 +112,8 @@ def write_bundle(source: Source[Any]) -> Agreement:
             "tokenizer": job.tokenizer.config.variant,
             "precision": job.precision.name,
         }
+        if job.ignored_keys:
+            provenance["ignored_keys"] = ", ".join(job.ignored_keys)
         bundle = Bundle(work, source.config, graphs, assets, {}, provenance | versions())
         steps.start("checking the graphs against PyTorch")
         agreement, reference = source.compare(bundle)

@@ -18,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, head_key, read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.generator_check import compare
 from tokenflow_export.language_model.generator_graphs import EmbedImageGraph, EmbedTextGraph, SampleGraph
-from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.paged_graph import transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import prompt_tokenizer
 from tokenflow_export.models.config import TransformerConfig
@@ -59,17 +61,20 @@ def export_generator(
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
-    model = transformer_config(directory, "output")
-    text, image_token_start, image_start_ids = prompt_tokenizer(directory.path, tokenizer.codebook_size)
+    require_same_tokenizer(directory, job.tokenizer)
+    model = read_architecture(directory, "output", job.ignored_keys)
+    head_key(directory)  # a head that differs from the table it is tied to is refused
+    rows = directory.shapes.get(EMBEDDING, (0,))[0]
+    prompts = prompt_tokenizer(directory.path, tokenizer.codebook_size, rows, directory.config)
     config = GeneratorConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        text_size=directory.shapes.get("model.embed_tokens.weight", (0,))[0] - tokenizer.codebook_size,
-        image_token_start=image_token_start,
-        bos_id=int(directory.config.get("bos_token_id", 1)),
-        image_start_ids=image_start_ids,
+        text_size=rows - tokenizer.codebook_size,
+        image_token_start=prompts.image_token_start,
+        bos_id=prompts.bos_id,
+        image_start_ids=prompts.image_start_ids,
         max_prompt=MAX_PROMPT,
         negative_prompt=negative_prompt,
         preset=preset,
@@ -80,7 +85,7 @@ def export_generator(
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_GeneratorSource(job, config, model, text, TokenizerReference.load(job.tokenizer).codebook))
+    return write_bundle(_GeneratorSource(job, config, model, prompts.content, TokenizerReference.load(job.tokenizer).codebook))
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,12 @@ class _GeneratorSource(Source[GeneratorConfig]):
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         config, width = self.config, self.model.width
         vocabulary = config.text_size + config.codebook_size
-        code_dim = self.job.directory.shapes.get("model.mm_projector.0.weight", (0, self.codebook.shape[1]))[1]
         return (
             transformer_shapes(self.model)
-            | projector_shapes(width, code_dim)
+            | projector_shapes(width, self.codebook.shape[1])
             | {
-                "model.embed_tokens.weight": (vocabulary, width),
-                "lm_head.weight": (vocabulary, width),
+                EMBEDDING: (vocabulary, width),
+                HEAD: (vocabulary, width),
                 "model.lvl_embed.weight": (len(config.scales) + 1, width),
                 "model.pos_1LC": (config.n_codes, width),
             }
@@ -120,8 +124,9 @@ class _GeneratorSource(Source[GeneratorConfig]):
         return {"codebook": file_entry(directory / "codebook.npy"), "tokenizer": file_entry(directory / "tokenizer.json")}
 
     def compare(self, bundle: Bundle[GeneratorConfig]) -> tuple[Agreement, LanguageModelReference]:
-        head = image_head(self.job.directory, self.config)
-        return compare(bundle, self.job.directory, self.model, head, self.codebook, self.job.precision)
+        directory, precision = self.job.directory, self.job.precision
+        head, text = image_head(directory, self.config), text_table(directory, self.config, precision)
+        return compare(bundle, directory, self.model, head, text, self.codebook, precision)
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -135,13 +140,10 @@ def _counts(*shape: int) -> Tensor:
 def _embed_text_spec(
     directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision, dims: Mapping[str, Any]
 ) -> GraphSpec:
-    start, stop = config.image_token_start, config.image_token_start + config.codebook_size
-    table = directory.tensor("model.embed_tokens.weight")
-    table = torch.cat([table[:start], table[stop:]]) + directory.tensor("model.lvl_embed.weight")[0]
     rows = {0: dims["batch"], 1: dims["queries"]}
     return GraphSpec(
         "embed_text",
-        EmbedTextGraph(table.to(precision.torch_dtype), directory.tensor("model.pos_1LC")[0]),
+        EmbedTextGraph(text_table(directory, config, precision), directory.tensor("model.pos_1LC")[0]),
         {"token_ids": (_counts(2, 3), rows), "starts": (_zeros(2, 3), rows)},
         ("embeddings",),
     )
@@ -166,7 +168,7 @@ def _sample_spec(
     directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision, dims: Mapping[str, Any]
 ) -> GraphSpec:
     rows, batch = {0: dims["batch"], 1: dims["queries"]}, {0: dims["batch"]}
-    head = image_head(directory, config).to(precision.torch_dtype)
+    head = precision.cast(image_head(directory, config), HEAD)
     return GraphSpec(
         "sample",
         SampleGraph(head),
@@ -186,4 +188,11 @@ def _sample_spec(
 def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
     """The rows of the head that give the logits of image codes, float32 [K, H]."""
     start = config.image_token_start
-    return directory.tensor("lm_head.weight")[start : start + config.codebook_size].clone()
+    return directory.tensor(HEAD)[start : start + config.codebook_size].clone()
+
+
+def text_table(directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision) -> Tensor:
+    """The embeddings of text tokens with the level embedding of text, [text_size, H] in the dtype of the arithmetic."""
+    start, stop = config.image_token_start, config.image_token_start + config.codebook_size
+    table = directory.tensor(EMBEDDING)
+    return precision.cast(torch.cat([table[:start], table[stop:]]) + directory.tensor("model.lvl_embed.weight")[0], EMBEDDING)

@@ -6,8 +6,8 @@ block table of each row names, attends to them and to the step's own, and return
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,62 +19,10 @@ from tokenflow_export.models.config import TransformerConfig
 from tokenflow_export.models.llama import Layer, RmsNorm, Transformer, rope_angles, score_bias
 from tokenflow_export.tracing.onnx_export import GraphSpec
 from tokenflow_export.tracing.weight_quantization import ExportPrecision, ReadWeight, use_matmul
-from tokenflow_sdk.errors import CheckpointError
 
-__all__ = ["TransformerGraph", "hidden_by_layer", "transformer_config", "transformer_shapes", "transformer_spec"]
+__all__ = ["TransformerGraph", "hidden_by_layer", "transformer_shapes", "transformer_spec"]
 
 _VARYING = ("batch", "queries", "table", "slots", "page")
-
-
-def transformer_config(directory: HfDirectory, norm_placement: Literal["output", "pre"]) -> TransformerConfig:
-    """Read the sizes of the transformer from config.json; whether it has q/k norms and biases is seen from the keys.
-
-    Raises:
-        CheckpointError: config.json lacks a size, or asks for positions or an activation that this transformer does not have.
-    """
-    values = directory.config
-    _require_plain(directory)
-    try:
-        width, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        return TransformerConfig(
-            width=width,
-            layers=int(values["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or width // heads),
-            mlp_width=int(values["intermediate_size"]),
-            norm_eps=float(values["rms_norm_eps"]),
-            rope_theta=_rope_theta(values),
-            norm_placement=norm_placement,
-            qk_norm="model.layers.0.self_attn.qknorm.query_norm.weight" in directory.shapes,
-            qkv_bias="model.layers.0.self_attn.q_proj.bias" in directory.shapes,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory.path / 'config.json'} lacks a size: {error}.", "Give the directory of a released model."
-        ) from error
-
-
-def _rope_theta(values: Mapping[str, Any]) -> float:
-    """The base of RoPE. Released files have it at the top level, files by transformers 5 in `rope_parameters`."""
-    return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
-
-
-def _require_plain(directory: HfDirectory) -> None:
-    values = directory.config
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    problems = {
-        f"scales positions by {scaling!r}": scaling != "default",
-        "uses a sliding window": bool(values.get("use_sliding_window")),
-        f"has the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
-    }
-    found = [problem for problem, there in problems.items() if there]
-    if found:
-        raise CheckpointError(
-            f"The model in {directory.path} {' and '.join(found)}, which this exporter does not build.",
-            "Give a model with plain RoPE, full attention and SiLU, as the released ones have.",
-        )
 
 
 class TransformerGraph(nn.Module):

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, head_key, read_architecture, size
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
-from tokenflow_export.language_model.paged_graph import transformer_config, transformer_shapes, transformer_spec
+from tokenflow_export.language_model.paged_graph import transformer_shapes, transformer_spec
+from tokenflow_export.language_model.pairing import require_same_tokenizer
 from tokenflow_export.language_model.projector import projector, projector_shapes
 from tokenflow_export.language_model.prompt_tokenizer import load_tokenizer
+from tokenflow_export.language_model.tokenizer_files import require_rows
 from tokenflow_export.language_model.understanding_check import compare
 from tokenflow_export.language_model.understanding_graphs import EmbedTokensGraph, HeadGraph
 from tokenflow_export.models.config import TransformerConfig
@@ -31,13 +34,10 @@ from tokenflow_export.tracing.weight_quantization import ExportPrecision, use_ma
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry
-from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
 
 __all__ = ["export_understanding"]
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def export_understanding(job: ExportJob) -> Agreement:
@@ -47,18 +47,20 @@ def export_understanding(job: ExportJob) -> Agreement:
     """
     job.steps.start("reading the checkpoint")
     directory, tokenizer = job.directory, job.tokenizer.config
-    model = transformer_config(directory, "pre")
+    require_same_tokenizer(directory, job.tokenizer)
+    model = read_architecture(directory, "pre", job.ignored_keys)
     text = load_tokenizer(directory.path)
+    vocabulary = size(directory, "vocab_size")
+    require_rows(text, vocabulary, directory.path)
     template = chat_template(text, directory.path)
-    head_key = _EMBEDDING if directory.config.get("tie_word_embeddings") else _HEAD
     config = UnderstanderConfig(
         width=model.width,
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        context=_size(directory, "max_position_embeddings"),
-        vocabulary=_size(directory, "vocab_size"),
-        stop_ids=stop_ids(template, directory.config, directory.path),
+        context=_context(directory),
+        vocabulary=vocabulary,
+        stop_ids=stop_ids(template, directory.config, directory.path, vocabulary),
         template=template,
         image_tokens=tokenizer.grid**2,
         code_dim=tokenizer.code_dim,
@@ -67,7 +69,7 @@ def export_understanding(job: ExportJob) -> Agreement:
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_UnderstanderSource(job, config, model, text, head_key))
+    return write_bundle(_UnderstanderSource(job, config, model, text, head_key(directory)))
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,17 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         table = (self.config.vocabulary, self.model.width)
         expected = transformer_shapes(self.model) | projector_shapes(self.model.width, self.config.code_dim)
-        expected |= {_EMBEDDING: table}
+        expected |= {EMBEDDING: table}
         # Some checkpoints store a tied head too, as a copy of the embedding table.
         directory = self.job.directory
-        tied = directory.config.get("tie_word_embeddings") and _HEAD not in directory.shapes
-        return expected if tied else expected | {_HEAD: table}
+        tied = self.head_key == EMBEDDING and HEAD not in directory.shapes
+        return expected if tied else expected | {HEAD: table}
 
     def graphs(self) -> Iterator[GraphSpec]:
         directory, precision = self.job.directory, self.job.precision
         dims = {name: torch.export.Dim(name) for name in ("batch", "queries", "seen", "window")}
         rows = {0: dims["batch"], 1: dims["queries"]}
-        table = directory.tensor(_EMBEDDING).to(precision.torch_dtype)
+        table = precision.cast(directory.tensor(EMBEDDING), EMBEDDING)
         ids = torch.ones(2, 3, dtype=torch.int32)
         yield GraphSpec("embed_text", EmbedTokensGraph(table), {"token_ids": (ids, rows)}, ("embeddings",))
         del table
@@ -106,16 +108,14 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
 
     def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
         codebook = TokenizerReference.load(self.job.tokenizer).codebook
-        return compare(bundle, self.job.directory, self.model, self.head_key, codebook, self.job.precision)
+        return compare(bundle, self.job, self.model, self.head_key, codebook)
 
 
-def _size(directory: HfDirectory, key: str) -> int:
-    value = directory.config.get(key)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(
-            f"{directory.path / 'config.json'} gives {key} as {value!r}.", "Give the directory of a released model."
-        )
-    return value
+def _context(directory: HfDirectory) -> int:
+    """Tokens that the model reads: its positions, or as many as it was trained on if those are fewer."""
+    positions = size(directory, "max_position_embeddings")
+    trained = directory.config.get("tokenizer_model_max_length")
+    return positions if trained is None else min(positions, size(directory, "tokenizer_model_max_length"))
 
 
 def _head_spec(

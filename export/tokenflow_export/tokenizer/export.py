@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokenflow_export.atomic_directory import atomic_directory, versions
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_unit_range
@@ -25,6 +26,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer
 from tokenflow_sdk.parity.tokenizer_report import TokenizerReport
+from tokenflow_sdk.pictures.images import preprocess
 
 __all__ = ["export_tokenizer"]
 
@@ -38,6 +40,7 @@ def export_tokenizer(
     steps: ProgressSteps,
     force: bool = False,
     compress: bool = False,
+    images: Sequence[Path] = (),
 ) -> TokenizerReport:
     """Write the bundle of `model` to the directory `out`.
 
@@ -48,6 +51,7 @@ def export_tokenizer(
         steps: shows progress.
         force: replace `out`.
         compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
+        images: pictures to compare too; they are not stored in the bundle.
 
     Returns:
         How the bundle compares with PyTorch.
@@ -55,9 +59,13 @@ def export_tokenizer(
     Raises:
         OutputError: `out` exists or cannot be written.
         ParityError: the exported graphs do not reproduce PyTorch; nothing is left behind.
+        ImageError: one of `images` cannot be used.
     """
+    size, mode = model.config.image_size, model.config.preprocess
+    pictures = np.stack([*reference_pictures(size), *(preprocess(path, size, mode) for path in images)])
     with atomic_directory(out, force, needed=sum(p.numel() * 4 for p in model.parameters())) as staging:
-        reference = _reference(model, steps)
+        compared = _reference(model, pictures, steps)
+        reference = _without(compared, len(images))
         graphs = {}
         for spec in _graph_specs(model):
             steps.start(f"tracing {spec.name}")
@@ -74,7 +82,7 @@ def export_tokenizer(
         )
         steps.start("checking the graphs against PyTorch", total=1.0)
         with Tokenizer(bundle) as tokenizer:
-            report = check_tokenizer(tokenizer.graphs, reference, steps.fraction)
+            report = check_tokenizer(tokenizer.graphs, compared, steps.fraction)
         report.require(f"The export of {model.config.variant}")
         steps.start("finishing")
         replace(bundle, parity=report.to_json()).write_manifest()
@@ -112,9 +120,14 @@ def _runtime_config(model: TokenFlowTokenizer) -> TokenizerConfig:
     )
 
 
+def _without(reference: TokenizerReference, count: int) -> TokenizerReference:
+    """The reference without its last `count` images."""
+    arrays = {name: array if name == "codebook" else array[: len(array) - count] for name, array in vars(reference).items()}
+    return TokenizerReference(**arrays)
+
+
 @torch.inference_mode()
-def _reference(model: TokenFlowTokenizer, steps: ProgressSteps) -> TokenizerReference:
-    pictures = reference_pictures(model.config.image_size)
+def _reference(model: TokenFlowTokenizer, pictures: NDArray[np.uint8], steps: ProgressSteps) -> TokenizerReference:
     steps.start("computing the reference in PyTorch", total=1.0)
     rows: list[dict[str, np.ndarray]] = []
     for i, picture in enumerate(pictures):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tokenflow_export.tracing.compress_weights import store_in_half, store_resizes
 from tokenflow_export.tracing.weight_quantization import ReadWeight, attach_weights, quantize_weights
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
+from tokenflow_sdk.errors import TokenFlowError
 from tokenflow_sdk.files import file_sha256
 
 __all__ = ["OPSET", "GraphSpec", "export_graph", "file_entry"]
@@ -48,6 +50,21 @@ class GraphSpec:
     weights: Literal["int8", "int4"] | None = None
 
 
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise this project's error where a library wrapped it in its own: weights are read while libraries rewrite the graph."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, TokenFlowError):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
+
+
+@_own_errors()
 def export_graph(
     spec: GraphSpec,
     directory: Path,
@@ -63,6 +80,10 @@ def export_graph(
         progress: called with the share of the weights that has been written.
         compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
         patch_nums: the scales whose resize matrices `compress` looks for.
+
+    Raises:
+        ArgumentError: the weights cannot be stored in the wanted dtype.
+        CheckpointError: a weight cannot be read, or has a value that the dtype of the arithmetic cannot hold.
     """
     model = _trace(spec)
     if spec.weights is not None:

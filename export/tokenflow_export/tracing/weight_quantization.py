@@ -10,7 +10,7 @@ int4: weights are quantized in blocks of 32 inputs and dequantized in the graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 __all__ = [
     "FULL_PRECISION",
@@ -65,10 +65,32 @@ class ExportPrecision:
         """The precision in words: `fp32`, `int4 in fp16`."""
         return f"{self.weights} in {self.dtype}" if self.weights else self.dtype
 
+    def cast(self, weight: Tensor, name: str) -> Tensor:
+        """A float32 weight in the dtype of the arithmetic.
+
+        Raises:
+            CheckpointError: it has a value that this dtype cannot hold.
+        """
+        cast = weight.to(self.torch_dtype)
+        _require_finite(bool(cast.isfinite().all()), name, self.dtype)
+        return cast
+
     def bytes_of(self, count: int) -> int:
         """About how many bytes `count` weights take with their scales."""
         bits = {"int8": 8, "int4": 5}.get(self.weights or "", 16 if self.dtype == "fp16" else 32)
         return count * bits // 8
+
+    def require_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that weight matrices [out, in] of these shapes can be quantized in blocks, if the precision asks for it.
+
+        Raises:
+            ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+        """
+        odd = next((key for key, shape in shapes.items() if len(shape) == 2 and shape[1] % INT4_BLOCK), None)
+        if self.weights == "int4" and odd is not None:
+            raise ArgumentError(
+                f"{odd} has {shapes[odd][1]} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
+            )
 
 
 FULL_PRECISION = ExportPrecision()
@@ -109,7 +131,18 @@ def attach_weights(model: ir.Model, read: ReadWeight) -> None:
 
 
 def _reader(read: ReadWeight, name: str, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
-    return lambda: read(name).astype(dtype, copy=False)
+    def cast() -> NDArray[Any]:
+        with np.errstate(over="ignore"):
+            weight = read(name).astype(dtype, copy=False)
+        _require_finite(bool(np.isfinite(weight).all()), name, dtype.name)
+        return weight
+
+    return cast
+
+
+def _require_finite(finite: bool, name: str, dtype: str) -> None:
+    if not finite:
+        raise CheckpointError(f"{name} has values that are too large for {dtype}.", "Export it without --dtype fp16.")
 
 
 def _set_lazy(value: ir.Value, make: Callable[[], NDArray[Any]], dtype: ir.DataType, shape: ir.Shape) -> None:
@@ -145,8 +178,7 @@ def quantize_blocks(weight: Float32) -> tuple[NDArray[Any], Float32]:
 def quantize_weights(model: ir.Model, weights: Literal["int8", "int4"]) -> None:
     """Rewrite every product with a weight matrix of a graph, in place, to one with a quantized matrix.
 
-    Raises:
-        ArgumentError: int4, and a matrix has a number of inputs that is no multiple of 32.
+    Of int4, every matrix has a multiple of 32 inputs; see `ExportPrecision.require_blocks`.
     """
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
@@ -207,10 +239,6 @@ class _Rewrite:
             del self.graph.initializers[self.name]
 
     def to_int4(self) -> None:
-        if self.inputs % INT4_BLOCK:
-            raise ArgumentError(
-                f"{self.name} has {self.inputs} inputs, which is no multiple of {INT4_BLOCK}.", "Use --weights int8."
-            )
         dtype = self.tensor.dtype
         shape = (self.inputs // INT4_BLOCK, self.outputs)
         q = self._initializer("int4", lambda: quantize_blocks(self._read())[0], ir.DataType.INT4, (self.inputs, self.outputs))

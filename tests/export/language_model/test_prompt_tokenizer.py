@@ -62,9 +62,10 @@ def test_a_sentencepiece_model_is_converted(sentencepiece_directory: Path, text:
     from tokenizers import Tokenizer
 
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_directory / "tokenizer.model"))
-    content, first, start = prompt_tokenizer(sentencepiece_directory, CODES)
-    assert (first, start) == (oracle.vocab_size(), (oracle.vocab_size() + CODES,))
-    converted = Tokenizer.from_str(json.dumps(content))
+    size = oracle.vocab_size()
+    found = prompt_tokenizer(sentencepiece_directory, CODES, size + CODES + 1, {"bos_token_id": 1})
+    assert (found.image_token_start, found.image_start_ids, found.bos_id) == (size, (size + CODES,), 1)
+    converted = Tokenizer.from_str(json.dumps(found.content))
     assert converted.encode(text, add_special_tokens=False).ids == oracle.encode(text)
     assert sorted(path.name for path in sentencepiece_directory.glob("tokenizer.json")) == []
 
@@ -73,7 +74,7 @@ def test_without_transformers_the_command_is_named(tmp_path: Path, monkeypatch: 
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingPackageError, match="pip install transformers sentencepiece"):
-        prompt_tokenizer(tmp_path, CODES)
+        prompt_tokenizer(tmp_path, CODES, 400, {})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -82,7 +83,7 @@ def test_a_damaged_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     with pytest.raises(CheckpointError, match="cannot be converted"):
-        prompt_tokenizer(tmp_path, CODES)
+        prompt_tokenizer(tmp_path, CODES, 400, {})
 
 
 def test_a_tokenizer_without_image_tokens_is_named(tmp_path: Path) -> None:
@@ -90,4 +91,4 @@ def test_a_tokenizer_without_image_tokens_is_named(tmp_path: Path) -> None:
 
     Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="no 3 consecutive"):
-        prompt_tokenizer(tmp_path, CODES)
+        prompt_tokenizer(tmp_path, CODES, 400, {})

@@ -20,11 +20,12 @@ from tests.support.mini_understander import (
     reference_projector,
     write_checkpoint,
 )
+from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.cli import main
 from tokenflow_export.language_model import agreement
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
-from tokenflow_export.language_model.paged_graph import transformer_config
+from tokenflow_export.language_model.understanding import _context
 from tokenflow_export.precision.generator_search import open_exact
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import AnswerParams, Tokenizer, Understander
@@ -99,30 +100,40 @@ def test_a_tied_head_may_be_saved_as_well(tokenizer: Bundle[TokenizerConfig], tm
     weights = load_file(shard)
     table = HfDirectory(checkpoint).tensor("model.embed_tokens.weight")
     save_file(weights | {"lm_head.weight": table}, shard)
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | {"lm_head.weight": shard.name}
+    index.write_text(json.dumps({"weight_map": weight_map}))
     bundle = Bundle.open(export_quietly(checkpoint, tokenizer, tmp_path / "chat"), UnderstanderConfig)
     assert bundle.parity["same_code"] == 1.0
 
 
 def test_rope_is_read_where_either_library_version_writes_it(tmp_path: Path) -> None:
     old = checkpoint_of(tmp_path / "old", GEOMETRIES["llama"])
-    config = transformer_config(HfDirectory(old), "pre")
+    config = read_architecture(HfDirectory(old), "pre")
     assert (config.rope_theta, config.qkv_bias, config.norm_placement) == (5e3, False, "pre")
     values = json.loads((old / "config.json").read_text())
     theta = values.pop("rope_theta")
     (old / "config.json").write_text(json.dumps(values | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}))
-    assert transformer_config(HfDirectory(old), "pre") == config
+    assert read_architecture(HfDirectory(old), "pre") == config
     (old / "config.json").write_text(json.dumps(values))
-    assert transformer_config(HfDirectory(old), "pre") == replace(config, rope_theta=10000.0)
+    assert read_architecture(HfDirectory(old), "pre") == replace(config, rope_theta=10000.0)
 
 
 def test_templates_follow_the_control_tokens(tmp_path: Path) -> None:
     vicuna = chat_template(byte_fallback_tokenizer(), tmp_path)
     assert (vicuna.opening[0], vicuna.closing) == (1, (2,))
-    assert stop_ids(vicuna, {"eos_token_id": 2}, tmp_path) == (2,)
-    assert stop_ids(vicuna, {}, tmp_path) == (2,)
+    assert stop_ids(vicuna, {"eos_token_id": 2}, tmp_path, 300) == (2,)
+    assert stop_ids(vicuna, {}, tmp_path, 300) == (2,)
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="generation_config.json cannot be read"):
-        stop_ids(vicuna, {}, tmp_path)
+    with pytest.raises(CheckpointError, match="generation_config.json is not an object"):
+        stop_ids(vicuna, {}, tmp_path, 300)
+
+
+@pytest.mark.parametrize(("trained", "context"), [(None, 1024), (64, 64), (4096, 1024)])
+def test_the_context_is_that_of_training(trained: int | None, context: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALLEST | {"tokenizer_model_max_length": trained}))
+    (tmp_path / "pytorch_model.bin").touch()
+    assert _context(HfDirectory(tmp_path)) == context
 
 
 def damaged_config(**values: object):
@@ -138,12 +149,15 @@ def damaged_config(**values: object):
         (lambda d: (d / "tokenizer.json").write_text(byte_level_tokenizer().to_str().replace("<|im_", "<|in_")), "has neither"),
         (damaged_config(vocab_size=None), "gives vocab_size as None"),
         (damaged_config(max_position_embeddings="long"), "gives max_position_embeddings as 'long'"),
-        (damaged_config(vocab_size=289), r"mis-shaped \(first: model.embed_tokens.weight \[288, 32\]"),
+        (damaged_config(tokenizer_model_max_length=True), "gives tokenizer_model_max_length as True"),
+        (damaged_config(mm_hidden_size=1152), "gives mm_hidden_size as 1152"),
+        (damaged_config(eos_token_id=True), "gives eos_token_id as True"),
+        (damaged_config(vocab_size=289), r"gives vocab_size as 289, but model.embed_tokens.weight has 288 rows"),
         (damaged_config(num_hidden_layers=2), r"missing \(first: model.layers.1"),
         (damaged_config(intermediate_size=40), "mis-shaped"),
         (damaged_config(rope_scaling={"type": "yarn", "factor": 4.0}), "scales positions by 'yarn'"),
-        (damaged_config(use_sliding_window=True), "uses a sliding window"),
-        (damaged_config(hidden_act="gelu"), "has the activation 'gelu'"),
+        (damaged_config(use_sliding_window=True), "use_sliding_window as True.*attention is full"),
+        (damaged_config(hidden_act="gelu"), "hidden_act as 'gelu'.*SiLU"),
     ],
 )
 def test_damaged_directories_are_named(
@@ -173,8 +187,8 @@ def test_features_of_another_width_do_not_fit(checkpoint: Path, tokenizer: Bundl
 def test_a_graph_that_differs_is_not_written(
     checkpoint: Path, tokenizer: Bundle[TokenizerConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "MAX_HIDDEN_ERROR", 0.0)
-    with pytest.raises(ParityError, match="exported transformer differs from PyTorch"):
+    monkeypatch.setattr(agreement, "MAX_ERROR", 0.0)
+    with pytest.raises(ParityError, match="exported graphs differ from transformers"):
         export_quietly(checkpoint, tokenizer, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.mini import MINI, export_mini, mini_model
 from tokenflow_export.cli import main
@@ -21,6 +22,7 @@ from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import OutputError, ParityError
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
 
 
 @pytest.mark.parametrize("kind", MINI)
@@ -77,7 +79,7 @@ def test_a_bundle_that_fails_its_check_is_not_written(tmp_path: Path, monkeypatc
     """The reference is computed from other weights than the graphs: the export must notice and leave nothing."""
     other = mini_model("clip", seed=1)
     true_reference = exporter._reference
-    monkeypatch.setattr(exporter, "_reference", lambda model, steps: true_reference(other, steps))
+    monkeypatch.setattr(exporter, "_reference", lambda model, pictures, steps: true_reference(other, pictures, steps))
     with pytest.raises(ParityError, match="The export of mini_clip does not reproduce PyTorch: a code flipped"):
         export_mini(mini_model("clip"), tmp_path / "b")
     assert os.listdir(tmp_path) == []
@@ -143,7 +145,7 @@ def test_a_killed_export_leaves_nothing_that_opens(
     )
     process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "b", shared_traces], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".b-*/decode.onnx")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".b.export-*/new/decode.onnx")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(ending)
     process.wait(timeout=60)
@@ -189,9 +191,16 @@ def test_a_small_checkpoint_goes_all_the_way_on_the_command_line(
 
     torch.save({"ema": mini_state("vitamin"), "steps": 1}, tmp_path / "c.pt")
     monkeypatch.setattr("tokenflow_export.checkpoints.tokenizer.recognise", lambda shapes, variant, name: MINI["vitamin"])
-    assert main(["tokenizer", "--checkpoint", str(tmp_path / "c.pt"), "--out", str(tmp_path / "deep" / "b")]) == 0
+    words = ["tokenizer", "--checkpoint", str(tmp_path / "c.pt"), "--out", str(tmp_path / "deep" / "b")]
+    (tmp_path / "photos").mkdir()
+    assert main([*words, "--images", str(tmp_path / "photos")]) == 2
+    assert "photos holds no pictures" in capsys.readouterr().err
+    Image.new("RGB", (90, 70), "tomato").save(tmp_path / "photos" / "a.png")
+    assert main([*words, "--images", str(tmp_path / "photos")]) == 0
     out = capsys.readouterr().out
-    assert "checked on 4 pictures" in out
+    assert "checked on 5 pictures" in out
     assert "teacher-forced code agreement" in out
     bundle = Bundle.open(tmp_path / "deep" / "b", TokenizerConfig)
+    assert len(TokenizerReference.load(bundle).images) == 4
+    assert bundle.parity["pictures"] == 5
     assert bundle.provenance["checkpoint"] == "c.pt"

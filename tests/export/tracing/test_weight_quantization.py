@@ -6,25 +6,29 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch._subclasses import FakeTensorMode
 
 from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.paged_graph import transformer_spec
+from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph
 from tokenflow_export.tracing.weight_quantization import (
     FULL_PRECISION,
     INT4_BLOCK,
     ExportPrecision,
     quantize_blocks,
     quantize_columns,
+    use_matmul,
 )
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.errors import ArgumentError, ParityError
+from tokenflow_sdk.errors import ArgumentError, CheckpointError, ParityError
 from tokenflow_sdk.generation.scale_loop import ScaleLoop
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import SamplingParams
@@ -87,10 +91,10 @@ def test_no_weight_is_read_before_the_graph_is_written_and_then_one_at_a_time(
     read: list[str] = []
     real = HfDirectory.tensor
     monkeypatch.setattr(HfDirectory, "tensor", lambda self, key: read.append(key) or real(self, key))
-    from tokenflow_export.language_model.paged_graph import transformer_config
+    from tokenflow_export.checkpoints.architecture import read_architecture
     from tokenflow_export.tracing.onnx_export import _trace
 
-    model = _trace(transformer_spec(directory, transformer_config(directory, "output"), ExportPrecision("fp32", "int8")))
+    model = _trace(transformer_spec(directory, read_architecture(directory, "output"), ExportPrecision("fp32", "int8")))
     assert not [key for key in read if "proj" in key]
     lazy = [value for value in model.graph.initializers.values() if "proj.weight" in str(value.name)]
     assert len(lazy) == 14
@@ -183,7 +187,9 @@ def test_a_batch_of_eight_draws_what_each_request_draws_alone(bundles: dict[str,
     assert together == [drawn([seed])[0] for seed in range(8)]
 
 
-def test_int4_needs_whole_blocks(tmp_path: Path) -> None:
+def test_int4_needs_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before any graph is traced."""
+    monkeypatch.delattr("tokenflow_export.language_model.bundle_writer.export_graph")
     sizes = SIZES | {"intermediate_size": 90}
     checkpoint = write_checkpoint(tmp_path / "hf", sizes, generator_shapes(sizes, 44, 500, SIDES), 40, 500)
     tokenizer = tokenizer_bundle(tmp_path / "tok", SIDES, 500)
@@ -200,6 +206,35 @@ def test_a_graph_that_is_wrong_in_low_precision_is_refused(
         lambda w: (np.ones(w.shape, np.int8), np.ones(w.shape[1], np.float32)),
     )
     tokenizer = tokenizer_bundle(tmp_path / "tok", SIDES, 500)
-    with pytest.raises(ParityError, match="cosine of at least 0.5 is accepted in int8"):
+    with pytest.raises(ParityError, match="cosine of at least 0.98 is accepted in int8"):
         export_quietly(checkpoint, tokenizer, tmp_path / "out", ExportPrecision("fp32", "int8"))
     assert not (tmp_path / "out").exists()
+
+
+class Half(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3, bias=False, dtype=torch.float16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("value", [65504.0, 1e5])
+def test_weights_that_float16_cannot_hold_are_named(value: float, tmp_path: Path) -> None:
+    """Those that are read when a graph is written, and tables that a graph is traced with."""
+    weight, half = torch.full((2, 3), value), ExportPrecision("fp16")
+    with FakeTensorMode():
+        graph = Half()
+        use_matmul(graph)
+        x = torch.zeros(2, 2, dtype=torch.float16)
+    spec = GraphSpec("half", graph, {"x": (x, {})}, ("y",), lambda _: weight.numpy())
+    if value > 65504:
+        with pytest.raises(CheckpointError, match="layer.weight has values that are too large for float16"):
+            export_graph(spec, tmp_path)
+        with pytest.raises(CheckpointError, match="table has values that are too large for fp16"):
+            half.cast(weight, "table")
+    else:
+        export_graph(spec, tmp_path)
+        assert torch.equal(half.cast(weight, "table"), weight.half())
+    assert torch.equal(ExportPrecision("fp32").cast(weight, "table"), weight)
