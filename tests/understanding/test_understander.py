@@ -282,7 +282,7 @@ def test_stop_tokens_end_an_answer(understander: Understander) -> None:
 def test_codes_need_no_encoder_and_pictures_are_encoded_once(reference: Reference, mini_bundle: Path) -> None:
     image = Image.effect_noise((90, 70), 80).convert("RGB")
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        codes = tokenizer.encode(image)
+        codes = tokenizer.encode(image, preprocess="squash")
     with Understander.from_pretrained(reference.bundle) as understander:
         by_codes = understander.answer(codes, "what?", max_tokens=8)
         assert list(understander.tokenizer.graphs._sessions) == ["features"]

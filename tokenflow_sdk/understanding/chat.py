@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.image_features import ImageInput
 from tokenflow_sdk.understanding.params import AnswerParams
@@ -19,9 +20,15 @@ class Chat:
     it had not. One question at a time.
     """
 
-    def __init__(self, answering: Answering, images: ImageInput | Sequence[ImageInput]) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        images: ImageInput | Sequence[ImageInput],
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+    ) -> None:
         self._answering = answering
-        self._images = answering.images(images)
+        self._images = answering.images(images, preprocess, color)
         self._last: AnswerRequest | None = None
         self.turns: list[tuple[str, str]] = []
         """Questions and answers so far."""

@@ -11,6 +11,7 @@ from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.chat import Chat
 from tokenflow_sdk.understanding.chat_text import ChatText
@@ -35,6 +36,8 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         images: ImageInput | Sequence[ImageInput],
         question: str,
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -46,6 +49,8 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
             images: what it is about, one or a list: a path, bytes, file object, PIL image or u8 array; `Codes`, for which
                 no encoder runs; or features, float [N, C].
             question: in words. Control tokens in it are text.
+            preprocess: how pictures are made square, as in `Tokenizer.encode`; None: as the model was trained.
+            color: what becomes of colour profiles, as in `Tokenizer.encode`.
             max_tokens, temperature, seed: as in `AnswerParams`, and before those of `params`. A random seed if none is given.
             params: these and all other settings.
 
@@ -55,16 +60,20 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
             PromptError: no question, or more tokens than the model reads.
             PagesExhausted: it would not fit into the pool even alone.
             BackendError, MissingPackageError: the backend cannot run.
+
+        Codes of pictures that were prepared otherwise, as far as they say so, are a `PreparationWarning`.
         """
-        return self._answering.answers(
-            [self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params))]
-        )[0]
+        chosen = AnswerParams.of(max_tokens, temperature, seed, params)
+        self._answering.warn_of_preparation([images], preprocess)
+        return self._answering.answers([self._request(images, question, chosen, preprocess, color)])[0]
 
     def stream(
         self,
         images: ImageInput | Sequence[ImageInput],
         question: str,
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -74,13 +83,16 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
 
         Arguments and errors as in `answer`; what is wrong with them is raised at once.
         """
-        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params))
-        return self._answering.pieces(request)
+        chosen = AnswerParams.of(max_tokens, temperature, seed, params)
+        self._answering.warn_of_preparation([images], preprocess)
+        return self._answering.pieces(self._request(images, question, chosen, preprocess, color))
 
     def answer_batch(
         self,
         questions: Iterable[tuple[ImageInput | Sequence[ImageInput], str]],
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -98,20 +110,36 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
                 "Write answer_batch([(images, question), ...]), or answer(images, question) for one question.",
             )
         chosen = AnswerParams.of(max_tokens, temperature, seed, params)
-        return self._answering.answers([self._request(images, question, chosen) for images, question in pairs])
+        self._answering.warn_of_preparation([images for images, _ in pairs], preprocess)
+        requests = [self._request(images, question, chosen, preprocess, color) for images, question in pairs]
+        return self._answering.answers(requests)
 
-    def chat(self, images: ImageInput | Sequence[ImageInput]) -> Chat:
-        """A conversation about some images. Errors about them as in `answer`."""
-        return Chat(self._answering, images)
+    def chat(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+    ) -> Chat:
+        """A conversation about some images. Arguments and errors about them as in `answer`."""
+        self._answering.warn_of_preparation([images], preprocess)
+        return Chat(self._answering, images, preprocess, color)
 
     @cached_property
     def _answering(self) -> Answering:
         text = ChatText(self._text_tokenizer, self.config.template)
         return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner, self.config.context)
 
-    def _request(self, images: ImageInput | Sequence[ImageInput], question: str, params: AnswerParams) -> AnswerRequest:
+    def _request(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        question: str,
+        params: AnswerParams,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+    ) -> AnswerRequest:
         began = perf_counter()
-        return self._answering.first(self._answering.images(images), question, params, False, began)
+        return self._answering.first(self._answering.images(images, preprocess, color), question, params, False, began)
 
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> TokenScheduler:
         return TokenScheduler(TokenLoop(self.config, sessions, transformer))

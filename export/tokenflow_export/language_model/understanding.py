@@ -34,6 +34,7 @@ from tokenflow_sdk.bundle.schema import FileEntry
 from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
+from tokenflow_sdk.pictures.preparation import Preprocess
 
 __all__ = ["export_understanding"]
 
@@ -66,6 +67,7 @@ def export_understanding(job: ExportJob) -> Agreement:
         codebook_sha256=tokenizer.codebook_sha256,
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
+        preprocess=_preprocess(directory),
     )
     return write_bundle(_UnderstanderSource(job, config, model, text, head_key))
 
@@ -107,6 +109,19 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
     def compare(self, bundle: Bundle[UnderstanderConfig]) -> tuple[Agreement, LanguageModelReference]:
         codebook = TokenizerReference.load(self.job.tokenizer).codebook
         return compare(bundle, self.job.directory, self.model, self.head_key, codebook, self.job.precision)
+
+
+def _preprocess(directory: HfDirectory) -> Preprocess:
+    """How pictures were made square in training, from `image_aspect_ratio`."""
+    value = directory.config.get("image_aspect_ratio")
+    if value is None or value == "square":
+        return "squash"
+    if value == "pad":
+        return "pad-grey"
+    raise CheckpointError(
+        f"{directory.path / 'config.json'} gives image_aspect_ratio as {value!r}, which the released code never trained.",
+        "Give the directory of a model trained with pad or square.",
+    )
 
 
 def _size(directory: HfDirectory, key: str) -> int:
