@@ -80,8 +80,8 @@ def on_a_grey_square(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([8, 31, 384]), st.sampled_from([700, 2**20]))
-@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 99), st.integers(1, 99), st.sampled_from([8, 31]), st.sampled_from([700, 2**20]))
+@settings(max_examples=30, deadline=None)
 @example(481, 320, 384, 700)
 @example(1, 100, 31, 700)
 @example(99, 1, 31, 700)
