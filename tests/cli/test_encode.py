@@ -114,6 +114,18 @@ def test_codes_of_another_tokenizer_or_of_unknown_origin_are_not_done(
     assert encode() == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_the_place_of_codes_or_of_a_picture_is_never_waited_for(encode: Callable[..., list[str]]) -> None:
+    Path("out").mkdir()
+    os.mkfifo("out/0.tfc")
+    Path("in/1.png").unlink()
+    os.mkfifo("in/1.png")
+    assert main(["encode", "in/1.png", "-o", "one.tfc"]) == 2
+    Path("in/1.png").unlink()
+    Image.new("RGB", (8, 8)).save("in/1.png")
+    assert encode(status=1) == ["1.png", "2.png", "3.png"]
+
+
 def test_the_last_bad_file_of_several_is_still_one_of_several(encode: Callable[..., list[str]], here: Path) -> None:
     (here / "in/2.png").write_bytes(b"no picture")
     assert encode(status=1) == ["0.png", "1.png", "3.png"]

@@ -119,6 +119,10 @@ def test_a_name_without_room_for_the_preparation_keeps_its_own() -> None:
         header = replace(EXAMPLE, variant="x" * length, preparation=crop)
         found = unpack(pack(header, np.zeros(1, np.int32)))[0]
         assert (found.variant, found.preparation) == ("x" * length, kept)
+    known = replace(crop, source="0123456789abcdef")
+    for length, kept in ((64 - len(f";{known}"), known), (64 - len(f";{known}") + 1, crop)):
+        header = replace(EXAMPLE, variant="x" * length, preparation=known)
+        assert unpack(pack(header, np.zeros(1, np.int32)))[0].preparation == kept
 
 
 @pytest.mark.parametrize("variant", ["mini;crop", "mini;crop,srgb,slow", "mini;", "a;b"])

@@ -82,7 +82,7 @@ def _is_done(path: Path, output: Path, tokenizer: Tokenizer, preparation: Prepar
 
     Times say too little: a file moved here is old, and two directories may have files of the same name.
     """
-    if file_status(output) is None:
+    if not _is_file(output):
         return False
     try:
         codes = Codes.load(output)
@@ -97,8 +97,7 @@ def _is_done(path: Path, output: Path, tokenizer: Tokenizer, preparation: Prepar
 
 def _digest(path: Path) -> str | None:
     """The start of the SHA-256 of a file; None for what is no file or cannot be read, which reading the image reports."""
-    status = file_status(path)
-    if path == STDIO or status is None or not stat.S_ISREG(status.st_mode):
+    if not _is_file(path):
         return None
     found = hashlib.sha256()
     try:
@@ -108,3 +107,9 @@ def _digest(path: Path) -> str | None:
     except OSError:
         return None
     return found.hexdigest()[:16]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file whose reading ends, unlike that of a pipe."""
+    status = file_status(path)
+    return path != STDIO and status is not None and stat.S_ISREG(status.st_mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -54,10 +54,14 @@ class Header:
 
     @property
     def name(self) -> bytes:
-        """The name in the file: the variant and, if it fits, the preparation, which older readers take for a part of it."""
-        plain = self.variant.encode()
-        full = plain if self.preparation is None else plain + f";{self.preparation}".encode()
-        return full if len(full) <= MAX_NAME_BYTES else plain
+        """The name in the file: the variant and as much as fits of the preparation, which older readers take for a part of it."""
+        names = [self.variant]
+        if self.preparation is not None:
+            names = [
+                *(f"{self.variant};{known}" for known in (self.preparation, replace(self.preparation, source=None))),
+                *names,
+            ]
+        return next((name for name in map(str.encode, names) if len(name) <= MAX_NAME_BYTES), self.variant.encode())
 
     @property
     def bits(self) -> int:
