@@ -54,7 +54,7 @@ class Header:
 
     @property
     def name(self) -> bytes:
-        """The name in the file: the variant and as much as fits of the preparation, which older readers take for a part of it."""
+        """The name in the file: the variant and what fits of the preparation, which older readers take for a part of it."""
         names = [self.variant]
         if self.preparation is not None:
             names = [
