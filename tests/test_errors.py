@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import pickle
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -41,8 +43,6 @@ def test_every_error_says_what_and_what_to_do(name: str) -> None:
     error = getattr(errors, name)("It broke.", "Mend it.")
     assert str(error) == "It broke. Mend it."
     assert (error.message, error.hint) == ("It broke.", "Mend it.")
-    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - across process pools
-    assert str(again) == str(error)
     with pytest.raises(TypeError):
         getattr(errors, name)("It broke.")
 
@@ -51,5 +51,34 @@ def test_exhausted_pages_say_how_many_would_do() -> None:
     error = errors.PagesExhausted(12, 5, 40)
     assert "12 key/value pages are needed, 5 of 40 are free" in str(error)
     assert "pages=47" in str(error)
-    again = pickle.loads(pickle.dumps(error))  # noqa: S301
-    assert (again.needed, again.free, again.total) == (12, 5, 40)
+    assert (error.needed, error.free, error.total) == (12, 5, 40)
+
+
+class Refusal(errors.ImageError):
+    """An application's own, with other arguments."""
+
+    def __init__(self, path: str, *, code: int) -> None:
+        super().__init__(f"{path} is refused.", "Take another.")
+        self.code = code
+
+
+COPIES = [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy]  # noqa: S301 - across process pools
+MADE = [errors.PagesExhausted(12, 5, 40), Refusal("a.png", code=7)] + [
+    getattr(errors, name)("It broke.", "Mend it.") for name in sorted(set(errors.__all__) - {"PagesExhausted"})
+]
+
+
+@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
+def test_copies_are_equal(error: errors.TokenFlowError, duplicate: Callable[[Exception], Exception]) -> None:
+    error.__dict__["note"] = ["added by the application"]
+    found = duplicate(error)
+    assert type(found) is type(error)
+    assert (str(found), repr(found), found.args, vars(found)) == (str(error), repr(error), error.args, vars(error))
+    assert found.args == (error.message, error.hint)
+
+
+def test_a_message_is_no_error_number() -> None:
+    """OSError takes two arguments for a number and its text."""
+    for error in (error for error in MADE if isinstance(error, OSError)):
+        assert (error.errno, error.strerror, error.filename) == (None, None, None)

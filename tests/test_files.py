@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.mutations import SPECIAL, no_hang
 from tokenflow_sdk import files
 from tokenflow_sdk.errors import OutputError
-from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.files import file_sha256, open_regular, read_regular, reason, write_atomic
 
 
 def test_writes_with_the_mode_that_open_would_give(tmp_path: Path) -> None:
@@ -68,3 +71,32 @@ def test_every_other_name_is_an_output_error(name: str, tmp_path: Path, monkeypa
     with pytest.raises(OutputError, match="is not a file"):
         write_atomic("", b"one")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("put", SPECIAL)
+def test_only_regular_files_are_read(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path / "a")
+    with no_hang(), pytest.raises(OSError, match=r"not a regular file|symbolic links|No such device"):
+        read_regular(tmp_path / "a", 10)
+
+
+def test_files_and_links_to_them_are_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "b").symlink_to("a")
+    assert read_regular(tmp_path / "b", 5) == b"12345"
+    assert file_sha256(tmp_path / "b") == hashlib.sha256(b"12345").hexdigest()
+    with open_regular(tmp_path / "b") as file:
+        assert file.read() == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes") as caught:
+        read_regular(tmp_path / "b", 4)
+    assert (caught.value.errno, reason(caught.value)) == (errno.EFBIG, "larger than 4 bytes")
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before

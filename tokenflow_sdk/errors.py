@@ -40,6 +40,8 @@ What is probably not as wished but can go on is a warning, and `warnings.filterw
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ArgumentError",
     "ArrayError",
@@ -82,12 +84,25 @@ class TokenFlowError(Exception):
     """
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message, hint)
+        # OSError would take a second argument for the text of an error number.
+        super().__init__(message)
+        self.args = (message, hint)
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.message, self.hint, vars(self))
+
     def __str__(self) -> str:
         return f"{self.message} {self.hint}"
+
+
+def _restored(kind: type[TokenFlowError], message: str, hint: str, attributes: dict[str, Any]) -> TokenFlowError:
+    """A copy of an error, e.g. in another process. Not by `kind(...)`: subclasses may take other arguments."""
+    error = kind.__new__(kind, message, hint)
+    TokenFlowError.__init__(error, message, hint)
+    vars(error).update(attributes)
+    return error
 
 
 class ArgumentError(TokenFlowError, ValueError):
@@ -190,9 +205,6 @@ class PagesExhausted(TokenFlowError):  # noqa: N818 - the condition's name in th
             f"pages={total - free + needed} or more.",
         )
         self.needed, self.free, self.total = needed, free, total
-
-    def __reduce__(self) -> tuple[type[PagesExhausted], tuple[int, int, int]]:
-        return type(self), (self.needed, self.free, self.total)
 
 
 class BackendError(TokenFlowError, RuntimeError):

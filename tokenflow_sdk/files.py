@@ -1,16 +1,28 @@
-"""Locate data files shipped with the SDK, and write output files atomically."""
+"""Locate data files shipped with the SDK, read regular files only, and write output files atomically."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["file_status", "is_directory", "packaged_data", "write_atomic"]
+__all__ = [
+    "file_sha256",
+    "file_status",
+    "is_directory",
+    "open_regular",
+    "packaged_data",
+    "read_regular",
+    "reason",
+    "write_atomic",
+]
 
 
 def packaged_data(name: str) -> Path:
@@ -39,6 +51,48 @@ def is_directory(path: Path) -> bool:
     """Whether a path is a directory. Unlike `Path.is_dir`, never raises: see `file_status`."""
     status = file_status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Opening a pipe would wait for a writer, and reading a device might never end.
+
+    Raises:
+        OSError: it cannot be opened, or is a directory, pipe, device or socket.
+        ValueError: no file can have such a name.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file. Raises as `open_regular`, and OSError if it has more than `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return content
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a regular file's content, in lower-case hex. Raises as `open_regular`."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def reason(error: OSError | ValueError) -> object:
+    """What a file operation's exception says is wrong, without number and path."""
+    return getattr(error, "strerror", None) or error
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -72,7 +126,6 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
     except (OSError, ValueError) as error:
         # A null byte or a lone surrogate in a name is a ValueError.
-        why = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{path} cannot be written: {why}.", "Choose another output, or check its directory and the free space."
+            f"{path} cannot be written: {reason(error)}.", "Choose another output, or check its directory and the free space."
         ) from error

@@ -23,6 +23,7 @@ from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import BundleNotFoundError, CodebookMismatchError
 from tokenflow_sdk.loaded_model import LoadedModel, Request, Scheduler
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.reopening import Reopening
 from tokenflow_sdk.request_runner import RequestRunner
 from tokenflow_sdk.tokenizer import Tokenizer
 
@@ -33,8 +34,10 @@ C = TypeVar("C", bound=LanguageModelConfig)
 R = TypeVar("R", bound=Request)
 
 
-class LanguageModel(ABC, Generic[C, R]):
+class LanguageModel(Reopening, ABC, Generic[C, R]):
     """A language model over pages of keys and values. Requests may come from several threads.
+
+    It can be pickled: a copy opens the same bundle when it is first used.
 
     Args:
         bundle: whose graphs.
@@ -85,6 +88,8 @@ class LanguageModel(ABC, Generic[C, R]):
         build: bool = True,
         serve_while_building: bool = False,
         cuda_graphs: bool = False,
+        revision: str | None = None,
+        sha256: str | None = None,
     ) -> M:
         """Open a bundle, verify its files, and load its graphs.
 
@@ -94,6 +99,10 @@ class LanguageModel(ABC, Generic[C, R]):
             pages: pages in the pool; None holds eight images, or eight questions about images.
             page_size: tokens in a page; TensorRT engines take the default only.
             device, providers, threads, backend, build_config, build, serve_while_building, cuda_graphs: see `RuntimeOptions`.
+            revision: branch, tag or commit of a hub id; None: the newest. A commit always gives the same files.
+            sha256: SHA-256 that bundle.json must have, as `tokenflow info` prints it. It holds the hashes of all other files,
+                so that none can be another than meant. None: any. The paired
+                tokenizer is another bundle: to pin it as well, open it with its own and give tokenizer=.
 
         Raises:
             BundleError, MissingPackageError, ArgumentError: see `tokenflow_sdk.errors`.
@@ -110,7 +119,7 @@ class LanguageModel(ABC, Generic[C, R]):
             serve_while_building=serve_while_building,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(name, options, tokenizer, pages, page_size)
+        return cls.open(name, options, tokenizer, pages, page_size, revision, sha256)
 
     @classmethod
     def open(
@@ -120,20 +129,26 @@ class LanguageModel(ABC, Generic[C, R]):
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         pages: int | None = None,
         page_size: int = PAGE_SIZE,
+        revision: str | None = None,
+        sha256: str | None = None,
     ) -> M:
         """`from_pretrained`, with the runtime options in one object."""
-        bundle = Bundle.open(find_bundle(name, cls.config_type.kind), cls.config_type)
+        bundle = Bundle.open(find_bundle(name, cls.config_type.kind, revision), cls.config_type, sha256)
         bundle.verify()
         paired = paired_tokenizer(bundle, tokenizer, options)
         pages, page_size = _checked_pool(pages, page_size)
         needs = Needs(pages=pages, page_size=page_size)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
-            return cls(bundle, paired, session_options, pages, page_size, open_session)
-        engines = engines_for(bundle, options, needs)
-        # As many pages as the engines will have: what fits now fits after the change.
-        model = cls(bundle, paired, options.session, engines.pages, page_size, open_onnxruntime)
-        model._swap = EngineSwap(engines.prepare, lambda: model._runner.replace(model._load(engines.open)))
+            model = cls(bundle, paired, session_options, pages, page_size, open_session)
+        else:
+            engines = engines_for(bundle, options, needs)
+            # As many pages as the engines will have: what fits now fits after the change.
+            model = cls(bundle, paired, options.session, engines.pages, page_size, open_onnxruntime)
+            model._swap = EngineSwap(engines.prepare, lambda: model._runner.replace(model._load(engines.open)))
+        model._arguments = (
+            *(bundle.portable_name(name), options.portable(), paired, pages, page_size, revision, bundle.sha256),
+        )
         return model
 
     @abstractmethod
@@ -163,7 +178,9 @@ class LanguageModel(ABC, Generic[C, R]):
 
     def close(self) -> None:
         """Free the model, not the tokenizer. Closing twice is fine; anything else afterwards raises ArgumentError."""
-        self._runner.close()
+        self._closed = True
+        if self._unopened is None:
+            self._runner.close()
 
     def __enter__(self: M) -> M:
         return self

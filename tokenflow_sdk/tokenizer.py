@@ -28,6 +28,7 @@ from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.images import ImageSource, check_batch, describe
 from tokenflow_sdk.pictures.images import preprocess as load_and_fit
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess
+from tokenflow_sdk.reopening import Reopening
 
 __all__ = ["Tokenizer"]
 
@@ -36,11 +37,11 @@ T = TypeVar("T")
 GRAPHS = ("encode", "decode", "semantic", "features")
 
 
-class Tokenizer:
+class Tokenizer(Reopening):
     """Encodes images to code indices and decodes them, as the released TokenFlow tokenizers do (arXiv 2412.03069).
 
     Make one with `from_pretrained`. Graphs are loaded when they are first needed, or by `load`. All methods are safe to call
-    from several threads. It is a context manager.
+    from several threads. It is a context manager. It can be pickled: a copy opens the same bundle when it is first used.
 
     >>> tok = Tokenizer.from_pretrained("bundles/clipb_256")   # doctest: +SKIP
     >>> codes = tok.encode("photo.jpg")                        # doctest: +SKIP
@@ -76,6 +77,8 @@ class Tokenizer:
         serve_while_building: bool = False,
         execution_contexts: int = 1,
         cuda_graphs: bool = False,
+        revision: str | None = None,
+        sha256: str | None = None,
     ) -> Tokenizer:
         """Open a bundle and verify its files; graphs are loaded on first use.
 
@@ -85,6 +88,9 @@ class Tokenizer:
                 the fastest as well; on a GPU try 8 to 32.
             device, providers, threads, backend, build_config, build, serve_while_building, execution_contexts, cuda_graphs:
                 see `RuntimeOptions`.
+            revision: branch, tag or commit of a hub id; None: the newest. A commit always gives the same files.
+            sha256: SHA-256 that bundle.json must have, as `tokenflow info` prints it. It holds the hashes of all other files,
+                so that none can be another than meant. None: any.
 
         Raises:
             BundleNotFoundError, BundleVersionError, CorruptBundleError: see `tokenflow_sdk.errors`.
@@ -103,21 +109,30 @@ class Tokenizer:
             execution_contexts=execution_contexts,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(name, options, batch_limit)
+        return cls.open(name, options, batch_limit, revision, sha256)
 
     @classmethod
-    def open(cls, name: str | os.PathLike[str], options: RuntimeOptions, batch_limit: int = 1) -> Tokenizer:
+    def open(
+        cls,
+        name: str | os.PathLike[str],
+        options: RuntimeOptions,
+        batch_limit: int = 1,
+        revision: str | None = None,
+        sha256: str | None = None,
+    ) -> Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
-        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
+        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, revision), TokenizerConfig, sha256)
         bundle.verify()
         batch_limit = _checked_batch_limit(batch_limit)
         needs = Needs(batch=batch_limit)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
-            return cls(bundle, session_options, batch_limit, open_session)
-        engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
-        tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
-        tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.swap(engines.open))
+            tokenizer = cls(bundle, session_options, batch_limit, open_session)
+        else:
+            engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
+            tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
+            tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.swap(engines.open))
+        tokenizer._arguments = bundle.portable_name(name), options.portable(), batch_limit, revision, bundle.sha256
         return tokenizer
 
     @property
@@ -325,7 +340,9 @@ class Tokenizer:
 
     def close(self) -> None:
         """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""
-        self.graphs.close()
+        self._closed = True
+        if self._unopened is None:
+            self.graphs.close()
 
     def __enter__(self) -> Tokenizer:
         return self
@@ -334,6 +351,8 @@ class Tokenizer:
         self.close()
 
     def __repr__(self) -> str:
+        if self._unopened is not None:
+            return "Tokenizer(a copy that opens when it is used)"
         c = self.config
         return f"Tokenizer({c.variant}: {c.image_size} px, {len(c.patch_nums)} scales, {c.n_codes} codes of {c.codebook_size})"
 

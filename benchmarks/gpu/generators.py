@@ -23,7 +23,8 @@ from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.choice import choose

@@ -16,7 +16,8 @@ from tests.support.generation_oracle import UncachedGenerator
 from tests.support.mini import mini_model
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Tokenizer
-from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import BackendError
 from tokenflow_sdk.model.sampling import SamplingParams

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 
-from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer
+from tests.support.mini_understander import byte_fallback_tokenizer
+from tests.support.mutations import SPECIAL, mutated_text, no_hang
+from tokenflow_sdk.bundle.text_tokenizer import TextTokenizer, load_text_tokenizer
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError
 
 
@@ -36,3 +41,54 @@ def test_a_missing_package_is_named_with_what_installs_it(path: Path, monkeypatc
     with pytest.raises(MissingPackageError, match=r"pip install 'tokenflow-sdk\[generate\]'.*token ids") as caught:
         load_text_tokenizer(path)
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("put", SPECIAL)
+def test_what_is_no_file_is_named(put: Callable[[Path], None], path: Path) -> None:
+    path.unlink()
+    put(path)
+    with no_hang(), pytest.raises(CorruptBundleError, match="cannot be read"):
+        load_text_tokenizer(path)
+
+
+def test_any_damage_is_named(path: Path) -> None:
+    rng, original = random.Random(0), json.loads(byte_fallback_tokenizer().to_str())
+    with no_hang(60):
+        for _ in range(200):
+            path.write_bytes(mutated_text(original, rng))
+            try:
+                tokenizer = load_text_tokenizer(path)
+                for text in ("the cat", "\u732b <s>"):
+                    tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+                tokenizer.id_to_token(5)
+                tokenizer.get_added_tokens_decoder()
+            except CorruptBundleError:
+                continue
+
+
+class PanicException(BaseException):
+    """As pyo3 raises where the library has a bug."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), Exception("no merges"), OverflowError("too large")])
+def test_what_the_library_raises_is_named(error: BaseException, path: Path) -> None:
+    class Broken:
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise error
+
+    with pytest.raises(CorruptBundleError, match=rf"tokenizer\.json cannot be read: {error}"):
+        TextTokenizer(path, Broken()).encode("text")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TimeoutError("of the application"), SystemExit()])
+def test_what_others_raise_passes(error: BaseException, path: Path) -> None:
+    class Interrupted:
+        def decode(self, ids: list[int]) -> str:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        TextTokenizer(path, Interrupted()).decode([1])
+    assert caught.value is error

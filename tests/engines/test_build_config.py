@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.mutations import ODD, SPECIAL, mutated_bytes, no_hang
 from tokenflow_sdk.engines.build_config import BuildConfig, build_config_names
 from tokenflow_sdk.errors import ArgumentError
 
@@ -40,7 +44,13 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("batch = 3", "wrong kind|least, usual and most"),
         ('precision = "fp4"', "no precision 'fp4'"),
         ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
-        ("pages = -1", "cannot be negative"),
+        ("pages = -1", "pages=-1 is no number of pages"),
+        ("pages = 1e400", "no number of pages"),
+        ("workspace_gb = nan", "no number of GiB"),
+        ('targets = "sm86"', "no GPU architectures"),
+        ('targets = [["sm86"]]', "no GPU architectures"),
+        ('backend = "cuda"', "no backend .cuda."),
+        ("batch = [1, 1, 1.0]", "least, usual and most"),
     ],
 )
 def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) -> None:
@@ -81,3 +91,52 @@ def test_what_engines_of_a_plan_can_take() -> None:
         True,
         False,
     ]
+
+
+def test_any_damage_is_named(tmp_path: Path) -> None:
+    path, rng = tmp_path / "mine.toml", random.Random(0)
+    original = b'about = "mine"\ntargets = ["sm75"]\nbatch = [1, 4, 8]\npages = 3\nworkspace_gb = 1.5\nprecision = "bf16"\n'
+    path.write_bytes(original)
+    assert BuildConfig.from_file(str(path)).pages == 3
+    with no_hang():
+        for _ in range(300):
+            path.write_bytes(mutated_bytes(original, rng))
+            try:
+                BuildConfig.from_file(str(path))
+            except ArgumentError:
+                continue
+
+
+@pytest.mark.parametrize(
+    "content", [b"a = " + b"[" * 100_000, b"\xff", b"pages = " + b"9" * 5000, b"a" * 2**21, b"pages = 1979-05-27"]
+)
+def test_what_is_no_config_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(ArgumentError):
+        BuildConfig.from_file(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("put", SPECIAL)
+def test_what_is_no_file_is_no_config(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path / "mine.toml")
+    with no_hang(), pytest.raises(ArgumentError, match="There is no build config"):
+        BuildConfig.from_file(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 5000, ""])
+def test_a_name_that_no_file_can_have_names_no_config(name: str) -> None:
+    with pytest.raises(ArgumentError, match="There is no build config"):
+        BuildConfig.from_file(name)
+
+
+@pytest.mark.parametrize("field", ["backend", "targets", "precision", "decoder", "batch", "pages", "workspace_gb"])
+def test_every_setting_is_checked(field: str) -> None:
+    """What is left can be compared, hashed and written."""
+    for value in (*ODD, ("sm86", 5), (1, 2), (1, 1, 10**30), (0, 1, 1)):
+        changes: dict[str, Any] = {field: value}
+        try:
+            config = BuildConfig(**changes)
+        except ArgumentError:
+            continue
+        assert BuildConfig.from_json(json.loads(json.dumps(config.to_json()))) is not None
+        assert isinstance(hash(config), int)

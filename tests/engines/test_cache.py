@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.support.mutations import SPECIAL, mutated_text, no_hang
 from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.bundle.bundle import open_bundle
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
 from tokenflow_sdk.cli import main
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache, EngineKey, default_directory, graph_digest
 from tokenflow_sdk.errors import ArgumentError, OutputError
 
@@ -278,3 +283,54 @@ def test_a_graph_is_known_by_all_its_files() -> None:
     two = GraphEntry((*one.files, FileEntry("a.onnx.data", 1, "22" * 32)), specs, specs)
     assert graph_digest(one) != graph_digest(two)
     assert json.dumps(graph_digest(one)) == json.dumps(graph_digest(one))
+
+
+def test_any_record_is_an_engine_or_none(cache: EngineCache, monkeypatch: pytest.MonkeyPatch, mini_bundle: Path) -> None:
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(cache.directory))
+    key = replace(KEY, graph_sha256=graph_digest(open_bundle(mini_bundle).graph("decode")))
+    with cache.building(key):
+        cache.put(key, b"engine", BuildConfig().to_json())
+    cache.certify(key, {"failures": [], "summary": "equal", "figures": {"psnr": 99.0}})
+    record = cache.directory / f"{key.digest}.json"
+    original, rng, found = json.loads(record.read_text()), random.Random(0), 0
+    with no_hang(60):
+        for i in range(100):
+            record.write_bytes(mutated_text(original, rng))
+            found += len(cache.entries())
+            cache.get(key)
+            cache.certify(key, {})
+            if i % 25 == 0:
+                assert main(["info", str(mini_bundle)]) == main(["cache", "list", "--cache", str(cache.directory)]) == 0
+    assert 0 < found < 100
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"null", b'{"size": 1e999}', b"\xff", b"9" * 5000])
+def test_a_record_of_another_form_is_none(content: bytes, cache: EngineCache) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    (cache.directory / f"{KEY.digest}.json").write_bytes(content)
+    assert cache.entries() == []
+    assert cache.get(KEY) is None
+    cache.certify(KEY, {})
+
+
+def test_a_record_under_another_name_evicts_nothing(cache: EngineCache) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"engine", {})
+    record = cache.directory / f"{KEY.digest}.json"
+    (cache.directory / f"{'0' * 32}.json").write_bytes(record.read_bytes())
+    assert [engine.path for engine in cache.entries()] == [record.with_suffix(".engine")]
+
+
+@pytest.mark.parametrize("put", SPECIAL)
+@pytest.mark.parametrize("name", [f"{KEY.digest}.json", f"{KEY.digest}.engine", "CACHEDIR.TAG"])
+def test_what_is_no_file_is_no_engine(put: Callable[[Path], None], name: str, cache: EngineCache) -> None:
+    with cache.building(KEY):
+        cache.put(KEY, b"", {})
+    (cache.directory / name).unlink()
+    put(cache.directory / name)
+    with no_hang():
+        assert (cache.get(KEY) is None) == (name != "CACHEDIR.TAG")
+        cache.entries()
+        with cache.building(KEY):
+            pass

@@ -10,7 +10,8 @@ import pytest
 
 from tokenflow_export.tracing.onnx_export import file_entry
 from tokenflow_sdk import Generator
-from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.parity.generator import (
@@ -57,7 +58,9 @@ def test_results_must_be_of_the_same_positions(generator: Generator, tmp_path: P
     arrays = vars(reference) | {"hidden": reference.hidden[0]}
     np.savez(tmp_path / "reference.npz", **arrays)
     entry = file_entry(tmp_path / "reference.npz")
-    with pytest.raises(CorruptBundleError, match=r"no reference file: hidden states \(\d+, 32\) with.*Export the bundle again"):
+    with pytest.raises(
+        CorruptBundleError, match=r"no reference file: hidden is float32\[\d+, 32\], not.*Export the bundle again"
+    ):
         GeneratorReference.load(replace(generator.bundle, path=tmp_path, assets={"reference": entry}))
 
 

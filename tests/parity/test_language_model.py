@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.support.fake_graphs import UNDERSTANDER, transformer_graph
-from tokenflow_sdk.bundle.bundle import Bundle, load_reference
+from tokenflow_sdk.bundle.arrays import load_reference
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import CorruptBundleError, PagesExhausted
 from tokenflow_sdk.model.transformer import PagedTransformer
@@ -52,6 +53,7 @@ def test_every_bar_is_checked() -> None:
 class Other:
     """A reference of another kind."""
 
+    layout = "latent float32 n"
     latent: np.ndarray
 
 

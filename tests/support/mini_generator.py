@@ -54,8 +54,17 @@ def codebook(size: int, seed: int = 0) -> np.ndarray:
 def tokenizer_bundle(directory: Path, patch_nums: tuple[int, ...], codebook_size: int) -> Bundle[TokenizerConfig]:
     """A bundle without graphs: all that exporting a generator reads of its tokenizer."""
     directory.mkdir(parents=True)
-    names = ("images", "code_indices", "latent", "features", "decoded", "semantic")
-    np.savez(directory / "reference.npz", codebook=codebook(codebook_size), **{name: np.zeros(1) for name in names})
+    side, codes = patch_nums[-1], sum(side * side for side in patch_nums)
+    np.savez(
+        directory / "reference.npz",
+        images=np.zeros((1, 64, 64, 3), np.uint8),
+        code_indices=np.zeros((1, codes), np.int32),
+        latent=np.zeros((1, 40, side, side), np.float32),
+        features=np.zeros((1, 40, side, side), np.float32),
+        decoded=np.zeros((1, 64, 64, 3), np.uint8),
+        semantic=np.zeros((1, side * side, 4), np.float32),
+        codebook=codebook(codebook_size),
+    )
     config = TokenizerConfig("mini", 64, patch_nums, codebook_size, 32, 8, 1.0, 4, "ab" * 32, "crop")
     bundle = Bundle(directory, config, {}, {"reference": file_entry(directory / "reference.npz")}, {}, {})
     bundle.write_manifest()

@@ -20,7 +20,7 @@ from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCa
 from tokenflow_sdk.backends.tensorrt_module import create_or_raise, tensorrt_logger
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
-from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.files import read_regular, write_atomic
 
 __all__ = ["TensorRTSession"]
 
@@ -206,7 +206,7 @@ class _KernelCache:
         self._path, self._stored = path, b""
         self._cache: Any = None
         with suppress(OSError):
-            self._stored = path.read_bytes()
+            self._stored = read_regular(path, 2**30)
 
     def attach(self, settings: Any) -> None:
         """Give the cache to the settings of an execution context; all contexts of an engine share it."""

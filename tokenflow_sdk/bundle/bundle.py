@@ -6,30 +6,23 @@ against its SHA-256 in `bundle.json` before a backend loads it. docs/reference/b
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tokenflow_sdk.bundle.external_data import check_external_data
+from tokenflow_sdk.bundle.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry
-from tokenflow_sdk.errors import (
-    BundleKindError,
-    BundleNotFoundError,
-    BundleVersionError,
-    CorruptBundleError,
-    MissingPackageError,
-)
-from tokenflow_sdk.files import file_status, packaged_data, write_atomic
+from tokenflow_sdk.bundle.signatures import check_graphs
+from tokenflow_sdk.errors import ArgumentError, BundleKindError, BundleNotFoundError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.files import file_sha256, file_status, packaged_data, reason, write_atomic
 
 __all__ = [
     "MANIFEST",
@@ -38,14 +31,10 @@ __all__ = [
     "Bundle",
     "bundle_kind",
     "bundles_in",
-    "file_sha256",
     "find_bundle",
-    "load_codebook",
-    "load_reference",
     "open_bundle",
 ]
 
-MANIFEST = "bundle.json"
 CONFIGS: tuple[type[TokenizerConfig] | type[GeneratorConfig] | type[UnderstanderConfig], ...] = (
     TokenizerConfig,
     GeneratorConfig,
@@ -54,8 +43,6 @@ CONFIGS: tuple[type[TokenizerConfig] | type[GeneratorConfig] | type[Understander
 KINDS = tuple(config.kind for config in CONFIGS)
 TINY = "tiny"
 """Name of the trained model that is shipped with the SDK."""
-SCHEMA_VERSION = 1
-_MAX_MANIFEST_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
@@ -71,16 +58,6 @@ class _Config(Protocol):
 
 
 C = TypeVar("C", bound=_Config)
-R = TypeVar("R")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in lower-case hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -94,6 +71,7 @@ class Bundle(Generic[C]):
         assets: the other files by purpose, e.g. `reference`.
         parity: figures of the check against PyTorch at export; informative.
         provenance: the checkpoint and the package versions it was exported with; informative.
+        sha256: of the bundle.json that was read, which has the hashes of all other files; empty if none was read.
 
     Example:
         >>> bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
@@ -108,6 +86,7 @@ class Bundle(Generic[C]):
     assets: Mapping[str, FileEntry]
     parity: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    sha256: str = field(default="", compare=False)
 
     @property
     def in_half(self) -> bool:
@@ -115,21 +94,24 @@ class Bundle(Generic[C]):
         return any(spec.dtype == "float16" for entry in self.graphs.values() for spec in entry.inputs)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: type[C]) -> Bundle[C]:
+    def open(cls, path: str | os.PathLike[str], config: type[C], sha256: str | None = None) -> Bundle[C]:
         """Read and validate `bundle.json`, and check that every file exists and has its size; `verify` checks the hashes.
 
         Args:
             path: the bundle's directory.
             config: the config class of the wanted kind, e.g. `TokenizerConfig`.
+            sha256: SHA-256 that bundle.json must have, in hex; None: any.
 
         Raises:
+            ArgumentError: `sha256` is no SHA-256.
             BundleNotFoundError: the directory or its bundle.json does not exist or cannot be read.
             BundleVersionError: the bundle was written for a newer SDK.
-            CorruptBundleError: bundle.json is damaged, or a file is missing or has another size.
+            CorruptBundleError: bundle.json is damaged or has another SHA-256; a graph is missing, does not fit the sizes in the
+                config, or reads weights from a file that is not listed; a file is missing, or has another size.
             BundleKindError: the bundle is of another kind.
         """
         path = Path(path)
-        data = _read_manifest(path)
+        data, digest = read_manifest(path, sha256)
         for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):
             if key not in data:
                 raise CorruptBundleError(f"{path / MANIFEST} has no {key!r}.", _AGAIN)
@@ -140,17 +122,26 @@ class Bundle(Generic[C]):
             raise BundleKindError(
                 f"{path} holds a {data['kind']!r} bundle, not {wanted}.", f"Give the path of {wanted} bundle."
             )
+        parsed = config.from_json(data["config"])
         bundle = cls(
             path=path,
-            config=config.from_json(data["config"]),
+            config=parsed,
             graphs={name: GraphEntry.from_json(entry, f"graphs.{name}") for name, entry in data["graphs"].items()},
             assets={name: FileEntry.from_json(entry, f"assets.{name}") for name, entry in data["assets"].items()},
             parity=data["parity"],
             provenance=data["provenance"],
+            sha256=digest,
         )
-        for entry in bundle.files():
-            bundle._check_size(entry)
+        check_graphs(parsed, bundle.graphs)
+        for file in bundle.files():
+            bundle._check_size(file)
+        for graph in bundle.graphs.values():
+            check_external_data(path, graph)
         return bundle
+
+    def portable_name(self, name: str | os.PathLike[str]) -> str | Path:
+        """What another process finds this bundle by: the name by which it was found here, or if that is a path, all of it."""
+        return str(name) if name == TINY or _is_on_hub(name) else self.path.absolute()
 
     def write_manifest(self) -> None:
         """Write `bundle.json`. The exporter does this last, because a directory without it is not a bundle.
@@ -216,102 +207,49 @@ class Bundle(Generic[C]):
             self._check_size(entry)
         # hashlib releases the GIL, so that two files at a time take half as long.
         with ThreadPoolExecutor(2) as pool:
-            digests = list(pool.map(file_sha256, [self.path / entry.name for entry in entries]))
+            digests = list(pool.map(self._digest, entries))
         for entry, digest in zip(entries, digests, strict=True):
             if digest != entry.sha256:
                 raise CorruptBundleError(
                     f"{self.path / entry.name} is damaged: its SHA-256 is not the one in {MANIFEST}.", _AGAIN
                 )
 
+    def _digest(self, entry: FileEntry) -> str:
+        file = self.path / entry.name
+        try:
+            return file_sha256(file)
+        except (OSError, ValueError) as error:
+            raise CorruptBundleError(
+                f"{file} cannot be read: {reason(error)}.", "Check its permissions, or fetch it again."
+            ) from error
+
     def _check_size(self, entry: FileEntry) -> None:
         file = self.path / entry.name
         try:
-            size = file.stat().st_size
-        except OSError as error:
-            raise CorruptBundleError(f"{file} is missing from the bundle ({error.strerror}).", _AGAIN) from None
-        if size != entry.size:
-            raise CorruptBundleError(f"{file} is damaged: {size:,} bytes instead of {entry.size:,}.", _AGAIN)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = path / MANIFEST
-    try:
-        if manifest.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise CorruptBundleError(f"{manifest} is larger than any manifest.", _AGAIN)
-        content = manifest.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleNotFoundError(
-            f"There is no bundle at {path} (no {MANIFEST} there).",
-            "Give the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
-        ) from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise BundleNotFoundError(f"{manifest} cannot be read: {why}.", "Check its name and permissions.") from None
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CorruptBundleError(f"{manifest} is not valid JSON: {error}.", _AGAIN) from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if type(version) is not int or version < 1:
-        raise CorruptBundleError(f"{manifest} gives no schema_version.", _AGAIN)
-    if version > SCHEMA_VERSION:
-        raise BundleVersionError(
-            f"{path} has bundle schema {version}; this SDK reads up to {SCHEMA_VERSION}.",
-            "Upgrade with `pip install --upgrade tokenflow-sdk`.",
-        )
-    return dict(data)
-
-
-def load_reference(bundle: Bundle[Any], kind: type[R]) -> R:
-    """Load a bundle's `reference.npz`: inputs, and the outputs that engines must reproduce.
-
-    Args:
-        bundle: the bundle.
-        kind: a dataclass with one field for each array of the file.
-
-    Raises:
-        CorruptBundleError: the bundle has no reference, or it is damaged.
-    """
-    path = bundle.asset_path("reference")
-    bundle.verify(bundle.asset("reference"))
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return kind(**{key: arrays[key] for key in arrays.files})
-    except (ValueError, TypeError, OSError) as error:
-        raise CorruptBundleError(f"{path} is no reference file: {error}.", "Export the bundle again.") from error
-
-
-def load_codebook(bundle: Bundle[GeneratorConfig]) -> NDArray[np.float32]:
-    """Load a generator's codebook, float32 [K, C]; the semantic and the pixel half of each row have unit length.
-
-    Raises:
-        CorruptBundleError: the bundle has no codebook, or the file is not a float32 array with K rows.
-    """
-    path = bundle.asset_path("codebook")
-    try:
-        codebook: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise CorruptBundleError(f"{path} is no array: {error}.", _AGAIN) from error
-    if codebook.ndim != 2 or codebook.dtype != np.float32 or len(codebook) != bundle.config.codebook_size:
-        raise CorruptBundleError(f"{path} is no codebook of {bundle.config.codebook_size} entries.", _AGAIN)
-    return codebook
+            status = file.stat()
+        except (OSError, ValueError) as error:
+            raise CorruptBundleError(f"{file} is missing from the bundle ({reason(error)}).", _AGAIN) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptBundleError(f"{file} is not a regular file.", _AGAIN)
+        if status.st_size != entry.size:
+            raise CorruptBundleError(f"{file} is damaged: {status.st_size:,} bytes instead of {entry.size:,}.", _AGAIN)
 
 
 def bundle_kind(path: Path) -> str:
     """The kind that a bundle's `bundle.json` names: `tokenizer`, `generator` or `understander`. Raises as `Bundle.open`."""
-    kind = _read_manifest(path).get("kind")
+    kind = read_manifest(path)[0].get("kind")
     if not isinstance(kind, str):
         raise CorruptBundleError(f"{path / MANIFEST} has no 'kind'.", _AGAIN)
     return kind
 
 
-def open_bundle(path: Path) -> Bundle[Any]:
-    """Open a bundle of any kind. Raises as `Bundle.open`."""
+def open_bundle(path: Path, sha256: str | None = None) -> Bundle[Any]:
+    """Open a bundle of any kind. Arguments and errors as in `Bundle.open`."""
     kind = bundle_kind(path)
-    return Bundle.open(path, next((config for config in CONFIGS if config.kind == kind), TokenizerConfig))
+    return Bundle.open(path, next((config for config in CONFIGS if config.kind == kind), TokenizerConfig), sha256)
 
 
-def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
+def find_bundle(name: str | os.PathLike[str], kind: str | None = None, revision: str | None = None) -> Path:
     """Resolve the name of a bundle to its directory.
 
     Args:
@@ -319,45 +257,63 @@ def find_bundle(name: str | os.PathLike[str], kind: str | None = None) -> Path:
             once and cached.
         kind: `tokenizer`, `generator` or `understander`. If `name` is not a bundle but has a bundle in a subdirectory of this
             name, that one is meant.
+        revision: branch, tag or commit of a hub id; None: the newest. Only a commit always gives the same files.
 
     Returns:
         The directory. A path that does not exist is returned unchanged; `Bundle.open` reports it.
 
     Raises:
+        ArgumentError: a revision of something that is not on the hub.
         BundleNotFoundError: a hub id that is not on the hub or cannot be downloaded.
         MissingPackageError: a hub id, and huggingface_hub is not installed.
     """
-    path = _locate(name)
+    path = _locate(name, revision)
     inside = path / (kind or "")
     return inside if file_status(path / MANIFEST) is None and file_status(inside / MANIFEST) is not None else path
 
 
-def bundles_in(name: str | os.PathLike[str]) -> list[Path]:
-    """Directories of all bundles that a name resolves to, one or several kinds.
+def bundles_in(name: str | os.PathLike[str], revision: str | None = None) -> list[Path]:
+    """Directories of all bundles that a name resolves to, one or several kinds. Arguments as in `find_bundle`.
 
     If there is none, the list holds the path that `find_bundle` returns, so that opening it reports the error.
 
     Raises:
         As `find_bundle`.
     """
-    found = [find_bundle(name, kind) for kind in KINDS]
+    found = [find_bundle(name, kind, revision) for kind in KINDS]
     return [path for path in dict.fromkeys(found) if file_status(path / MANIFEST) is not None] or found[:1]
 
 
-def _locate(name: str | os.PathLike[str]) -> Path:
+def _locate(name: str | os.PathLike[str], revision: str | None) -> Path:
+    path = _as_path(name)
+    if _is_on_hub(name):
+        return _from_hub(str(name), revision)
+    if revision is not None:
+        raise ArgumentError(
+            f"revision={revision!r} is for models on the hub, and {name} is none.", "Leave it out; sha256= pins any bundle."
+        )
+    return path
+
+
+def _is_on_hub(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is an id of the hub: it looks like one, and no directory is there that it could be in."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not os.path.lexists(Path(name).parent)
+
+
+def _as_path(name: str | os.PathLike[str]) -> Path:
     if name == TINY:
         return packaged_data(f"models/{TINY}")
     if not os.fspath(name):
         raise BundleNotFoundError("An empty name is that of no bundle.", "Give a directory, or a hub id like org/name.")
     try:
-        path = Path(name).expanduser()
+        return Path(name).expanduser()
     except RuntimeError as error:
         raise BundleNotFoundError(f"{name} cannot be found: {error}", "Write the path without ~.") from error
-    is_hub_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
-    return _from_hub(str(name)) if is_hub_id and not os.path.lexists(path.parent) else path
 
 
-def _from_hub(repo_id: str) -> Path:
+def _from_hub(repo_id: str, revision: str | None) -> Path:
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ArgumentError(f"revision={revision!r} is none of {repo_id}.", "Give a branch, a tag or a commit.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -366,7 +322,8 @@ def _from_hub(repo_id: str) -> Path:
             "Run `pip install 'tokenflow-sdk[hub]'`, or give the path of a bundle.",
         ) from None
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]))
+        patterns = ["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # of the hub, its HTTP client, the file system, and ValueError for an invalid name
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleNotFoundError(

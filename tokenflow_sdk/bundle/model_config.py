@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ def _require_texts(values: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def _as_numbers(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Non-empty lists of non-negative integers, as tuples."""
+    """Non-empty lists of integers that int32 holds, none negative, as tuples."""
     for key in names:
         numbers = values[key]
-        whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
+        whole = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and 0 <= n < 2**31 for n in numbers)
         require(whole, "config", f"gives {key} as {numbers!r}")
     return {key: tuple(values[key]) for key in names}
 
@@ -61,6 +62,8 @@ def _require_preprocess(value: object) -> None:
 
 def _require_storable(variant: str, codebook_sha256: str, codebook_size: int, patch_nums: tuple[int, ...]) -> None:
     """Require that the tokenizer's codes can be stored in a `.tfc` file."""
+    digest = re.fullmatch("[0-9a-f]{64}", codebook_sha256) is not None
+    require(digest, "config", f"gives codebook_sha256 as {codebook_sha256!r}")
     problem = Header(variant, codebook_sha256[:16], codebook_size, patch_nums).problem()
     require(problem is None, "config", f"claims {problem}")
 
@@ -229,6 +232,11 @@ class GeneratorConfig(LanguageModelConfig):
         """
         return self.max_prompt + len(self.image_start_ids) - 1
 
+    def is_text(self, token_id: int) -> bool:
+        """Whether a token id is in the text embedding table: before the image tokens, or after them."""
+        after = self.image_token_start + self.codebook_size
+        return 0 <= token_id < self.image_token_start or after <= token_id < self.text_size + self.codebook_size
+
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
         """Bound on the pages that one image takes in addition to those of its prompts.
 
@@ -259,7 +267,13 @@ class GeneratorConfig(LanguageModelConfig):
         _require_texts(values, ("negative_prompt", "preset", "codebook_sha256", "tokenizer_variant", "tokenizer"))
         size, sides = values["codebook_size"], lists["patch_nums"]
         _require_storable(values["tokenizer_variant"], values["codebook_sha256"], size, sides)
-        return cls(**values | lists)
+        require(bool(values["negative_prompt"].strip()), "config", "has an empty negative_prompt")
+        config = cls(**values | lists)
+        ids = (config.bos_id, *config.image_start_ids)
+        require(
+            all(map(config.is_text, ids)), "config", f"begins prompts and images with {list(ids)}, which are not all text ids"
+        )
+        return config
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class FileEntry:
         """Read an entry from parsed JSON; `where` is its place in bundle.json. Raises CorruptBundleError if it is invalid."""
         values = checked_fields(cls, data, where)
         name, size, digest = values["name"], values["size"], values["sha256"]
-        plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+        # What is not printable includes lone surrogates, which no file name can have.
+        plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
         require(plain, where, f"names the file {name!r}, which is not a plain file name")
         require(type(size) is int and size >= 0, where, f"gives the size {size!r}")
         require(isinstance(digest, str) and len(digest) == 64, where, "gives no SHA-256")
@@ -113,8 +114,12 @@ class GraphEntry:
         values = checked_fields(cls, data, where)
         for key, value in values.items():
             require(isinstance(value, list) and len(value) > 0, where, f"lists no {key}")
-        return cls(
+        entry = cls(
             tuple(FileEntry.from_json(item, f"{where}.files") for item in values["files"]),
             tuple(TensorSpec.from_json(item, f"{where}.inputs") for item in values["inputs"]),
             tuple(TensorSpec.from_json(item, f"{where}.outputs") for item in values["outputs"]),
         )
+        # By other endings backends take a file for another format.
+        first = entry.files[0].name
+        require(first.endswith(".onnx"), where, f"has the graph {first!r}, which is no .onnx file")
+        return entry

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.errors import CorruptBundleError, MissingPackageError, PromptError
+from tokenflow_sdk.files import read_regular, reason
 
-__all__ = ["load_text_tokenizer", "require_unicode"]
+__all__ = ["TextTokenizer", "load_text_tokenizer", "require_unicode"]
+
+_MOST_BYTES = 2**28
+_AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
 
-def load_text_tokenizer(path: Path) -> Any:
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` whose failures are those of its file. Methods are the library's.
+
+    Raises:
+        CorruptBundleError: by every method, if the library fails on what is in the file.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any) -> None:
+        self._path, self._tokenizer = path, tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        return _translated(self._path, lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(_translated(self._path, lambda: self._tokenizer.decode(ids)))
+
+    def id_to_token(self, token: int) -> str | None:
+        found: str | None = _translated(self._path, lambda: self._tokenizer.id_to_token(token))
+        return found
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return dict(_translated(self._path, self._tokenizer.get_added_tokens_decoder))
+
+
+def load_text_tokenizer(path: Path) -> TextTokenizer:
     """Load a bundle's `tokenizer.json` for text of users: names of control tokens in it are encoded as ordinary text.
 
     Args:
         path: the file.
-
-    Returns:
-        A `tokenizers.Tokenizer`.
 
     Raises:
         MissingPackageError: the package `tokenizers` is not installed.
@@ -31,11 +57,22 @@ def load_text_tokenizer(path: Path) -> Any:
             "Prompts as text need the tokenizers package.", "Run `pip install 'tokenflow-sdk[generate]'`, or give token ids."
         ) from None
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CorruptBundleError(f"{path} cannot be read: {error}.", "Export the bundle again.") from error
+        content = read_regular(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise CorruptBundleError(f"{path} cannot be read: {reason(error)}.", _AGAIN) from error
+    tokenizer = _translated(path, lambda: tokenizers.Tokenizer.from_buffer(content))
     tokenizer.encode_special_tokens = True
-    return tokenizer
+    return TextTokenizer(path, tokenizer)
+
+
+def _translated(path: Path, call: Callable[[], Any]) -> Any:
+    """The result of a call of the library, which raises bare Exception, and for its own bugs a BaseException of pyo3."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error) not in (Exception, ValueError, TypeError, OverflowError) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise CorruptBundleError(f"{path} cannot be read: {error}.", _AGAIN) from error
 
 
 def require_unicode(text: str) -> str:

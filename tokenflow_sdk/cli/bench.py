@@ -18,10 +18,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in
+from tokenflow_sdk.bundle.bundle import bundle_kind
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_name, open_generator, open_tokenizer, open_understander
+from tokenflow_sdk.cli.opening import bundle_paths, open_generator, open_tokenizer, open_understander
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator
@@ -71,7 +71,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
     arguments.batch_limit = max(arguments.batch_limit, *batches)
-    results = [_bench_one(path, arguments, batches) for path in bundles_in(bundle_name(arguments))]
+    results = [_bench_one(path, arguments, batches) for path in bundle_paths(arguments)]
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
         write_atomic(arguments.json, json.dumps(machine | {"bundles": results}, indent=2).encode())

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
-from tokenflow_sdk.bundle.bundle import Bundle, bundles_in, open_bundle
+from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_name
+from tokenflow_sdk.cli.opening import bundle_paths
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
@@ -40,11 +40,12 @@ def build(arguments: argparse.Namespace) -> int:
     build_config = _build_config(arguments)
     if build_config.backend == ONNXRUNTIME:
         stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
-        verify_bundles(bundle_name(arguments), RuntimeOptions(device="cpu", backend=ONNXRUNTIME))
+        options = RuntimeOptions(device="cpu", backend=ONNXRUNTIME)
+        verify_bundles(bundle_paths(arguments), options, sha256=arguments.sha256)
         return 0
     trt = import_tensorrt(build_config.backend)
     store = EngineCache(arguments.cache)
-    bundles = [open_bundle(path) for path in bundles_in(bundle_name(arguments))]
+    bundles = [open_bundle(path, arguments.sha256) for path in bundle_paths(arguments)]
     for bundle in bundles:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, build_config, trt)]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, bundle_kind, bundles_in
+from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.cli.console import stdout
-from tokenflow_sdk.cli.opening import bundle_name
+from tokenflow_sdk.cli.opening import bundle_name, bundle_paths
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
@@ -33,14 +34,14 @@ def info(arguments: argparse.Namespace) -> int:
     if target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
         _codes_info(target)
         return 0
-    for path in [target.parent] if target.name == MANIFEST else bundles_in(bundle_name(arguments)):
-        kind = bundle_kind(path)
-        if kind == GeneratorConfig.kind:
-            _generator_info(Bundle.open(path, GeneratorConfig))
-        elif kind == UnderstanderConfig.kind:
-            _understander_info(Bundle.open(path, UnderstanderConfig))
+    for path in [target.parent] if target.name == MANIFEST else bundle_paths(arguments):
+        bundle = open_bundle(path, arguments.sha256)
+        if isinstance(bundle.config, GeneratorConfig):
+            _generator_info(bundle)
+        elif isinstance(bundle.config, UnderstanderConfig):
+            _understander_info(bundle)
         else:
-            _tokenizer_info(Bundle.open(path, TokenizerConfig))
+            _tokenizer_info(bundle)
     return 0
 
 
@@ -109,14 +110,15 @@ def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
         soft_wrap=True,
     )
     _print_graphs(bundle.graphs)
-    if "agreement" in bundle.parity:
+    # The figures are informative and of any form; those of other forms are left out.
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
         decoded = bundle.parity["decode_psnr"]
         stdout.print(
             f"export check: codes equal {bundle.parity['equal_codes']:.2%}, flips {len(bundle.parity['flips'])}, "
             f"decode {'identical' if decoded is None else f'{decoded:.1f} dB'} against PyTorch",
             soft_wrap=True,
         )
-    _print_provenance(bundle.provenance)
+    _print_provenance(bundle)
     _print_choice(bundle)
 
 
@@ -152,7 +154,7 @@ def _print_language_model(
     _print_graphs(bundle.graphs)
     _print_pages(bundle, c.image_pages(), c.default_pages())
     _print_check(bundle.parity, choice)
-    _print_provenance(bundle.provenance)
+    _print_provenance(bundle)
     _print_choice(bundle)
 
 
@@ -169,7 +171,7 @@ def _print_pages(bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], t
 
 
 def _print_check(parity: Mapping[str, Any], choice: str) -> None:
-    if "same_code" in parity:
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
         stdout.print(
             f"export check against float32 PyTorch: likeliest {choice} the same at {parity['same_code']:.1%} of positions, "
             f"probabilities overlap by {parity['overlap']:.1%}",
@@ -189,6 +191,7 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} KB"
 
 
-def _print_provenance(provenance: Mapping[str, Any]) -> None:
-    for key, value in provenance.items():
+def _print_provenance(bundle: Bundle[Any]) -> None:
+    for key, value in bundle.provenance.items():
         stdout.print(f"{key}: {value}", soft_wrap=True)
+    stdout.print(f"SHA-256 of bundle.json: {bundle.sha256}", soft_wrap=True)

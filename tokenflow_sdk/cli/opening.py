@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from tokenflow_sdk.bundle.bundle import TINY
+from tokenflow_sdk.bundle.bundle import TINY, bundles_in
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
@@ -12,7 +13,7 @@ from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.understanding.understander import Understander
 
-__all__ = ["bundle_name", "open_generator", "open_tokenizer", "open_understander", "runtime_options"]
+__all__ = ["bundle_name", "bundle_paths", "open_generator", "open_tokenizer", "open_understander", "runtime_options"]
 
 
 def bundle_name(arguments: argparse.Namespace) -> str:
@@ -23,6 +24,21 @@ def bundle_name(arguments: argparse.Namespace) -> str:
     """
     name = _named_bundle(arguments)
     return TINY if name is None else name
+
+
+def bundle_paths(arguments: argparse.Namespace) -> list[Path]:
+    """Directories of all bundles under the name in the arguments, at the revision in them.
+
+    Raises:
+        ArgumentError: two bundles are named; or several are found, and --sha256 is that of one.
+    """
+    paths = bundles_in(bundle_name(arguments), arguments.revision)
+    if arguments.sha256 is not None and len(paths) > 1:
+        raise ArgumentError(
+            f"--sha256 is that of one bundle, and {bundle_name(arguments)} has several.",
+            f"Name one of: {', '.join(map(str, paths))}.",
+        )
+    return paths
 
 
 def _named_bundle(arguments: argparse.Namespace) -> str | None:
@@ -43,14 +59,26 @@ def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
     """Open the tokenizer that the arguments name, and load `graphs` now; other graphs are loaded when first used."""
     with stderr.status(f"opening {bundle_name(arguments)}"):
-        tokenizer = Tokenizer.open(bundle_name(arguments), runtime_options(arguments), arguments.batch_limit)
+        tokenizer = Tokenizer.open(
+            bundle_name(arguments),
+            runtime_options(arguments),
+            arguments.batch_limit,
+            revision=arguments.revision,
+            sha256=arguments.sha256,
+        )
         return tokenizer.load(*graphs) if graphs else tokenizer
 
 
 def open_generator(arguments: argparse.Namespace) -> Generator:
     """Open the generator that the arguments name."""
     with stderr.status(f"opening {bundle_name(arguments)}"):
-        return Generator.open(bundle_name(arguments), runtime_options(arguments), arguments.tokenizer)
+        return Generator.open(
+            bundle_name(arguments),
+            runtime_options(arguments),
+            arguments.tokenizer,
+            revision=arguments.revision,
+            sha256=arguments.sha256,
+        )
 
 
 def open_understander(arguments: argparse.Namespace) -> Understander:
@@ -67,4 +95,10 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
             "--out bundles/chat` and give --bundle bundles/chat.",
         )
     with stderr.status(f"opening {name}"):
-        return Understander.open(name, runtime_options(arguments), arguments.tokenizer)
+        return Understander.open(
+            name,
+            runtime_options(arguments),
+            arguments.tokenizer,
+            revision=arguments.revision,
+            sha256=arguments.sha256,
+        )

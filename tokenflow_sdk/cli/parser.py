@@ -99,6 +99,7 @@ def _add_info(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "info", info.info, "print what a bundle or a .tfc file holds")
     parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes (default: tiny)")
     parser.add_argument("--bundle", metavar="PATH|NAME", help="the bundle, instead of the first argument")
+    _add_pins(parser)
 
 
 def _add_encode(subparsers: _Subparsers) -> None:
@@ -205,6 +206,7 @@ def _add_build(subparsers: _Subparsers) -> None:
     parser.description = _BUILDING
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
+    _add_pins(parser)
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
@@ -292,6 +294,7 @@ def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
 def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny") -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
+    _add_pins(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--backend",
@@ -302,6 +305,15 @@ def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokeni
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument("--batch-limit", type=int, default=1, metavar="N", help="most images in one call (default: %(default)s)")
+
+
+def _add_pins(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id (default: the newest)")
+    parser.add_argument(
+        "--sha256",
+        metavar="HEX",
+        help="refuse a bundle whose bundle.json has another SHA-256; `tokenflow info` prints it (default: any)",
+    )
 
 
 def _add_image_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from rich.table import Table
 
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.bundle.bundle import bundle_kind, bundles_in, open_bundle
+from tokenflow_sdk.bundle.bundle import open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_name, runtime_options
+from tokenflow_sdk.cli.opening import bundle_paths, runtime_options
 from tokenflow_sdk.engines.choice import Needs, engines_for
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
@@ -26,32 +27,35 @@ __all__ = ["verify", "verify_bundles"]
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify every bundle under a name."""
-    verify_bundles(bundle_name(arguments), runtime_options(arguments), arguments.batch_limit)
+    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit, arguments.sha256)
     return 0
 
 
-def verify_bundles(name: str, options: RuntimeOptions, batch_limit: int = 1) -> None:
-    """Check every bundle under a name, and print how it agrees with its reference.
+def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: int = 1, sha256: str | None = None) -> None:
+    """Check bundles, and print how they agree with their references.
 
     Args:
-        name: see `bundles_in`.
+        paths: their directories.
         options: the backend to check.
         batch_limit: most images in a call; engines must be built for as many.
+        sha256: SHA-256 that bundle.json must have; None: any.
 
     Raises:
         CorruptBundleError: a file is missing or damaged.
         ParityError, EngineRefusedError: a bundle does not reproduce its reference.
     """
-    for path in bundles_in(name):
+    for path in paths:
+        bundle = open_bundle(path, sha256)
         if options.backend in FLAVOURS:
             _verify_engines(path, options, batch_limit)
-        elif bundle_kind(path) == TokenizerConfig.kind:
+        elif isinstance(bundle.config, TokenizerConfig):
             with stderr.status(f"opening {path}"):
                 tokenizer = Tokenizer.open(path, options, batch_limit)
             with tokenizer:
                 _verify_tokenizer(tokenizer)
         else:
             _verify_language_model(path, options)
+        stdout.print(f"{path}: bundle.json has the SHA-256 {bundle.sha256}", soft_wrap=True)
     stdout.print("files and numbers are right", style="green")
 
 

@@ -16,6 +16,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.build_config import BuildConfig, Precision
 from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError
+from tokenflow_sdk.files import read_regular
 from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
 
 __all__ = ["PINNED", "RANGES", "Annotations", "decoder_ranges", "pinned_nodes"]
@@ -24,6 +25,8 @@ PINNED = "pinned"
 """Name of the asset that lists the pinned nodes, as JSON: {precision: {graph: [node, ...]}}."""
 RANGES = "ranges"
 """Name of the asset that holds the activation ranges, as JSON: {8-bit type: {graph: {node: magnitude}}}."""
+
+_MOST_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ def pinned_nodes(bundle: Bundle[Any], precision: str) -> dict[str, tuple[str, ..
     entry = bundle.asset(PINNED)
     bundle.verify(entry)
     try:
-        found = json.loads((bundle.path / entry.name).read_bytes())[precision]
+        found = json.loads(read_regular(bundle.path / entry.name, _MOST_BYTES))[precision]
         return {str(graph): tuple(map(str, names)) for graph, names in found.items()}
     except KeyError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptBundleError(
             f"{bundle.path / entry.name} is no list of nodes: {error}.", "Run `tokenflow export precision-search` again."
         ) from error
@@ -112,9 +115,9 @@ def decoder_ranges(bundle: Bundle[Any], dtype: EightBit) -> ActivationRanges:
     bundle.verify(entry)
     path = bundle.path / entry.name
     try:
-        found = json.loads(path.read_bytes())[dtype]["decode"]
+        found = json.loads(read_regular(path, _MOST_BYTES))[dtype]["decode"]
         magnitudes = {str(name): float(value) for name, value in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptBundleError(f"{path} is no list of magnitudes: {error!r}.", f"{calibrate}.") from error
     if not magnitudes:
         raise EngineBuildError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tokenflow_sdk.arguments import integer, real
+from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
-from tokenflow_sdk.files import packaged_data
+from tokenflow_sdk.files import file_status, packaged_data, read_regular
 from tokenflow_sdk.passes.quantize import EightBit
 
 __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
@@ -17,6 +20,7 @@ __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
 Precision = Literal["fp32", "fp16", "bf16"]
 ONNXRUNTIME = "onnxruntime"
 """The `backend` of build configs for CPUs."""
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class BuildConfig:
     workspace_gb: float = 0
 
     def __post_init__(self) -> None:
+        if self.backend not in (ONNXRUNTIME, *FLAVOURS):
+            raise ArgumentError(
+                f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join((ONNXRUNTIME, *FLAVOURS))}."
+            )
+        if not isinstance(self.targets, tuple) or not all(isinstance(t, str) and t.isalnum() for t in self.targets):
+            raise ArgumentError(f"targets={self.targets!r} are no GPU architectures.", 'Give them like ("sm86", "sm89").')
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
                 "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
@@ -59,17 +69,18 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
             )
-        ascending = (
-            len(self.batch) == 3 and all(type(size) is int for size in self.batch) and list(self.batch) == sorted(self.batch)
-        )
-        if not ascending or self.batch[0] != 1:
+        sizes = self.batch if isinstance(self.batch, tuple) else ()
+        whole = len(sizes) == 3 and all(type(size) is int for size in sizes)
+        if not whole or not 1 == sizes[0] <= sizes[1] <= sizes[2] < 2**31:
             raise ArgumentError(
                 f"batch={self.batch!r} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
                 "Write it as --batch 1,8,32.",
             )
-        if self.pages < 0 or self.workspace_gb < 0:
-            raise ArgumentError(f"pages={self.pages}, workspace_gb={self.workspace_gb} cannot be negative.", "Give 0 or more.")
+        pages = integer("pages", self.pages, 0, 2**31 - 1, "is no number of pages.", "Give 0 or more.")
+        object.__setattr__(self, "pages", pages)
+        # Left as it is, because engines' keys hold it as it is written.
+        real("workspace_gb", self.workspace_gb, 0, 2**20, "is no number of GiB.", "Give 0 or more.")
 
     @classmethod
     def from_file(cls, name: str) -> BuildConfig:
@@ -82,7 +93,8 @@ class BuildConfig:
             ArgumentError: there is no such build config, or it has an unknown setting or an invalid value.
             MissingPackageError: Python is older than 3.11 and tomli is not installed.
         """
-        path = next((path for path in (Path(name), packaged_data("engines/configs") / f"{name}.toml") if path.is_file()), None)
+        places = (Path(name), packaged_data("engines/configs") / f"{name}.toml")
+        path = next((path for path in places if _is_file(path)), None)
         if path is None:
             raise ArgumentError(
                 f"There is no build config {name!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
@@ -93,12 +105,7 @@ class BuildConfig:
             raise ArgumentError(f"{path} says {unknown[0]!r}, which is no setting of a build config.", "Remove it.")
         values.pop("about", None)
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise ArgumentError(
-                f"{path} has a value of the wrong kind: {error}.", "Compare it with the build configs beside it."
-            ) from error
+        return cls(**settings)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildConfig | None:
@@ -138,6 +145,11 @@ class BuildConfig:
         return replace(self, **{key: value for key, value in values.items() if value is not None})
 
 
+def _is_file(path: Path) -> bool:
+    status = file_status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
 def build_config_names() -> list[str]:
     """Names of the build configs that come with the SDK, sorted."""
     return sorted(path.stem for path in packaged_data("engines/configs").glob("*.toml"))
@@ -154,8 +166,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 "Build configs need tomli on Python 3.10.", "Run `pip install 'tokenflow-sdk[build]'`."
             ) from error
     try:
-        data: Mapping[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data: Mapping[str, Any] = tomllib.loads(read_regular(path, _MOST_BYTES).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(
             f"{path} cannot be read as TOML: {error}.", "Compare it with the build configs beside it."
         ) from error

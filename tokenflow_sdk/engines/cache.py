@@ -20,10 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenflow_sdk.bundle.bundle import file_sha256
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError, TokenFlowError
-from tokenflow_sdk.files import write_atomic
+from tokenflow_sdk.files import file_sha256, read_regular, write_atomic
 
 __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
 
@@ -32,6 +31,7 @@ _SUFFIXES = (".json", ".engine", ".kernels")
 """Endings of an engine's files: its record, the engine, and the kernels that TensorRT-RTX compiled from it."""
 _WRITTEN = re.compile(r"[0-9a-f]{32}\.(json|engine|kernels|lock)|\.[0-9a-f]{32}\.(json|engine|kernels)-[0-9a-f]{12}")
 """Names of all files that the cache writes: those of engines, their locks, and the temporary files of `write_atomic`."""
+_MOST_RECORD_BYTES = 2**24
 _MARK = "CACHEDIR.TAG"
 _MARK_TEXT = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n# Engines that tokenflow-sdk built; `tokenflow cache clear` removes them.\n"
@@ -221,9 +221,8 @@ class EngineCache:
         Raises:
             OutputError: the directory cannot be written.
         """
-        try:
-            record = json.loads(self._record(key).read_bytes())
-        except (OSError, ValueError):
+        record = _read_record(self._record(key))
+        if record is None:
             return
         write_atomic(self._record(key), json.dumps(record | {"certificate": dict(certificate)}, indent=2).encode())
 
@@ -298,8 +297,8 @@ class EngineCache:
 
     def _is_marked(self) -> bool:
         try:
-            return (self.directory / _MARK).read_bytes() == _MARK_TEXT
-        except (FileNotFoundError, IsADirectoryError):
+            return read_regular(self.directory / _MARK, len(_MARK_TEXT)) == _MARK_TEXT
+        except OSError:
             return False
 
     def _foreign(self) -> str | None:
@@ -319,13 +318,17 @@ class EngineCache:
         return self.directory / f"{key.digest}.json"
 
     def _read(self, path: Path) -> CachedEngine | None:
+        data = _read_record(path)
+        if data is None:
+            return None
         try:
-            data = json.loads(path.read_bytes())
             key = EngineKey(**{field.name: str(data["key"][field.name]) for field in fields(EngineKey)})
             contents = (dict(data[name]) for name in ("certificate", "build_config"))
-            return CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), *contents)
-        except (OSError, ValueError, KeyError, TypeError):
+            found = CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), *contents)
+        except (ValueError, LookupError, TypeError, OverflowError):
             return None
+        # A record under another name would let `_evict` remove another's engine.
+        return found if key.digest == path.stem and found.size >= 0 else None
 
     def _remove(self, digest: str) -> None:
         for suffix in _SUFFIXES:
@@ -351,8 +354,16 @@ def _last_used(record: Path) -> float:
 def _is_intact(engine: CachedEngine, record: Path) -> bool:
     """Whether the engine's size and SHA-256 are those in its record."""
     try:
-        return (
-            engine.path.stat().st_size == engine.size and file_sha256(engine.path) == json.loads(record.read_bytes())["sha256"]
-        )
-    except (OSError, ValueError, KeyError):
+        same_size = engine.path.stat().st_size == engine.size
+        return same_size and file_sha256(engine.path) == (_read_record(record) or {}).get("sha256")
+    except OSError:
         return False
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """An engine's record as parsed JSON; None if it is gone or damaged."""
+    try:
+        data = json.loads(read_regular(path, _MOST_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.session import SessionOptions
@@ -55,6 +55,10 @@ class RuntimeOptions:
             object.__setattr__(self, "providers", tuple(self.providers))
         # SessionOptions checks device and threads.
         _ = self.session
+        if not isinstance(self.build_config, (BuildConfig, str, type(None))):
+            raise ArgumentError(
+                f"build_config={self.build_config!r} is no build config.", "Give a BuildConfig, or the name or path of one."
+            )
         if self.backend not in BACKENDS:
             raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
         contexts = integer("execution_contexts", self.execution_contexts, 1, None, "runs nothing.", "Give at least 1.")
@@ -82,6 +86,10 @@ class RuntimeOptions:
             ArgumentError, MissingPackageError: see `BuildConfig.from_file`.
         """
         return BuildConfig.from_file(self.build_config) if isinstance(self.build_config, str) else self.build_config
+
+    def portable(self) -> RuntimeOptions:
+        """The options with the build config itself instead of its name or path, for other processes. Raises as above."""
+        return replace(self, build_config=self.loaded_build_config())
 
     def wants_onnxruntime(self) -> bool:
         """Whether the backend is onnxruntime, or the build config is for CPUs.

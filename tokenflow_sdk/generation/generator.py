@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.session import Session
-from tokenflow_sdk.bundle.bundle import load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
@@ -34,7 +34,7 @@ class GeneratedScale:
 
     scale: int
     codes: tuple[Codes, ...]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = field(compare=False)
 
     def preview(self) -> list[Image.Image]:
         """The images so far, decoded now, one for each of the request's images."""
@@ -48,7 +48,7 @@ class Generation:
     codes: tuple[Codes, ...]
     params: SamplingParams
     timings: tuple[float, ...]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = field(compare=False)
 
     @property
     def seed(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
-from tokenflow_sdk.errors import PromptError
+from tokenflow_sdk.errors import CorruptBundleError, PromptError
 
 __all__ = ["Prompt", "PromptEncoder"]
 
@@ -41,7 +41,8 @@ class PromptEncoder:
 
         Raises:
             PromptError: empty, not text, too long (`strict`), or ids outside the text vocabulary.
-            MissingPackageError: text without the `tokenizers` package.
+            CorruptBundleError: text, and the bundle's `tokenizer.json` is damaged.
+        MissingPackageError: text without the `tokenizers` package.
         """
         ids = self._ids_of_text(prompt, name) if isinstance(prompt, str) else self._checked(prompt, name)
         limit = self._config.max_prompt - 1
@@ -58,7 +59,12 @@ class PromptEncoder:
         require_unicode(text)
         if self._tokenizer is None:
             self._tokenizer = load_text_tokenizer(self._path)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if not all(map(self._config.is_text, ids)):
+            raise CorruptBundleError(
+                f"{self._path} gives tokens that the model does not know.", "Export the bundle again, or give token ids."
+            )
+        return ids
 
     def _checked(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
         c = self._config
@@ -73,8 +79,7 @@ class PromptEncoder:
             ) from None
         if not found:
             raise PromptError(f"The {name} has no tokens.", "Give text, or at least one token id.")
-        after = c.image_token_start + c.codebook_size
-        wrong = [i for i in found if not (0 <= i < c.image_token_start or after <= i < c.text_size + c.codebook_size)]
+        wrong = [i for i in found if not c.is_text(i)]
         if wrong:
             raise PromptError(f"Token id {wrong[0]} is not text.", f"Text ids are 0 .. {c.image_token_start - 1}.")
         return found

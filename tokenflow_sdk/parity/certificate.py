@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
-from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.errors import EngineRefusedError
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs

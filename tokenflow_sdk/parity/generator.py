@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,14 @@ class GeneratorInputs:
 @dataclass(frozen=True)
 class GeneratorReference(GeneratorInputs, LanguageModelReference):
     """`reference.npz` of a generator's bundle: the inputs and their expected results."""
+
+    layout: ClassVar[str] = (
+        "token_ids int32<text_size p; code_indices int32<codebook_size q; hidden float32 r t width; "
+        "likeliest int32<codebook_size r t"
+    )
+
+    def __len__(self) -> int:
+        return len(self.token_ids) + len(self.code_indices)
 
 
 def embed_inputs(sessions: Mapping[str, Session], codebook: Float32, inputs: GeneratorInputs) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.backends.session import Tensor
-from tokenflow_sdk.bundle.bundle import Bundle, load_reference
+from tokenflow_sdk.bundle.arrays import load_reference
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PagedTransformer
@@ -104,7 +106,7 @@ class LanguageModelReport:
 
 
 @dataclass(frozen=True)
-class LanguageModelReference:
+class LanguageModelReference(ABC):
     """The results in `reference.npz` of a language model's bundle: R alternatives, of which a session must reproduce one.
 
     The first is what onnxruntime computed from the exported graphs. Graphs with int8 weights have a second: onnxruntime also
@@ -119,12 +121,18 @@ class LanguageModelReference:
         ValueError: the shapes do not match.
     """
 
+    layout: ClassVar[str]
+
     hidden: Float32
     likeliest: Int32
 
     def __post_init__(self) -> None:
-        if self.hidden.ndim != 3 or self.likeliest.shape != self.hidden.shape[:2]:
+        if self.hidden.ndim != 3 or self.likeliest.shape != self.hidden.shape[:2] or self.hidden.shape[1] != len(self):
             raise ValueError(f"hidden states {self.hidden.shape} with choices {self.likeliest.shape}")
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of positions of the inputs, Q."""
 
     @classmethod
     def load(cls: type[R], bundle: Bundle[Any]) -> R:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.bundle.bundle import Bundle, load_reference
+from tokenflow_sdk.bundle.arrays import load_reference
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.parity.tokenizer_report import Flip, TokenizerReport
@@ -46,6 +48,13 @@ class TokenizerReference:
         semantic: the semantic decoder's features, float32 [N, g * g, semantic_width].
         codebook: float32 [K, C]; the semantic and the pixel half of each row have unit length.
     """
+
+    layout: ClassVar[str] = (
+        "images uint8 n image_size image_size 3; code_indices int32<codebook_size n n_codes; "
+        "latent float32 n code_dim grid grid; features float32 n code_dim grid grid; "
+        "decoded uint8 n image_size image_size 3; semantic float32 n cells semantic_width; "
+        "codebook float32 codebook_size code_dim"
+    )
 
     images: NDArray[np.uint8]
     code_indices: NDArray[np.int32]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,11 @@ class UnderstanderInputs:
 @dataclass(frozen=True)
 class UnderstanderReference(UnderstanderInputs, LanguageModelReference):
     """`reference.npz` of an understander's bundle: the inputs and their expected results."""
+
+    layout: ClassVar[str] = (
+        "before int32<vocabulary b; features float32 n code_dim; after int32<vocabulary a; answer int32<vocabulary w; "
+        "hidden float32 r t width; likeliest int32<vocabulary r t"
+    )
 
 
 def embed_pieces(sessions: Mapping[str, Session], inputs: UnderstanderInputs) -> Iterator[Piece]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
+from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.image_features import ImageInput
@@ -32,6 +34,12 @@ class Chat:
         self._last: AnswerRequest | None = None
         self.turns: list[tuple[str, str]] = []
         """Questions and answers so far."""
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError(
+            "A Chat stays with the model whose pages it uses, so it cannot be copied or pickled.",
+            "Send its `turns` and the images, and ask there.",
+        )
 
     def ask(
         self,

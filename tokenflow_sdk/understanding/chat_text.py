@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenflow_sdk.bundle.model_config import ChatTemplate
 from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
-from tokenflow_sdk.errors import PromptError
+from tokenflow_sdk.errors import CorruptBundleError, PromptError
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt
 
 __all__ = ["ChatText", "TextStream"]
@@ -74,11 +74,13 @@ class ChatText:
     Args:
         path: the bundle's `tokenizer.json`, read when it is first needed.
         template: the model's chat template.
+        vocabulary: number of tokens that the model knows; None: any number.
     """
 
-    def __init__(self, path: Path, template: ChatTemplate) -> None:
+    def __init__(self, path: Path, template: ChatTemplate, vocabulary: int | None = None) -> None:
         self._path = path
         self._template = template
+        self._vocabulary = vocabulary
         self._loaded: Any = None
 
     @property
@@ -96,6 +98,7 @@ class ChatText:
 
         Raises:
             PromptError: the question is empty or no text.
+            CorruptBundleError: `tokenizer.json` is damaged.
             MissingPackageError: the `tokenizers` package is not installed.
         """
         t = self._template
@@ -124,6 +127,8 @@ class ChatText:
             ids += self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
             ids += [part] if part >= 0 else []
             text = ""
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            raise CorruptBundleError(f"{self._path} gives tokens that the model does not know.", "Export the bundle again.")
         return tuple(ids)
 
 

@@ -127,7 +127,7 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
 
     @cached_property
     def _answering(self) -> Answering:
-        text = ChatText(self._text_tokenizer, self.config.template)
+        text = ChatText(self._text_tokenizer, self.config.template, self.config.vocabulary)
         return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner, self.config.context)
 
     def _request(

@@ -19,7 +19,7 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
-    from tokenflow_sdk.bundle.bundle import file_sha256
+    from tokenflow_sdk.files import file_sha256
 
     began = perf_counter()
     with ProgressSteps() as steps:

@@ -13,7 +13,8 @@ from tokenflow_export.precision.search import Score, search, store_pinned
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
-from tokenflow_sdk.bundle.bundle import Bundle, load_codebook
+from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, pages_for
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.build import engine_graph

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tokenflow_export.tracing.compress_weights import store_in_half, store_resizes
 from tokenflow_export.tracing.weight_quantization import ReadWeight, attach_weights, quantize_weights
-from tokenflow_sdk.bundle.bundle import file_sha256
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
+from tokenflow_sdk.files import file_sha256
 
 __all__ = ["OPSET", "GraphSpec", "export_graph", "file_entry"]
 
