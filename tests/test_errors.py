@@ -15,6 +15,9 @@ def test_all_names_every_error() -> None:
     assert set(errors.__all__) == defined
 
 
+ERRORS = [name for name in errors.__all__ if not name.endswith("Warning")]
+
+
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     """Depth in the drawing is distance from TokenFlowError, and each line hangs under its base."""
     stack: list[type] = []
@@ -29,10 +32,13 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         assert len(stack) == depth + 1
         if depth:
             assert stack[depth - 1] in error.__bases__
-    assert drawn == set(errors.__all__)
+    assert drawn == set(ERRORS)
+    warned = re.findall(r"[├└]── (\w+Warning)\b", errors.__doc__ or "")
+    assert warned == [name for name in errors.__all__ if name not in ERRORS]
+    assert all(getattr(errors, name).__bases__ == (UserWarning,) for name in warned)
 
 
-@pytest.mark.parametrize("name", sorted(set(errors.__all__) - {"PagesExhausted"}))
+@pytest.mark.parametrize("name", sorted({*ERRORS} - {"PagesExhausted"}))
 def test_every_error_says_what_and_what_to_do(name: str) -> None:
     error = getattr(errors, name)("It broke.", "Mend it.")
     assert str(error) == "It broke. Mend it."

@@ -19,7 +19,6 @@ COVERED_BY = {
         for name in [
             "bench",
             "decode",
-            "encode",
             "exit_status",
             "info",
             "opening",

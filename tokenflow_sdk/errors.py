@@ -33,6 +33,12 @@
 
 Each has two parts, both in `str(error)`: `message` names the thing and says what is wrong with it, `hint` says how to fix it.
 Other exceptions that leave the SDK, e.g. a TypeError, are bugs of the SDK.
+
+What is probably not as wished but can go on is a warning, and `warnings.filterwarnings` decides about it:
+
+    UserWarning
+    ├── ColorProfileWarning      a picture's colour profile cannot be applied; its colours are read as stored
+    └── PreparationWarning       codes of a picture that was prepared otherwise than a language model expects
 """
 
 from __future__ import annotations
@@ -52,6 +58,7 @@ __all__ = [
     "CodesError",
     "CodesRangeError",
     "CodesReadError",
+    "ColorProfileWarning",
     "CorruptBundleError",
     "CorruptCodesError",
     "CorruptImageError",
@@ -66,6 +73,7 @@ __all__ = [
     "OutputError",
     "PagesExhausted",
     "ParityError",
+    "PreparationWarning",
     "PromptError",
     "RequestCancelledError",
     "RequestTimeoutError",
@@ -239,3 +247,11 @@ class OutputError(TokenFlowError, OSError):
     """A result cannot be written."""
 
     __str__ = TokenFlowError.__str__
+
+
+class ColorProfileWarning(UserWarning):
+    """A picture's colour profile cannot be applied; its colours are read as stored."""
+
+
+class PreparationWarning(UserWarning):
+    """Codes of a picture that was prepared otherwise than the language model that reads them expects."""

@@ -25,8 +25,9 @@ from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
-from tokenflow_sdk.pictures.images import ImageSource, Preprocess, check_batch, describe
+from tokenflow_sdk.pictures.images import ImageSource, check_batch, describe
 from tokenflow_sdk.pictures.images import preprocess as load_and_fit
+from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess
 from tokenflow_sdk.reopening import Reopening
 
 __all__ = ["Tokenizer"]
@@ -166,14 +167,23 @@ class Tokenizer(Reopening):
         return self
 
     def encode(
-        self, image: ImageSource, *, preprocess: Preprocess | None = None, fast: bool = False, max_pixels: int = MAX_PIXELS
+        self,
+        image: ImageSource,
+        *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        fast: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> Codes:
         """Encode one image.
 
         Args:
             image: a path, bytes, file object, PIL image, or u8 array [H, W], [H, W, 3] or [H, W, 4].
-            preprocess: how the image is made square: `crop` (short side, centre), `squash` (all of it, aspect lost) or `pad`
-                (all of it, on white); None takes the tokenizer's own way.
+            preprocess: how the image is made square: `crop` (short side, centre), `squash` (all of it, aspect lost), `pad` (all
+                of it, on white) or `pad-grey` (all of it, on grey, as most understanding models read pictures); None takes the
+                tokenizer's own way.
+            color: `srgb` converts the colours of an image with an ICC profile, such as photos of telephones, to sRGB;
+                `as-stored` reads past profiles, as the released system does. Without a profile they are the same.
             fast: decode JPEGs at a reduced size where that suffices. Quicker for large photos; codes may differ slightly.
             max_pixels: pixels of the largest image accepted.
 
@@ -181,13 +191,14 @@ class Tokenizer(Reopening):
             ImageError, ArrayError: the image cannot be used; see `tokenflow_sdk.errors`.
             BackendError, MissingPackageError: the backend cannot run.
         """
-        return self.encode_batch([image], preprocess=preprocess, fast=fast, max_pixels=max_pixels)[0]
+        return self.encode_batch([image], preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)[0]
 
     def encode_batch(
         self,
         images: Iterable[ImageSource],
         *,
         preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         fast: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Codes]:
@@ -206,20 +217,39 @@ class Tokenizer(Reopening):
                 f"encode_batch takes several pictures, and {describe(images)} is one.",
                 "Use encode(image), or give a list: encode_batch([image]).",
             )
+        preparation, size = self.preparation(preprocess, color, fast), self.config.image_size
         found: list[Codes] = []
         for chunk in _chunks(images, self.batch_limit):
-            array = np.stack(
-                [self.preprocess(image, preprocess=preprocess, fast=fast, max_pixels=max_pixels) for image in chunk]
-            )
-            found.extend(self.codes(row) for row in self.encode_array(array))
+            pixels = [
+                self.preprocess(image, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels) for image in chunk
+            ]
+            for image, row in zip(chunk, self.encode_array(np.stack(pixels)), strict=True):
+                # An array of the tokenizer's size was prepared by the caller.
+                prepared = isinstance(image, np.ndarray) and image.shape[:2] == (size, size)
+                found.append(self.codes(row, None if prepared else preparation))
         return found
 
+    def preparation(self, preprocess: Preprocess | None = None, color: Color = "srgb", fast: bool = False) -> Preparation:
+        """How `encode` prepares a picture with these options, for `codes`.
+
+        Raises:
+            ArgumentError: there is no such preprocessing or colour.
+        """
+        return Preparation(self.config.preprocess if preprocess is None else preprocess, color, bool(fast))
+
     def preprocess(
-        self, image: ImageSource, *, preprocess: Preprocess | None = None, fast: bool = False, max_pixels: int = MAX_PIXELS
+        self,
+        image: ImageSource,
+        *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        fast: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> NDArray[np.uint8]:
         """What `encode` feeds the engine: u8 [H, W, 3], H = W = `config.image_size`. Options and errors as in `encode`."""
-        mode = preprocess or self.config.preprocess
-        return load_and_fit(image, self.config.image_size, mode, fast=fast, max_pixels=max_pixels)
+        chosen = self.preparation(preprocess, color, fast)
+        size = self.config.image_size
+        return load_and_fit(image, size, chosen.preprocess, color=chosen.color, fast=chosen.fast, max_pixels=max_pixels)
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         """u8 [B, H, W, 3] already of the tokenizer's size -> code indices int32 [B, L].
@@ -230,14 +260,32 @@ class Tokenizer(Reopening):
         images = check_batch(images, self.config.image_size)
         return self.graphs.encode(images)
 
-    def codes(self, code_indices: NDArray[np.int32]) -> Codes:
+    def codes(self, code_indices: NDArray[np.int32], preparation: Preparation | None = None) -> Codes:
         """Wrap one row of code indices [l], l whole scales, as `Codes` of this tokenizer.
+
+        Args:
+            code_indices: integers in [0, K).
+            preparation: how the picture was prepared, if that is known.
 
         Raises:
             CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
         """
         c = self.config
-        return Codes(code_indices, c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256)
+        return Codes(code_indices, c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256, preparation)
+
+    def require(self, codes: Codes) -> None:
+        """Check that codes are of this tokenizer.
+
+        Raises:
+            ArgumentError: something else than `Codes`.
+            CodebookMismatchError: the codes come from another tokenizer.
+        """
+        c = self.config
+        if not isinstance(codes, Codes):
+            raise ArgumentError(
+                f"Expected Codes, got {type(codes).__name__}.", "Use Codes.load(path) for files and decode_array for arrays."
+            )
+        codes.require(c.variant, c.codebook_sha256, c.codebook_size, c.patch_nums)
 
     def decode(self, codes: Codes) -> Image.Image:
         """Decode codes to an image; with coarse scales only, a coarser image.
@@ -282,9 +330,9 @@ class Tokenizer(Reopening):
         found: NDArray[np.float32] = self.graphs.semantic(self._indices([codes]))[0]
         return found
 
-    def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None) -> Image.Image:
+    def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None, color: Color = "srgb") -> Image.Image:
         """Encode and decode an image. Options and errors as in `encode`."""
-        return self.decode(self.encode(image, preprocess=preprocess))
+        return self.decode(self.encode(image, preprocess=preprocess, color=color))
 
     def latent(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search, for checking engines."""
@@ -309,13 +357,8 @@ class Tokenizer(Reopening):
         return f"Tokenizer({c.variant}: {c.image_size} px, {len(c.patch_nums)} scales, {c.n_codes} codes of {c.codebook_size})"
 
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
-        c = self.config
         for item in codes:
-            if not isinstance(item, Codes):
-                raise ArgumentError(
-                    f"Expected Codes, got {type(item).__name__}.", "Use Codes.load(path) for files and decode_array for arrays."
-                )
-            item.require(c.variant, c.codebook_sha256, c.codebook_size, c.patch_nums)
+            self.require(item)
         return np.stack([item.padded() for item in codes])
 
     def _checked(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -41,7 +41,11 @@ TEXTS = {
     GeneratorConfig: ("negative_prompt", "preset", "codebook_sha256", "tokenizer_variant", "tokenizer"),
     UnderstanderConfig: ("codebook_sha256", "tokenizer_variant", "tokenizer"),
 }
-OTHERS = {TokenizerConfig: {"pixel_weight", "preprocess"}, GeneratorConfig: {"cfg_scale"}, UnderstanderConfig: {"template"}}
+OTHERS = {
+    TokenizerConfig: {"pixel_weight", "preprocess"},
+    GeneratorConfig: {"cfg_scale"},
+    UnderstanderConfig: {"template", "preprocess"},
+}
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -69,7 +73,15 @@ def test_every_field_is_tested_here(kind: type) -> None:
     assert tested == set(as_json(CONFIGS[kind]))
 
 
-@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, config in CONFIGS.items() for key in as_json(config)])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (kind, key)
+        for kind, config in CONFIGS.items()
+        for key in as_json(config)
+        if (kind, key) != (UnderstanderConfig, "preprocess")
+    ],
+)
 def test_a_missing_field_is_named(kind: Any, key: str) -> None:
     data = as_json(CONFIGS[kind])
     del data[key]
@@ -121,10 +133,18 @@ def test_the_weight_of_the_pixel_half_is_above_0(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", ["stretch", "", None, 5, ["crop"]])
-def test_there_are_three_ways_to_make_a_picture_square(value: object) -> None:
-    refused(TokenizerConfig, {"preprocess": value}, "config asks to .* pictures")
-    for known in ("crop", "squash", "pad"):
-        assert TokenizerConfig.from_json(as_json(CONFIG) | {"preprocess": known}).preprocess == known
+@pytest.mark.parametrize("kind", [TokenizerConfig, UnderstanderConfig])
+def test_there_are_four_ways_to_make_a_picture_square(kind: Any, value: object) -> None:
+    if (kind, value) != (UnderstanderConfig, None):
+        refused(kind, {"preprocess": value}, "config asks to .* pictures")
+    for known in ("crop", "squash", "pad", "pad-grey"):
+        assert kind.from_json(as_json(CONFIGS[kind]) | {"preprocess": known}).preprocess == known
+
+
+def test_an_understander_of_before_preprocess_was_recorded_leaves_it_to_its_tokenizer() -> None:
+    data = as_json(CONFIGS[UnderstanderConfig])
+    del data["preprocess"]
+    assert UnderstanderConfig.from_json(data).preprocess is None
 
 
 def test_scales_are_ascending() -> None:

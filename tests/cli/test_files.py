@@ -119,7 +119,7 @@ def test_standard_input_and_output(mini_bundle: Path, here: Path) -> None:
         picture = np.asarray(tokenizer.decode(expected))
     for words in (("-",), ("-", "-o", "-"), (str(PHOTO), "-o", "-")):
         done = piped("encode", *words, *bundle, data=PHOTO.read_bytes())
-        assert (done.returncode, done.stdout) == (0, expected.to_bytes())
+        assert (done.returncode, Codes.from_bytes(done.stdout)) == (0, expected)
         assert b"30 codes" in done.stderr
     for words in (("-",), ("-", "-o", "-")):
         done = piped("decode", *words, *bundle, data=expected.to_bytes())
@@ -292,6 +292,14 @@ def test_what_is_left_out_of_a_directory_is_said(here: Path, capsys: pytest.Capt
     (pictures / "b.jpg").write_bytes(b"x")
     with pytest.raises(ArgumentError, match="b.jpg was given twice"):
         image_files([Path("d"), Path("d/b.jpg")])
+
+
+def test_codes_beside_their_pictures_are_not_reported_as_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (9, 9)).save("a.png")
+    for name in ("a.tfc", "B.TFC"):
+        (here / name).write_bytes(b"x")
+    assert image_files([Path()]) == [Path("a.png")]
+    assert capsys.readouterr().err == ""
 
 
 def test_many_files_are_checked_in_linear_time(here: Path) -> None:

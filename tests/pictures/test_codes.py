@@ -23,6 +23,7 @@ from tokenflow_sdk.errors import (
     CorruptCodesError,
     OutputError,
 )
+from tokenflow_sdk.pictures.preparation import Preparation
 
 PATCH_NUMS = (1, 2, 4)
 ID = "0123456789abcdef"
@@ -121,6 +122,16 @@ def test_equality_and_hash() -> None:
     assert all(codes != make() for codes in different)
     assert len({make(), make(), *different}) == 6
     assert make() != "codes"
+
+
+def test_codes_remember_how_their_picture_was_prepared() -> None:
+    codes = make(preparation=Preparation("pad-grey", "srgb"))
+    for same in (codes.truncate(2), copy.copy(codes), pickle.loads(pickle.dumps(codes)), Codes.from_bytes(codes.to_bytes())):  # noqa: S301
+        assert same.preparation == codes.preparation
+    assert codes.scale_ends == [len(codes.truncate(n).to_bytes()) for n in (1, 2, 3)]
+    assert (codes == make(), hash(codes) == hash(make()), make().preparation) == (True, True, None)
+    with pytest.raises(ArgumentError, match="Codes cannot have the preparation 'crop'"):
+        make(preparation="crop")
 
 
 def test_only_the_codebook_ids_first_digits_count() -> None:

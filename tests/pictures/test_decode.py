@@ -168,6 +168,7 @@ def test_what_reading_exif_raises_passes(monkeypatch: pytest.MonkeyPatch) -> Non
         load_image(PNG)
 
 
+@pytest.mark.filterwarnings("ignore::tokenflow_sdk.errors.ColorProfileWarning")
 @pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
 def test_a_png_with_much_metadata_is_read(kind: bytes, behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ from tokenflow_sdk.errors import (
 )
 from tokenflow_sdk.pictures import images
 from tokenflow_sdk.pictures.images import check_batch, fit, load_image, preprocess, psnr, ssim
+from tokenflow_sdk.pictures.preparation import PREPROCESS_MODES, Preprocess
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -71,6 +72,36 @@ def test_squash_takes_the_whole_picture_and_loses_its_aspect() -> None:
     assert np.array_equal(fit(picture, 32, "squash"), np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)))
 
 
+def on_a_grey_square(picture: Image.Image, size: int) -> np.ndarray:
+    """Oracle of the released preprocessing of understanding models (docs/model.md, section 2)."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), (int(0.5 * 255),) * 3)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+@given(st.integers(1, 99), st.integers(1, 99), st.sampled_from([8, 31]), st.sampled_from([700, 2**20]))
+@settings(max_examples=30, deadline=None)
+@example(481, 320, 384, 700)
+@example(1, 100, 31, 700)
+@example(99, 1, 31, 700)
+def test_pad_grey_is_what_the_released_training_does(width: int, height: int, size: int, strip: int) -> None:
+    picture = noise(width, height)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_STRIP_PIXELS", strip)
+        assert np.array_equal(fit(picture, size, "pad-grey"), on_a_grey_square(picture, size))
+
+
+def test_pad_grey_halves_very_tall_pictures_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_MAX_SQUARE", 300 * 300)
+    for size, halvings in (((30, 300), 0), ((30, 302), 1), ((20, 900), 2), ((900, 90), 0)):
+        picture = noise(*size)
+        expected = picture
+        for _ in range(halvings):
+            expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+        assert np.array_equal(fit(picture, 32, "pad-grey"), on_a_grey_square(expected, 32))
+
+
 def test_pad_keeps_the_whole_picture_on_white() -> None:
     found = fit(Image.new("RGB", (100, 50), (10, 20, 30)), 32, "pad")
     assert (found[8:24] == (10, 20, 30)).all()
@@ -79,8 +110,8 @@ def test_pad_keeps_the_whole_picture_on_white() -> None:
     assert fit(noise(10, 1000), 32, "pad").shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("mode", images.PREPROCESS_MODES)
-def test_a_picture_of_the_right_size_is_untouched(mode: images.Preprocess) -> None:
+@pytest.mark.parametrize("mode", PREPROCESS_MODES)
+def test_a_picture_of_the_right_size_is_untouched(mode: Preprocess) -> None:
     picture = noise(32, 32)
     assert np.array_equal(preprocess(picture, 32, mode), np.asarray(picture))
 
@@ -225,8 +256,8 @@ def test_bombs_are_refused_before_they_are_decoded() -> None:
         load_image(np.zeros((64, 64), np.uint8), max_pixels=1000)
 
 
-@pytest.mark.parametrize("mode", images.PREPROCESS_MODES)
-def test_long_thin_pictures_are_refused(mode: images.Preprocess) -> None:
+@pytest.mark.parametrize("mode", PREPROCESS_MODES)
+def test_long_thin_pictures_are_refused(mode: Preprocess) -> None:
     with pytest.raises(ImageShapeError, match="1x5000, longer than 100 times"):
         preprocess(Image.new("RGB", (1, 5000)), 256, mode)
     assert preprocess(Image.new("RGB", (1, 100)), 8, mode).shape == (8, 8, 3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import DATA, ROOT
+from tests.pictures.test_preparation import EVERY
 from tokenflow_sdk import Codes
 from tokenflow_sdk.errors import CodesError, CorruptCodesError
+from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.tfc import MAX_BYTES, Header, pack, pack_header, pack_scale, scale_ends, unpack
 
 EXAMPLE = Header("mini", "00112233445566ff", 500, (1, 2))
@@ -94,6 +97,44 @@ def test_reading_agrees_with_a_reader_written_from_the_document(header: Header, 
     assert slow_read(content) == (found_header, found.tolist()) == (header, indices.tolist())
     assert found.dtype == np.int32
     assert len(content) == scale_ends(header)[n_scales - 1]
+
+
+@pytest.mark.parametrize("preparation", [None, *EVERY], ids=str)
+def test_a_file_says_how_its_picture_was_prepared_and_old_readers_read_it(preparation: Preparation | None) -> None:
+    indices = np.array([499, 0, 1, 2, 3], np.int32)
+    content = pack(replace(EXAMPLE, preparation=preparation), indices)
+    header, found = unpack(content)
+    assert (header, header.preparation, found.tolist()) == (EXAMPLE, preparation, indices.tolist())
+    old_header, old_codes = slow_read(content)
+    assert replace(old_header, variant="mini") == EXAMPLE
+    assert old_header.variant == ("mini" if preparation is None else f"mini;{preparation}")
+    assert old_codes == indices.tolist()
+    assert scale_ends(header)[-1] == len(content)
+    assert Codes.from_bytes(content).truncate(1).preparation == preparation
+
+
+def test_a_name_without_room_for_the_preparation_keeps_its_own() -> None:
+    crop = Preparation("crop", "srgb")
+    for length, kept in ((64 - len(";crop,srgb"), crop), (64 - len(";crop,srgb") + 1, None), (64, None)):
+        header = replace(EXAMPLE, variant="x" * length, preparation=crop)
+        found = unpack(pack(header, np.zeros(1, np.int32)))[0]
+        assert (found.variant, found.preparation) == ("x" * length, kept)
+    known = replace(crop, source="0123456789abcdef")
+    for length, kept in ((64 - len(f";{known}"), known), (64 - len(f";{known}") + 1, crop)):
+        header = replace(EXAMPLE, variant="x" * length, preparation=known)
+        assert unpack(pack(header, np.zeros(1, np.int32)))[0].preparation == kept
+
+
+@pytest.mark.parametrize("variant", ["mini;crop", "mini;crop,srgb,slow", "mini;", "a;b"])
+def test_a_variant_may_have_a_semicolon(variant: str) -> None:
+    found = unpack(pack(replace(EXAMPLE, variant=variant), np.zeros(1, np.int32)))[0]
+    assert (found.variant, found.preparation) == (variant, None)
+
+
+def test_a_variant_that_ends_like_a_preparation_is_refused() -> None:
+    assert "variant name 'x;crop,srgb'" in str(replace(EXAMPLE, variant="x;crop,srgb").problem())
+    with pytest.raises(CorruptCodesError, match="variant name 'x;crop,srgb'"):
+        unpack(pack_header(replace(EXAMPLE, variant="x;crop,srgb;pad,srgb"))[0])
 
 
 def test_the_extremes_of_the_format_round_trip() -> None:

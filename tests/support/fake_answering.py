@@ -25,7 +25,7 @@ HALF = 6
 class FakeImages:
     """Images are numbers."""
 
-    def of_all(self, images: int | Sequence[int]) -> list[ImageBlock]:
+    def of_all(self, images: int | Sequence[int], *_: object) -> list[ImageBlock]:
         numbers = [images] if isinstance(images, int) else images
         return [ImageBlock(np.full((4, UNDERSTANDER.code_dim), number, np.float32)) for number in numbers]
 

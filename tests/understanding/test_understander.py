@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ from tokenflow_sdk.errors import (
     ImageReadError,
     NotFiniteError,
     PagesExhausted,
+    PreparationWarning,
     PromptError,
 )
+from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.understanding.params import sample_token
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 from tokenflow_sdk.understanding.token_loop import AnswerRequest
@@ -362,7 +364,7 @@ def test_stop_tokens_end_an_answer(understander: Understander) -> None:
 def test_codes_need_no_encoder_and_pictures_are_encoded_once(reference: Reference, mini_bundle: Path) -> None:
     image = Image.effect_noise((90, 70), 80).convert("RGB")
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        codes = tokenizer.encode(image)
+        codes = tokenizer.encode(image, preprocess="squash")
     with Understander.from_pretrained(reference.bundle) as understander:
         by_codes = understander.answer(codes, "what?", max_tokens=8)
         assert list(understander.tokenizer.graphs._sessions) == ["features"]
@@ -378,6 +380,17 @@ def test_codes_need_no_encoder_and_pictures_are_encoded_once(reference: Referenc
         assert [a.cached_tokens for a in (by_codes, by_features, *by_picture)] == [0] + [beginning] * 4
         assert 16 < beginning < by_codes.prompt_tokens
         assert understander.answer([image, codes.truncate(2)], "what?", max_tokens=8).prompt_tokens > by_codes.prompt_tokens
+        cropped = replace(codes, preparation=Preparation("crop", "srgb"))
+        for ask in (
+            lambda: understander.answer(cropped, "what?", max_tokens=1),
+            lambda: understander.answer_batch([(cropped, "what?"), ([image, cropped], "what?")], max_tokens=1),
+            lambda: understander.chat([cropped, cropped]),
+            lambda: understander.stream(cropped, "what?", max_tokens=1).close(),  # type: ignore[attr-defined]
+        ):
+            with pytest.warns(PreparationWarning, match=r"prepared by 'crop'.*by 'squash'") as caught:
+                ask()
+            assert [warning.filename for warning in caught] == [__file__]
+        assert understander.answer(cropped, "what?", preprocess="crop", max_tokens=8).token_ids == by_codes.token_ids
 
 
 def test_threads_may_share_an_understander(understander: Understander) -> None:

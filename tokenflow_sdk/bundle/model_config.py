@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from tokenflow_sdk.bundle.schema import checked_fields, require
+from tokenflow_sdk.pictures.preparation import PREPROCESS_MODES, Preprocess
 from tokenflow_sdk.pictures.scales import Scales
 from tokenflow_sdk.pictures.tfc import Header
 
@@ -54,6 +56,10 @@ def _as_numbers(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tup
     return {key: tuple(values[key]) for key in names}
 
 
+def _require_preprocess(value: object) -> None:
+    require(value in PREPROCESS_MODES, "config", f"asks to {value!r} pictures")
+
+
 def _require_storable(variant: str, codebook_sha256: str, codebook_size: int, patch_nums: tuple[int, ...]) -> None:
     """Require that the tokenizer's codes can be stored in a `.tfc` file."""
     digest = re.fullmatch("[0-9a-f]{64}", codebook_sha256) is not None
@@ -89,7 +95,7 @@ class TokenizerConfig:
     pixel_weight: float
     semantic_width: int
     codebook_sha256: str
-    preprocess: Literal["crop", "squash", "pad"]
+    preprocess: Preprocess
 
     @cached_property
     def scales(self) -> Scales:
@@ -125,7 +131,7 @@ class TokenizerConfig:
         lists = _as_numbers(values, ("patch_nums",))
         sides = lists["patch_nums"]
         require(sides == tuple(sorted(sides)), "config", f"gives patch_nums as {list(sides)!r}")
-        require(values["preprocess"] in ("crop", "squash", "pad"), "config", f"asks to {values['preprocess']!r} pictures")
+        _require_preprocess(values["preprocess"])
         _require_texts(values, ("variant", "codebook_sha256"))
         _require_storable(values["variant"], values["codebook_sha256"], values["codebook_size"], sides)
         return cls(**values | lists)
@@ -316,6 +322,7 @@ class UnderstanderConfig(LanguageModelConfig):
         template: how conversations are written.
         image_tokens: feature vectors of an image, one for each token it takes.
         code_dim: width C of a feature vector.
+        preprocess: how its pictures are made square; None in bundles of before it was recorded: as the tokenizer says.
     """
 
     kind: ClassVar[str] = "understander"
@@ -326,6 +333,7 @@ class UnderstanderConfig(LanguageModelConfig):
     template: ChatTemplate
     image_tokens: int
     code_dim: int
+    preprocess: Preprocess | None = None
 
     def image_pages(self, page_size: int = PAGE_SIZE) -> int:
         """Number of pages that the tokens of one image take."""
@@ -342,7 +350,9 @@ class UnderstanderConfig(LanguageModelConfig):
         Raises:
             CorruptBundleError: a field is missing or unknown, or has an impossible value.
         """
-        values = checked_fields(cls, data, "config")
+        values = checked_fields(cls, {"preprocess": None, **data} if isinstance(data, Mapping) else data, "config")
+        if values["preprocess"] is not None:
+            _require_preprocess(values["preprocess"])
         _require_sizes(values, ("width", "layers", "kv_heads", "head_dim", "context", "vocabulary", "image_tokens", "code_dim"))
         lists = _as_numbers(values, ("patch_nums", "stop_ids"))
         _require_texts(values, ("codebook_sha256", "tokenizer_variant", "tokenizer"))

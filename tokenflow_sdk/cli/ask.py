@@ -23,13 +23,20 @@ def ask(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     with open_understander(arguments) as understander:
+        preprocess = arguments.preprocess or understander.config.preprocess
         images = [
             Codes.load(path)
             if path.suffix == ".tfc"
-            else understander.tokenizer.preprocess(path, max_pixels=arguments.max_pixels)
+            else understander.tokenizer.preprocess(
+                path,
+                preprocess=preprocess,
+                color=arguments.color,
+                fast=arguments.fast,
+                max_pixels=arguments.max_pixels,
+            )
             for path in arguments.images
         ]
-        for piece in understander.stream(images, arguments.question, params=params):
+        for piece in understander.stream(images, arguments.question, preprocess=preprocess, params=params):
             stdout.write(piece)
         stdout.write("\n")
     return 0

@@ -1,9 +1,12 @@
-"""`tokenflow encode`: images to .tfc files of codes."""
+"""`tokenflow encode`: images to .tfc files of codes. Those that are there already are not made again."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import hashlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,31 +14,46 @@ import numpy as np
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, image_files, input_bytes, output_paths, process_files, write
 from tokenflow_sdk.cli.opening import open_tokenizer
-from tokenflow_sdk.errors import ImageReadError, TokenFlowError
+from tokenflow_sdk.errors import CodesError, ImageReadError, TokenFlowError
+from tokenflow_sdk.files import file_status
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.preparation import Preparation
+from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["encode"]
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Encode image files in batches; write a .tfc file for each and print its size."""
+    """Encode image files in batches; write a .tfc file for each and print its size. Skip those whose codes are there."""
     images = image_files(arguments.images)
     outputs = dict(zip(images, output_paths(images, arguments.output, ".tfc"), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
-    with open_tokenizer(arguments, "encode") as tokenizer:
+    with open_tokenizer(arguments) as tokenizer:
+        preparation = tokenizer.preparation(arguments.preprocess, arguments.color, arguments.fast)
+        if not arguments.force:
+            images = _to_do(outputs, tokenizer, preparation)
+        if images:
+            tokenizer.load("encode")
 
         def encode_batch(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
-            arrays = {}
+            arrays, prepared = {}, {}
             for path in paths:
                 try:
+                    # Before the image is read: a file that changes meanwhile is then encoded again.
+                    prepared[path] = replace(preparation, source=_digest(path))
                     source = input_bytes(ImageReadError) if path == STDIO else path
                     arrays[path] = tokenizer.preprocess(
-                        source, preprocess=arguments.preprocess, fast=arguments.fast, max_pixels=arguments.max_pixels
+                        source,
+                        preprocess=arguments.preprocess,
+                        color=arguments.color,
+                        fast=arguments.fast,
+                        max_pixels=arguments.max_pixels,
                     )
                 except TokenFlowError as error:
                     yield error
             found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()
             for path, row in zip(arrays, found, strict=True):
-                codes, output = tokenizer.codes(row), outputs[path]
+                codes, output = tokenizer.codes(row, prepared[path]), outputs[path]
                 try:
                     data = codes.to_bytes()
                     write(data, output)
@@ -44,4 +62,54 @@ def encode(arguments: argparse.Namespace) -> int:
                     yield error
 
         lines = stderr if STDIO in outputs.values() else stdout
-        return process_files(images, encode_batch, "encoding", arguments.batch_limit, lines)
+        return process_files(images, encode_batch, "encoding", arguments.batch_limit, lines, several=len(outputs) > 1)
+
+
+def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:
+    """The images, keys of `outputs`, that must be encoded. Prints how many others there are, and why they are skipped."""
+    images = [path for path, output in outputs.items() if not _is_done(path, output, tokenizer, preparation)]
+    if skipped := len(outputs) - len(images):
+        stderr.print(
+            f"{skipped} of {len(outputs)} skipped: their codes are there, made from the same files by this tokenizer "
+            "with these options; --force encodes them again",
+            soft_wrap=True,
+        )
+    return images
+
+
+def _is_done(path: Path, output: Path, tokenizer: Tokenizer, preparation: Preparation) -> bool:
+    """Whether the output holds all codes of this tokenizer, made from a file with the same content and options.
+
+    Times say too little: a file moved here is old, and two directories may have files of the same name.
+    """
+    if not _is_file(output):
+        return False
+    try:
+        codes = Codes.load(output)
+        tokenizer.require(codes)
+    except CodesError:
+        return False
+    if not codes.complete or codes.variant != tokenizer.config.variant or codes.preparation is None:
+        return False
+    source = codes.preparation.source
+    return source is not None and codes.preparation == replace(preparation, source=source) and source == _digest(path)
+
+
+def _digest(path: Path) -> str | None:
+    """The start of the SHA-256 of a file; None for what is no file or cannot be read, which reading the image reports."""
+    if not _is_file(path):
+        return None
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                found.update(part)
+    except OSError:
+        return None
+    return found.hexdigest()[:16]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file whose reading ends, unlike that of a pipe."""
+    status = file_status(path)
+    return path != STDIO and status is not None and stat.S_ISREG(status.st_mode)

@@ -1,8 +1,10 @@
-"""The exit status of a command, and the errors that it prints."""
+"""The exit status of a command, and the errors and warnings that it prints."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.errors import TokenFlowError
@@ -21,10 +23,23 @@ def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
         The status of the command, 2 after such a mistake, 130 after Ctrl-C.
     """
     try:
-        return command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            return command()
     except TokenFlowError as error:
         stderr.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         stderr.print(interrupted, style="yellow")
         return 130
+
+
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)

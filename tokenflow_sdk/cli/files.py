@@ -42,6 +42,8 @@ _SHOWN = 10
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The paths, with each directory replaced by the image files in it. Prints which other files it has, and why not them.
 
+    Of files of codes, which an earlier run may have written there, nothing is said.
+
     Raises:
         ArgumentError: a file occurs twice.
         ImageReadError: a directory cannot be read, or has no image files.
@@ -68,7 +70,8 @@ def _images_in(directory: Path) -> list[Path]:
         raise ImageReadError(f"{directory} holds no pictures.", "Those that begin with ._ are metadata of macOS.")
     metadata = [path for path in others if path.name.startswith("._")]
     directories = [path for path in others if is_directory(path)]
-    endings = [path for path in others if path not in {*metadata, *directories}]
+    explained = {*metadata, *directories}
+    endings = [path for path in others if path not in explained and path.suffix.lower() != ".tfc"]
     for left_out, why in (
         (endings, "their endings are not those of pictures; name them to read them all the same"),
         (metadata, "metadata of macOS"),
@@ -187,6 +190,7 @@ def process_files(
     verb: str,
     batch_limit: int = 1,
     lines: Console = stdout,
+    several: bool | None = None,
 ) -> int:
     """Process files in batches with a progress bar. A file that fails does not stop the others.
 
@@ -196,6 +200,7 @@ def process_files(
         verb: label of the progress bar, e.g. `encoding`.
         batch_limit: most files in one call of `process`.
         lines: where the lines go.
+        several: whether they are some of several; None: if they are more than one.
 
     Returns:
         The exit status: 0, or 1 if some of several files failed.
@@ -203,7 +208,7 @@ def process_files(
     Raises:
         TokenFlowError: the only input failed.
     """
-    failed = 0
+    failed, several = 0, len(inputs) > 1 if several is None else several
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(verb, total=len(inputs))
@@ -212,7 +217,7 @@ def process_files(
                 progress.advance(task)
                 if isinstance(outcome, str):
                     lines.print(outcome, soft_wrap=True)
-                elif len(inputs) == 1:
+                elif not several:
                     raise outcome
                 else:
                     failed += 1

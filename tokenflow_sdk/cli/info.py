@@ -86,6 +86,7 @@ def _print_engines(bundle: Bundle[Any]) -> None:
 def _codes_info(path: Path) -> None:
     codes = Codes.load(path)
     stdout.print(repr(codes), soft_wrap=True)
+    stdout.print(f"picture prepared by {codes.preparation or 'what is not known'}", soft_wrap=True)
     table = Table("scale", "codes", "file may end at byte", "first codes")
     for i, (side, count) in enumerate(zip(codes.scales.sides, codes.scales.counts, strict=True)):
         if i == codes.n_scales:
@@ -135,7 +136,8 @@ def _understander_info(bundle: Bundle[UnderstanderConfig]) -> None:
     c = bundle.config
     _print_language_model(
         bundle,
-        f"{c.vocabulary} tokens, up to {c.context} in a conversation, {c.image_tokens} of them a picture's",
+        f"{c.vocabulary} tokens, up to {c.context} in a conversation, {c.image_tokens} of them a picture's; "
+        f"pictures are fitted {'as by its tokenizer' if c.preprocess is None else f'by {c.preprocess}'}",
         "reads codes of",
         "token",
     )

@@ -14,7 +14,7 @@ from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
-from tokenflow_sdk.pictures.images import PREPROCESS_MODES
+from tokenflow_sdk.pictures.preparation import COLORS, PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def _add_info(subparsers: _Subparsers) -> None:
 def _add_encode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "encode", encode.encode, "encode images to .tfc files of codes")
     parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or directories of them; -: stdin")
-    _add_output(parser, ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)")
+    _add_output(
+        parser,
+        ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
+        also_forced="; encode images again whose codes are there",
+    )
     _add_engine_options(parser)
     _add_image_options(parser)
 
@@ -174,9 +178,9 @@ def _add_ask(subparsers: _Subparsers) -> None:
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         shown = f"{DEFAULT_MAX_TOKENS}, or as many as the model still reads" if value is None else value
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
-    _add_max_pixels(parser)
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what="the understander", default="none")
+    _add_image_options(parser)
 
 
 def _add_verify(subparsers: _Subparsers) -> None:
@@ -261,10 +265,12 @@ def _path(text: str) -> Path:
     return path.absolute() if path == files.STDIO and text != str(path) else path
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+def _add_output(parser: argparse.ArgumentParser, text: str, also_forced: str = "") -> None:
     parser.add_argument("-o", "--output", type=_path, metavar="PATH", help=text)
     parser.add_argument(
-        "--force", action="store_true", help="write codes over images and images over codes, but never over an input"
+        "--force",
+        action="store_true",
+        help="write codes over images and images over codes, but never over an input" + also_forced,
     )
 
 
@@ -315,14 +321,16 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preprocess",
         choices=PREPROCESS_MODES,
-        help="how images are made square: crop the centre, squash, or pad with white (default: the tokenizer's)",
+        help="how images are made square: crop the centre, squash, pad with white, or pad with grey (default: the bundle's)",
+    )
+    group.add_argument(
+        "--color",
+        choices=COLORS,
+        default="srgb",
+        help="srgb converts images with a colour profile to sRGB, as-stored reads past profiles (default: %(default)s)",
     )
     group.add_argument("--fast", action="store_true", help="decode large JPEGs at reduced size; codes may differ slightly")
-    _add_max_pixels(group)
-
-
-def _add_max_pixels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    parser.add_argument(
+    group.add_argument(
         "--max-pixels",
         type=int,
         default=MAX_PIXELS,

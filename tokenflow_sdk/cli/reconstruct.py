@@ -25,7 +25,11 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     check_outputs([arguments.image], [output], codes=False, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
         original = tokenizer.preprocess(
-            arguments.image, preprocess=arguments.preprocess, fast=arguments.fast, max_pixels=arguments.max_pixels
+            arguments.image,
+            preprocess=arguments.preprocess,
+            color=arguments.color,
+            fast=arguments.fast,
+            max_pixels=arguments.max_pixels,
         )
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
             task = progress.add_task("encoding", total=1 + len(tokenizer.config.patch_nums))

@@ -56,11 +56,13 @@ class _Rewriter:
         shape = scores.outputs[0].shape
         if shape is None or len(shape) != _SCORES_RANK or shape[2] == 1:
             return False
+        (stacked, transposed), (_, values) = _operands(product), _operands(mixed)
         batch, kv_heads, groups, queries, keys = shape
-        heads, dim = int(kv_heads) * int(groups), int(mixed.outputs[0].shape[-1])
-        q = self._insert(product, "Reshape", product.inputs[0], [0, heads, -1, dim], (batch, heads, queries, dim))
-        k = self._repeat(product, product.inputs[1], int(groups), (batch, heads, dim, keys))
-        v = self._repeat(mixed, mixed.inputs[1], int(groups), (batch, heads, keys, dim))
+        assert isinstance(kv_heads, int) and isinstance(groups, int) and values.shape is not None
+        heads, dim = kv_heads * groups, values.shape[-1]
+        q = self._insert(product, "Reshape", stacked, [0, heads, -1, dim], (batch, heads, queries, dim))
+        k = self._repeat(product, transposed, groups, (batch, heads, dim, keys))
+        v = self._repeat(mixed, values, groups, (batch, heads, keys, dim))
         for node, inputs in ((product, (q, k)), (mixed, (softmax.outputs[0], v))):
             for index, value in enumerate(inputs):
                 node.replace_input_with(index, value)
@@ -83,14 +85,15 @@ class _Rewriter:
 
     def _squeezed(self, add: ir.Node) -> ir.Value:
         """The bias [B, 1, 1, Q, T], which all layers share, as [B, 1, Q, T]."""
-        bias = add.inputs[1]
+        _, bias = _operands(add)
         name = str(bias.name)
         if name not in self.biases:
+            assert bias.shape is not None
             shape = [size for axis, size in enumerate(bias.shape) if axis != 2]
             self.biases[name] = self._insert(add, "Squeeze", bias, [2], tuple(shape))
         return self.biases[name]
 
-    def _insert(self, before: ir.Node, operator: str, value: ir.Value, numbers: list[int], shape: tuple[Any, ...]) -> ir.Value:
+    def _insert(self, before: ir.Node, operator: str, value: ir.Value, numbers: list[Any], shape: tuple[Any, ...]) -> ir.Value:
         """A node in front of another one, of an operator whose second input is a list of integers."""
         name = f"{value.name}_{operator.lower()}_for_{before.name}"
         tensor = self.ir.tensor(np.asarray(numbers, np.int64), name=f"{name}_{operator.lower()}_numbers")
@@ -103,6 +106,13 @@ class _Rewriter:
         result.name, result.shape, result.type = f"{name}_out", self.ir.Shape(list(shape)), value.type
         self.graph.insert_before(before, node)
         return result
+
+
+def _operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """The inputs of an operator of two."""
+    left, right = node.inputs
+    assert left is not None and right is not None
+    return left, right
 
 
 def _producer(value: ir.Value | None, operator: str) -> ir.Node | None:

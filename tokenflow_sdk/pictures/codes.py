@@ -15,6 +15,7 @@ from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchErro
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.pictures import tfc
 from tokenflow_sdk.pictures.images import describe
+from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
 
 __all__ = ["Codes"]
@@ -34,6 +35,8 @@ class Codes:
         variant: the tokenizer's name, e.g. `clipb_256`.
         codebook_id: the codebook's SHA-256 in hex, of which the first 16 digits are kept, as in a file. Codes from an encoder
             and from a file therefore compare equal.
+        preparation: how the picture was prepared; None: not known, as of codes that were drawn. Equality ignores it. A file
+            leaves it out where the variant's name is too long for both.
 
     Raises:
         ArrayError: indices are not a 1-D integer array.
@@ -56,6 +59,7 @@ class Codes:
     codebook_size: int
     variant: str
     codebook_id: str
+    preparation: Preparation | None = None
     n_scales: int = field(init=False)
     """Number of scales present."""
 
@@ -71,7 +75,7 @@ class Codes:
     @property
     def header(self) -> tfc.Header:
         """The header of these codes' `.tfc` file."""
-        return tfc.Header(self.variant, self.codebook_id, self.codebook_size, self.patch_nums)
+        return tfc.Header(self.variant, self.codebook_id, self.codebook_size, self.patch_nums, self.preparation)
 
     @property
     def scales(self) -> Scales:
@@ -115,9 +119,7 @@ class Codes:
             raise ArgumentError(
                 f"Codes of {self.n_scales} scales cannot be cut to {n_scales}.", f"Give 1 .. {self.n_scales} scales."
             )
-        return Codes(
-            self.indices[: self.scales.ends[n_scales - 1]], self.patch_nums, self.codebook_size, self.variant, self.codebook_id
-        )
+        return self._of(self.header, self.indices[: self.scales.ends[n_scales - 1]])
 
     def padded(self) -> NDArray[np.int32]:
         """The indices of all scales as the decode graph reads them: a new int32 array [L], -1 in absent scales."""
@@ -183,8 +185,11 @@ class Codes:
 
     @classmethod
     def _parse(cls, data: bytes, name: str) -> Codes:
-        header, indices = tfc.unpack(data, name)
-        return cls(indices, header.patch_nums, header.codebook_size, header.variant, header.codebook_id)
+        return cls._of(*tfc.unpack(data, name))
+
+    @classmethod
+    def _of(cls, header: tfc.Header, indices: NDArray[np.int32]) -> Codes:
+        return cls(indices, header.patch_nums, header.codebook_size, header.variant, header.codebook_id, header.preparation)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -229,6 +234,9 @@ def _checked_header(codes: Codes) -> tfc.Header:
         problem = header.problem()
     except (TypeError, AttributeError) as error:
         raise ArgumentError(f"Codes have a name or size of the wrong type: {error}.", hint) from error
+    preparation: object = codes.preparation
+    if not (preparation is None or isinstance(preparation, Preparation)):
+        problem = f"the preparation {preparation!r}"
     if problem:
         raise ArgumentError(f"Codes cannot have {problem}.", hint)
     return header

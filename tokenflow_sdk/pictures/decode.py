@@ -7,14 +7,24 @@ import io
 import re
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from tokenflow_sdk.errors import CorruptImageError, ImageReadError, ImageShapeError, ImageTooLargeError, TokenFlowError
+from tokenflow_sdk.errors import (
+    ColorProfileWarning,
+    CorruptImageError,
+    ImageReadError,
+    ImageShapeError,
+    ImageTooLargeError,
+    TokenFlowError,
+)
+from tokenflow_sdk.pictures.color_profile import Conversion, srgb_conversion
+from tokenflow_sdk.pictures.preparation import Color
 from tokenflow_sdk.pictures.rgb import to_rgb
 
 __all__ = ["FORMATS", "MAX_ASPECT", "MAX_PIXELS", "check_size", "decode_file", "decode_image", "raised_elsewhere"]
@@ -50,7 +60,7 @@ _PILLOW_ERRORS = frozenset(
     )
 )
 """What Pillow's decoders raise for damaged bytes. A subclass, such as TimeoutError, is not Pillow's."""
-_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTED_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
@@ -80,7 +90,7 @@ class _TiffFile(TiffImagePlugin.TiffImageFile):
         self._size = self.im.size
 
 
-def decode_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None) -> Image.Image:
+def decode_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None, color: Color) -> Image.Image:
     """Decode an image file to upright 8-bit RGB over white.
 
     Args:
@@ -88,6 +98,7 @@ def decode_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | No
         name: what error messages call it.
         max_pixels: largest number of pixels accepted. Pillow's own limit does not apply, except to WebP.
         draft_size: downscale JPEGs while decoding to a short side of at least this many pixels; None decodes at full size.
+        color: `srgb` applies a colour profile, and is a ColorProfileWarning where it cannot; `as-stored` reads past it.
 
     Raises:
         ImageReadError: the file object is closed, in text mode, asynchronous, or cannot be read.
@@ -97,21 +108,24 @@ def decode_file(file: BinaryIO, name: str, max_pixels: int, draft_size: int | No
     with _named_errors(name):
         file = _seekable(file, name)
         try:
-            return _decode(file, name, max_pixels, draft_size)
+            return _decode(file, name, max_pixels, draft_size, color)
         except ValueError as error:
             if type(error) is not ValueError or raised_elsewhere(error) or not _is_png(file):
                 raise
-            # Perhaps Pillow refuses a sound PNG for the size of texts and profiles that nobody here reads.
-            return _decode(_without_texts(file), name, max_pixels, draft_size)
+            # Perhaps Pillow refuses a sound PNG for the size of texts, which nobody here reads, or of its profile.
+            shorter, profile_left_out = _without_texts(file)
+            if profile_left_out and color == "srgb":
+                _warn_of_profile(name, f"it has more than {PngImagePlugin.MAX_TEXT_CHUNK:,} bytes, as Pillow reads")
+            return _decode(shorter, name, max_pixels, draft_size, color)
 
 
-def decode_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """A Pillow image as upright 8-bit RGB over white. Errors as in `decode_file`."""
+def decode_image(image: Image.Image, name: str, max_pixels: int, color: Color) -> Image.Image:
+    """A Pillow image as upright 8-bit RGB over white. Arguments and errors as in `decode_file`."""
     check_size(image.size, name, max_pixels)
     with _named_errors(name):
         if isinstance(image, ImageFile.ImageFile) and image.tile and getattr(image, "fp", None) is None:
             raise _closed_error(name)
-        return _upright(*_load(image, name, None, False))
+        return _upright(*_load(image, name, None, color, False))
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -197,10 +211,10 @@ def _seekable(file: BinaryIO, name: str) -> BinaryIO:
     return file
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int, draft_size: int | None, color: Color) -> Image.Image:
     image = _open(file, name, max_pixels)
     check_size(image.size, name, max_pixels)
-    rgb, orientation = _load(image, name, draft_size, True)
+    rgb, orientation = _load(image, name, draft_size, color, True)
     # Freed before the turned copy is made: three images at once would not fit where two do.
     del image
     return _upright(rgb, orientation)
@@ -260,25 +274,55 @@ def _is_png(file: BinaryIO) -> bool:
     return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def _without_texts(file: BinaryIO) -> BinaryIO:
-    """A PNG file without its texts and colour profile. Short texts that may hold the orientation stay."""
+def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
+    """A PNG file without its texts and too long a colour profile, and whether it had one.
+
+    Short texts that may hold the orientation stay.
+    """
     file.seek(0)
-    kept = [file.read(8)]
+    kept, profile_left_out = [file.read(8)], False
     while len(head := file.read(8)) == 8:
         body = file.read(int.from_bytes(head[:4], "big") + 4)
-        if head[4:] not in _TEXT_CHUNKS or (len(body) < 2**16 and body.startswith(_ORIENTED_TEXTS)):
+        if head[4:] == b"iCCP" and _inflates_too_far(body):
+            profile_left_out = True
+        elif head[4:] not in _TEXT_CHUNKS or (len(body) < 2**16 and body.startswith(_ORIENTED_TEXTS)):
             kept += head, body
-    return io.BytesIO(b"".join(kept))
+    return io.BytesIO(b"".join(kept)), profile_left_out
 
 
-def _load(image: Image.Image, name: str, draft_size: int | None, ours: bool) -> tuple[Image.Image, int]:
+def _inflates_too_far(chunk: bytes) -> bool:
+    """Whether the profile in an iCCP chunk is longer than Pillow reads."""
+    stream, compressed = zlib.decompressobj(), chunk.partition(b"\0")[2][1:]
+    try:
+        stream.decompress(compressed, PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return False
+    return bool(stream.unconsumed_tail)
+
+
+def _load(image: Image.Image, name: str, draft_size: int | None, color: Color, ours: bool) -> tuple[Image.Image, int]:
     """The image as stored, in RGB, and its EXIF orientation."""
     if draft_size is not None and image.format in _JPEG_FORMATS:
         image.draft(None, (draft_size, draft_size))
     transparency = _transparent_level(image)
     image.load()
     # After loading, because PNG may have EXIF behind the pixels, and Pillow itself turns TIFFs that the caller opened.
-    return to_rgb(image, name, transparency), _orientation(image, ours)
+    convert = _conversion(image, name) if color == "srgb" else None
+    return to_rgb(image, name, transparency, convert), _orientation(image, ours)
+
+
+def _conversion(image: Image.Image, name: str) -> Conversion | None:
+    try:
+        return srgb_conversion(image.info.get("icc_profile"), image.mode, name)
+    except (ValueError, OSError, TypeError) as error:
+        if raised_elsewhere(error) or type(error) not in _PILLOW_ERRORS:
+            raise
+        _warn_of_profile(name, str(error))
+        return None
+
+
+def _warn_of_profile(name: str, why: str) -> None:
+    warnings.warn(f"{name}: its colour profile is not applied, because {why}.", ColorProfileWarning, stacklevel=2)
 
 
 def _transparent_level(image: Image.Image) -> Any:

@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,11 @@ from PIL import Image
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, ImageShapeError
 from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
+from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess, check_color
 from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
 
 __all__ = [
-    "PREPROCESS_MODES",
     "ImageSource",
-    "Preprocess",
     "check_batch",
     "describe",
     "fit",
@@ -32,9 +31,11 @@ __all__ = [
 ]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]"
-Preprocess = Literal["crop", "squash", "pad"]
-PREPROCESS_MODES: tuple[Preprocess, ...] = get_args(Preprocess)
-
+GREY = (127, 127, 127)
+"""Fills the square of `pad-grey`, as in the released training."""
+_STRIP_PIXELS = 2**20
+_MAX_SQUARE = 2**28
+"""Most pixels that `pad-grey` resizes; beyond it, seconds become minutes."""
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
@@ -53,14 +54,21 @@ def pictures_in(directory: Path) -> list[Path]:
 
 
 def preprocess(
-    source: ImageSource, size: int, mode: Preprocess, *, fast: bool = False, max_pixels: int = MAX_PIXELS
+    source: ImageSource,
+    size: int,
+    mode: Preprocess,
+    *,
+    color: Color = "srgb",
+    fast: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.uint8]:
     """Load an image and make it square: u8 RGB [size, size, 3].
 
     Args:
         source: a path, bytes, binary file object, PIL image, or u8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         size: side of the result in pixels.
-        mode: `crop`, `squash` or `pad`; see `fit`.
+        mode: `crop`, `squash`, `pad` or `pad-grey`; see `fit`.
+        color: `srgb` or `as-stored`; see `load_image`.
         fast: let the JPEG decoder downscale large photos by 2, 4 or 8 while decoding. Much faster, but the pixels, and hence
             some codes, differ slightly from those of the released system.
         max_pixels: largest number of pixels accepted.
@@ -69,12 +77,13 @@ def preprocess(
         ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
             `tokenflow_sdk.errors`.
     """
-    if mode not in PREPROCESS_MODES:
-        raise ArgumentError(f"There is no preprocessing {mode!r}.", f"Choose one of: {', '.join(PREPROCESS_MODES)}.")
-    return fit(load_image(source, max_pixels=max_pixels, draft_size=size if fast else None), size, mode)
+    Preparation(mode, color)  # refuses what there is not
+    return fit(load_image(source, color=color, max_pixels=max_pixels, draft_size=size if fast else None), size, mode)
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size: int | None = None) -> Image.Image:
+def load_image(
+    source: ImageSource, *, color: Color = "srgb", max_pixels: int = MAX_PIXELS, draft_size: int | None = None
+) -> Image.Image:
     """Load an image as 8-bit RGB.
 
     The EXIF orientation is applied, animations give their first frame, 16-bit values are scaled to 8 bits, and transparent
@@ -82,6 +91,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
 
     Args:
         source: as for `preprocess`. The caller's image or file object is neither changed nor closed.
+        color: `srgb` converts the colours of an image with an ICC profile, unless it is sRGB already, to sRGB; `as-stored`
+            reads past profiles, as the released system does.
         max_pixels: largest number of pixels accepted.
         draft_size: downscale JPEGs while decoding to a short side of at least this many pixels; None decodes at full size.
 
@@ -90,17 +101,18 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
             `tokenflow_sdk.errors`.
     """
     name = describe(source)
+    check_color(color)
     max_pixels = integer("max_pixels", max_pixels, 1, None, "accepts no picture.", "Give an integer from 1 on.")
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
     if isinstance(source, Image.Image):
-        return decode_image(source, name, max_pixels)
+        return decode_image(source, name, max_pixels, color)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_file(io.BytesIO(source), name, max_pixels, draft_size)
+        return decode_file(io.BytesIO(source), name, max_pixels, draft_size, color)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(source, name, max_pixels, draft_size)
+        return _from_path(source, name, max_pixels, draft_size, color)
     if hasattr(source, "read") and hasattr(source, "seek"):
-        return decode_file(source, name, max_pixels, draft_size)
+        return decode_file(source, name, max_pixels, draft_size, color)
     raise ArgumentError(
         f"A picture cannot be made from {type(source).__name__}.",
         "Give a path, bytes, a binary file, a PIL image or a u8 array.",
@@ -125,7 +137,7 @@ def describe(source: object) -> str:
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
 
-def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_size: int | None) -> Image.Image:
+def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_size: int | None, color: Color) -> Image.Image:
     if name.startswith(("http://", "https://")):
         raise ImageReadError(f"{name} is an address, not a file.", "Download it first and give its path or bytes.")
     path = Path(path)
@@ -142,7 +154,7 @@ def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_s
         why = getattr(error, "strerror", None) or error
         raise ImageReadError(f"{name} cannot be read: {why}.", "Check the path and its permissions.") from error
     with file:
-        return decode_file(file, name, max_pixels, draft_size)
+        return decode_file(file, name, max_pixels, draft_size, color)
 
 
 def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
@@ -173,10 +185,13 @@ def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
         image: an RGB image.
         size: side of the result in pixels.
         mode: `crop` is the evaluation preprocessing of the released system: halve with a 2 x 2 box filter while the short side
-            is at least twice `size`, resize the short side to `size` (bicubic), crop the centre. `squash` is its understanding
-            preprocessing: resize the whole image (bicubic) without keeping its aspect ratio. `pad` resizes the long side
-            instead of the short one and centres the image on white.
+            is at least twice `size`, resize the short side to `size` (bicubic), crop the centre. `pad` resizes the long side
+            instead and centres the image on white. `squash` and `pad-grey` are the preprocessing of its understanding models:
+            resize the whole image (bicubic) without keeping its aspect ratio, or centred on a square of its longer side, grey
+            127. An image taller than 16,384 pixels, which would take minutes, is halved with the box filter until it is not.
     """
+    if mode == "pad-grey":
+        return _fit_on_grey(image, size)
     if mode == "squash":
         return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     side = min if mode == "crop" else max
@@ -191,6 +206,25 @@ def fit(image: Image.Image, size: int, mode: Preprocess) -> NDArray[np.uint8]:
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     cropped: NDArray[np.uint8] = np.array(resized.crop((left, top, left + size, top + size)))
     return cropped
+
+
+def _fit_on_grey(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """What Pillow makes of the image on a grey square when it resizes that, without the square in memory.
+
+    Pillow resizes rows first, each by itself, then columns. So the rows of the square that meet the image are made and resized
+    in strips, and the others stay grey.
+    """
+    while max(image.size) * image.height > _MAX_SQUARE:
+        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow, rows = Image.new("RGB", (size, side), GREY), max(1, _STRIP_PIXELS // side)
+    for y in range(0, image.height, rows):
+        height = min(rows, image.height - y)
+        strip = Image.new("RGB", (side, height), GREY)
+        strip.paste(image.crop((0, y, image.width, y + height)), (left, 0))
+        narrow.paste(strip.resize((size, height), Image.Resampling.BICUBIC), (0, top + y))
+    return np.array(narrow.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def check_batch(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.errors import CorruptCodesError
+from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
 
 __all__ = ["MAX_BYTES", "Header", "pack", "pack_header", "pack_scale", "scale_ends", "unpack"]
@@ -42,12 +43,25 @@ class Header:
         codebook_id: the first 16 hex digits of the codebook's SHA-256, lower case.
         codebook_size: number of codebook entries K.
         patch_nums: sides of all scales of the tokenizer, coarse to fine.
+        preparation: how the picture was prepared; None: not known. Headers that differ in it alone are equal.
     """
 
     variant: str
     codebook_id: str
     codebook_size: int
     patch_nums: tuple[int, ...]
+    preparation: Preparation | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> bytes:
+        """The name in the file: the variant and what fits of the preparation, which older readers take for a part of it."""
+        names = [self.variant]
+        if self.preparation is not None:
+            names = [
+                *(f"{self.variant};{known}" for known in (self.preparation, replace(self.preparation, source=None))),
+                *names,
+            ]
+        return next((name for name in map(str.encode, names) if len(name) <= MAX_NAME_BYTES), self.variant.encode())
 
     @property
     def bits(self) -> int:
@@ -57,7 +71,7 @@ class Header:
     @property
     def size(self) -> int:
         """Size of the header in bytes."""
-        return _FIXED.size + 2 * len(self.patch_nums) + len(self.variant.encode()) + _CRC.size
+        return _FIXED.size + 2 * len(self.patch_nums) + len(self.name) + _CRC.size
 
     @property
     def scales(self) -> Scales:
@@ -77,11 +91,18 @@ class Header:
             return f"the scales {list(sides)}"
         if self.scales.total > MAX_CODES:
             return f"{self.scales.total} codes"
-        if not _NAME.fullmatch(self.variant) or len(self.variant.encode()) > MAX_NAME_BYTES:
+        if not _NAME.fullmatch(self.variant) or len(self.variant.encode()) > MAX_NAME_BYTES or _split_name(self.variant)[1]:
             return f"the variant name {self.variant!r}"
         if not re.fullmatch(r"[0-9a-f]{16}", self.codebook_id):
             return f"the codebook id {self.codebook_id!r}"
         return None
+
+
+def _split_name(name: str) -> tuple[str, Preparation | None]:
+    """The variant and the preparation in the name in a file."""
+    variant, _, last = name.rpartition(";")
+    preparation = Preparation.parse(last) if variant else None
+    return (name, None) if preparation is None else (variant, preparation)
 
 
 def scale_ends(header: Header) -> list[int]:
@@ -91,7 +112,7 @@ def scale_ends(header: Header) -> list[int]:
 
 def pack_header(header: Header) -> tuple[bytes, int]:
     """The header as bytes, and its CRC-32, from which the first scale's CRC-32 continues."""
-    name = header.variant.encode()
+    name = header.name
     sides = header.patch_nums
     fixed = _FIXED.pack(
         MAGIC, VERSION, header.codebook_size, header.bits, bytes.fromhex(header.codebook_id), len(sides), len(name)
@@ -198,7 +219,8 @@ def _unpack_header(data: bytes, name: str) -> tuple[Header, int]:
     _, version, size, bits, codebook, _, _ = _FIXED.unpack_from(data)
     sides = struct.unpack_from(f"<{n_scales}H", data, _FIXED.size)
     # Bytes that are not UTF-8 become lone surrogates, which `problem` refuses.
-    header = Header(data[end - name_length : end].decode(errors="surrogateescape"), codebook.hex(), size, sides)
+    variant, preparation = _split_name(data[end - name_length : end].decode(errors="surrogateescape"))
+    header = Header(variant, codebook.hex(), size, sides, preparation)
     problem = f"format version {version}" if version != VERSION else header.problem()
     if not problem and bits != header.bits:
         problem = f"{bits} bits a code for a codebook of {size} entries"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Literal
 
 from tokenflow_sdk.loaded_model import Progress
+from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestRunner, RequestStream
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.image_features import ImageFeatures, ImageInput
@@ -50,9 +51,15 @@ class Answering:
     def __init__(self, features: ImageFeatures, text: ChatText, runner: RequestRunner[AnswerRequest], context: int) -> None:
         self._features, self._text, self._runner, self._context = features, text, runner, context
 
-    def images(self, images: ImageInput | Sequence[ImageInput]) -> list[ImageBlock]:
-        """The features of one image, or of several in a list. Errors as in `ImageFeatures.of_all`."""
-        return self._features.of_all(images)
+    def images(
+        self, images: ImageInput | Sequence[ImageInput], preprocess: Preprocess | None = None, color: Color = "srgb"
+    ) -> list[ImageBlock]:
+        """The features of one image, or of several in a list. Arguments and errors as in `ImageFeatures.of_all`."""
+        return self._features.of_all(images, preprocess, color)
+
+    def warn_of_preparation(self, questions: Iterable[object], preprocess: Preprocess | None) -> None:
+        """As `ImageFeatures.warn_of_preparation`, of what the caller's caller asks."""
+        self._features.warn_of_preparation(questions, preprocess, stacklevel=4)
 
     def first(
         self,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.image_features import ImageInput
@@ -23,9 +24,15 @@ class Chat:
     it had not. One question at a time, whichever thread asks it.
     """
 
-    def __init__(self, answering: Answering, images: ImageInput | Sequence[ImageInput]) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        images: ImageInput | Sequence[ImageInput],
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+    ) -> None:
         self._answering = answering
-        self._images = answering.images(images)
+        self._images = answering.images(images, preprocess, color)
         self._last: AnswerRequest | None = None
         self._asked: dict[str, object] = {}
         self.turns: list[tuple[str, str]] = []

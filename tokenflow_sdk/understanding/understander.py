@@ -11,6 +11,7 @@ from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.chat import Chat
@@ -36,6 +37,8 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         images: ImageInput | Sequence[ImageInput],
         question: str,
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -48,6 +51,8 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
             images: what it is about, one or a list: a path, bytes, file object, PIL image or u8 array; `Codes`, for which
                 no encoder runs; or features, float [N, C].
             question: in words. Control tokens in it are text.
+            preprocess: how pictures are made square, as in `Tokenizer.encode`; None: as the model was trained.
+            color: what becomes of colour profiles, as in `Tokenizer.encode`.
             max_tokens, temperature, seed: as in `AnswerParams`, and before those of `params`. A random seed if none is given.
             params: these and all other settings.
             timeout: most seconds from this call to the end of the answer, waiting for others included; None is no limit.
@@ -59,15 +64,20 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
             PagesExhausted: it would not fit into the pool even alone.
             RequestTimeoutError: it was not finished in time.
             BackendError, MissingPackageError: the backend cannot run.
+
+        Codes of pictures that were prepared otherwise, as far as they say so, are a `PreparationWarning`.
         """
-        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params), timeout)
-        return self._answering.answers([request])[0]
+        chosen = AnswerParams.of(max_tokens, temperature, seed, params)
+        self._answering.warn_of_preparation([images], preprocess)
+        return self._answering.answers([self._request(images, question, chosen, preprocess, color, timeout)])[0]
 
     def stream(
         self,
         images: ImageInput | Sequence[ImageInput],
         question: str,
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -79,13 +89,16 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         Closing the stream cancels the request and frees its pages. Arguments and errors as in `answer`; what is wrong with them
         is raised at once.
         """
-        request = self._request(images, question, AnswerParams.of(max_tokens, temperature, seed, params), timeout)
-        return self._answering.stream(request)
+        chosen = AnswerParams.of(max_tokens, temperature, seed, params)
+        self._answering.warn_of_preparation([images], preprocess)
+        return self._answering.stream(self._request(images, question, chosen, preprocess, color, timeout))
 
     def answer_batch(
         self,
         questions: Iterable[tuple[ImageInput | Sequence[ImageInput], str]],
         *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -104,11 +117,20 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
                 "Write answer_batch([(images, question), ...]), or answer(images, question) for one question.",
             )
         chosen = AnswerParams.of(max_tokens, temperature, seed, params)
-        return self._answering.answers([self._request(images, question, chosen, timeout) for images, question in pairs])
+        self._answering.warn_of_preparation([images for images, _ in pairs], preprocess)
+        requests = [self._request(images, question, chosen, preprocess, color, timeout) for images, question in pairs]
+        return self._answering.answers(requests)
 
-    def chat(self, images: ImageInput | Sequence[ImageInput]) -> Chat:
-        """A conversation about some images. Errors about them as in `answer`."""
-        return Chat(self._answering, images)
+    def chat(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+    ) -> Chat:
+        """A conversation about some images. Arguments and errors about them as in `answer`."""
+        self._answering.warn_of_preparation([images], preprocess)
+        return Chat(self._answering, images, preprocess, color)
 
     @cached_property
     def _answering(self) -> Answering:
@@ -116,10 +138,17 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         return Answering(ImageFeatures(self.tokenizer, self.config), text, self._runner, self.config.context)
 
     def _request(
-        self, images: ImageInput | Sequence[ImageInput], question: str, params: AnswerParams, timeout: float | None = None
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        question: str,
+        params: AnswerParams,
+        preprocess: Preprocess | None,
+        color: Color,
+        timeout: float | None,
     ) -> AnswerRequest:
         began = perf_counter()
-        return self._answering.first(self._answering.images(images), question, params, False, began, timeout)
+        blocks = self._answering.images(images, preprocess, color)
+        return self._answering.first(blocks, question, params, False, began, timeout)
 
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> TokenScheduler:
         return TokenScheduler(TokenLoop(self.config, sessions, transformer))

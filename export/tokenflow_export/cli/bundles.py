@@ -19,8 +19,8 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
-    from tokenflow_sdk.pictures.images import pictures_in
     from tokenflow_sdk.files import file_sha256
+    from tokenflow_sdk.pictures.images import pictures_in
 
     began = perf_counter()
     images = pictures_in(arguments.images) if arguments.images else []

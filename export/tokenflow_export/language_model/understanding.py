@@ -34,8 +34,10 @@ from tokenflow_export.tracing.weight_quantization import ExportPrecision, use_ma
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry
+from tokenflow_sdk.errors import CheckpointError
 from tokenflow_sdk.parity.language_model import LanguageModelReference
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
+from tokenflow_sdk.pictures.preparation import Preprocess
 
 __all__ = ["export_understanding"]
 
@@ -68,6 +70,7 @@ def export_understanding(job: ExportJob) -> Agreement:
         codebook_sha256=tokenizer.codebook_sha256,
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
+        preprocess=_preprocess(directory),
     )
     return write_bundle(_UnderstanderSource(job, config, model, text, head_key(directory)))
 
@@ -116,6 +119,19 @@ def _context(directory: HfDirectory) -> int:
     positions = size(directory, "max_position_embeddings")
     trained = directory.config.get("tokenizer_model_max_length")
     return positions if trained is None else min(positions, size(directory, "tokenizer_model_max_length"))
+
+
+def _preprocess(directory: HfDirectory) -> Preprocess:
+    """How pictures were made square in training, from `image_aspect_ratio`."""
+    value = directory.config.get("image_aspect_ratio")
+    if value is None or value == "square":
+        return "squash"
+    if value == "pad":
+        return "pad-grey"
+    raise CheckpointError(
+        f"{directory.path / 'config.json'} gives image_aspect_ratio as {value!r}, which the released code never trained.",
+        "Give the directory of a model trained with pad or square.",
+    )
 
 
 def _head_spec(

@@ -46,7 +46,7 @@ class Score:
 def crops(paths: Sequence[Path], count: int, size: int) -> NDArray[np.uint8]:
     """Cut `count` square crops from photos, at random places and scales that are the same every time: u8 [N, size, size, 3]."""
     rng = np.random.default_rng(0)
-    photos = [load_image(path) for path in paths]
+    photos = [load_image(path, color="as-stored") for path in paths]
     found = []
     for number in range(count):
         photo = photos[number % len(photos)]

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.support.mini_understander import (
 from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.cli import main
-from tokenflow_export.language_model import agreement
+from tokenflow_export.language_model import agreement, understanding
 from tokenflow_export.language_model.chat_template import chat_template, stop_ids
 from tokenflow_export.language_model.understanding import _context
 from tokenflow_export.precision.generator_search import open_exact
@@ -53,6 +54,31 @@ def tokenizer(tmp_path: Path) -> Bundle[TokenizerConfig]:
     return tokenizer_bundle(tmp_path / "tok", SIDES, 500)
 
 
+@pytest.mark.parametrize(
+    ("keys", "preprocess"),
+    [
+        ({"image_aspect_ratio": "pad"}, "pad-grey"),
+        ({"image_aspect_ratio": "square"}, "squash"),
+        ({"image_aspect_ratio": None}, "squash"),
+        ({}, "squash"),
+    ],
+)
+def test_pictures_are_prepared_as_in_training(
+    keys: dict[str, Any],
+    preprocess: str,
+    checkpoint: Path,
+    tokenizer: Bundle[TokenizerConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the graphs, which take long."""
+    damaged_config(**keys)(checkpoint)
+    written = []
+    monkeypatch.setattr(understanding, "write_bundle", written.append)
+    export_quietly(checkpoint, tokenizer, tmp_path / "out")
+    assert [source.config.preprocess for source in written] == [preprocess]
+
+
 def test_the_bundle_says_what_the_directory_says(checkpoint: Path, tokenizer: Bundle[TokenizerConfig], tmp_path: Path) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [260, 259]}))
     bundle = Bundle.open(export_quietly(checkpoint, tokenizer, tmp_path / "chat"), UnderstanderConfig)
@@ -60,6 +86,7 @@ def test_the_bundle_says_what_the_directory_says(checkpoint: Path, tokenizer: Bu
     assert (c.width, c.layers, c.kv_heads, c.head_dim, c.context, c.vocabulary) == (32, 1, 2, 8, 1024, 288)
     assert (c.image_tokens, c.code_dim, c.patch_nums, c.tokenizer) == (4, 40, SIDES, "../tok")
     assert c.stop_ids == (259, 260)
+    assert c.preprocess == "squash"
     assert c.template == chat_template(byte_level_tokenizer(), tmp_path)
     assert list(bundle.graphs) == ["embed_text", "project", "transformer", "head"]
     assert bundle.parity["hidden_error"] < 1e-4
@@ -158,6 +185,9 @@ def damaged_config(**values: object):
         (damaged_config(rope_scaling={"type": "yarn", "factor": 4.0}), "scales positions by 'yarn'"),
         (damaged_config(use_sliding_window=True), "use_sliding_window as True.*attention is full"),
         (damaged_config(hidden_act="gelu"), "hidden_act as 'gelu'.*SiLU"),
+        (damaged_config(image_aspect_ratio="anyres"), "gives image_aspect_ratio as 'anyres'"),
+        (damaged_config(image_aspect_ratio="anyres_max_9"), "gives image_aspect_ratio as 'anyres_max_9'"),
+        (damaged_config(image_aspect_ratio=["pad"]), "gives image_aspect_ratio as"),
     ],
 )
 def test_damaged_directories_are_named(
