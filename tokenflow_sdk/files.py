@@ -8,9 +8,10 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from tokenflow_sdk.arguments import file_path
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["file_status", "is_directory", "packaged_data", "write_atomic"]
+__all__ = ["file_status", "is_directory", "is_regular_file", "packaged_data", "write_atomic"]
 
 
 def packaged_data(name: str) -> Path:
@@ -41,6 +42,12 @@ def is_directory(path: Path) -> bool:
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
+def is_regular_file(path: Path) -> bool:
+    """Whether a path is a regular file. Unlike `Path.is_file`, never raises: see `file_status`."""
+    status = file_status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file atomically: to a temporary file in the same directory, which then replaces `path`.
 
@@ -49,10 +56,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         data: its whole content.
 
     Raises:
+        ArgumentError: `path` is none.
         OutputError: the directory is missing or read-only, the disk is full, the file system does not allow the name, or `path`
             exists and is not a regular file.
     """
-    path = Path(path)
+    path = Path(file_path("path", path))
     try:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a file that can be replaced.", "Choose another output.")

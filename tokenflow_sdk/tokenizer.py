@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import instance, integer, items, seconds, shown
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -54,9 +54,12 @@ class Tokenizer:
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
         batch_limit = _checked_batch_limit(batch_limit)
+        hint = "Open tokenizers with Tokenizer.from_pretrained."
+        instance("bundle.config", instance("bundle", bundle, Bundle, hint).config, TokenizerConfig, hint)
+        options = SessionOptions() if options is None else instance("options", options, SessionOptions, hint)
         self.bundle = bundle
         self.batch_limit = batch_limit
-        self.graphs = TokenizerGraphs(bundle, open_session, options or SessionOptions(), batch_limit)
+        self.graphs = TokenizerGraphs(bundle, open_session, options, batch_limit)
         """The graphs as functions of arrays, for comparing backends; what is fed to them is not checked."""
         self._swap: EngineSwap | None = None
 
@@ -107,6 +110,7 @@ class Tokenizer:
     @classmethod
     def open(cls, name: str | os.PathLike[str], options: RuntimeOptions, batch_limit: int = 1) -> Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
+        instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind), TokenizerConfig)
         bundle.verify()
         batch_limit = _checked_batch_limit(batch_limit)
@@ -135,6 +139,7 @@ class Tokenizer:
         Raises:
             EngineBuildError, EngineRefusedError, BackendError: it never will; onnxruntime goes on.
         """
+        timeout = seconds("timeout", timeout)
         return self._swap is None or self._swap.wait(timeout)
 
     def load(self, *graphs: str) -> Tokenizer:
@@ -144,8 +149,8 @@ class Tokenizer:
             ArgumentError: there is no such graph.
             CorruptBundleError, BackendError, MissingPackageError: a graph is missing or cannot be loaded.
         """
-        if unknown := [name for name in graphs if name not in GRAPHS]:
-            raise ArgumentError(f"A tokenizer has no graph {unknown[0]!r}.", f"Choose of: {', '.join(GRAPHS)}.")
+        if unknown := [name for name in graphs if not isinstance(name, str) or name not in GRAPHS]:
+            raise ArgumentError(f"A tokenizer has no graph {shown(unknown[0])}.", f"Choose of: {', '.join(GRAPHS)}.")
         for name in graphs or tuple(self.bundle.graphs):
             self.graphs.load(name)
         return self
@@ -186,13 +191,11 @@ class Tokenizer:
         """
         stack = isinstance(images, np.ndarray) and (images.ndim == 4 or images.dtype == object)
         single = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray)) or hasattr(images, "read")
-        if (single and not stack) or not isinstance(images, Iterable):
-            raise ArgumentError(
-                f"encode_batch takes several pictures, and {describe(images)} is one.",
-                "Use encode(image), or give a list: encode_batch([image]).",
-            )
+        hint = "Use encode(image), or give a list: encode_batch([image])."
+        if single and not stack:
+            raise ArgumentError(f"encode_batch takes several pictures, and {describe(images)} is one.", hint)
         found: list[Codes] = []
-        for chunk in _chunks(images, self.batch_limit):
+        for chunk in _chunks(items("images", images, hint), self.batch_limit):
             array = np.stack(
                 [self.preprocess(image, preprocess=preprocess, fast=fast, max_pixels=max_pixels) for image in chunk]
             )
@@ -203,7 +206,7 @@ class Tokenizer:
         self, image: ImageSource, *, preprocess: Preprocess | None = None, fast: bool = False, max_pixels: int = MAX_PIXELS
     ) -> NDArray[np.uint8]:
         """What `encode` feeds the engine: u8 [H, W, 3], H = W = `config.image_size`. Options and errors as in `encode`."""
-        mode = preprocess or self.config.preprocess
+        mode = self.config.preprocess if preprocess is None else preprocess
         return load_and_fit(image, self.config.image_size, mode, fast=fast, max_pixels=max_pixels)
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -238,12 +241,10 @@ class Tokenizer:
         Raises:
             ArgumentError: not a list of codes.
         """
-        if isinstance(codes, (Codes, np.ndarray)) or not isinstance(codes, Iterable):
-            raise ArgumentError(
-                f"decode_batch takes a list of Codes, not {type(codes).__name__}.",
-                "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices.",
-            )
-        codes = list(codes)
+        hint = "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices."
+        if isinstance(codes, (Codes, np.ndarray)):
+            raise ArgumentError(f"decode_batch takes a list of Codes, not {type(codes).__name__}.", hint)
+        codes = list(items("codes", codes, hint))
         return [Image.fromarray(image) for image in self.decode_array(self._indices(codes))] if codes else []
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
@@ -332,7 +333,6 @@ def _checked_batch_limit(value: object) -> int:
     return integer("batch_limit", value, 1, None, "leaves no room for an image.", "Give at least 1.")
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
+def _chunks(iterator: Iterator[T], size: int) -> Iterator[list[T]]:
     while chunk := list(islice(iterator, size)):
         yield chunk

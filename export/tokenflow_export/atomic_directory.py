@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx
@@ -33,11 +33,11 @@ def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
     Raises:
         OutputError: `out` exists or cannot be written, or the disk has not enough space.
     """
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is not a bundle, so it is not replaced.", "Choose another --out, or delete it yourself.")
     try:
+        if out.exists() and not force:
+            raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
+        if out.exists() and not (out / MANIFEST).is_file():
+            raise OutputError(f"{out} is not a bundle, so it is not replaced.", "Choose another --out, or delete it yourself.")
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed * 1.1:
@@ -71,9 +71,18 @@ def _move_in(staging: Path, out: Path, force: bool) -> None:
         staging.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / out.name)
-    staging.rename(out)
-    shutil.rmtree(old)
+    try:
+        out.rename(old / out.name)
+        try:
+            staging.rename(out)
+        except BaseException:
+            (old / out.name).rename(out)
+            raise
+    except BaseException:
+        with suppress(OSError):  # it is not empty only where the old bundle could not be put back
+            old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tokenflow_sdk.arguments import file_path, instance, integer, real, shown
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
-from tokenflow_sdk.files import packaged_data
+from tokenflow_sdk.files import is_regular_file, packaged_data
 from tokenflow_sdk.passes.quantize import EightBit
 
 __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
@@ -46,6 +48,7 @@ class BuildConfig:
     workspace_gb: float = 0
 
     def __post_init__(self) -> None:
+        self._take_types()
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
                 "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
@@ -59,20 +62,34 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
             )
-        ascending = (
-            len(self.batch) == 3 and all(type(size) is int for size in self.batch) and list(self.batch) == sorted(self.batch)
-        )
-        if not ascending or self.batch[0] != 1:
+        if len(self.batch) != 3 or self.batch[0] != 1 or list(self.batch) != sorted(self.batch):
             raise ArgumentError(
-                f"batch={self.batch!r} is not the least, usual and most images in a call, from one on: the last call of "
+                f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
                 "Write it as --batch 1,8,32.",
             )
-        if self.pages < 0 or self.workspace_gb < 0:
-            raise ArgumentError(f"pages={self.pages}, workspace_gb={self.workspace_gb} cannot be negative.", "Give 0 or more.")
+
+    def _take_types(self) -> None:
+        """Make each value one of its type, or say that it is none."""
+        several = "Give a list."
+        batch = instance("batch", self.batch, (list, tuple), "Give three integers: the least, usual and most images in a call.")
+        problem, hint = "is no size.", "Give 0 or more."
+        values = {
+            "backend": instance("backend", self.backend, str, "Give a name."),
+            "targets": tuple(
+                instance("targets", each, str, several) for each in instance("targets", self.targets, (list, tuple), several)
+            ),
+            "precision": instance("precision", self.precision, str, "Give a name."),
+            "decoder": instance("decoder", self.decoder, (str, type(None)), "Give a name, or None."),
+            "batch": tuple(integer("batch", size, 0, None, "is no number of images.", "Give 1 or more.") for size in batch),
+            "pages": integer("pages", self.pages, 0, None, problem, hint),
+            "workspace_gb": real("workspace_gb", self.workspace_gb, 0, 2**20, problem, hint),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def from_file(cls, name: str) -> BuildConfig:
+    def from_file(cls, name: str | os.PathLike[str]) -> BuildConfig:
         """Read a build config from a TOML file.
 
         Args:
@@ -82,10 +99,11 @@ class BuildConfig:
             ArgumentError: there is no such build config, or it has an unknown setting or an invalid value.
             MissingPackageError: Python is older than 3.11 and tomli is not installed.
         """
-        path = next((path for path in (Path(name), packaged_data("engines/configs") / f"{name}.toml") if path.is_file()), None)
+        given = Path(file_path("name", name)), packaged_data("engines/configs") / f"{name}.toml"
+        path = next((path for path in given if is_regular_file(path)), None)
         if path is None:
             raise ArgumentError(
-                f"There is no build config {name!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
+                f"There is no build config {os.fspath(name)!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
             )
         values = _read_toml(path)
         unknown = sorted(set(values) - {field.name for field in fields(cls)} - {"about"})
@@ -103,6 +121,8 @@ class BuildConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildConfig | None:
         """The inverse of `to_json`; None if another version of the SDK wrote `data` and this one cannot read it."""
+        if not isinstance(data, Mapping):
+            return None
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         try:
             return cls(**values)
@@ -116,7 +136,9 @@ class BuildConfig:
 
     def supports(self, batch: int, pages: int | None) -> bool:
         """Whether engines built by this config take `batch` images in a call and have a pool of `pages` pages (None: any)."""
-        return batch <= self.batch[2] and pages in (None, self.pages)
+        least = "Give 1 or more."
+        fits = integer("batch", batch, 0, None, "is no number of images.", least) <= self.batch[2]
+        return fits and (pages is None or integer("pages", pages, 0, None, "is no size of a pool.", least) == self.pages)
 
     def command(self, bundle: Path) -> str:
         """The `tokenflow build` command that builds the engines of the bundle at this path by this build config."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import file_path, flag, integer, shown
 from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, ImageShapeError
 from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
 from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
@@ -69,9 +69,9 @@ def preprocess(
         ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
             `tokenflow_sdk.errors`.
     """
-    if mode not in PREPROCESS_MODES:
-        raise ArgumentError(f"There is no preprocessing {mode!r}.", f"Choose one of: {', '.join(PREPROCESS_MODES)}.")
-    return fit(load_image(source, max_pixels=max_pixels, draft_size=size if fast else None), size, mode)
+    if not isinstance(mode, str) or mode not in PREPROCESS_MODES:
+        raise ArgumentError(f"There is no preprocessing {shown(mode)}.", f"Choose one of: {', '.join(PREPROCESS_MODES)}.")
+    return fit(load_image(source, max_pixels=max_pixels, draft_size=size if flag("fast", fast) else None), size, mode)
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size: int | None = None) -> Image.Image:
@@ -89,6 +89,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft_size:
         ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
             `tokenflow_sdk.errors`.
     """
+    if isinstance(source, os.PathLike):
+        source = file_path("image", source)
     name = describe(source)
     max_pixels = integer("max_pixels", max_pixels, 1, None, "accepts no picture.", "Give an integer from 1 on.")
     if isinstance(source, np.ndarray):

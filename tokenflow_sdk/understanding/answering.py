@@ -10,7 +10,7 @@ from typing import Literal
 from tokenflow_sdk.request_runner import RequestRunner
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.image_features import ImageFeatures, ImageInput
-from tokenflow_sdk.understanding.params import AnswerParams
+from tokenflow_sdk.understanding.params import AnswerParams, within
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 from tokenflow_sdk.understanding.token_loop import AnswerRequest
 
@@ -97,7 +97,7 @@ class Answering:
         return [self._answer(request) for request in requests]
 
     def _request(self, prompt: TokenPrompt, params: AnswerParams, keep: bool, began: float) -> AnswerRequest:
-        request = AnswerRequest(prompt, params.within(self._context - len(prompt)), keep, began)
+        request = AnswerRequest(prompt, within(params, self._context - len(prompt)), keep, began)
         self._runner.check(request)
         return request
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tokenflow_sdk.arguments import instance
 from tokenflow_sdk.understanding.answering import Answer, Answering
 from tokenflow_sdk.understanding.image_features import ImageInput
 from tokenflow_sdk.understanding.params import AnswerParams
@@ -20,7 +21,7 @@ class Chat:
     """
 
     def __init__(self, answering: Answering, images: ImageInput | Sequence[ImageInput]) -> None:
-        self._answering = answering
+        self._answering = instance("answering", answering, Answering, "Make chats with Understander.chat.")
         self._images = answering.images(images)
         self._last: AnswerRequest | None = None
         self.turns: list[tuple[str, str]] = []
