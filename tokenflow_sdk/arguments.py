@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import operator
 import os
@@ -98,12 +99,15 @@ def items(name: str, value: Iterable[T], hint: str) -> Iterator[T]:
     """The items of an argument that must be iterable.
 
     Raises:
-        ArgumentError: it is not, or is a closed file; `hint` is the error's.
+        ArgumentError: it is not, or is a file, which is one thing; `hint` is the error's.
     """
     try:
-        return iter(value)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{name} cannot be of type {type(value).__name__}.", hint) from None
+        found = None if isinstance(value, io.IOBase) else iter(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ArgumentError(f"{name} cannot be of type {type(value).__name__}.", hint)
+    return found
 
 
 def file_path(name: str, value: object) -> str:

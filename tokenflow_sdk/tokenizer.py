@@ -190,7 +190,9 @@ class Tokenizer:
             ArgumentError: one image instead of several.
         """
         stack = isinstance(images, np.ndarray) and (images.ndim == 4 or images.dtype == object)
-        single = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray)) or hasattr(images, "read")
+        single = isinstance(
+            images, (str, bytes, bytearray, memoryview, np.ndarray, os.PathLike, Image.Image, type(None))
+        ) or hasattr(images, "read")
         hint = "Use encode(image), or give a list: encode_batch([image])."
         if single and not stack:
             raise ArgumentError(f"encode_batch takes several pictures, and {describe(images)} is one.", hint)
@@ -242,7 +244,7 @@ class Tokenizer:
             ArgumentError: not a list of codes.
         """
         hint = "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices."
-        if isinstance(codes, (Codes, np.ndarray)):
+        if isinstance(codes, (Codes, np.ndarray, int)):
             raise ArgumentError(f"decode_batch takes a list of Codes, not {type(codes).__name__}.", hint)
         codes = list(items("codes", codes, hint))
         return [Image.fromarray(image) for image in self.decode_array(self._indices(codes))] if codes else []
@@ -302,7 +304,10 @@ class Tokenizer:
 
     def _checked(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:
         c = self.config
-        array = np.asarray(code_indices)
+        try:
+            array = np.asarray(code_indices)
+        except (TypeError, ValueError) as error:
+            raise ArrayError(f"Code indices cannot become an array: {error}.", "Give an integer array [B, l].") from error
         if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
             raise ArrayError(
                 f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",

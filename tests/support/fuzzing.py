@@ -82,7 +82,7 @@ _THINGS: tuple[Callable[[], object], ...] = (
     *(lambda value=value: value for value in (object(), object, len, ..., NotImplemented, range(3), range(10**9))),
     *(
         lambda value=value: value
-        for value in (Decimal("NaN"), Decimal(3), Fraction(1, 3), 1j, 10**30, -(10**30), 2**63, 10**400, 10**5000)
+        for value in (Decimal("NaN"), Decimal(3), Fraction(1, 3), 1j, 10**30, -(10**30), 2**63, 10**400)
     ),
     *(
         lambda: iter([1, 2]),
