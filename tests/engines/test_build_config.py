@@ -40,7 +40,7 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("batch = 3", "wrong kind|least, usual and most"),
         ('precision = "fp4"', "no precision 'fp4'"),
         ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
-        ("pages = -1", "cannot be negative"),
+        ("pages = -1", "is no size"),
     ],
 )
 def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) -> None:
