@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-one test-slow test-gpu lint docs bench bench-gpu tiny-data tiny clean
+.PHONY: help install lock demo test test-one test-slow fuzz soak test-gpu lint docs bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -77,6 +77,13 @@ test-one: $(VENV)/.dev ## one file or test: make test-one T=tests/pictures/test_
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+fuzz: $(VENV)/.dev ## random inputs and calls, ten times as many as in make test and new ones each time
+	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -n 2
+
+SECONDS ?= 600
+soak: $(VENV)/.dev ## threads, cancels, closes, garbage for 10 minutes, of which nothing may be left: make soak SECONDS=60
+	@$(BIN)/python -m tests.soak.soak --seconds $(SECONDS)
 
 test-gpu: .venv-gpu/.tensorrt ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
 	@# Two runs, so that what one TensorRT does to its process, or loads into it, cannot change the other's results.

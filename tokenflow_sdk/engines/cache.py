@@ -263,8 +263,18 @@ class EngineCache:
             lock.release()
 
     def entries(self) -> list[CachedEngine]:
-        """All engines with a readable record, most recently used first. The engines themselves are not read."""
-        records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
+        """All engines with a readable record, most recently used first. The engines themselves are not read.
+
+        Raises:
+            OutputError: the directory cannot be read.
+        """
+        try:
+            records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.directory} cannot be read: {getattr(error, 'strerror', None) or error}.",
+                "Check its permissions, or name another directory in $TOKENFLOW_CACHE or with --cache.",
+            ) from error
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
