@@ -20,7 +20,8 @@ from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.errors import CodesError
 from tokenflow_sdk.generation.prompt import PromptEncoder
 from tokenflow_sdk.parity.certificate import Certificate
-from tokenflow_sdk.pictures.images import PREPROCESS_MODES, preprocess
+from tokenflow_sdk.pictures.images import preprocess
+from tokenflow_sdk.pictures.preparation import PREPROCESS_MODES
 from tokenflow_sdk.understanding.chat_text import TextStream
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore")]
