@@ -101,8 +101,9 @@ def items(name: str, value: Iterable[T], hint: str) -> Iterator[T]:
     Raises:
         ArgumentError: it is not, or is a file, which is one thing; `hint` is the error's.
     """
+    given: object = value
     try:
-        found = None if isinstance(value, io.IOBase) else iter(value)
+        found = None if isinstance(given, io.IOBase) else iter(value)
     except (TypeError, NotImplementedError):  # the latter by memoryviews of several dimensions
         found = None
     if found is None:

@@ -116,7 +116,7 @@ class Bundle(Generic[C]):
         object.__setattr__(self, "path", Path(file_path("path", self.path)))
         instance("config", self.config, CONFIGS, hint)
         for name, kind in (("graphs", GraphEntry), ("assets", FileEntry), ("parity", object), ("provenance", object)):
-            for key, value in instance(name, getattr(self, name), Mapping, hint).items():  # type: ignore[type-abstract]
+            for key, value in instance(name, getattr(self, name), Mapping, hint).items():
                 instance(f"a key of {name}", key, str, hint)
                 instance(f"{name}[{key!r}]", value, kind, hint)
 
@@ -140,7 +140,8 @@ class Bundle(Generic[C]):
             BundleKindError: the bundle is of another kind.
         """
         path = Path(file_path("path", path))
-        if not (isinstance(config, type) and issubclass(config, CONFIGS)):
+        kind: object = config
+        if not (isinstance(kind, type) and issubclass(kind, CONFIGS)):
             raise ArgumentError("config is no class of a bundle's config.", "Give TokenizerConfig, say.")
         data = _read_manifest(path)
         for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):

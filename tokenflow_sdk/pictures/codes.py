@@ -154,7 +154,7 @@ class Codes:
         Raises:
             CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
         """
-        data = instance("data", data, (bytes, bytearray, memoryview), "Give bytes; Codes.load takes paths and files.")
+        instance("data", data, (bytes, bytearray, memoryview), "Give bytes; Codes.load takes paths and files.")
         return cls._parse(bytes(data), describe(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
