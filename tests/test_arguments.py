@@ -34,7 +34,10 @@ def test_real_numbers_of_any_type_are_read(value: object) -> None:
     assert (found, type(found)) == (1.0, float)
 
 
-@pytest.mark.parametrize("value", [True, np.True_, "1", b"1", None, 1j, [1.0], np.ones(1), float("nan"), np.inf, -0.1, 10**400])
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, "1", b"1", None, 1j, [1.0], np.ones(1), np.timedelta64("NaT"), float("nan"), np.inf, -0.1, 10**400],
+)
 def test_what_is_no_real_number_in_the_range_is_named(value: object) -> None:
     with pytest.raises(ArgumentError, match=r"p=.* is no share\. Give 0 to 1\."):
         real("p", value, 0, 1, "is no share.", "Give 0 to 1.")
@@ -59,7 +62,7 @@ def test_other_arguments() -> None:
         (lambda value: flag("it", value), (1, "no", None, np.ones(2))),
         (lambda value: seconds("it", value), (-1, "1", float("nan"), True)),
         (lambda value: file_path("it", value), (b"a", None, 3, [Path("a")])),
-        (lambda value: items("it", value, "Give a list."), (3, None, closed)),
+        (lambda value: items("it", value, "Give a list."), (3, None, closed, memoryview(np.ones((2, 3))))),
         (lambda value: instance("it", value, int, "Give one."), ("3", None)),
     ):
         for value in values:

@@ -53,7 +53,7 @@ def integer(name: str, value: object, least: int, most: int | None, problem: str
 def real(name: str, value: object, least: float, most: float, problem: str, hint: str) -> float:
     """An argument that must be a real number. Arguments and errors as in `integer`; NaN is out of any range."""
     try:
-        found = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        found = math.nan if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, Real) else float(value)
     except OverflowError:
         found = math.inf
     if not least <= found <= most:
@@ -101,10 +101,10 @@ def items(name: str, value: Iterable[T], hint: str) -> Iterator[T]:
     Raises:
         ArgumentError: it is not, or is a file, which is one thing; `hint` is the error's.
     """
+    given: object = value
     try:
-        given: object = value
         found = None if isinstance(given, io.IOBase) else iter(value)
-    except TypeError:
+    except (TypeError, NotImplementedError):  # the latter by memoryviews of several dimensions
         found = None
     if found is None:
         raise ArgumentError(f"{name} cannot be of type {type(value).__name__}.", hint)

@@ -65,7 +65,7 @@ def hostile(base: type, method: str, error: type[Exception]) -> object:
     def fail(*_: object, **__: object) -> None:
         raise error(method)
 
-    return type("Hostile", (base,), {method: fail})()
+    return type("Hostile", (base,), {"__hash__": base.__hash__, method: fail})()
 
 
 def liar(method: str) -> object:

@@ -121,7 +121,8 @@ class Bundle(Generic[C]):
             BundleKindError: the bundle is of another kind.
         """
         path = Path(file_path("path", path))
-        if not any(config is known for known in CONFIGS):
+        kind: object = config
+        if not (isinstance(kind, type) and issubclass(kind, CONFIGS)):
             raise ArgumentError("config is no class of a bundle's config.", "Give TokenizerConfig, say.")
         data, digest = read_manifest(path, sha256)
         for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):

@@ -58,9 +58,9 @@ class RuntimeOptions:
             object.__setattr__(self, "providers", tuple(instance("providers", name, str, several) for name in names))
         for name in ("build", "serve_while_building", "cuda_graphs"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
-        named: object = self.build_config
-        if isinstance(named, os.PathLike):
-            object.__setattr__(self, "build_config", os.fspath(named))
+        given: object = self.build_config
+        if isinstance(given, os.PathLike):
+            object.__setattr__(self, "build_config", os.fspath(given))
         hint = "Give a BuildConfig, a name or a path."
         instance("build_config", self.build_config, (BuildConfig, str, type(None)), hint)
         # SessionOptions checks device and threads.
