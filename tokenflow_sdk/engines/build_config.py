@@ -126,8 +126,7 @@ class BuildConfig:
     @classmethod
     def from_json(cls, data: object) -> BuildConfig | None:
         """The inverse of `to_json`; None if another version of the SDK wrote `data` and this one cannot read it."""
-        given: object = data
-        if not isinstance(given, Mapping):
+        if not isinstance(data, Mapping):
             return None
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         try:

@@ -141,9 +141,9 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         images: ImageInput | Sequence[ImageInput],
         question: str,
         params: AnswerParams,
-        preprocess: Preprocess | None,
-        color: Color,
-        timeout: float | None,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        timeout: float | None = None,
     ) -> AnswerRequest:
         began = perf_counter()
         blocks = self._answering.images(images, preprocess, color)
