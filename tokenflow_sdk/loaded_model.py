@@ -350,7 +350,7 @@ class LoadedModel(Generic[R]):
         return self._why_closed() if self._why_closed else ArgumentError("The model was changed meanwhile.", "Ask again.")
 
     def _free(self) -> None:
-        """Close sessions, then the pages, without the lock. Several threads may do it together: each is closed by one of them."""
+        """Close sessions, then the pages, without the lock. Several threads may do it together; each is closed by one."""
         while True:
             try:
                 closing = self._open.pop()
