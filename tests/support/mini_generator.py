@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -81,7 +82,7 @@ def tokenizer_bundle(
     }
     graphs = {}
     for name, (inputs, outputs) in tensors.items():
-        (directory / f"{name}.onnx").write_bytes(b"")
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], name, [], [])), directory / f"{name}.onnx")
         graphs[name] = GraphEntry((file_entry(directory / f"{name}.onnx"),), inputs, outputs)
     bundle = Bundle(directory, config, graphs, {"reference": file_entry(directory / "reference.npz")}, {}, {})
     bundle.write_manifest()
