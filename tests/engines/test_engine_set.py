@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.support.mini import store_ranges
-from tests.support.on_engines import FP32, IMAGES, on_engines, records
+from tests.support.on_engines import FP32, IMAGES, certificate_of, on_engines, records
 from tokenflow_export.precision.calibrate import magnitudes
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
@@ -48,8 +48,8 @@ def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, token
         assert engines.wait_for_engines()
     assert sorted(machine[1].builds) == ["decode", "encode", "features", "semantic"]
     for record in records():
-        assert record["certificate"]["failures"] == []
-        assert min(record["certificate"]["figures"]["agreement"]) == 1
+        assert certificate_of(record)["failures"] == []
+        assert min(certificate_of(record)["figures"]["agreement"]) == 1
     with on_engines(mini_bundle) as again:
         again.encode_array(IMAGES[:1])
     assert len(machine[1].builds) == 4
@@ -58,7 +58,7 @@ def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, token
 def test_half_precision_engines_pass_by_their_own_tolerances(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
     with on_engines(mini_bundle, build_config=BuildConfig(batch=(1, 1, 2))) as engines:
         found = engines.encode_array(IMAGES[:2])
-    figures = records()[0]["certificate"]["figures"]
+    figures = certificate_of(records()[0])["figures"]
     assert figures["decode_psnr"] > 45
     assert 0 < figures["semantic_error"] < 0.1
     assert (found == tokenizer.encode_array(IMAGES[:2])).mean() > 0.9
@@ -73,7 +73,7 @@ def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, 
         ):
             on_engines(mini_bundle)
     assert len(machine[1].builds) == 4
-    (certificate,) = {json.dumps(record["certificate"]) for record in records()}
+    (certificate,) = {json.dumps(certificate_of(record)) for record in records()}
     assert json.loads(certificate)["failures"]
     machine[1].broken.clear()
     engines = Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32)
@@ -173,7 +173,7 @@ def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) ->
         assert found.images[0].size == (64, 64)
         pool = generator._runner.model.scheduler.loop.transformer.pool
         assert pool.pages == 70
-    figures = [record["certificate"]["figures"] for record in records() if record["key"]["graph"] == "transformer"]
+    figures = [certificate_of(record)["figures"] for record in records() if record["key"]["graph"] == "transformer"]
     assert figures[0]["same_choice"] == 1
 
 
