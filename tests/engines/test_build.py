@@ -75,7 +75,13 @@ RTX_ONLY = {
 def names_used() -> set[tuple[str, str]]:
     """(class or module, attribute) for everything of TensorRT that the SDK names, e.g. in `self._context.get_tensor_shape`."""
     used = set()
-    for file in ("engines/build.py", "backends/tensorrt_module.py", "backends/tensorrt.py", "backends/tensorrt_context.py"):
+    for file in (
+        "engines/build.py",
+        "backends/tensorrt_module.py",
+        "backends/tensorrt.py",
+        "backends/tensorrt_context.py",
+        "backends/engine_file.py",
+    ):
         for node in ast.walk(ast.parse((ROOT / "tokenflow_sdk" / file).read_text())):
             if not isinstance(node, ast.Attribute):
                 continue
@@ -309,3 +315,15 @@ def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest
     assert "cannot build for 'sm90'" in capsys.readouterr().err
     assert main(["build", str(mini_bundle), "--batch", "x"]) == 2
     assert "no list of sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["features", "decode"])
+def test_an_engine_for_three_targets_is_about_as_large_as_for_one(trt, kind: str, tmp_path: Path) -> None:
+    bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
+    sizes = []
+    for targets in (("sm86",), ("sm86", "sm89", "sm120")):
+        (job,) = (job for job in engine_jobs(bundle, BuildConfig(targets=targets), trt) if job.key.graph == kind)
+        engine, built = job.run(trt, EngineCache(tmp_path / str(len(targets))))
+        assert built
+        sizes.append(engine.size)
+    assert sizes[1] < 1.3 * sizes[0], sizes

@@ -211,3 +211,100 @@ def test_the_command_line(machine, mini_bundle: Path, capsys: pytest.CaptureFixt
     assert "certified" in capsys.readouterr().out
     assert main(["cache", "list"]) == 0
     assert "passed" in capsys.readouterr().out
+
+
+FLEET = BuildConfig(targets=("sm120", "sm86", "sm89"), precision="fp32", batch=(1, 1, 2))
+
+
+def rtx_tokenizer(bundle: Path, **options: object) -> Tokenizer:
+    config = FLEET.with_overrides(targets=())
+    return on_engines(bundle, **{"backend": "tensorrt-rtx", "build_config": config, "build": False} | options)
+
+
+def test_one_engine_runs_on_a_whole_fleet(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Built once, found and compared on GPUs of each target, and on no other."""
+    words = ["--backend", "tensorrt-rtx", "--precision", "fp32", "--batch", "1,1,2"]
+    for done in ("built in", "in the cache already"):
+        assert main(["build", str(mini_bundle), "--target", "sm120,sm86,sm89,sm86", *words]) == 0
+        out = capsys.readouterr().out
+        assert out.count(done) == 4
+        assert out.count("sm86,sm89,sm120") == 4
+        assert "certified" in out
+    rtx = sys.modules["tensorrt_rtx"]
+    for capability, architecture in (((8, 9), "sm89"), ((8, 6), "sm86")):
+        machine[0].capability = capability
+        for _ in range(2):
+            with rtx_tokenizer(mini_bundle) as tokenizer:
+                tokenizer.encode_array(IMAGES[:1])
+                assert tokenizer.device == "cuda:0"
+            # Also those that were compiled when it was compared are kept.
+            assert len(list(EngineCache().directory.glob(f"*.{architecture}.kernels"))) == 4
+        with Tokenizer.from_pretrained(mini_bundle, device="cuda:0", build=False) as tokenizer:
+            assert tokenizer.load("features").device == "cuda:0"
+    assert len(rtx.builds) == 4
+    assert {tuple(record["certificates"]) for record in records()} == {("sm89", "sm86")}
+    assert main(["cache", "list"]) == 0
+    assert "sm86 passed, sm89 passed, sm120 not yet" in " ".join(capsys.readouterr().out.split())
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "sm86,sm89,sm120" in capsys.readouterr().out
+    machine[0].capability = (8, 0)
+    with pytest.raises(BackendError, match="no engine yet for encode, fp32, sm80"):
+        rtx_tokenizer(mini_bundle)
+    with pytest.raises(BackendError, match=r"is for sm120, sm86, sm89, and GPU 0 is sm80.*add sm80 to its targets"):
+        rtx_tokenizer(mini_bundle, build_config=FLEET)
+
+
+def test_each_kind_of_gpu_compares_the_engine_itself(machine, mini_bundle: Path) -> None:
+    """What passed on one may be refused on another; and what is refused there goes on here."""
+    assert main(["build", str(mini_bundle), *["--target", "sm86,sm89", "--precision", "fp32", "--batch", "1,1,2"]]) == 0
+    sys.modules["tensorrt_rtx"].broken.add("decode")
+    machine[0].capability = (8, 6)
+    with pytest.raises(EngineRefusedError, match="on sm86 is refused"):
+        rtx_tokenizer(mini_bundle)
+    sys.modules["tensorrt_rtx"].broken.clear()
+    machine[0].capability = (8, 9)
+    rtx_tokenizer(mini_bundle).close()
+
+
+def test_a_damaged_engine_never_runs(machine, mini_bundle: Path) -> None:
+    """It is seen when it is loaded, in the same pass; where building was ruled out, that is an error."""
+    on_engines(mini_bundle).close()
+    path = next(
+        EngineCache().directory / f"{job.key.digest}.engine"
+        for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values()
+        if job.key.graph == "features"
+    )
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    codes = np.zeros((1, 30), np.int32)
+    with on_engines(mini_bundle, build=False) as tokenizer, pytest.raises(BackendError, match=r"is damaged.*tokenflow build"):
+        tokenizer.graphs.load("features").run({"code_indices": codes})
+    with on_engines(mini_bundle) as tokenizer:
+        tokenizer.graphs.load("features").run({"code_indices": codes})
+    assert machine[1].builds.count("features") == 2
+    assert len(machine[1].builds) == 5
+
+
+def test_an_engine_of_an_earlier_layout_is_named(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenflow_sdk.engines.jobs.REVISION", "1")
+        on_engines(mini_bundle).close()
+    with pytest.raises(BackendError, match=r"no engine yet for encode, .* \(one of layout 1 is in the cache.*tokenflow build"):
+        on_engines(mini_bundle, build=False)
+    on_engines(mini_bundle).close()
+    machine[1].__version__ = "12.0"
+    with pytest.raises(BackendError, match=r"no engine yet for encode, .* \(one of tensorrt 11.0.fake is in the cache\)"):
+        on_engines(mini_bundle, build=False)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_targets_that_this_tensorrt_does_not_know(machine, backend: str, mini_bundle: Path, capsys) -> None:
+    assert main(["build", str(mini_bundle), "--backend", backend, "--target", "sm86,sm90,current"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    if backend == "tensorrt":
+        assert "cannot build for 'sm86', 'sm90', 'current'. Build on a machine with that GPU and without --target" in error
+        return
+    assert "cannot build for 'sm90', 'current'. Choose from: sm75,sm80,sm86,sm89,sm120,sm121." in error
+    assert "such as sm90, are built by full TensorRT on a machine with that GPU: `--backend tensorrt`" in error
+    machine[0].capability = (9, 0)
+    assert main(["build", str(mini_bundle), "--backend", backend]) == 2
+    assert "cannot build for 'sm90'" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
 from tokenflow_sdk.engines import jobs
 from tokenflow_sdk.engines.annotations import PINNED, RANGES
+from tokenflow_sdk.engines.build import BuiltEngine
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
@@ -254,7 +255,7 @@ def test_two_who_ask_for_an_engine_build_it_once(machine, bundle: Bundle[Any], t
 def test_what_the_builder_is_told(machine, bundle: Bundle[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead: the targets, and no GPU. Here: the GPU, and no targets. In float32 the graph is the bundle's own."""
     told: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(jobs, "build_engine", lambda *arguments: told.append(arguments) or b"engine")
+    monkeypatch.setattr(jobs, "build_engine", lambda *arguments: told.append(arguments) or BuiltEngine(b"engine", {}))
     ahead = BuildConfig(targets=("sm86",), precision="fp32", workspace_gb=0.5)
     here = FULL.with_overrides(precision="fp16")
     for config, trt in ((ahead, rtx()), (here, machine[1])):

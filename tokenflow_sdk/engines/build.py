@@ -264,8 +264,8 @@ def compute_capabilities(trt: Any, targets: Iterable[str]) -> list[Any]:
         listed = ",".join(sorted(names, key=lambda name: (len(name), name)))
         raise ArgumentError(
             f"{trt.__name__} {trt.__version__} cannot build for {', '.join(map(repr, unknown))}.",
-            f"Choose from: {listed}. Engines for other GPUs, such as sm90, are built by full TensorRT on a machine with that GPU: "
-            "`--backend tensorrt` without --target."
+            f"Choose from: {listed}. Engines for other GPUs, such as sm90, are built by full TensorRT on a machine with that "
+            "GPU: `--backend tensorrt` without --target."
             if names
             else "Build on a machine with that GPU and without --target, or with --backend tensorrt-rtx.",
         )

@@ -147,8 +147,8 @@ class CachedEngine:
         path: of the serialized engine.
         size: in bytes.
         sha256: of the serialized engine, as stored when it was built.
-        certificates: results of its comparisons with the reference, as `Certificate.to_json`, by the architecture of the GPU that
-            ran it; an architecture is missing before its comparison.
+        certificates: results of its comparisons with the reference, as `Certificate.to_json`, by the architecture of the GPU
+            that ran it; an architecture is missing before its comparison.
         build_config: what it was built by, as `BuildConfig.to_json`.
         figures: what TensorRT said of it; see `BuiltEngine`.
     """

@@ -252,7 +252,7 @@ def _require_target(build_config: BuildConfig, architecture: str, device: int) -
     if build_config.targets and architecture not in join_targets(build_config.targets).split(","):
         raise BackendError(
             f"The build config is for {', '.join(build_config.targets)}, and GPU {device} is {architecture}.",
-            f"Name the build config of this GPU, add {architecture} to its targets, or leave targets out: it is then the GPU here.",
+            f"Name the build config of this GPU, add {architecture} to its targets, or leave targets out.",
         )
 
 
