@@ -298,8 +298,9 @@ class EngineCache:
 
     def entries(self) -> list[CachedEngine]:
         """All engines with a readable record, most recently used first. The engines themselves are not read."""
+        directory = self.directory
         try:
-            records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
+            records = sorted(directory.glob("*.json"), key=_last_used, reverse=True)
         except (OSError, ValueError):
             # No directory can have such a name.
             return []
