@@ -30,7 +30,7 @@ class BuildConfig:
 
     Args:
         backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, for which no engines are built.
-        targets: GPU architectures to build for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
+        targets: GPU architectures that each engine is for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
         precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
         decoder: 8-bit type of the convolutions of a tokenizer's decoder, `int8` or `fp8`; the bundle must have been calibrated
             (`tokenflow export calibrate`). None: `precision` holds for the decoder too.
@@ -135,7 +135,7 @@ class BuildConfig:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """All settings but `targets`, for storage beside an engine: an engine's key names its one target."""
+        """All settings but `targets`, for storage beside an engine: an engine's key names its targets."""
         values = asdict(replace(self, targets=()))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
