@@ -90,7 +90,7 @@ def least_cosine(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_sums_beyond_float16_are_right_in_a_float16_export(tmp_path: Path) -> None:
     graph, x, expected, peak = outlier_model(tmp_path, 4e4)
-    assert np.finfo(np.float16).max < peak < 1e5
+    assert 65_504 < peak < 1e5
     assert least_cosine(run_export(graph, x, tmp_path), expected) > 0.999
     # And in engines that are made of it.
     assert least_cosine(run(emulated_graph(graph, "fp16", tmp_path), x), expected) > 0.999
