@@ -39,6 +39,9 @@ def test_a_bundle_gives_its_own_reference(generator: Generator) -> None:
     assert report.same_choice == 1
     assert report.hidden_error < 1e-4
     assert transformer.pool.free == transformer.pool.pages
+    (batch,) = report.batches
+    assert (batch.rows, batch.queries) == (4, bundle.config.scales.counts[-1])
+    assert (batch.hidden_error < 1e-4, batch.same_choice) == (True, 1)
 
 
 def test_other_hidden_states_are_found_out(generator: Generator) -> None:
@@ -48,9 +51,9 @@ def test_other_hidden_states_are_found_out(generator: Generator) -> None:
     hidden = run_inputs(running.scheduler.loop.transformer, *embeddings)
     reference = GeneratorReference.load(bundle)
     np.testing.assert_allclose(hidden, reference.hidden[0], atol=1e-4)
-    np.testing.assert_array_equal(likeliest_codes(running.sessions["sample"], hidden), reference.likeliest[0])
-    other = likeliest_codes(running.sessions["sample"], np.roll(hidden, 1, axis=1))
-    assert (other == reference.likeliest[0]).mean() < 0.5
+    np.testing.assert_array_equal(likeliest_codes(running.sessions["sample"], hidden[None]), reference.likeliest[:1])
+    other = likeliest_codes(running.sessions["sample"], np.roll(hidden, 1, axis=1)[None])
+    assert (other == reference.likeliest[:1]).mean() < 0.5
 
 
 def test_results_must_be_of_the_same_positions(generator: Generator, tmp_path: Path) -> None:

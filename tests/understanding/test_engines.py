@@ -209,16 +209,10 @@ def test_bundles_of_fewer_bits_run_on_engines(
     bundle = export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), tmp_path / "chat", precision)
     with Tokenizer.from_pretrained(mini_bundle, device="cpu") as tokenizer:
         half = replace(FP32, precision="fp16")
-        for build_config in (half,) if precision.dtype == "fp16" else (FP32, half):
+        for build_config in (FP32, half):
             with on_engines(bundle, tokenizer=tokenizer, build_config=build_config) as understander:
                 assert understander.device == "cuda:0"
                 assert len(understander.answer(features(0), "what?", params=FREE).token_ids) == 40
-        if precision.dtype == "fp16":
-            builds = list(machine[1].builds)
-            for wanted in ("fp32", "bf16"):
-                with pytest.raises(EngineBuildError, match=rf"exported in float16, so .* in {wanted}.*--precision fp16"):
-                    on_engines(bundle, tokenizer=tokenizer, build_config=replace(FP32, precision=wanted))
-            assert machine[1].builds == builds
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

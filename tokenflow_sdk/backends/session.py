@@ -193,6 +193,10 @@ class Session(ABC):
         """Largest size of a dynamic dimension, e.g. `batch`, that a call may have; None if only memory limits it."""
         return None
 
+    def limits(self, *dims: str) -> list[tuple[int, ...]]:
+        """Largest sizes of dynamic dimensions in each optimization profile; empty if only memory limits them."""
+        return []
+
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
 

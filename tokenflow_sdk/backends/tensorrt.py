@@ -114,6 +114,9 @@ class TensorRTSession(Session):
     def max_size(self, dim: str) -> int | None:
         return max((profile.sizes[dim][1] for profile in self._profiles if dim in profile.sizes), default=None)
 
+    def limits(self, *dims: str) -> list[tuple[int, ...]]:
+        return [tuple(profile.sizes[dim][1] for dim in dims) for profile in self._profiles]
+
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
 

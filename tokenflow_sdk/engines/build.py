@@ -27,6 +27,7 @@ from tokenflow_sdk.passes.finite_pages import keep_pages_finite
 from tokenflow_sdk.passes.graph import import_onnx_ir, load_graph
 from tokenflow_sdk.passes.half_precision import HalfType, to_half
 from tokenflow_sdk.passes.quantize import ActivationRanges, quantize
+from tokenflow_sdk.passes.widen import widen
 
 __all__ = [
     "REVISION",
@@ -36,7 +37,7 @@ __all__ = [
     "engine_graph",
 ]
 
-REVISION = "3"
+REVISION = "4"
 """Version of what this module and `tokenflow_sdk.passes` make of a graph; part of every engine's key.
 
 Raise it when they build another engine from the same graph: all cached engines are then rebuilt.
@@ -70,12 +71,12 @@ class BuiltEngine:
 def engine_graph(
     graph: Path, dtype: HalfType | None, directory: Path, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
 ) -> Path:
-    """Rewrite a bundle's graph for TensorRT: integer products as float products, attention in a form that TensorRT fuses, in
-    half precision, with 8-bit convolutions and finite keys and values.
+    """Rewrite a bundle's graph for TensorRT: float16 as float32, integer products as float products, attention in a form that
+    TensorRT fuses, in half precision, with 8-bit convolutions and finite keys and values.
 
     Args:
         graph: the bundle's `.onnx` file.
-        dtype: half-precision type; None: the graph stays in its own float type.
+        dtype: half-precision type; None: float32. The graph itself may have been exported in float32 or float16.
         directory: where the rewritten graph and its weights are written.
         pinned: names of nodes that stay in float32, in addition to those that `to_half` always keeps.
         ranges: activation ranges of the convolutions that run in 8 bits, except pinned ones; None: no 8-bit convolutions.
@@ -91,7 +92,8 @@ def engine_graph(
     model = load_graph(graph)
     integers = any(node.op_type == "MatMulInteger" for node in model.graph)
     paged = any(value.name == "new_k" for value in model.graph.outputs)
-    if dtype is None and ranges is None and not integers and not paged:
+    widened = widen(model)
+    if dtype is None and ranges is None and not integers and not paged and not widened:
         return graph
     dequantize(model)
     if dtype is not None:

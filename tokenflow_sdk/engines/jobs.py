@@ -104,12 +104,11 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
     Raises:
         ArgumentError: this TensorRT cannot build for a target of the build config, or TensorRT-RTX for the GPU.
         MissingPackageError, BackendError: the build config names no target, and cuda-bindings or a usable GPU is missing.
-        EngineBuildError: the bundle has no reference; it was exported in float16, and the build config asks for another
-            precision; the build config asks for an 8-bit decoder, and the bundle has no ranges for it, or a target has no fp8
-            arithmetic.
+        EngineBuildError: the bundle has no reference; the build config asks for an 8-bit decoder, and the bundle has no ranges
+            for it, or a target has no fp8 arithmetic.
         CorruptBundleError: the bundle's file of pinned nodes or of ranges is damaged.
     """
-    _require_buildable(bundle, build_config)
+    _require_reference(bundle)
     cuda = None if build_config.targets else _open_gpu(build_config, device)
     target = join_targets(build_config.targets if cuda is None else (cuda.architecture,))
     if build_config.targets or build_config.backend == "tensorrt-rtx":
@@ -144,17 +143,12 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
         )
 
 
-def _require_buildable(bundle: Bundle[Any], build_config: BuildConfig) -> None:
-    """Raise EngineBuildError unless the bundle has a reference and can be built in the build config's precision."""
+def _require_reference(bundle: Bundle[Any]) -> None:
+    """Raise EngineBuildError unless the bundle has a reference."""
     if "reference" not in bundle.assets:
         raise EngineBuildError(
             f"{bundle.path} has no reference that its engines could be compared with: an older SDK exported it.",
             "Export it again with `tokenflow export`, or use backend='onnxruntime'.",
-        )
-    if bundle.in_half and build_config.precision != "fp16":
-        raise EngineBuildError(
-            f"{bundle.path} was exported in float16, so its engines cannot be in {build_config.precision}.",
-            "Build with --precision fp16, or export it again with --dtype fp32; --weights stays as it was.",
         )
 
 

@@ -55,6 +55,8 @@ class PagedTransformer:
         """Number of tokens run through the transformer so far, summed over rows."""
         self.max_rows = session.max_size("batch") or sys.maxsize
         """Largest number of rows B in a step."""
+        self.limits = session.limits("batch", "queries", "table")
+        """Most rows, queries and pages of a block table in each optimization profile; empty if only memory limits them."""
         self._session = session
         shape = (layers, pages, page_size, kv_heads, head_dim)
         dtype = np.dtype(next(spec.dtype for spec in session.inputs if spec.name == "k_pages"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.model.sampling import TIES
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.parity.batches import Rows, batch_sizes, check_batches
 from tokenflow_sdk.parity.language_model import LanguageModelReference, LanguageModelReport, run_pieces
 
 __all__ = [
@@ -110,14 +111,15 @@ def run_inputs(transformer: PagedTransformer, prompt: Tensor, scale: Tensor) -> 
 
 
 def likeliest_feeds(hidden: Float32) -> dict[str, Tensor]:
-    """Inputs of the graph `sample` that make it choose the likeliest code at each hidden state, float32 [Q, H]."""
+    """Inputs of the graph `sample` that make it choose the likeliest code at each hidden state, float32 [R, Q, H]."""
+    images = len(hidden)
     return {
-        "conditional": hidden[None],
-        "unconditional": np.zeros_like(hidden[None]),
-        "guidance": np.zeros(1, np.float32),
-        "top_k": np.ones(1, np.int32),
-        "top_p": np.zeros(1, np.float32),
-        "noise": np.full((1, len(hidden)), 0.5, np.float32),
+        "conditional": hidden,
+        "unconditional": np.zeros_like(hidden),
+        "guidance": np.zeros(images, np.float32),
+        "top_k": np.ones(images, np.int32),
+        "top_p": np.zeros(images, np.float32),
+        "noise": np.full(hidden.shape[:2], 0.5, np.float32),
         "ranks": np.arange(1 + TIES, dtype=np.int32),
     }
 
@@ -127,13 +129,12 @@ def likeliest_codes(sample: Session, hidden: Float32) -> Int32:
 
     Args:
         sample: session of the graph `sample`.
-        hidden: hidden states, float32 [Q, H].
+        hidden: hidden states of R images, float32 [R, Q, H].
 
     Returns:
-        int32 [Q].
+        int32 [R, Q].
     """
-    found: Int32 = sample.run(likeliest_feeds(hidden), ["code_indices"])["code_indices"][0].astype(np.int32)
-    return found
+    return sample.run(likeliest_feeds(hidden), ["code_indices"])["code_indices"].astype(np.int32)
 
 
 def run_generator(
@@ -152,16 +153,18 @@ def run_generator(
         PagesExhausted: the pool is too small.
     """
     hidden = run_inputs(transformer, *embed_inputs(sessions, codebook, inputs))
-    codes = likeliest_codes(sessions["sample"], hidden)
+    codes = likeliest_codes(sessions["sample"], hidden[None])
     return GeneratorReference(
-        token_ids=inputs.token_ids, code_indices=inputs.code_indices, hidden=hidden[None], likeliest=codes[None]
+        token_ids=inputs.token_ids, code_indices=inputs.code_indices, hidden=hidden[None], likeliest=codes
     )
 
 
 def check_generator(
     bundle: Bundle[GeneratorConfig], sessions: Mapping[str, Session], transformer: PagedTransformer, codebook: Float32
 ) -> LanguageModelReport:
-    """Run the inputs of a generator's reference on sessions, and compare the results.
+    """Run the inputs of a generator's reference on sessions, and compare the results; and batches with their rows alone.
+
+    The batches are two images with guidance at the last scale, and the largest of each optimization profile.
 
     Args:
         bundle: with the reference.
@@ -176,4 +179,24 @@ def check_generator(
     """
     reference = GeneratorReference.load(bundle)
     found = run_generator(sessions, transformer, codebook, reference)
-    return reference.compare(found.hidden[0], found.likeliest[0], "code")
+    report = reference.compare(found.hidden[0], found.likeliest[0], "code")
+    sizes = batch_sizes(transformer, 4, bundle.config.scales.counts[-1])
+    prompt, _ = embed_inputs(sessions, codebook, reference)
+    context = prompt, np.arange(1, prompt.shape[1] + 1, dtype=np.int32)
+    return replace(report, batches=check_batches(transformer, context, _rows(sessions, codebook, reference), sizes))
+
+
+def _rows(sessions: Mapping[str, Session], codebook: Float32, inputs: GeneratorInputs) -> Rows:
+    """Rows of codes with bidirectional attention. The first half are images' conditional rows, which are sampled from."""
+
+    def embed(numbers: Sequence[int], queries: int) -> Tensor:
+        codes = np.stack([np.resize(np.roll(inputs.code_indices, -number), queries) for number in numbers])
+        places = np.arange(queries, dtype=np.int32)
+        feeds: dict[str, Tensor] = {"features": codebook[codes], "level": np.ones(1, np.int32), "places": places}
+        return sessions["embed_image"].run_resident(feeds)["embeddings"]
+
+    return Rows(
+        embed,
+        lambda queries: np.full(queries, queries, np.int32),
+        lambda hidden: likeliest_codes(sessions["sample"], hidden[: max(1, len(hidden) // 2)]),
+    )

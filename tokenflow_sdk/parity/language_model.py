@@ -17,7 +17,7 @@ from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PagedTransformer
 
-__all__ = ["LanguageModelReference", "LanguageModelReport", "Piece", "hidden_agreement", "run_pieces"]
+__all__ = ["BatchAgreement", "LanguageModelReference", "LanguageModelReport", "Piece", "hidden_agreement", "run_pieces"]
 
 MIN_COSINE, MIN_SAME = 0.99, 0.9
 """Tolerances of `LanguageModelReport.hidden_cosine` and `same_choice`."""
@@ -69,6 +69,24 @@ def hidden_agreement(found: Float32, expected: Float32) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class BatchAgreement:
+    """How rows of a batch agree with the same rows alone.
+
+    Attributes:
+        rows, queries: size of the batch.
+        hidden_error: largest absolute difference of the hidden states.
+        hidden_cosine: least cosine of the hidden states at any position.
+        same_choice: fraction of positions at which the likeliest code or token is the same.
+    """
+
+    rows: int
+    queries: int
+    hidden_error: float
+    hidden_cosine: float
+    same_choice: float
+
+
+@dataclass(frozen=True)
 class LanguageModelReport:
     """How the results of a language model's sessions agree with its reference.
 
@@ -77,20 +95,28 @@ class LanguageModelReport:
         hidden_cosine: least cosine of the hidden states at any position.
         same_choice: fraction of positions at which the likeliest code or token is the same.
         choice: whether the model chooses codes (generator) or tokens (understander).
+        batches: how rows of batches agree with the same rows alone.
     """
 
     hidden_error: float
     hidden_cosine: float
     same_choice: float
     choice: Literal["code", "token"]
+    batches: tuple[BatchAgreement, ...] = ()
 
     def failures(self) -> list[str]:
         """The tolerances that are missed, in words; empty if none. NaN misses a tolerance."""
+        failures = self._failures(self, "")
+        for batch in self.batches:
+            failures += self._failures(batch, f"in a batch of {batch.rows} rows of {batch.queries}, compared with each alone, ")
+        return failures
+
+    def _failures(self, found: LanguageModelReport | BatchAgreement, where: str) -> list[str]:
         checks = [
-            (self.hidden_cosine >= MIN_COSINE, f"hidden states have a cosine of {self.hidden_cosine:.4f}"),
+            (found.hidden_cosine >= MIN_COSINE, f"{where}hidden states have a cosine of {found.hidden_cosine:.4f}"),
             (
-                self.same_choice >= MIN_SAME,
-                f"the likeliest {self.choice} is the same at only {self.same_choice:.1%} of positions",
+                found.same_choice >= MIN_SAME,
+                f"{where}the likeliest {self.choice} is the same at only {found.same_choice:.1%} of positions",
             ),
         ]
         return [text for holds, text in checks if not holds]
@@ -98,7 +124,11 @@ class LanguageModelReport:
     @property
     def summary(self) -> str:
         """The main figures in one line."""
-        return f"hidden states cosine {self.hidden_cosine:.5f}, likeliest {self.choice} the same at {self.same_choice:.1%}"
+        text = f"hidden states cosine {self.hidden_cosine:.5f}, likeliest {self.choice} the same at {self.same_choice:.1%}"
+        if self.batches:
+            least = min(batch.hidden_cosine for batch in self.batches)
+            text += f"; in batches of up to {max(batch.rows for batch in self.batches)} rows cosine {least:.5f} with each alone"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON, for certificates."""

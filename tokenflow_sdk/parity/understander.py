@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.model.sampling import TIES
 from tokenflow_sdk.model.transformer import PagedTransformer
+from tokenflow_sdk.parity.batches import Rows, batch_sizes, check_batches
 from tokenflow_sdk.parity.language_model import LanguageModelReference, LanguageModelReport, Piece, run_pieces
 
 __all__ = [
@@ -125,7 +127,9 @@ def likeliest_tokens(head: Session, hidden: Float32, config: UnderstanderConfig)
 def check_understander(
     bundle: Bundle[UnderstanderConfig], sessions: Mapping[str, Session], transformer: PagedTransformer
 ) -> LanguageModelReport:
-    """Run the inputs of an understander's reference on sessions, and compare the results.
+    """Run the inputs of an understander's reference on sessions, and compare the results; and batches with their rows alone.
+
+    The batches are one token for each of eight answers, and the largest of each optimization profile.
 
     Args:
         bundle: with the reference.
@@ -139,4 +143,21 @@ def check_understander(
     """
     reference = UnderstanderReference.load(bundle)
     hidden = run_pieces(transformer, embed_pieces(sessions, reference), len(reference))
-    return reference.compare(hidden, likeliest_tokens(sessions["head"], hidden, bundle.config), "token")
+    report = reference.compare(hidden, likeliest_tokens(sessions["head"], hidden, bundle.config), "token")
+    image = next(islice(embed_pieces(sessions, reference), 1, None))
+    rows = _rows(sessions, bundle.config, reference)
+    return replace(report, batches=check_batches(transformer, image, rows, batch_sizes(transformer, 8, 1)))
+
+
+def _rows(sessions: Mapping[str, Session], config: UnderstanderConfig, inputs: UnderstanderInputs) -> Rows:
+    """Rows of text with causal attention."""
+
+    def embed(numbers: Sequence[int], queries: int) -> Tensor:
+        ids = np.stack([np.resize(np.roll(inputs.before, -number), queries) for number in numbers])
+        return sessions["embed_text"].run_resident({"token_ids": ids})["embeddings"]
+
+    return Rows(
+        embed,
+        lambda queries: np.arange(1, queries + 1, dtype=np.int32),
+        lambda hidden: likeliest_tokens(sessions["head"], hidden.reshape(-1, config.width), config).reshape(hidden.shape[:2]),
+    )

@@ -13,7 +13,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenflow_sdk.passes.graph import append_output, import_onnx_ir
+from tokenflow_sdk.passes.graph import append_output, drop_unused, import_onnx_ir
+from tokenflow_sdk.passes.widen import stored_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,7 +45,7 @@ def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> N
     become half.
 
     Args:
-        model: a graph of a bundle, with standard operators only.
+        model: a graph of a bundle, with standard operators only; see `tokenflow_sdk.passes.widen` for one in float16.
         dtype: `fp16` or `bf16`, the type of everything that does not stay in float32.
         pinned: names of nodes that stay in float32 in addition; `compute_nodes` lists the candidates.
 
@@ -62,6 +63,7 @@ def to_half(model: ir.Model, dtype: HalfType, pinned: Collection[str] = ()) -> N
     for node in list(graph):
         rewriter.assign_type(node, pinned=node.name in keep)
     rewriter.restore_output_types()
+    drop_unused(model)
 
 
 def compute_nodes(model: ir.Model) -> list[str]:
@@ -152,6 +154,9 @@ class _TypeRewriter:
                 append_output(self.graph, index, "Cast", [value], {"to": wanted})
 
     def _cast(self, value: ir.Value, wanted: Any) -> ir.Value:
+        value = stored_weight(value)
+        if value.dtype == wanted:
+            return value
         key = (str(value.name), wanted)
         if key not in self.casts:
             cast = self.ir.node("Cast", [value], {"to": wanted}, name=f"{value.name}_to_{wanted.name.lower()}")

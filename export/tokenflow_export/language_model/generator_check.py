@@ -76,8 +76,8 @@ def compare(
     if precision.weights == "int8":
         right.append(hidden_by_layer(directory, model, x, positions, mask[None], round_columns)[0].numpy())
     with open_on_cpu(bundle, "sample") as session:
-        likeliest = [likeliest_codes(session, hidden) for hidden in right]
-        logits = session.run(likeliest_feeds(right[0]), ["logits"])["logits"][0]
+        likeliest = [likeliest_codes(session, hidden[None])[0] for hidden in right]
+        logits = session.run(likeliest_feeds(right[0][None]), ["logits"])["logits"][0]
     found, found_logits = torch.from_numpy(right[0]), torch.from_numpy(np.array(logits))
     agreement = Agreement.of(found, expected, found_logits, F.linear(expected, head))
     return agreement, GeneratorReference(**vars(inputs), hidden=np.stack(right), likeliest=np.stack(likeliest))

@@ -31,7 +31,7 @@ class TransformerGraph(nn.Module):
     Inputs: embeddings float32 [B, Q, H]; positions int32 [B, Q], for RoPE; visible int32 [B, Q], how many of the step's keys
     each query sees, from the first on (q + 1 for query q is causal, Q for all is bidirectional); context int32 [B], how many
     cached tokens each row has; block_tables int32 [B, P]; k_pages and v_pages [layers * N, page, kv_heads, D], in the dtype of
-    the arithmetic. Outputs: hidden float32 [B, Q, H], after the final norm; new_k and new_v [layers, B, Q, kv_heads, D].
+    the weight matrices. Outputs: hidden float32 [B, Q, H], after the final norm; new_k and new_v [layers, B, Q, kv_heads, D].
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -61,13 +61,13 @@ class TransformerGraph(nn.Module):
         rows = tokens * config.kv_heads + torch.arange(config.kv_heads, dtype=torch.int32)[None, :, None]
         layer_rows = k_pages.shape[0] // config.layers * page * config.kv_heads
         keys, values = k_pages.flatten(0, 2), v_pages.flatten(0, 2)
-        x, new_k, new_v = embeddings.to(k_pages.dtype), [], []
+        x, new_k, new_v = embeddings, [], []
         for index, layer in enumerate(self.transformer.layers):
             past = tuple(F.embedding(rows + index * layer_rows, pool) for pool in (keys, values))
             x, k, v = layer(x, cos, sin, past, bias)
             new_k.append(k)
             new_v.append(v)
-        return self.transformer.norm(x).float(), torch.stack(new_k), torch.stack(new_v)
+        return self.transformer.norm(x), torch.stack(new_k), torch.stack(new_v)
 
 
 def transformer_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,9 @@
 
 It computes a whole sequence with a mask; a layer can also attend to cached keys and values.
 `tokenflow_export.language_model.paged_graph` makes the paged graph from the same layers.
+
+Weights may be float16. Matrix products, keys and values then are too, and all else is float32 as in half-precision engines: the
+residual stream, in which some models have values beyond float16's largest, norms, RoPE and softmax.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 for x of any dtype."""
+    """x / rms(x) * weight over the last axis, float32 for x of any dtype."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -40,9 +43,9 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of x [B, Q, heads, head_dim] by angles [B, Q, head_dim / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
+    """Rotate pairs (i, i + head_dim / 2) of x [B, Q, heads, head_dim] by angles [B, Q, head_dim / 2]; float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -77,10 +80,12 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, Q, H] -> queries [B, Q, heads, D], keys and values [B, Q, kv_heads, D]; RoPE is applied to queries and keys."""
         batch, length, _ = x.shape
+        dtype = self.q_proj.weight.dtype
+        x = x.to(dtype)
         q, k, v = (p(x).reshape(batch, length, -1, self.config.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qknorm is not None:
             q, k = self.qknorm.query_norm(q), self.qknorm.key_norm(k)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        return apply_rope(q, cos, sin).to(dtype), apply_rope(k, cos, sin).to(dtype), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeysValues | None, bias: Tensor) -> Tensor:
         """Attend from q [B, Q, heads, D] to the past, followed by k, v [B, Q, kv_heads, D]; `bias` is a `score_bias`."""
@@ -108,6 +113,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.gate_proj.weight.dtype)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -131,8 +137,8 @@ class Layer(nn.Module):
         q, k, v = self.self_attn.project(self.input_layernorm(x) if norm_input else x, cos, sin)
         attended = self.self_attn.attend(q, k, v, past, bias)
         if norm_input:
-            x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x)), k, v
+            x = x + attended.float()
+            return x + self.mlp(self.post_attention_layernorm(x)).float(), k, v
         x = x + self.input_layernorm(attended)
         return x + self.post_attention_layernorm(self.mlp(x)), k, v
 
