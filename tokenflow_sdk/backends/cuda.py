@@ -93,6 +93,12 @@ class Cuda:
         return f"sm{properties.major}{properties.minor}"
 
     @property
+    def memory(self) -> int:
+        """Bytes of memory that the GPU has; 0 if CUDA cannot tell."""
+        with self.active():
+            return _memory(self)[1]
+
+    @property
     def model(self) -> str:
         """Name of the GPU, e.g. `NVIDIA L4`."""
         name = self.call("cudaGetDeviceProperties", self.device).name

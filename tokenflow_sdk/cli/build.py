@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType
@@ -20,6 +21,7 @@ from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
 from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
+from tokenflow_sdk.engines.memory_plan import MemoryPlan, memory_plans, require_fit
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 from tokenflow_sdk.parity.certificate import Certificate
@@ -39,6 +41,8 @@ def build(arguments: argparse.Namespace) -> int:
     """Build the engines of every bundle under a name that are not in the cache, and certify them if they are for this GPU."""
     build_config = _build_config(arguments)
     if build_config.backend == ONNXRUNTIME:
+        if arguments.plan:
+            raise ArgumentError("Nothing is built for onnxruntime, so there is no plan.", "Name another --backend or --config.")
         stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
         options = RuntimeOptions(device="cpu", backend=ONNXRUNTIME)
         verify_bundles(bundle_paths(arguments), options, sha256=arguments.sha256)
@@ -49,6 +53,9 @@ def build(arguments: argparse.Namespace) -> int:
     for bundle in bundles:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, build_config, trt)]
+    _plan(jobs, build_config, store, arguments.plan)
+    if arguments.plan:
+        return 0
     rows = []
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -72,6 +79,37 @@ def build(arguments: argparse.Namespace) -> int:
     for bundle in bundles:
         _certify(bundle, build_config, store)
     return 0
+
+
+def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCache, show: bool) -> None:
+    """Check that the engines fit the GPU, if its memory is known; with `show` print what they take before.
+
+    Raises:
+        EngineBuildError: they do not fit.
+    """
+    here = jobs[0].cuda
+    memory = int(build_config.memory_gb * 1e9) or (0 if here is None else here.memory)
+    if not (memory or show):
+        return
+    with stderr.status("planning memory"):
+        plans = memory_plans(jobs, store)
+    for plan in plans:
+        if show:
+            stdout.print(_plan_table(plan))
+            stdout.print(f"{plan}, for {plan.target}", soft_wrap=True)
+    for plan in plans:
+        if memory:
+            require_fit(plan, memory)
+
+
+def _plan_table(plan: MemoryPlan) -> Table:
+    table = Table(
+        "graph", "weights", "scratch", "inputs and outputs", "weights and scratch are", title=f"memory, {plan.target}"
+    )
+    for graph in plan.graphs:
+        sizes = (f"{size / 1e6:,.1f} MB" for size in (graph.weights, graph.scratch, graph.buffers))
+        table.add_row(graph.graph, *sizes, "TensorRT's figures" if graph.measured else "estimated")
+    return table
 
 
 def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache) -> None:
@@ -144,4 +182,5 @@ def _build_config(arguments: argparse.Namespace) -> BuildConfig:
         batch=batch,
         pages=arguments.pages,
         workspace_gb=arguments.workspace_gb,
+        memory_gb=arguments.memory_gb,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from tokenflow_sdk.cli.opening import bundle_name, bundle_paths
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import survey
+from tokenflow_sdk.engines.jobs import EngineJob
+from tokenflow_sdk.engines.memory_plan import memory_plans
 from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.engines.profiles import graph_profiles
 from tokenflow_sdk.errors import OutputError
 from tokenflow_sdk.files import file_status, is_directory
 from tokenflow_sdk.parity.certificate import Certificate
@@ -61,7 +64,8 @@ def _print_engines(bundle: Bundle[Any]) -> None:
     graphs = {graph_digest(entry) for entry in bundle.graphs.values()}
     sets: dict[tuple[str, str, BuildConfig], list[CachedEngine]] = {}
     try:
-        cached = EngineCache().entries()
+        cache = EngineCache()
+        cached = cache.entries()
     except OutputError:
         # Without a home directory there is no cache; the table above says so where a GPU could use one.
         return
@@ -85,6 +89,22 @@ def _print_engines(bundle: Bundle[Any]) -> None:
         size = _size(sum(engine.size for engine in engines))
         table.add_row(title, target, precision, ",".join(map(str, config.batch)), names, size, verdict)
     stdout.print(table)
+    for (title, target, config), engines in sets.items():
+        _print_memory(bundle, config, engines, cache, f"{title} for {target}, {config.precision}")
+
+
+def _print_memory(
+    bundle: Bundle[Any], config: BuildConfig, engines: Sequence[CachedEngine], cache: EngineCache, title: str
+) -> None:
+    """Print the GPU memory that engines take, if TensorRT told it of all of them."""
+    profiles = graph_profiles(bundle, config)
+    jobs = [
+        EngineJob(bundle.graph_path(name), bundle.graph(name), engine.key, profiles[name], config)
+        for name, engine in {engine.key.graph: engine for engine in reversed(engines)}.items()
+        if name in bundle.graphs
+    ]
+    for plan in memory_plans(jobs, cache, estimate=False):
+        stdout.print(f"{title}: {plan}", soft_wrap=True)
 
 
 def _codes_info(path: Path) -> None:

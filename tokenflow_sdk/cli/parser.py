@@ -58,6 +58,7 @@ Build a bundle's TensorRT engines into the engine cache.
   tokenflow build bundles/clipb_256 --target sm86,sm89,sm120     for several GPU architectures, with TensorRT-RTX
   tokenflow build bundles/clipb_256 --backend tensorrt           for the GPU in this machine
   tokenflow build bundles/clipb_256 --decoder int8               decoder in 8 bits; run `tokenflow export calibrate` first
+  tokenflow build bundles/t2i --config l4 --plan                 memory that the engines will take; builds nothing
 
 An engine is used only with the TensorRT version and GPU architecture it was built for, and for an unchanged graph;
 otherwise it is built again.
@@ -240,6 +241,13 @@ def _add_build(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use, in GiB (default: no limit)"
     )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="X",
+        help="memory of the GPU in GB (10^9 bytes); engines that need more are not built (default: that of the GPU here)",
+    )
+    parser.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
     _add_cache_option(parser)
 
 

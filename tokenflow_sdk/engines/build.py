@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.backends.tensorrt_module import LogMessages, create_or_raise, tensorrt_logger
@@ -29,12 +29,16 @@ from tokenflow_sdk.passes.half_precision import HalfType, to_half
 from tokenflow_sdk.passes.quantize import ActivationRanges, quantize
 from tokenflow_sdk.passes.widen import widen
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = [
     "REVISION",
     "BuiltEngine",
     "build_engine",
     "compute_capabilities",
     "engine_graph",
+    "rewrite_for_engine",
 ]
 
 REVISION = "4"
@@ -59,9 +63,9 @@ class BuiltEngine:
 
     Attributes:
         plan: the serialized engine.
-        figures: what TensorRT said of it: `activation_bytes`, the memory that a call works in at the largest shapes;
-            `weights_bytes`; `kernels`, launched in a call; and `fused_attentions`, how many of them are attention as one
-            kernel. A figure that this version of TensorRT does not log is missing.
+        figures: what TensorRT said of it: `activation_bytes`, the memory that a call works in at the largest shapes of all
+            profiles; `weights_bytes`; `kernels` of all profiles together; and `fused_attentions`, how many of them are
+            attention as one kernel. A figure that this version of TensorRT does not log is missing.
     """
 
     plan: bytes
@@ -88,13 +92,23 @@ def engine_graph(
         MissingPackageError: onnx_ir is not installed.
         CorruptBundleError: the graph cannot be read.
     """
-    ir = import_onnx_ir()
     model = load_graph(graph)
+    if not rewrite_for_engine(model, dtype, pinned, ranges):
+        return graph
+    path = directory / graph.name
+    import_onnx_ir().save(model, path, external_data=f"{graph.name}.data")
+    return path
+
+
+def rewrite_for_engine(
+    model: ir.Model, dtype: HalfType | None, pinned: Collection[str] = (), ranges: ActivationRanges | None = None
+) -> bool:
+    """Rewrite a loaded graph in place as `engine_graph` does; False if nothing has to change."""
     integers = any(node.op_type == "MatMulInteger" for node in model.graph)
     paged = any(value.name == "new_k" for value in model.graph.outputs)
     widened = widen(model)
     if dtype is None and ranges is None and not integers and not paged and not widened:
-        return graph
+        return False
     dequantize(model)
     if dtype is not None:
         # In float32 TensorRT has no fused attention, and repeated keys and values would only take memory.
@@ -103,9 +117,7 @@ def engine_graph(
     keep_pages_finite(model)
     if ranges is not None:
         quantize(model, ranges.without(pinned))
-    path = directory / graph.name
-    ir.save(model, path, external_data=f"{graph.name}.data")
-    return path
+    return True
 
 
 def build_engine(
@@ -189,7 +201,8 @@ def _build(trt: Any, messages: LogMessages, graph: Path, configure: Callable[[An
 def _figures(notes: Iterable[str]) -> dict[str, int]:
     """The figures of a `BuiltEngine` that TensorRT's messages tell."""
     text = "\n".join(notes)
-    found = {name: int(match[1]) for name, pattern in _FIGURES.items() if (match := re.search(pattern, text))}
+    # Memory is logged for each profile.
+    found = {name: max(map(int, sizes)) for name, pattern in _FIGURES.items() if (sizes := re.findall(pattern, text))}
     kernels = _KERNEL.findall(text)
     if kernels:
         found |= {"kernels": len(kernels), "fused_attentions": sum(_FUSED_ATTENTION in name for name in kernels)}

@@ -37,6 +37,8 @@ class BuildConfig:
         batch: least (always 1), usual and largest number of images in a call, or of questions an understander answers at once.
         pages: size of a language model's key/value pool; 0: room for eight images, or for eight questions about images.
         workspace_gb: scratch memory an engine may use, in GiB; 0: no limit.
+        memory_gb: memory of the GPU in GB (10**9 bytes), which the engines must fit; 0: that of the GPU in this machine, or not
+            checked if `targets` are named. It has no part in what is built.
 
     Raises:
         ArgumentError: a value is invalid.
@@ -49,6 +51,7 @@ class BuildConfig:
     batch: tuple[int, int, int] = (1, 1, 8)
     pages: int = 0
     workspace_gb: float = 0
+    memory_gb: float = 0
 
     def __post_init__(self) -> None:
         self._take_types()
@@ -95,6 +98,7 @@ class BuildConfig:
         }
         # Left as it is, because engines' keys hold it as it is written.
         real("workspace_gb", self.workspace_gb, 0, 2**20, "is no number of GiB.", hint)
+        real("memory_gb", self.memory_gb, 0, 2**20, "is no number of GB.", hint)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -135,8 +139,9 @@ class BuildConfig:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """All settings but `targets`, for storage beside an engine: an engine's key names its targets."""
-        values = asdict(replace(self, targets=()))
+        """The settings that engines depend on, for storage beside one; an engine's key names its targets."""
+        values = asdict(replace(self, targets=(), memory_gb=0))
+        del values["memory_gb"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def supports(self, batch: int, pages: int | None) -> bool:
