@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-one test-slow test-gpu lint docs bench bench-gpu tiny-data tiny clean
+.PHONY: help install lock demo test test-one test-slow fuzz soak test-gpu lint docs bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -78,10 +78,18 @@ test-one: $(VENV)/.dev ## one file or test: make test-one T=tests/pictures/test_
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
+fuzz: $(VENV)/.dev ## random inputs and calls, ten times as many as in make test and new ones each time
+	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -n 2
+
+SECONDS ?= 600
+soak: $(VENV)/.dev ## threads, cancels, closes, garbage for 10 minutes, of which nothing may be left: make soak SECONDS=60
+	@$(BIN)/python -m tests.soak.soak --seconds $(SECONDS)
+
 test-gpu: .venv-gpu/.tensorrt ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
-	@# Two runs, so that what one TensorRT does to its process, or loads into it, cannot change the other's results.
+	@# Two runs, so that what one TensorRT does to its process, or loads into it, cannot change the other's results. Without TF32,
+	@# which cuDNN can choose although onnxruntime was told not to: float32 is held to exact bars here.
 	@worst=0; for only in 'not tensorrt-rtx' tensorrt-rtx; do \
-		TOKENFLOW_NEED_GPU=1 .venv-gpu/bin/python -m pytest -m gpu -k "$$only"; \
+		TOKENFLOW_NEED_GPU=1 NVIDIA_TF32_OVERRIDE=0 .venv-gpu/bin/python -m pytest -m gpu -k "$$only"; \
 		status=$$?; [ $$status -le $$worst ] || worst=$$status; \
 	done; exit $$worst
 
@@ -107,9 +115,12 @@ bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes bench
 	@$(BIN)/python benchmarks/understander_vs_transformers.py
 
 bench-gpu: .venv-gpu/.tensorrt ## the GPU here, with TensorRT and onnxruntime, against PyTorch; writes benchmarks/results/
-	@worst=0; for options in '' '--variant siglip_384 --graphs encode --parts tokenizer'; do \
-		.venv-gpu/bin/python benchmarks/on_gpu.py $$options; \
-		status=$$?; [ $$status -le $$worst ] || worst=$$status; \
+	@# TensorRT-RTX has runs of its own, because the two TensorRTs may not share a process.
+	@worst=0; for sides in '' '--sides torch,tensorrt-rtx'; do \
+		for options in '' '--variant siglip_384 --graphs encode --parts tokenizer'; do \
+			.venv-gpu/bin/python benchmarks/on_gpu.py $$options $$sides; \
+			status=$$?; [ $$status -le $$worst ] || worst=$$status; \
+		done; \
 	done; exit $$worst
 
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)

@@ -1,8 +1,9 @@
 """Compares tokenflow-sdk with PyTorch on an NVIDIA GPU in one run: results, time, memory, and the roofline.
 
-    make bench-gpu                                          # installs everything, runs the next two
+    make bench-gpu                                          # installs everything, runs the next three
     python benchmarks/on_gpu.py                             # clipb_256 and a generator, random weights
     python benchmarks/on_gpu.py --variant siglip_384 --graphs encode --parts tokenizer
+    python benchmarks/on_gpu.py --sides torch,tensorrt-rtx
     python benchmarks/on_gpu.py --checkpoint tokenflow_clipb_32k_enhanced.pt --bundle bundles/released
     python benchmarks/on_gpu.py --sides torch,tensorrt-rtx --batches 1 --no-compile
     python benchmarks/on_gpu.py --device cpu --batches 1    # without a GPU, to try it out; prints only
@@ -13,8 +14,9 @@ run takes long: exporting, building TensorRT engines (which are kept in the user
 Results are checked first. Each side (a way to run the model) encodes and decodes crops of a photo in batches of every size, and
 is compared with onnxruntime on the CPU. A side that misses the tolerances of its precision, is not installed or fails is not
 timed; its row says why. Then the sides take turns, call by call. Figures are written to benchmarks/results/gpu_CARD.json and
-.md; the names of variants other than clipb_256 are added to the file names. Everything that can be measured is written. The
-exit status is 1 if results are wrong or a part failed.
+.md; the names of variants other than clipb_256, and of tensorrt-rtx, are added to the file names. The two TensorRTs never share
+a process, in which one could change the other's results: tensorrt-rtx is measured where it is named. Everything that can be
+measured is written. The exit status is 1 if results are wrong or a part failed.
 
 Do not use the GPU for anything else during a run.
 """
@@ -32,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from rich.console import Console
 
-from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, SIDES, VARIANT, GeneratorSizes, Request
+from benchmarks.gpu.request import CPU_SIDES, GRAPHS, PARTS, RTX, SIDES, VARIANT, GeneratorSizes, Request
 from tokenflow_sdk.cli import exit_status
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try it out (default: %(default)s)")
     what.add_argument("--parts", default=",".join(PARTS), help="tokenizer, generator, or both (default: %(default)s)")
-    what.add_argument("--sides", help=f"some of {','.join(SIDES)}; on a CPU of {','.join(CPU_SIDES)} (default: all)")
+    what.add_argument("--sides", help=f"some of {','.join(SIDES)}; on a CPU of {','.join(CPU_SIDES)} (default: all but {RTX})")
     what.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     what.add_argument("--rounds", type=int, default=50, help="most timed calls of a side (default: %(default)s)")
     what.add_argument("--seconds", type=float, default=30, help="of one comparison, from when on five calls do (default: 30)")
@@ -109,7 +111,11 @@ def _request(arguments: argparse.Namespace, command: str) -> Request:
     if a.generator_checkpoint and not a.generator:
         raise ArgumentError("--generator-checkpoint is of a bundle.", "Give that with --generator.")
     known = SIDES if a.device != "cpu" else CPU_SIDES
-    sides = known if a.sides is None else _names("--sides", a.sides, known)
+    sides = tuple(side for side in known if side != RTX) if a.sides is None else _names("--sides", a.sides, known)
+    if {"tensorrt", RTX} <= set(sides):
+        raise ArgumentError(
+            f"--sides {a.sides!r} names both TensorRTs, which may not share a process.", f"Measure {RTX} in a run of its own."
+        )
     return Request(
         command=command,
         device=a.device,

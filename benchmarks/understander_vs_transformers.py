@@ -170,7 +170,7 @@ def throughput(
 
 def answer_all(understander: Understander, questions: Sequence[tuple[NDArray[np.float32], str]]) -> None:
     turns = [
-        understander._request(image, question, AnswerParams(max_tokens=count, stop_ids=()), None, "srgb", None)
+        understander._request(image, question, AnswerParams(max_tokens=count, stop_ids=()))
         for (image, question), count in zip(questions, LENGTHS, strict=True)
     ]
     understander._answering.answers(turns)

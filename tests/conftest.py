@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_gpu import FakeTensorRT, install
@@ -17,6 +18,9 @@ from tokenflow_sdk import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
+
+# Of `make fuzz`: ten times the examples of everyday, and other ones each time.
+settings.register_profile("fuzz", max_examples=1000)
 
 
 @pytest.fixture(scope="session", autouse=True)

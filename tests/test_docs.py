@@ -251,10 +251,13 @@ def test_the_makefile_has_what_the_readme_names() -> None:
     done = run(["make", "-s", "-C", ROOT, "help"], ROOT)
     assert {line.split()[0] for line in done.splitlines()} == {
         "install",
+        "lock",
         "demo",
         "test",
         "test-one",
         "test-slow",
+        "fuzz",
+        "soak",
         "test-gpu",
         "lint",
         "docs",

@@ -64,7 +64,9 @@ class Refusal(errors.ImageError):
 
 COPIES = [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy]  # noqa: S301 - across process pools
 MADE = [errors.PagesExhausted(12, 5, 40), Refusal("a.png", code=7)] + [
-    getattr(errors, name)("It broke.", "Mend it.") for name in sorted(set(errors.__all__) - {"PagesExhausted"})
+    kind("It broke.", "Mend it.")
+    for name in sorted(set(errors.__all__) - {"PagesExhausted"})
+    if issubclass(kind := getattr(errors, name), errors.TokenFlowError)
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 NOTES = """#!/bin/sh
-echo "$TOKENFLOW_NEED_GPU|$*" >> notes
+echo "$TOKENFLOW_NEED_GPU$NVIDIA_TF32_OVERRIDE|$*" >> notes
 case "$*" in *"$FAILING"*) exit "$STATUS";; esac
 """
 
@@ -35,7 +35,8 @@ def make(
     """What it printed, and whether it succeeded."""
     words = ["make", target, f"PYTHON={python}"]
     env = {**os.environ, "FAILING": failing, "STATUS": str(status)}
-    env.pop("TOKENFLOW_NEED_GPU", None)
+    for name in ("TOKENFLOW_NEED_GPU", "NVIDIA_TF32_OVERRIDE"):
+        env.pop(name, None)
     done = subprocess.run(words, cwd=directory, env=env, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr, done.returncode == 0
 
@@ -69,17 +70,18 @@ def test_tensorrt_may_be_out_of_reach_and_is_tried_again(directory: Path) -> Non
 def test_both_runs_are_made_and_the_worst_counts(directory: Path, failing: str, status: int) -> None:
     printed, passed = make(directory, "test-gpu", failing, status)
     assert [note for note in notes(directory) if "pytest" in note] == [
-        "1|-m pytest -m gpu -k not tensorrt-rtx",
-        "1|-m pytest -m gpu -k tensorrt-rtx",
+        "10|-m pytest -m gpu -k not tensorrt-rtx",
+        "10|-m pytest -m gpu -k tensorrt-rtx",
     ]
     assert passed == (status == 0)
     assert status == 0 or f"Error {status}" in printed
 
 
 @pytest.mark.parametrize("failing", ["nothing", "on_gpu.py --variant", "benchmarks/on_gpu.py"])
-def test_both_benchmarks_are_run(directory: Path, failing: str) -> None:
+def test_all_benchmarks_are_run(directory: Path, failing: str) -> None:
     _, passed = make(directory, "bench-gpu", failing, 2)
-    assert sum("on_gpu.py" in note for note in notes(directory)) == 2
+    runs = [note for note in notes(directory) if "on_gpu.py" in note]
+    assert (len(set(runs)), sum("tensorrt-rtx" in run for run in runs)) == (4, 2)
     assert passed == (failing == "nothing")
 
 

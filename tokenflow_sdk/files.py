@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from tokenflow_sdk.arguments import file_path
 from tokenflow_sdk.errors import OutputError
 
 __all__ = [
@@ -103,10 +104,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         data: its whole content.
 
     Raises:
+        ArgumentError: `path` is none.
         OutputError: the directory is missing or read-only, the disk is full, the file system does not allow the name, or `path`
             exists and is not a regular file.
     """
-    path = Path(path)
+    path = Path(file_path("path", path))
     try:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a file that can be replaced.", "Choose another output.")

@@ -11,7 +11,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import instance, integer, seconds
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -64,6 +64,10 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
         pages, page_size = _checked_pool(pages, page_size)
+        hint = f"Open models with {type(self).__name__}.from_pretrained."
+        instance("bundle.config", instance("bundle", bundle, Bundle, hint).config, self.config_type, hint)
+        instance("tokenizer", tokenizer, Tokenizer, hint)
+        instance("options", options, SessionOptions, hint)
         require_paired(tokenizer, bundle.config, bundle.path)
         self.bundle = bundle
         self.tokenizer = tokenizer
@@ -133,6 +137,7 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         sha256: str | None = None,
     ) -> M:
         """`from_pretrained`, with the runtime options in one object."""
+        instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
         bundle = Bundle.open(find_bundle(name, cls.config_type.kind, revision), cls.config_type, sha256)
         bundle.verify()
         paired = paired_tokenizer(bundle, tokenizer, options)
@@ -172,6 +177,7 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
 
     def wait_for_engines(self, timeout: float | None = None) -> bool:
         """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
+        timeout = seconds("timeout", timeout)
         deadline = None if timeout is None else perf_counter() + timeout
         done = self._swap is None or self._swap.wait(timeout)
         return self.tokenizer.wait_for_engines(None if deadline is None else max(0.0, deadline - perf_counter())) and done
@@ -221,7 +227,7 @@ def paired_tokenizer(
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
-    path = tokenizer or bundle.path / bundle.config.tokenizer
+    path = bundle.path / bundle.config.tokenizer if tokenizer is None else tokenizer
     try:
         return Tokenizer.open(path, options)
     except BundleNotFoundError as error:

@@ -147,7 +147,7 @@ class LoadedModel(Generic[R]):
         self._wake = Signal()
         self._retiring = self.closed = False
         self._why_closed: Callable[[], TokenFlowError] | None = None
-        self._open_sessions = list(sessions.values())
+        self._open: list[Session | PagedTransformer] = [transformer, *sessions.values()]
 
     @property
     def users(self) -> int:
@@ -350,16 +350,17 @@ class LoadedModel(Generic[R]):
         return self._why_closed() if self._why_closed else ArgumentError("The model was changed meanwhile.", "Ask again.")
 
     def _free(self) -> None:
-        """Close sessions and pages, without the lock; several threads may do it together."""
-        try:
-            while self._open_sessions:
-                session = None
-                with suppress(IndexError):
-                    session = self._open_sessions.pop()
-                if session is not None:
-                    session.close()
-        finally:
-            self.transformer.close()
+        """Close sessions, then the pages, without the lock. Several threads may do it together; each is closed by one."""
+        while True:
+            try:
+                closing = self._open.pop()
+            except IndexError:
+                return
+            try:
+                closing.close()
+            except BaseException:
+                self._free()
+                raise
 
 
 def cancelled() -> RequestCancelledError:

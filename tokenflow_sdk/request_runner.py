@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.loaded_model import LoadedModel, Request, cancelled
@@ -126,6 +126,9 @@ class RequestStream(Iterator[Piece], Generic[Piece, Result]):
     def __init__(self, request: Request, pieces: Generator[Piece, None, None], result: Callable[[], Result]) -> None:
         self._request, self._pieces, self._result = request, pieces, result
         self._ended = False
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError("A stream stays with its model, so it cannot be copied or pickled.", "Send its result().")
 
     def __next__(self) -> Piece:
         """The next piece.

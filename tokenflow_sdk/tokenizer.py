@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import instance, integer, items, seconds, shown
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -56,9 +56,12 @@ class Tokenizer(Reopening):
         open_session: OpenSession = open_onnxruntime,
     ) -> None:
         batch_limit = _checked_batch_limit(batch_limit)
+        hint = "Open tokenizers with Tokenizer.from_pretrained."
+        instance("bundle.config", instance("bundle", bundle, Bundle, hint).config, TokenizerConfig, hint)
+        options = SessionOptions() if options is None else instance("options", options, SessionOptions, hint)
         self.bundle = bundle
         self.batch_limit = batch_limit
-        self.graphs = TokenizerGraphs(bundle, open_session, options or SessionOptions(), batch_limit)
+        self.graphs = TokenizerGraphs(bundle, open_session, options, batch_limit)
         """The graphs as functions of arrays, for comparing backends; what is fed to them is not checked."""
         self._swap: EngineSwap | None = None
 
@@ -121,6 +124,7 @@ class Tokenizer(Reopening):
         sha256: str | None = None,
     ) -> Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
+        instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
         bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, revision), TokenizerConfig, sha256)
         bundle.verify()
         batch_limit = _checked_batch_limit(batch_limit)
@@ -151,6 +155,7 @@ class Tokenizer(Reopening):
         Raises:
             EngineBuildError, EngineRefusedError, BackendError: it never will; onnxruntime goes on.
         """
+        timeout = seconds("timeout", timeout)
         return self._swap is None or self._swap.wait(timeout)
 
     def load(self, *graphs: str) -> Tokenizer:
@@ -160,8 +165,8 @@ class Tokenizer(Reopening):
             ArgumentError: there is no such graph.
             CorruptBundleError, BackendError, MissingPackageError: a graph is missing or cannot be loaded.
         """
-        if unknown := [name for name in graphs if name not in GRAPHS]:
-            raise ArgumentError(f"A tokenizer has no graph {unknown[0]!r}.", f"Choose of: {', '.join(GRAPHS)}.")
+        if unknown := [name for name in graphs if not isinstance(name, str) or name not in GRAPHS]:
+            raise ArgumentError(f"A tokenizer has no graph {shown(unknown[0])}.", f"Choose of: {', '.join(GRAPHS)}.")
         for name in graphs or tuple(self.bundle.graphs):
             self.graphs.load(name)
         return self
@@ -211,15 +216,15 @@ class Tokenizer(Reopening):
             ArgumentError: one image instead of several.
         """
         stack = isinstance(images, np.ndarray) and (images.ndim == 4 or images.dtype == object)
-        single = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray)) or hasattr(images, "read")
-        if (single and not stack) or not isinstance(images, Iterable):
-            raise ArgumentError(
-                f"encode_batch takes several pictures, and {describe(images)} is one.",
-                "Use encode(image), or give a list: encode_batch([image]).",
-            )
+        single = isinstance(
+            images, (str, bytes, bytearray, memoryview, np.ndarray, os.PathLike, Image.Image, type(None))
+        ) or hasattr(images, "read")
+        hint = "Use encode(image), or give a list: encode_batch([image])."
+        if single and not stack:
+            raise ArgumentError(f"encode_batch takes several pictures, and {describe(images)} is one.", hint)
         preparation, size = self.preparation(preprocess, color, fast), self.config.image_size
         found: list[Codes] = []
-        for chunk in _chunks(images, self.batch_limit):
+        for chunk in _chunks(items("images", images, hint), self.batch_limit):
             pixels = [
                 self.preprocess(image, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels) for image in chunk
             ]
@@ -301,12 +306,10 @@ class Tokenizer(Reopening):
         Raises:
             ArgumentError: not a list of codes.
         """
-        if isinstance(codes, (Codes, np.ndarray)) or not isinstance(codes, Iterable):
-            raise ArgumentError(
-                f"decode_batch takes a list of Codes, not {type(codes).__name__}.",
-                "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices.",
-            )
-        codes = list(codes)
+        hint = "Use decode(codes), or decode_batch([codes]); decode_array is for arrays of code indices."
+        if isinstance(codes, (Codes, np.ndarray, int)):
+            raise ArgumentError(f"decode_batch takes a list of Codes, not {type(codes).__name__}.", hint)
+        codes = list(items("codes", codes, hint))
         return [Image.fromarray(image) for image in self.decode_array(self._indices(codes))] if codes else []
 
     def decode_array(self, code_indices: NDArray[np.int32]) -> NDArray[np.uint8]:
@@ -363,7 +366,10 @@ class Tokenizer(Reopening):
 
     def _checked(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:
         c = self.config
-        array = np.asarray(code_indices)
+        try:
+            array = np.asarray(code_indices)
+        except (TypeError, ValueError) as error:
+            raise ArrayError(f"Code indices cannot become an array: {error}.", "Give an integer array [B, l].") from error
         if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
             raise ArrayError(
                 f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",
@@ -394,7 +400,6 @@ def _checked_batch_limit(value: object) -> int:
     return integer("batch_limit", value, 1, None, "leaves no room for an image.", "Give at least 1.")
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
+def _chunks(iterator: Iterator[T], size: int) -> Iterator[list[T]]:
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -11,6 +11,7 @@ __all__ = [
     "DTYPES",
     "GRAPHS",
     "PARTS",
+    "RTX",
     "SIDES",
     "TITLES",
     "TORCH",
@@ -34,6 +35,8 @@ TITLES = {
 SIDES = tuple(TITLES)
 DTYPES: dict[str, Dtype] = {key: "float16" if title.endswith("float16") else "float32" for key, title in TITLES.items()}
 """The dtype of a side's products."""
+RTX = "tensorrt-rtx"
+"""The side that may not share a process with `tensorrt`."""
 TORCH = ("torch", "torch-fp16", "compile")
 CPU_SIDES = ("torch", "onnxruntime")
 PARTS = ("tokenizer", "generator")

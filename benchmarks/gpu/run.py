@@ -15,7 +15,7 @@ from benchmarks.common import ROOT, prepare
 from benchmarks.gpu.device import Device, copy_rate, open_device, product_rate, versions
 from benchmarks.gpu.generators import GeneratorCase, measure_generator, standin_generator
 from benchmarks.gpu.report import add_roofline, as_markdown, problems, write
-from benchmarks.gpu.request import DTYPES, VARIANT, Request
+from benchmarks.gpu.request import DTYPES, RTX, VARIANT, Request
 from benchmarks.gpu.timing import Pace, bar, console, say_why
 from benchmarks.gpu.tokenizers import Work, measure_tokenizer
 from tokenflow_sdk.errors import BundleError, TokenFlowError
@@ -43,8 +43,9 @@ def run(request: Request) -> list[str]:
             print(as_markdown(report))
     out = request.out
     if out is None and device.on_gpu:
-        others = "" if request.variants == (VARIANT,) else "_".join(("", *request.variants))
-        out = ROOT / "benchmarks" / "results" / f"gpu_{device.slug}{others}"
+        variants = () if request.variants == (VARIANT,) else request.variants
+        name = "_".join((f"gpu_{device.slug}", *variants, *((RTX,) if RTX in request.sides else ())))
+        out = ROOT / "benchmarks" / "results" / name
     if out is not None and measured:
         console.print(f"written: {', '.join(map(str, write(report, out)))}", markup=False, soft_wrap=True)
     return problems(report)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +61,29 @@ def test_results_stay_where_they_are_bound(mini_bundle: Path) -> None:
         assert isinstance(kept, CudaArray)
         assert np.array_equal(np.asarray(kept), expected)
         assert np.array_equal(decode.run({"code_indices": kept[1:]})["images"], picture)
+
+
+def test_all_of_a_bound_call_is_on_its_gpu(mini_bundle: Path) -> None:
+    """Binding copies to the thread's current GPU, which may be another one."""
+    active, steps = [False], []
+
+    @contextmanager
+    def make_active():
+        active[0] = True
+        yield
+        active[0] = False
+
+    class Binding:
+        def __getattr__(self, name: str):
+            return lambda *arguments: steps.append((name, active[0]))
+
+    fake = SimpleNamespace(io_binding=Binding, run_with_iobinding=lambda binding: steps.append(("run", active[0])))
+    with open_graph(mini_bundle, "features", device="cpu", threads=1) as session:
+        session._bound_device, session._cuda = ("cuda", 1), SimpleNamespace(active=make_active)
+        session._run_bound(fake, {"code_indices": np.zeros((1, 30), np.int32)}, ("features",), "cuda")
+    assert dict(steps).keys() == {"bind_cpu_input", "bind_output", "run", "synchronize_outputs"}
+    assert all(here for _, here in steps)
+    assert not active[0]
 
 
 def test_missing_onnxruntime_says_how_to_install_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_cuda_computes_float32_in_float32(gpu: SimpleNamespace) -> None:
     """TF32 rounds what products read to 10 bits, and is on by default."""
     for options in (SessionOptions(), SessionOptions("cuda"), SessionOptions("cuda:0", (CUDA, CPU))):
-        assert select_providers(ALL, options) == [(CUDA, {"use_tf32": "0", "device_id": "0"}), (CPU, {})]
+        (name, settings), cpu = select_providers(ALL, options)
+        assert (name, settings["use_tf32"], settings["device_id"], cpu) == (CUDA, "0", "0", (CPU, {}))
     assert select_providers(ALL, SessionOptions("cuda:2"))[0][1]["device_id"] == "2"
     assert select_providers(ALL, SessionOptions("auto", (TENSORRT, CPU))) == [(TENSORRT, {"device_id": "0"}), (CPU, {})]
+
+
+def test_cuda_takes_the_memory_and_time_that_it_needs(gpu: SimpleNamespace) -> None:
+    """The arena grows by what is asked for, and convolutions are not tried in all ways at each new shape."""
+    settings = select_providers(ALL, SessionOptions("cuda"))[0][1]
+    assert settings["arena_extend_strategy"] == "kSameAsRequested"
+    assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_openvino_computes_float32_in_float32() -> None:

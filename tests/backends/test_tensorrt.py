@@ -4,10 +4,12 @@ and every address that they are given is checked. The same calls on the real thi
 from __future__ import annotations
 
 import gc
+import hashlib
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +42,15 @@ def session(
     entry = open_bundle(bundle).graph(name)
     shapes = [{spec.name: profile.shapes(spec) for spec in entry.inputs} for profile in profiles]
     plan = make_plan(machine[1], bundle / f"{name}.onnx", shapes)
-    return TensorRTSession(plan, name, entry, machine[1], Cuda(device), **options)  # type: ignore[arg-type]
+    return open_plan(plan, name, entry, machine[1], Cuda(device), **options)
+
+
+def open_plan(plan: bytes, *arguments: object, **options: object) -> TensorRTSession:
+    """A session on an engine that is a file until it is loaded."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "plan.engine"
+        path.write_bytes(plan)
+        return TensorRTSession(path, hashlib.sha256(plan).hexdigest(), *arguments, **options)  # type: ignore[arg-type]
 
 
 def settings_of(engine: TensorRTSession) -> SimpleNamespace:
@@ -235,7 +245,7 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
     plan = MAGIC + b"11.0.fake\n{}\n"
     entry = Bundle.open(mini_bundle, TokenizerConfig).graph("encode")
     with pytest.raises(BackendError, match="does not load in tensorrt 12.0: the plan is of another version.*tokenflow build"):
-        TensorRTSession(plan, "encode", entry, trt, Cuda())
+        open_plan(plan, "encode", entry, trt, Cuda())
 
 
 def test_kernels_are_compiled_once_for_all_starts(machine: Machine, mini_bundle: Path, tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ def test_an_engine_is_found_again(cache: EngineCache) -> None:
     with cache.building(KEY):
         assert cache.get(KEY) is None
         cache.put(KEY, b"engine", {"precision": "fp16"})
-    cache.certify(KEY, {"checked": False})
+    cache.certify(KEY, "sm86", {"checked": False})
     found = EngineCache(cache.directory).get(KEY)
     assert found is not None
-    assert (found.path.read_bytes(), found.size, found.certificate) == (b"engine", 6, {"checked": False})
+    assert (found.path.read_bytes(), found.size, found.certificates) == (b"engine", 6, {"sm86": {"checked": False}})
     assert found.build_config == {"precision": "fp16"}
 
 
@@ -99,7 +99,7 @@ def test_engines_of_one_build_do_not_push_out_each_other(tmp_path: Path) -> None
     keys = [replace(KEY, graph=name) for name in "abc"]
     for key in keys:
         cache.put(key, b"engine", {})
-        cache.get(key).kernels.write_bytes(b"compiled")  # type: ignore[union-attr]
+        cache.get(key).kernels("sm86").write_bytes(b"compiled")  # type: ignore[union-attr]
     assert all(cache.get(key) for key in keys)
     for key in keys:
         os.utime(cache._record(key), (time.time() - 60,) * 2)
@@ -144,9 +144,9 @@ def test_clearing_removes_only_what_a_cache_writes(built: EngineCache) -> None:
     for name in names:
         (built.directory / name).write_text("kept")
     (built.directory / f"{'cd' * 16}.engine").mkdir()
-    for name in ("ab" * 16 + ".kernels", "ab" * 16 + ".lock", f".{'ab' * 16}.engine-{'0' * 12}"):
+    for name in ("ab" * 16 + ".kernels", "ab" * 16 + ".sm120.kernels", "ab" * 16 + ".lock", f".{'ab' * 16}.engine-{'0' * 12}"):
         (built.directory / name).write_bytes(b"x" * 1000)
-    assert built.clear() > 3006
+    assert built.clear() > 4006
     assert sorted(os.listdir(built.directory)) == sorted([*names, f"{'cd' * 16}.engine", "CACHEDIR.TAG"])
 
 
@@ -290,7 +290,7 @@ def test_any_record_is_an_engine_or_none(cache: EngineCache, monkeypatch: pytest
     key = replace(KEY, graph_sha256=graph_digest(open_bundle(mini_bundle).graph("decode")))
     with cache.building(key):
         cache.put(key, b"engine", BuildConfig().to_json())
-    cache.certify(key, {"failures": [], "summary": "equal", "figures": {"psnr": 99.0}})
+    cache.certify(key, "sm86", {"failures": [], "summary": "equal", "figures": {"psnr": 99.0}})
     record = cache.directory / f"{key.digest}.json"
     original, rng, found = json.loads(record.read_text()), random.Random(0), 0
     with no_hang(60):
@@ -298,7 +298,7 @@ def test_any_record_is_an_engine_or_none(cache: EngineCache, monkeypatch: pytest
             record.write_bytes(mutated_text(original, rng))
             found += len(cache.entries())
             cache.get(key)
-            cache.certify(key, {})
+            cache.certify(key, "sm86", {})
             if i % 25 == 0:
                 assert main(["info", str(mini_bundle)]) == main(["cache", "list", "--cache", str(cache.directory)]) == 0
     assert 0 < found < 100
@@ -311,7 +311,7 @@ def test_a_record_of_another_form_is_none(content: bytes, cache: EngineCache) ->
     (cache.directory / f"{KEY.digest}.json").write_bytes(content)
     assert cache.entries() == []
     assert cache.get(KEY) is None
-    cache.certify(KEY, {})
+    cache.certify(KEY, "sm86", {})
 
 
 def test_a_record_under_another_name_evicts_nothing(cache: EngineCache) -> None:

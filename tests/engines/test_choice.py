@@ -90,7 +90,7 @@ def test_engines_in_a_directory_that_cannot_be_written_are_compared_at_each_star
 ) -> None:
     Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).prepare()
     for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values():
-        EngineCache().certify(job.key, {})
+        EngineCache().certify(job.key, "sm89", {})
 
     def refuse(path: Path, data: bytes) -> None:
         raise OutputError(f"{path} cannot be written: Read-only file system.", "Choose another output.")
@@ -113,7 +113,7 @@ def test_info_shows_what_was_built_and_how_it_compares(machine, mini_bundle: Pat
     Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).prepare()
     for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), BuildConfig("tensorrt")).jobs.values():
         EngineCache().certify(
-            job.key, {"failures": ["decoded pictures agree to 20.0 dB only"], "summary": "20.0 dB", "figures": {}}
+            job.key, "sm89", {"failures": ["decoded pictures agree to 20.0 dB only"], "summary": "20.0 dB", "figures": {}}
         )
     assert main(["info", str(mini_bundle)]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.support.mini import store_ranges
-from tests.support.on_engines import FP32, IMAGES, on_engines, records
+from tests.support.on_engines import FP32, IMAGES, certificate_of, on_engines, records
 from tokenflow_export.precision.calibrate import magnitudes
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
@@ -48,8 +48,8 @@ def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, token
         assert engines.wait_for_engines()
     assert sorted(machine[1].builds) == ["decode", "encode", "features", "semantic"]
     for record in records():
-        assert record["certificate"]["failures"] == []
-        assert min(record["certificate"]["figures"]["agreement"]) == 1
+        assert certificate_of(record)["failures"] == []
+        assert min(certificate_of(record)["figures"]["agreement"]) == 1
     with on_engines(mini_bundle) as again:
         again.encode_array(IMAGES[:1])
     assert len(machine[1].builds) == 4
@@ -58,7 +58,7 @@ def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, token
 def test_half_precision_engines_pass_by_their_own_tolerances(machine, mini_bundle: Path, tokenizer: Tokenizer) -> None:
     with on_engines(mini_bundle, build_config=BuildConfig(batch=(1, 1, 2))) as engines:
         found = engines.encode_array(IMAGES[:2])
-    figures = records()[0]["certificate"]["figures"]
+    figures = certificate_of(records()[0])["figures"]
     assert figures["decode_psnr"] > 45
     assert 0 < figures["semantic_error"] < 0.1
     assert (found == tokenizer.encode_array(IMAGES[:2])).mean() > 0.9
@@ -73,7 +73,7 @@ def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, 
         ):
             on_engines(mini_bundle)
     assert len(machine[1].builds) == 4
-    (certificate,) = {json.dumps(record["certificate"]) for record in records()}
+    (certificate,) = {json.dumps(certificate_of(record)) for record in records()}
     assert json.loads(certificate)["failures"]
     machine[1].broken.clear()
     engines = Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32)
@@ -173,7 +173,7 @@ def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) ->
         assert found.images[0].size == (64, 64)
         pool = generator._runner.model.scheduler.loop.transformer.pool
         assert pool.pages == 70
-    figures = [record["certificate"]["figures"] for record in records() if record["key"]["graph"] == "transformer"]
+    figures = [certificate_of(record)["figures"] for record in records() if record["key"]["graph"] == "transformer"]
     assert figures[0]["same_choice"] == 1
 
 
@@ -211,3 +211,100 @@ def test_the_command_line(machine, mini_bundle: Path, capsys: pytest.CaptureFixt
     assert "certified" in capsys.readouterr().out
     assert main(["cache", "list"]) == 0
     assert "passed" in capsys.readouterr().out
+
+
+FLEET = BuildConfig(targets=("sm120", "sm86", "sm89"), precision="fp32", batch=(1, 1, 2))
+
+
+def rtx_tokenizer(bundle: Path, **options: object) -> Tokenizer:
+    config = FLEET.with_overrides(targets=())
+    return on_engines(bundle, **{"backend": "tensorrt-rtx", "build_config": config, "build": False} | options)
+
+
+def test_one_engine_runs_on_a_whole_fleet(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Built once, found and compared on GPUs of each target, and on no other."""
+    words = ["--backend", "tensorrt-rtx", "--precision", "fp32", "--batch", "1,1,2"]
+    for done in ("built in", "in the cache already"):
+        assert main(["build", str(mini_bundle), "--target", "sm120,sm86,sm89,sm86", *words]) == 0
+        out = capsys.readouterr().out
+        assert out.count(done) == 4
+        assert out.count("sm86,sm89,sm120") == 4
+        assert "certified" in out
+    rtx = sys.modules["tensorrt_rtx"]
+    for capability, architecture in (((8, 9), "sm89"), ((8, 6), "sm86")):
+        machine[0].capability = capability
+        for _ in range(2):
+            with rtx_tokenizer(mini_bundle) as tokenizer:
+                tokenizer.encode_array(IMAGES[:1])
+                assert tokenizer.device == "cuda:0"
+            # Also those that were compiled when it was compared are kept.
+            assert len(list(EngineCache().directory.glob(f"*.{architecture}.kernels"))) == 4
+        with Tokenizer.from_pretrained(mini_bundle, device="cuda:0", build=False) as tokenizer:
+            assert tokenizer.load("features").device == "cuda:0"
+    assert len(rtx.builds) == 4
+    assert {tuple(record["certificates"]) for record in records()} == {("sm89", "sm86")}
+    assert main(["cache", "list"]) == 0
+    assert "sm86 passed, sm89 passed, sm120 not yet" in " ".join(capsys.readouterr().out.split())
+    assert main(["info", str(mini_bundle)]) == 0
+    assert "sm86,sm89,sm120" in capsys.readouterr().out
+    machine[0].capability = (8, 0)
+    with pytest.raises(BackendError, match="no engine yet for encode, fp32, sm80"):
+        rtx_tokenizer(mini_bundle)
+    with pytest.raises(BackendError, match=r"is for sm120, sm86, sm89, and GPU 0 is sm80.*add sm80 to its targets"):
+        rtx_tokenizer(mini_bundle, build_config=FLEET)
+
+
+def test_each_kind_of_gpu_compares_the_engine_itself(machine, mini_bundle: Path) -> None:
+    """What passed on one may be refused on another; and what is refused there goes on here."""
+    assert main(["build", str(mini_bundle), *["--target", "sm86,sm89", "--precision", "fp32", "--batch", "1,1,2"]]) == 0
+    sys.modules["tensorrt_rtx"].broken.add("decode")
+    machine[0].capability = (8, 6)
+    with pytest.raises(EngineRefusedError, match="on sm86 is refused"):
+        rtx_tokenizer(mini_bundle)
+    sys.modules["tensorrt_rtx"].broken.clear()
+    machine[0].capability = (8, 9)
+    rtx_tokenizer(mini_bundle).close()
+
+
+def test_a_damaged_engine_never_runs(machine, mini_bundle: Path) -> None:
+    """It is seen when it is loaded, in the same pass; where building was ruled out, that is an error."""
+    on_engines(mini_bundle).close()
+    path = next(
+        EngineCache().directory / f"{job.key.digest}.engine"
+        for job in Engines(Bundle.open(mini_bundle, TokenizerConfig), FP32).jobs.values()
+        if job.key.graph == "features"
+    )
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    codes = np.zeros((1, 30), np.int32)
+    with on_engines(mini_bundle, build=False) as tokenizer, pytest.raises(BackendError, match=r"is damaged.*tokenflow build"):
+        tokenizer.graphs.load("features").run({"code_indices": codes})
+    with on_engines(mini_bundle) as tokenizer:
+        tokenizer.graphs.load("features").run({"code_indices": codes})
+    assert machine[1].builds.count("features") == 2
+    assert len(machine[1].builds) == 5
+
+
+def test_an_engine_of_an_earlier_layout_is_named(machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenflow_sdk.engines.jobs.REVISION", "1")
+        on_engines(mini_bundle).close()
+    with pytest.raises(BackendError, match=r"no engine yet for encode, .* \(one of layout 1 is in the cache.*tokenflow build"):
+        on_engines(mini_bundle, build=False)
+    on_engines(mini_bundle).close()
+    machine[1].__version__ = "12.0"
+    with pytest.raises(BackendError, match=r"no engine yet for encode, .* \(one of tensorrt 11.0.fake is in the cache\)"):
+        on_engines(mini_bundle, build=False)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_targets_that_this_tensorrt_does_not_know(machine, backend: str, mini_bundle: Path, capsys) -> None:
+    assert main(["build", str(mini_bundle), "--backend", backend, "--target", "sm86,sm90,current"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    if backend == "tensorrt":
+        assert "cannot build for 'sm86', 'sm90', 'current'. Build on a machine with that GPU and without --target" in error
+        return
+    assert "cannot build for 'sm90', 'current'. Choose from: sm75,sm80,sm86,sm89,sm120,sm121." in error
+    assert "such as sm90, are built by full TensorRT on a machine with that GPU: `--backend tensorrt`" in error
+    machine[0].capability = (9, 0)
+    assert main(["build", str(mini_bundle), "--backend", backend]) == 2
+    assert "cannot build for 'sm90'" in capsys.readouterr().err

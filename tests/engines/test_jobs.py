@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -22,13 +23,14 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry, TensorSpec
 from tokenflow_sdk.engines import jobs
 from tokenflow_sdk.engines.annotations import PINNED, RANGES
+from tokenflow_sdk.engines.build import BuiltEngine
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
 from tokenflow_sdk.errors import BackendError, EngineBuildError, OutputError
 
 FULL = BuildConfig("tensorrt")
-AHEAD = BuildConfig(targets=("sm86", "sm89"))
+AHEAD = BuildConfig(targets=("sm120", "SM86", "sm89", "sm86"))
 RANGES_OF = {"int8": {"decode": {"a": 1.0}}, "fp8": {"decode": {"a": 1.0}}}
 OTHER_RANGES = {"int8": {"decode": {"a": 2.0}}}
 FILE = FileEntry("reference.npz", 0, "0" * 64)
@@ -55,14 +57,19 @@ def annotated(bundle: Bundle[Any], name: str, content: Mapping[str, object]) -> 
     return replace(bundle, assets=bundle.assets | {name: file_entry(path)})
 
 
+def rtx() -> Any:
+    """The TensorRT-RTX that is not there."""
+    return sys.modules["tensorrt_rtx"]
+
+
 def by_graph(bundle: Bundle[Any], config: BuildConfig, trt: Any) -> dict[str, EngineJob]:
     return {job.key.graph: job for job in engine_jobs(bundle, config, trt)}
 
 
-def test_one_engine_for_every_graph_and_target(machine, bundle: Bundle[Any]) -> None:
-    found = list(engine_jobs(bundle, AHEAD, machine[1]))
+def test_one_engine_for_every_graph_holds_all_targets(machine, bundle: Bundle[Any]) -> None:
+    found = list(engine_jobs(bundle, AHEAD, rtx()))
     assert [(job.key.target, job.key.graph) for job in found] == [
-        (target, graph) for target in ("sm86", "sm89") for graph in ("encode", "decode", "features")
+        ("sm86,sm89,sm120", graph) for graph in ("encode", "decode", "features")
     ]
     assert all(job.cuda is None and job.key.gpu == "" for job in found)
     assert {job.graph.name for job in found} == {"encode.onnx", "decode.onnx", "features.onnx"}
@@ -73,7 +80,8 @@ def test_one_engine_for_every_graph_and_target(machine, bundle: Bundle[Any]) -> 
 def test_without_a_target_it_is_the_gpu_that_is_there(machine, backend: str, gpu: str, bundle: Bundle[Any]) -> None:
     """Full TensorRT measures kernels on one model of GPU; TensorRT-RTX compiles for an architecture."""
     machine[0].gpus, machine[0].capability = 2, (8, 6)
-    for job in engine_jobs(bundle, BuildConfig(backend), machine[1], device=1):
+    trt = rtx() if backend == "tensorrt-rtx" else machine[1]
+    for job in engine_jobs(bundle, BuildConfig(backend), trt, device=1):
         assert (job.key.target, job.key.gpu, job.key.flavour) == ("sm86", gpu, backend)
         assert job.cuda is not None
         assert job.cuda.device == 1
@@ -87,7 +95,7 @@ def test_without_a_gpu_a_target_must_be_named(machine, backend: str, hint: str |
         list(engine_jobs(bundle, BuildConfig(backend), machine[1]))
     assert (hint or "") in caught.value.hint
     assert ("--target" in caught.value.hint) == (hint is not None)
-    assert len(list(engine_jobs(bundle, AHEAD, machine[1]))) == 6
+    assert len(list(engine_jobs(bundle, AHEAD, rtx()))) == 3
 
 
 KEYS: list[tuple[str, Any]] = [
@@ -97,7 +105,8 @@ KEYS: list[tuple[str, Any]] = [
     ("largest batch", lambda b, trt: (b, FULL.with_overrides(batch=(1, 1, 9)))),
     ("workspace", lambda b, trt: (b, FULL.with_overrides(workspace_gb=1.0))),
     ("backend", lambda b, trt: (b, BuildConfig("tensorrt-rtx"))),
-    ("target", lambda b, trt: (b, BuildConfig("tensorrt", targets=("sm86",)))),
+    ("target", lambda b, trt: (b, BuildConfig("tensorrt-rtx", targets=("sm86",)))),
+    ("targets", lambda b, trt: (b, BuildConfig("tensorrt-rtx", targets=("sm86", "sm120")))),
     ("version", lambda b, trt: (setattr(trt, "__version__", "12.0"), (b, FULL))[1]),
     ("architecture", lambda b, trt: (setattr(trt.cuda, "capability", (9, 0)), (b, FULL))[1]),
     ("model of GPU", lambda b, trt: (setattr(trt.cuda, "model", b"Other\0"), (b, FULL))[1]),
@@ -119,7 +128,7 @@ def decode_digest(machine: Any, bundle: Bundle[Any], number: int | None) -> str:
     config = FULL
     if number is not None:
         bundle, config = KEYS[number][1](bundle, machine[1])
-    return by_graph(bundle, config, machine[1])["decode"].key.digest
+    return by_graph(bundle, config, rtx() if config.backend == "tensorrt-rtx" else machine[1])["decode"].key.digest
 
 
 @pytest.mark.parametrize("number", range(len(KEYS)), ids=[name for name, _ in KEYS])
@@ -148,9 +157,9 @@ def test_what_changes_nothing_is_the_same_engine(machine, bundle: Bundle[Any], t
         digests.add(decode_digest(machine, annotated(bundle, PINNED, {"fp16": {"decode": names}}), None))
     assert len(digests) == 1
     # For TensorRT-RTX the model of GPU is nothing.
-    keys = [by_graph(bundle, BuildConfig(), machine[1])["decode"].key]
+    keys = [by_graph(bundle, BuildConfig(), rtx())["decode"].key]
     machine[0].model = b"Other\0"
-    assert by_graph(bundle, BuildConfig(), machine[1])["decode"].key == keys[0]
+    assert by_graph(bundle, BuildConfig(), rtx())["decode"].key == keys[0]
 
 
 def test_a_pool_of_another_size_is_another_engine_where_there_is_one(machine, bundle: Bundle[Any]) -> None:
@@ -199,9 +208,9 @@ def test_fp8_needs_a_gpu_that_has_it(machine, bundle: Bundle[Any]) -> None:
     full = annotated(bundle, RANGES, RANGES_OF)
     config = BuildConfig(targets=("sm80", "sm89", "sm86"), decoder="fp8")
     with pytest.raises(EngineBuildError, match="sm80, sm86 has no fp8 arithmetic; GPUs from sm89 on have.*--decoder int8"):
-        list(engine_jobs(full, config, machine[1]))
+        list(engine_jobs(full, config, rtx()))
     for allowed in (config.with_overrides(decoder="int8"), config.with_overrides(targets=("sm89", "sm120"))):
-        assert len(list(engine_jobs(full, allowed, machine[1]))) == 3 * len(allowed.targets)
+        assert len(list(engine_jobs(full, allowed, rtx()))) == 3
 
 
 def test_an_engine_is_built_once_and_then_found(machine, bundle: Bundle[Any], tmp_path: Path) -> None:
@@ -243,18 +252,18 @@ def test_two_who_ask_for_an_engine_build_it_once(machine, bundle: Bundle[Any], t
 
 
 def test_what_the_builder_is_told(machine, bundle: Bundle[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ahead: the target, and no GPU. Here: the GPU, and no target. In float32 the graph is the bundle's own."""
+    """Ahead: the targets, and no GPU. Here: the GPU, and no targets. In float32 the graph is the bundle's own."""
     told: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(jobs, "build_engine", lambda *arguments: told.append(arguments) or b"engine")
+    monkeypatch.setattr(jobs, "build_engine", lambda *arguments: told.append(arguments) or BuiltEngine(b"engine", {}))
     ahead = BuildConfig(targets=("sm86",), precision="fp32", workspace_gb=0.5)
     here = FULL.with_overrides(precision="fp16")
-    for config in (ahead, here):
-        by_graph(bundle, config, machine[1])["encode"].run(machine[1], EngineCache(tmp_path / "cache"))
+    for config, trt in ((ahead, rtx()), (here, machine[1])):
+        by_graph(bundle, config, trt)["encode"].run(trt, EngineCache(tmp_path / "cache"))
     (first, second) = told
     profile = (first[3][0].sizes, second[3][0].sizes)
     assert profile == ({"batch": (1, 1, 8)},) * 2
-    assert (first[1], first[4:6], first[7]) == (bundle.path / "encode.onnx", ("sm86", 2**29), None)
-    assert (second[4:6], second[7].device) == ((None, None), 0)
+    assert (first[1], first[4:6], first[7]) == (bundle.path / "encode.onnx", (("sm86",), 2**29), None)
+    assert (second[4:6], second[7].device) == (((), None), 0)
     assert second[1].name == "encode.onnx"
     assert second[1].parent != bundle.path
     # What was prepared for the builder is gone.

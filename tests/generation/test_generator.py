@@ -356,7 +356,7 @@ def test_requests_that_cannot_work_are_named(generator: Generator, request_: dic
 
 @pytest.mark.parametrize("one", ["w5", b"w5", None, 5, [5, 6], np.array([5, 6])])
 def test_one_prompt_is_not_taken_for_several(generator: Generator, one: object) -> None:
-    with pytest.raises(ArgumentError, match=r"several prompts, and this is one.*generate_batch\(\[prompt\]\)"):
+    with pytest.raises(ArgumentError, match=r"generate_batch\(\[prompt\]\)"):
         generator.generate_batch(one, preset="fast")  # type: ignore[arg-type]
 
 

@@ -81,7 +81,7 @@ def test_every_engine_has_fused_attention(layer, geometry: str, dtype: Any, targ
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux and Windows on x86-64")
     graph, entry = layer(geometry)
     sizes = {"batch": (1, 2, 16), "queries": (1, 64, 256), "table": (1, 25, 50), "slots": (512,) * 3, "page": (16,) * 3}
-    built = build_engine(trt, engine_graph(graph, dtype, tmp_path), entry, [Profile(sizes)], target)
+    built = build_engine(trt, engine_graph(graph, dtype, tmp_path), entry, [Profile(sizes)], (target,))
     assert built.figures["fused_attentions"] == 1
     recorded = FIGURES[geometry]
     assert built.figures["kernels"] <= recorded["kernels"]

@@ -48,7 +48,7 @@ def test_scales_are_maps_coarse_to_fine() -> None:
     assert codes.scale(-1).tolist() == np.arange(5, 21).reshape(4, 4).tolist()
     assert (codes.n_scales, codes.complete, len(codes)) == (3, True, 21)
     for i in (3, -4):
-        with pytest.raises(ArgumentError, match=f"no scale {i}"):
+        with pytest.raises(ArgumentError, match=f"={i}"):
             codes.scale(i)
 
 
@@ -59,7 +59,7 @@ def test_truncate_keeps_the_coarsest_scales() -> None:
     assert codes.padded().tolist() == [0, 1, 2, 3, 4] + [-1] * 16
     assert codes.truncate(2) == codes
     for n in (0, 3, -1):
-        with pytest.raises(ArgumentError, match=f"cut to {n}"):
+        with pytest.raises(ArgumentError, match=f"n_scales={n}"):
             codes.truncate(n)
 
 
@@ -204,7 +204,7 @@ def test_sizes_and_names_that_no_file_could_hold_are_refused(changes: dict[str, 
     "changes", [{"codebook_size": 500.0}, {"patch_nums": (1.0, 2, 4)}, {"patch_nums": 1}, {"variant": 7}, {"codebook_id": None}]
 )
 def test_names_and_sizes_of_the_wrong_type_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ArgumentError, match="wrong type"):
+    with pytest.raises(ArgumentError, match="cannot be of type|is no size"):
         make(**changes)
 
 

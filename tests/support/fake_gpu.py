@@ -32,7 +32,8 @@ class FakeTensorRT(ModuleType):
     BuilderFlag = SimpleNamespace(TF32=0)
     ProfilingVerbosity = SimpleNamespace(DETAILED=2)
     ExecutionContextAllocationStrategy = SimpleNamespace(STATIC="static", USER_MANAGED="user")
-    ComputeCapability = SimpleNamespace(SM86="sm86", SM89="sm89")
+    IStreamReaderV2 = type("IStreamReaderV2", (), {})
+    SeekPosition = SimpleNamespace(SET=0, CUR=1, END=2)
     DataType = SimpleNamespace(FLOAT="float32", HALF="float16", BF16="bfloat16", INT32="int32", INT64="int64", UINT8="uint8")
 
     def __init__(self, cuda: FakeCuda, version: str = "11.0.fake", name: str = "tensorrt") -> None:
@@ -49,6 +50,26 @@ class FakeTensorRT(ModuleType):
         self.profiles_taken = 1000
         """Of an engine; others are refused."""
         self.binds = 0
+        self.pieces: list[list[int]] = []
+        """Sizes of the pieces that each engine was read in."""
+
+    @property
+    def architecture(self) -> str:
+        return "sm{}{}".format(*self.cuda.capability)
+
+    def stream(self, reader: Any) -> bytes:
+        """The plan that a reader gives. As the real one: the size first, by seeking; then whatever is left is asked for, until
+        nothing comes; exceptions of the reader are lost."""
+        pieces: list[bytes] = []
+        try:
+            reader.seek(0, self.SeekPosition.END)
+            reader.seek(0, self.SeekPosition.SET)
+            while piece := reader.read(2**40, 0):
+                pieces.append(piece)
+        except Exception:
+            return b""
+        self.pieces.append([len(piece) for piece in pieces])
+        return b"".join(pieces)
 
     def Builder(self, log):  # noqa: N802
         return FakeBuilder(self)
@@ -61,12 +82,21 @@ class FakeTensorRT(ModuleType):
         return SimpleNamespace(parse_from_file=parse)
 
     def Runtime(self, log):  # noqa: N802
-        def deserialize(plan: bytes):
-            head, about, model = [*plan.split(b"\n", 2), b"", b""][:3]
+        def deserialize(plan: Any):
+            content = plan if isinstance(plan, bytes) else self.stream(plan)
+            head, about, model = [*content.split(b"\n", 2), b"", b""][:3]
             if head != MAGIC + self.__version__.encode():
                 log.log(self.Severity.ERROR, "the plan is of another version")
                 return None
-            return FakeEngine(self, json.loads(about), model)
+            described = json.loads(about)
+            if self.architecture not in described["targets"]:
+                log.log(self.Severity.ERROR, "the plan is for another GPU")
+                return None
+            try:
+                return FakeEngine(self, described, model)
+            except Exception as error:
+                log.log(self.Severity.ERROR, f"the plan is damaged: {error}")
+                return None
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
@@ -84,10 +114,23 @@ class FakeBuilder:
             profiles=[],
             set_memory_pool_limit=lambda *_: None,
             clear_flag=lambda flag: None,
-            set_compute_capability=lambda capability, index: None,
+            targets=[self.trt.architecture],
         )
+        self.add_targets(config)
         config.add_optimization_profile = lambda profile: config.profiles.append(profile.shapes)
         return config
+
+    def add_targets(self, config: Any) -> None:
+        """What TensorRT-RTX's configuration has besides: it may name the GPUs to build for."""
+        if not hasattr(self.trt, "ComputeCapability"):
+            return
+
+        def set_compute_capability(capability: str, index: int) -> bool:
+            assert index < config.num_compute_capabilities
+            config.targets[index:] = [capability]
+            return True
+
+        config.set_compute_capability = set_compute_capability
 
     def create_optimization_profile(self):
         shapes: dict[str, Any] = {}
@@ -96,15 +139,16 @@ class FakeBuilder:
     def build_serialized_network(self, network: Any, config: Any) -> bytes:
         self.trt.builds.append(network.path.stem)
         self.trt.built_on.append(self.trt.cuda.current)
+        assert len(config.targets) == getattr(config, "num_compute_capabilities", 1)
         if config.progress_monitor is not None:
             config.progress_monitor.phase_start("building", None, 1)
             config.progress_monitor.step_complete("building", 0)
-        return make_plan(self.trt, network.path, config.profiles)
+        return make_plan(self.trt, network.path, config.profiles, config.targets)
 
 
-def make_plan(trt: FakeTensorRT, graph: Path, profiles: list[dict[str, Any]]) -> bytes:
-    """An engine: its version, its name and limits, the graph."""
-    about = json.dumps({"name": graph.stem, "profiles": profiles}).encode()
+def make_plan(trt: FakeTensorRT, graph: Path, profiles: list[dict[str, Any]], targets: list[str] | None = None) -> bytes:
+    """An engine: its version, its name, limits and targets (None: the GPU that is there), the graph."""
+    about = json.dumps({"name": graph.stem, "profiles": profiles, "targets": targets or [trt.architecture]}).encode()
     return b"\n".join([MAGIC + trt.__version__.encode(), about, onnx.load(graph).SerializeToString()])
 
 
@@ -168,6 +212,9 @@ class FakeCache:
 class FakeTensorRTRTX(FakeTensorRT):
     """One that compiles kernels at a context's first run of some shapes, and replays graphs by itself."""
 
+    ComputeCapability = SimpleNamespace(
+        **{f"SM{n}": f"sm{n}" for n in (75, 80, 86, 89, 120, 121)}, CURRENT="current", NONE="none"
+    )
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
     IRuntimeCache = FakeCache

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from tokenflow_export.tracing.onnx_export import file_entry
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 
 RELEASED_TINY = {
     "model_type": "llava_llama",
@@ -45,30 +47,44 @@ SMALLEST = {
 PATCH_NUMS_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
 
 
-def codebook(size: int, seed: int = 0) -> np.ndarray:
-    """float32 [size, 40] of the stand-in tokenizer, both halves of unit length."""
+def codebook(size: int, seed: int = 0, semantic_dim: int = 32) -> np.ndarray:
+    """float32 [size, semantic_dim + 8] of the stand-in tokenizer, both halves of unit length."""
     halves = [
-        standin_weight(f"quantize.embedding_{name}.weight", (size, dim), seed) for name, dim in (("vqkd", 32), ("vqgan", 8))
+        standin_weight(f"quantize.embedding_{name}.weight", (size, dim), seed)
+        for name, dim in (("vqkd", semantic_dim), ("vqgan", 8))
     ]
     return np.concatenate([half / np.linalg.norm(half, axis=1, keepdims=True) for half in halves], axis=1)
 
 
-def tokenizer_bundle(directory: Path, patch_nums: tuple[int, ...], codebook_size: int) -> Bundle[TokenizerConfig]:
-    """A bundle without graphs: all that exporting a generator reads of its tokenizer."""
+def tokenizer_bundle(
+    directory: Path, patch_nums: tuple[int, ...], codebook_size: int, semantic_dim: int = 32
+) -> Bundle[TokenizerConfig]:
+    """A bundle whose graphs are empty: an export of a language model reads the rest of its tokenizer."""
     directory.mkdir(parents=True)
     side, codes = patch_nums[-1], sum(side * side for side in patch_nums)
     np.savez(
         directory / "reference.npz",
         images=np.zeros((1, 64, 64, 3), np.uint8),
         code_indices=np.zeros((1, codes), np.int32),
-        latent=np.zeros((1, 40, side, side), np.float32),
-        features=np.zeros((1, 40, side, side), np.float32),
+        latent=np.zeros((1, semantic_dim + 8, side, side), np.float32),
+        features=np.zeros((1, semantic_dim + 8, side, side), np.float32),
         decoded=np.zeros((1, 64, 64, 3), np.uint8),
         semantic=np.zeros((1, side * side, 4), np.float32),
-        codebook=codebook(codebook_size),
+        codebook=codebook(codebook_size, semantic_dim=semantic_dim),
     )
-    config = TokenizerConfig("mini", 64, patch_nums, codebook_size, 32, 8, 1.0, 4, "ab" * 32, "crop")
-    bundle = Bundle(directory, config, {}, {"reference": file_entry(directory / "reference.npz")}, {}, {})
+    config = TokenizerConfig("mini", 64, patch_nums, codebook_size, semantic_dim, 8, 1.0, 4, "ab" * 32, "crop")
+    images, indices = TensorSpec("images", "uint8", ("batch", 64, 64, 3)), TensorSpec("code_indices", "int32", ("batch", codes))
+    tensors = {
+        "encode": ((images,), (indices, TensorSpec("latent", "float32", ("batch", semantic_dim + 8, side, side)))),
+        "decode": ((indices,), (images,)),
+        "semantic": ((indices,), (TensorSpec("features", "float32", ("batch", side * side, 4)),)),
+        "features": ((indices,), (TensorSpec("features", "float32", ("batch", side * side, semantic_dim + 8)),)),
+    }
+    graphs = {}
+    for name, (inputs, outputs) in tensors.items():
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], name, [], [])), directory / f"{name}.onnx")
+        graphs[name] = GraphEntry((file_entry(directory / f"{name}.onnx"),), inputs, outputs)
+    bundle = Bundle(directory, config, graphs, {"reference": file_entry(directory / "reference.npz")}, {}, {})
     bundle.write_manifest()
     return bundle
 

@@ -19,5 +19,11 @@ def on_engines(bundle: Path, **options: object) -> Tokenizer:
     return Tokenizer.from_pretrained(bundle, **({"backend": "tensorrt", "build_config": FP32} | options))  # type: ignore[arg-type]
 
 
+def certificate_of(record: dict) -> dict:
+    """Of an engine that was compared on the GPU that is there, and on no other."""
+    (certificate,) = record["certificates"].values()
+    return certificate
+
+
 def records() -> list[dict]:
     return [json.loads(path.read_bytes()) for path in sorted(EngineCache().directory.glob("*.json"))]

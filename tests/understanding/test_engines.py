@@ -28,6 +28,7 @@ from tests.support.mini_understander import (
     reference_projector,
     write_checkpoint,
 )
+from tests.support.on_engines import certificate_of
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import Answer, AnswerParams, Understander
 from tokenflow_sdk.backends.cuda import CudaArray
@@ -103,7 +104,7 @@ def test_answers_on_engines_are_the_same(machine, mini_understander: Path, on_cp
         understander.tokenizer.close()
     assert sorted(machine[1].builds) == sorted(["decode", "encode", "features", "semantic", *GRAPHS])
     records = [json.loads(path.read_bytes()) for path in EngineCache().directory.glob("*.json")]
-    stored = [record["certificate"] for record in records if record["key"]["graph"] in GRAPHS]
+    stored = [certificate_of(record) for record in records if record["key"]["graph"] in GRAPHS]
     assert len(stored) == 4
     assert all(certificate["failures"] == [] and certificate["figures"]["same_choice"] == 1 for certificate in stored)
     del understander, chat

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.understanding.params import AnswerParams, sample_token
+from tokenflow_sdk.understanding.params import AnswerParams, sample_token, within
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_are_no_settings_is_named() -> None:
 
 @pytest.mark.parametrize(("given", "room", "taken"), [(None, 300, 256), (None, 9, 9), (None, 0, 1), (50, 9, 50)])
 def test_only_the_default_length_adapts_to_the_room(given: int | None, room: int, taken: int) -> None:
-    assert AnswerParams(given).within(room).max_tokens == taken
+    assert within(AnswerParams(given), room).max_tokens == taken
 
 
 def test_the_draw_is_transformers_own_distribution() -> None:

@@ -461,7 +461,7 @@ def test_questions_that_cannot_work_are_named(
     ],
 )
 def test_one_question_is_not_taken_for_several(understander: Understander, one: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"takes pairs of images and question.*answer_batch\(\[\(images, question\)"):
+    with pytest.raises(ArgumentError, match=r"answer_batch\(\[\(images, question\)"):
         understander.answer_batch(one)
 
 

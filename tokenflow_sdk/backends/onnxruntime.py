@@ -191,16 +191,16 @@ class OnnxRuntimeSession(Session):
     def _run_bound(self, session: Any, feeds: Mapping[str, Tensor], outputs: tuple[str, ...], where: str) -> Any:
         """Run with the wanted outputs bound to device `where`, so that no other output is copied, and return the binding."""
         assert self._bound_device is not None
-        binding = session.io_binding()
-        for name, value in feeds.items():
-            if isinstance(value, CudaArray):
-                binding.bind_input(name, *self._bound_device, value.dtype, value.shape, value.pointer)
-            else:
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name in outputs:
-            binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
-        # onnxruntime changes the thread's current GPU and does not restore it.
+        # onnxruntime copies inputs to the thread's current GPU, and changes it without restoring it.
         with nullcontext() if self._cuda is None else self._cuda.active():
+            binding = session.io_binding()
+            for name, value in feeds.items():
+                if isinstance(value, CudaArray):
+                    binding.bind_input(name, *self._bound_device, value.dtype, value.shape, value.pointer)
+                else:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name in outputs:
+                binding.bind_output(name, where, self._bound_device[1] if where != "cpu" else 0)
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         return binding

@@ -21,8 +21,9 @@ Provider = tuple[str, dict[str, str]]
 """Name and options of an execution provider."""
 
 _SETTINGS: dict[str, dict[str, str]] = {
-    # By default, recent GPUs round the inputs of float32 products to TF32, and OpenVINO on recent CPUs to bfloat16.
-    CUDA: {"use_tf32": "0"},
+    # By default, recent GPUs round the inputs of float32 products to TF32, and OpenVINO on recent CPUs to bfloat16. The
+    # arena would double with each extension, and every convolution be tried in all ways at each new shape.
+    CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
     OPENVINO: {"device_type": "CPU", "precision": "FP32"},
 }
 _preloaded = False

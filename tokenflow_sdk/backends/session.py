@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import integer, shown
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError
 
@@ -165,9 +166,8 @@ class SessionOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        kind, _, index = str(self.device).partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-            raise ArgumentError(f"There is no device {self.device!r}.", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+        if not (isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device)):
+            raise ArgumentError(f"There is no device {shown(self.device)}.", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
         if self.threads is not None:
             hint = "Give at least 1, or None for all cores."
             object.__setattr__(self, "threads", integer("threads", self.threads, 1, _MOST, "cannot run anything.", hint))

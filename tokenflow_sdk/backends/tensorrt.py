@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tokenflow_sdk.backends.cuda import Cuda, CudaPages
+from tokenflow_sdk.backends.engine_file import load_engine
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCallError
 from tokenflow_sdk.backends.tensorrt_module import create_or_raise, tensorrt_logger
@@ -32,7 +33,8 @@ class TensorRTSession(Session):
     """A deserialized engine.
 
     Args:
-        engine: the serialized engine.
+        engine: file of the serialized engine.
+        sha256: what its SHA-256 must be, in lower-case hex.
         name: name of the graph, for error messages.
         entry: the graph's entry in bundle.json.
         trt: the module, from `import_tensorrt`.
@@ -42,12 +44,14 @@ class TensorRTSession(Session):
         kernels: file for the kernels that TensorRT-RTX compiles at run time, read now and written by `close`; None keeps none.
 
     Raises:
-        BackendError: the engine was built for another version or GPU, or there is not enough GPU memory.
+        BackendError: the engine was built for another version or GPU, is damaged or cannot be read, or there is not enough GPU
+            memory.
     """
 
     def __init__(
         self,
-        engine: bytes,
+        engine: Path,
+        sha256: str,
         name: str,
         entry: GraphEntry,
         trt: Any,
@@ -60,7 +64,7 @@ class TensorRTSession(Session):
         self._log = tensorrt_logger(trt)
         self._kernels = _KernelCache(kernels) if kernels is not None and hasattr(trt, "IRuntimeCache") else None
         with cuda.active():
-            self._engine = self._deserialize(engine)
+            self._engine = self._deserialize(engine, sha256)
             super().__init__(
                 [_with_engine_dtype(trt, self._engine, spec) for spec in entry.inputs],
                 [_with_engine_dtype(trt, self._engine, spec) for spec in entry.outputs],
@@ -72,11 +76,11 @@ class TensorRTSession(Session):
             for _ in range(execution_contexts):
                 self._idle.put(self._make_context())
 
-    def _deserialize(self, data: bytes) -> Any:
+    def _deserialize(self, path: Path, sha256: str) -> Any:
         trt, log = self._trt, self._log
         with log.collect() as messages:
             self._runtime = create_or_raise(trt, messages, lambda: trt.Runtime(log))
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = load_engine(trt, self._runtime, path, sha256)
         if engine is None:
             raise BackendError(
                 f"The engine of {self._name} does not load in {trt.__name__} {trt.__version__}: "

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from tokenflow_sdk.arguments import file_path, instance, shown
 from tokenflow_sdk.bundle.external_data import check_external_data
 from tokenflow_sdk.bundle.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
@@ -82,11 +83,20 @@ class Bundle(Generic[C]):
 
     path: Path
     config: C
-    graphs: Mapping[str, GraphEntry]
-    assets: Mapping[str, FileEntry]
-    parity: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+    graphs: Mapping[str, GraphEntry] = field(hash=False)
+    assets: Mapping[str, FileEntry] = field(hash=False)
+    parity: Mapping[str, Any] = field(hash=False)
+    provenance: Mapping[str, Any] = field(hash=False)
     sha256: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        hint = "Open bundles with Bundle.open."
+        object.__setattr__(self, "path", Path(file_path("path", self.path)))
+        instance("config", self.config, CONFIGS, hint)
+        for name, kind in (("graphs", GraphEntry), ("assets", FileEntry), ("parity", object), ("provenance", object)):
+            for key, value in instance(name, getattr(self, name), Mapping, hint).items():
+                instance(f"a key of {name}", key, str, hint)
+                instance(f"{name}[{key!r}]", value, kind, hint)
 
     @property
     def in_half(self) -> bool:
@@ -110,7 +120,10 @@ class Bundle(Generic[C]):
                 config, or reads weights from a file that is not listed; a file is missing, or has another size.
             BundleKindError: the bundle is of another kind.
         """
-        path = Path(path)
+        path = Path(file_path("path", path))
+        kind: object = config
+        if not (isinstance(kind, type) and issubclass(kind, CONFIGS)):
+            raise ArgumentError("config is no class of a bundle's config.", "Give TokenizerConfig, say.")
         data, digest = read_manifest(path, sha256)
         for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):
             if key not in data:
@@ -170,9 +183,9 @@ class Bundle(Generic[C]):
         Raises:
             CorruptBundleError: the bundle has no such graph.
         """
-        if name not in self.graphs:
+        if not isinstance(name, str) or name not in self.graphs:
             have = ", ".join(self.graphs) or "none"
-            raise CorruptBundleError(f"{self.path} has no {name!r} graph (it has: {have}).", _AGAIN)
+            raise CorruptBundleError(f"{self.path} has no {shown(name)} graph (it has: {have}).", _AGAIN)
         return self.graphs[name]
 
     def graph_path(self, name: str) -> Path:
@@ -189,8 +202,8 @@ class Bundle(Generic[C]):
         Raises:
             CorruptBundleError: the bundle has no such asset.
         """
-        if name not in self.assets:
-            raise CorruptBundleError(f"{self.path} has no {name!r} file.", _AGAIN)
+        if not isinstance(name, str) or name not in self.assets:
+            raise CorruptBundleError(f"{self.path} has no {shown(name)} file.", _AGAIN)
         return self.assets[name]
 
     def verify(self, *entries: FileEntry) -> None:
@@ -204,7 +217,7 @@ class Bundle(Generic[C]):
         """
         entries = entries or tuple(self.files())
         for entry in entries:
-            self._check_size(entry)
+            self._check_size(instance("an entry", entry, FileEntry, "Give entries of this bundle, as bundle.asset(name)."))
         # hashlib releases the GIL, so that two files at a time take half as long.
         with ThreadPoolExecutor(2) as pool:
             digests = list(pool.map(self._digest, entries))
@@ -301,6 +314,7 @@ def _is_on_hub(name: str | os.PathLike[str]) -> bool:
 
 
 def _as_path(name: str | os.PathLike[str]) -> Path:
+    file_path("name", name)
     if name == TINY:
         return packaged_data(f"models/{TINY}")
     if not os.fspath(name):

@@ -102,15 +102,22 @@ def cache(arguments: argparse.Namespace) -> int:
     entries = store.entries()
     table = Table("graph", "target", "precision", "engine", "size", "comparison", "file")
     for entry in entries:
-        key, certificate = entry.key, Certificate.from_json(entry.certificate)
+        key = entry.key
         names = (key.graph, key.target, key.precision, f"{key.flavour} {key.version}")
-        verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"
+        verdict = ", ".join(_verdict(entry, architecture) for architecture in key.targets)
         table.add_row(*names, f"{entry.size / 1e6:,.1f} MB", verdict, entry.path.name)
     if entries:
         stdout.print(table)
     total = sum(entry.size for entry in entries)
     stdout.print(f"{len(entries)} engines, {total / 1e6:,.1f} MB, in {store.directory}", soft_wrap=True)
     return 0
+
+
+def _verdict(engine: CachedEngine, architecture: str) -> str:
+    """How the comparison on GPUs of one architecture ended, which is named if the engine is for several."""
+    certificate = Certificate.from_json(engine.certificates.get(architecture, {}))
+    verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"
+    return verdict if len(engine.key.targets) == 1 else f"{architecture} {verdict}"
 
 
 def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress: Progress) -> _Row:

@@ -73,7 +73,11 @@ def _print_engines(bundle: Bundle[Any]) -> None:
         return
     table = Table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
     for (title, target, config), engines in sets.items():
-        certificates = [Certificate.from_json(engine.certificate) for engine in engines]
+        certificates = [
+            Certificate.from_json(engine.certificates.get(architecture, {}))
+            for engine in engines
+            for architecture in engine.key.targets
+        ]
         worst = next((c for c in certificates if c is None or not c.passed), certificates[0])
         verdict = "not yet: at first use" if worst is None else worst.summary if worst.passed else "; ".join(worst.failures)
         precision = config.precision if config.decoder is None else f"{config.precision}, decoder {config.decoder}"

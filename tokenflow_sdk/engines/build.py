@@ -33,6 +33,7 @@ __all__ = [
     "REVISION",
     "BuiltEngine",
     "build_engine",
+    "compute_capabilities",
     "engine_graph",
 ]
 
@@ -112,7 +113,7 @@ def build_engine(
     graph: Path,
     entry: GraphEntry,
     profiles: Sequence[Profile],
-    target: str | None = None,
+    targets: tuple[str, ...] = (),
     workspace: int | None = None,
     progress: Progress | None = None,
     cuda: Cuda | None = None,
@@ -127,10 +128,10 @@ def build_engine(
         graph: the `.onnx` file, with its external data beside it.
         entry: the graph's entry in bundle.json.
         profiles: optimization profiles; the shapes of every call must fit one of them.
-        target: GPU architecture such as sm86 (TensorRT-RTX only); None: the GPU that builds.
+        targets: GPU architectures such as sm86, which the one engine is for (TensorRT-RTX only); empty: the GPU that builds.
         workspace: bytes of scratch memory the engine may use; None: no limit.
         progress: called after every step of the build's outermost phase.
-        cuda: the GPU to build on; None: no GPU is needed, because a `target` is given.
+        cuda: the GPU to build on; None: no GPU is needed, because `targets` are given.
 
     Returns:
         The engine, and what TensorRT said of it.
@@ -138,7 +139,7 @@ def build_engine(
     Raises:
         EngineBuildError: TensorRT cannot parse or build the graph, or would ignore one of its inputs.
         BackendError: TensorRT does not start on this machine.
-        ArgumentError: this TensorRT cannot build for the target.
+        ArgumentError: this TensorRT cannot build for one of the targets.
     """
     cancelled = threading.Event()
     monitor = _make_monitor(trt, progress, cancelled)
@@ -148,7 +149,7 @@ def build_engine(
         # TensorRT builds for the CUDA device that is current on the building thread.
         with nullcontext() if cuda is None else cuda.active(), tensorrt_logger(trt).collect() as messages:
             return _build(
-                trt, messages, graph, lambda builder: _builder_config(trt, builder, shapes, target, workspace, monitor)
+                trt, messages, graph, lambda builder: _builder_config(trt, builder, shapes, targets, workspace, monitor)
             )
 
     return _run_on_thread(work, cancelled)
@@ -220,14 +221,22 @@ def _run_on_thread(work: Callable[[], BuiltEngine], cancelled: threading.Event) 
 
 
 def _builder_config(
-    trt: Any, builder: Any, profiles: Sequence[Mapping[str, Shapes]], target: str | None, workspace: int | None, monitor: Any
+    trt: Any,
+    builder: Any,
+    profiles: Sequence[Mapping[str, Shapes]],
+    targets: tuple[str, ...],
+    workspace: int | None,
+    monitor: Any,
 ) -> Any:
     """TensorRT's `IBuilderConfig`; `profiles` give each input's least, usual and largest shape."""
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if target is not None:
-        _set_target(trt, config, target)
+    capabilities = compute_capabilities(trt, targets)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, i)
     # TF32 would round the inputs of float32 products to 10 bits of mantissa.
     config.clear_flag(trt.BuilderFlag.TF32)
     # Makes TensorRT log the layers of the engine, which is not larger for it.
@@ -244,17 +253,25 @@ def _builder_config(
 _REPORT_HINT = "Use backend='onnxruntime' for this bundle, or another version of TensorRT, and report it with this message."
 
 
-def _set_target(trt: Any, config: Any, target: str) -> None:
+def compute_capabilities(trt: Any, targets: Iterable[str]) -> list[Any]:
+    """TensorRT-RTX's values for GPU architectures such as sm86.
+
+    Raises:
+        ArgumentError: this TensorRT cannot build for one of them; full TensorRT builds for the GPU that is there only.
+    """
     known = getattr(trt, "ComputeCapability", None)
-    capability = getattr(known, target.upper(), None) if hasattr(config, "set_compute_capability") else None
-    if capability is None:
-        names = sorted(name.lower() for name in dir(known) if name.startswith("SM")) if known else []
+    names = {name.lower(): getattr(known, name) for name in dir(known) if name.startswith("SM")}
+    unknown = [target for target in targets if target.lower() not in names]
+    if unknown:
+        listed = ",".join(sorted(names, key=lambda name: (len(name), name)))
         raise ArgumentError(
-            f"{trt.__name__} {trt.__version__} cannot build for {target!r}.",
-            f"Choose one of: {', '.join(names)}." if names else "Build on a machine with that GPU, or with tensorrt-rtx.",
+            f"{trt.__name__} {trt.__version__} cannot build for {', '.join(map(repr, unknown))}.",
+            f"Choose from: {listed}. Engines for other GPUs, such as sm90, are built by full TensorRT on a machine with that "
+            "GPU: `--backend tensorrt` without --target."
+            if names
+            else "Build on a machine with that GPU and without --target, or with --backend tensorrt-rtx.",
         )
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(capability, 0)
+    return [names[target.lower()] for target in targets]
 
 
 def _make_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tokenflow_sdk.arguments import integer, real
+from tokenflow_sdk.arguments import file_path, instance, integer, real, shown
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 from tokenflow_sdk.files import file_status, packaged_data, read_regular
@@ -29,7 +30,7 @@ class BuildConfig:
 
     Args:
         backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, for which no engines are built.
-        targets: GPU architectures to build for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
+        targets: GPU architectures that each engine is for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
         precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
         decoder: 8-bit type of the convolutions of a tokenizer's decoder, `int8` or `fp8`; the bundle must have been calibrated
             (`tokenflow export calibrate`). None: `precision` holds for the decoder too.
@@ -50,11 +51,12 @@ class BuildConfig:
     workspace_gb: float = 0
 
     def __post_init__(self) -> None:
+        self._take_types()
         if self.backend not in (ONNXRUNTIME, *FLAVOURS):
             raise ArgumentError(
                 f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join((ONNXRUNTIME, *FLAVOURS))}."
             )
-        if not isinstance(self.targets, tuple) or not all(isinstance(t, str) and t.isalnum() for t in self.targets):
+        if not all(target.isalnum() for target in self.targets):
             raise ArgumentError(f"targets={self.targets!r} are no GPU architectures.", 'Give them like ("sm86", "sm89").')
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
@@ -69,21 +71,35 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
             )
-        sizes = self.batch if isinstance(self.batch, tuple) else ()
-        whole = len(sizes) == 3 and all(type(size) is int for size in sizes)
-        if not whole or not 1 == sizes[0] <= sizes[1] <= sizes[2] < 2**31:
+        if len(self.batch) != 3 or not 1 == self.batch[0] <= self.batch[1] <= self.batch[2] < 2**31:
             raise ArgumentError(
-                f"batch={self.batch!r} is not the least, usual and most images in a call, from one on: the last call of "
+                f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
                 "Write it as --batch 1,8,32.",
             )
-        pages = integer("pages", self.pages, 0, 2**31 - 1, "is no number of pages.", "Give 0 or more.")
-        object.__setattr__(self, "pages", pages)
+
+    def _take_types(self) -> None:
+        """Make each value one of its type, or say that it is none."""
+        several = "Give a list."
+        batch = instance("batch", self.batch, (list, tuple), "Give three integers: the least, usual and most images in a call.")
+        hint = "Give 0 or more."
+        values = {
+            "backend": instance("backend", self.backend, str, "Give a name."),
+            "targets": tuple(
+                instance("targets", each, str, several) for each in instance("targets", self.targets, (list, tuple), several)
+            ),
+            "precision": instance("precision", self.precision, str, "Give a name."),
+            "decoder": instance("decoder", self.decoder, (str, type(None)), "Give a name, or None."),
+            "batch": tuple(integer("batch", size, 0, None, "is no number of images.", "Give 1 or more.") for size in batch),
+            "pages": integer("pages", self.pages, 0, 2**31 - 1, "is no number of pages.", hint),
+        }
         # Left as it is, because engines' keys hold it as it is written.
-        real("workspace_gb", self.workspace_gb, 0, 2**20, "is no number of GiB.", "Give 0 or more.")
+        real("workspace_gb", self.workspace_gb, 0, 2**20, "is no number of GiB.", hint)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def from_file(cls, name: str) -> BuildConfig:
+    def from_file(cls, name: str | os.PathLike[str]) -> BuildConfig:
         """Read a build config from a TOML file.
 
         Args:
@@ -93,11 +109,11 @@ class BuildConfig:
             ArgumentError: there is no such build config, or it has an unknown setting or an invalid value.
             MissingPackageError: Python is older than 3.11 and tomli is not installed.
         """
-        places = (Path(name), packaged_data("engines/configs") / f"{name}.toml")
+        places = (Path(file_path("name", name)), packaged_data("engines/configs") / f"{name}.toml")
         path = next((path for path in places if _is_file(path)), None)
         if path is None:
             raise ArgumentError(
-                f"There is no build config {name!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
+                f"There is no build config {os.fspath(name)!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
             )
         values = _read_toml(path)
         unknown = sorted(set(values) - {field.name for field in fields(cls)} - {"about"})
@@ -108,8 +124,10 @@ class BuildConfig:
         return cls(**settings)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> BuildConfig | None:
+    def from_json(cls, data: object) -> BuildConfig | None:
         """The inverse of `to_json`; None if another version of the SDK wrote `data` and this one cannot read it."""
+        if not isinstance(data, Mapping):
+            return None
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         try:
             return cls(**values)
@@ -117,13 +135,15 @@ class BuildConfig:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """All settings but `targets`, for storage beside an engine: an engine's key names its one target."""
+        """All settings but `targets`, for storage beside an engine: an engine's key names its targets."""
         values = asdict(replace(self, targets=()))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def supports(self, batch: int, pages: int | None) -> bool:
         """Whether engines built by this config take `batch` images in a call and have a pool of `pages` pages (None: any)."""
-        return batch <= self.batch[2] and pages in (None, self.pages)
+        least = "Give 1 or more."
+        fits = integer("batch", batch, 0, None, "is no number of images.", least) <= self.batch[2]
+        return fits and (pages is None or integer("pages", pages, 0, None, "is no size of a pool.", least) == self.pages)
 
     def command(self, bundle: Path) -> str:
         """The `tokenflow build` command that builds the engines of the bundle at this path by this build config."""

@@ -1,7 +1,8 @@
 """A directory of built engines, each found by a key of everything it depends on, and evicted when least recently used.
 
 An engine is `<digest>.engine` with a record `<digest>.json` beside it: the engine's key, build config, size, SHA-256, figures
-and certificate. The record is written after the engine, so an engine without a record is incomplete and never used.
+and its certificates by GPU architecture. The record is written after the engine, so an engine without a record is incomplete
+and never used.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ import math
 import os
 import platform
 import re
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, OutputError, TokenFlowError
-from tokenflow_sdk.files import file_sha256, read_regular, write_atomic
+from tokenflow_sdk.files import file_sha256, file_status, read_regular, write_atomic
 
-__all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest"]
+__all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "default_limit", "graph_digest", "join_targets"]
 
 DEFAULT_LIMIT_GB = 20.0
-_SUFFIXES = (".json", ".engine", ".kernels")
-"""Endings of an engine's files: its record, the engine, and the kernels that TensorRT-RTX compiled from it."""
-_WRITTEN = re.compile(r"[0-9a-f]{32}\.(json|engine|kernels|lock)|\.[0-9a-f]{32}\.(json|engine|kernels)-[0-9a-f]{12}")
+_WRITTEN = re.compile(
+    r"[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels|lock)|\.[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels)-[0-9a-f]{12}"
+)
 """Names of all files that the cache writes: those of engines, their locks, and the temporary files of `write_atomic`."""
 _MOST_RECORD_BYTES = 2**24
 _MARK = "CACHEDIR.TAG"
@@ -80,7 +82,7 @@ def graph_digest(entry: GraphEntry) -> str:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything an engine depends on. A cached engine is used only if all of it is equal.
+    """Everything an engine depends on. A cached engine is used only if all of it is equal, but may have more targets.
 
     Attributes:
         graph: name of the graph in the bundle.
@@ -88,7 +90,7 @@ class EngineKey:
         revision: `tokenflow_sdk.engines.build.REVISION`.
         flavour: `tensorrt` or `tensorrt-rtx`.
         version: full version of TensorRT.
-        target: GPU architecture, e.g. sm86.
+        target: GPU architecture, e.g. sm86; several with commas in ascending order (`join_targets`), e.g. sm86,sm89,sm120.
         precision: `Annotations.key` of the graph: precision, pinned nodes and ranges.
         profile: digest of the optimization profiles and the workspace limit.
         gpu: model of the GPU that full TensorRT built on; empty for TensorRT-RTX, whose engines run on the whole architecture.
@@ -107,9 +109,18 @@ class EngineKey:
     system: str = f"{platform.system()}-{platform.machine()}".lower()
 
     @property
-    def runtime_and_gpu(self) -> tuple[str, str, str, str]:
-        """What loads and runs the engine: TensorRT flavour and version, GPU architecture and GPU model."""
-        return self.flavour, self.version, self.target, self.gpu
+    def targets(self) -> tuple[str, ...]:
+        """The GPU architectures one by one."""
+        return tuple(self.target.split(","))
+
+    def serves(self, other: EngineKey) -> bool:
+        """Whether an engine of this key can be used as one of `other`: it has the other's targets, and all else is equal."""
+        return replace(self, target=other.target) == other and set(other.targets) <= set(self.targets)
+
+    def runs_where(self, other: EngineKey) -> bool:
+        """Whether the same TensorRT and GPU that run an engine of `other` also run one of this key."""
+        same = (self.flavour, self.version, self.gpu) == (other.flavour, other.version, other.gpu)
+        return same and set(other.targets) <= set(self.targets)
 
     @property
     def digest(self) -> str:
@@ -122,6 +133,11 @@ class EngineKey:
         return f"{self.graph}, {self.precision}, {self.target}, {self.flavour} {self.version}"
 
 
+def join_targets(targets: Iterable[str]) -> str:
+    """GPU architectures as `EngineKey.target`: each once, in lower case, in ascending order."""
+    return ",".join(sorted({target.lower() for target in targets}, key=lambda target: (len(target), target)))
+
+
 @dataclass(frozen=True)
 class CachedEngine:
     """An engine in the cache.
@@ -130,7 +146,9 @@ class CachedEngine:
         key: what it depends on.
         path: of the serialized engine.
         size: in bytes.
-        certificate: result of its comparison with the reference, as `Certificate.to_json`; empty before the comparison.
+        sha256: of the serialized engine, as stored when it was built.
+        certificates: results of its comparisons with the reference, as `Certificate.to_json`, by the architecture of the GPU
+            that ran it; an architecture is missing before its comparison.
         build_config: what it was built by, as `BuildConfig.to_json`.
         figures: what TensorRT said of it; see `BuiltEngine`.
     """
@@ -138,14 +156,14 @@ class CachedEngine:
     key: EngineKey
     path: Path
     size: int
-    certificate: Mapping[str, Any]
+    sha256: str
+    certificates: Mapping[str, Mapping[str, Any]]
     build_config: Mapping[str, Any]
     figures: Mapping[str, Any]
 
-    @property
-    def kernels(self) -> Path:
-        """File for the kernels that TensorRT-RTX compiles from the engine on this machine."""
-        return self.path.with_suffix(".kernels")
+    def kernels(self, architecture: str) -> Path:
+        """File for the kernels that TensorRT-RTX compiles from the engine on a GPU of this architecture."""
+        return self.path.with_suffix(f".{architecture}.kernels")
 
 
 class EngineCache:
@@ -174,17 +192,32 @@ class EngineCache:
         return self._directory or default_directory()
 
     def get(self, key: EngineKey) -> CachedEngine | None:
-        """The engine of a key; None if it is missing or damaged. Marks it as used.
+        """An engine for a key; None if there is none, or it is damaged. Marks it as used.
 
-        The engine's SHA-256 is checked. A damaged engine is not removed, because another process may be writing it.
+        It is the engine of this very key, else one with more targets, as few as possible. Its SHA-256 is checked. A damaged
+        engine is not removed, because another process may be writing it.
         """
-        found = self._read(self._record(key))
-        if found is None or found.key != key or not _is_intact(found, self._record(key)):
-            return None
-        with suppress(OSError):
-            # The modification time of the record is the time of last use. A read-only cache is fine: nothing is evicted there.
-            os.utime(self._record(key))
+        return self._get(key, _is_intact)
+
+    def find(self, key: EngineKey) -> CachedEngine | None:
+        """As `get`, but of the engine only the size is checked: whoever loads it must compare its SHA-256."""
+        return self._get(key, _has_size)
+
+    def _get(self, key: EngineKey, usable: Callable[[CachedEngine], bool]) -> CachedEngine | None:
+        found = next((engine for engine in self._candidates(key) if usable(engine)), None)
+        if found is not None:
+            with suppress(OSError):
+                # The modification time of the record is the time of last use. A read-only cache is fine: nothing is evicted.
+                os.utime(self._record(found.key))
         return found
+
+    def _candidates(self, key: EngineKey) -> Iterator[CachedEngine]:
+        """The engines that serve a key, the preferred first."""
+        exact = self._read(self._record(key))
+        if exact is not None and exact.key == key:
+            yield exact
+        others = [engine for engine in self.entries() if engine.key != key and engine.key.serves(key)]
+        yield from sorted(others, key=lambda engine: len(engine.key.targets))
 
     def put(
         self, key: EngineKey, engine: bytes, build_config: Mapping[str, Any], figures: Mapping[str, int] | None = None
@@ -201,14 +234,9 @@ class EngineCache:
             OutputError: the directory cannot be written.
         """
         path = self._engine(key)
-        record = {
-            "key": asdict(key),
-            "size": len(engine),
-            "sha256": hashlib.sha256(engine).hexdigest(),
-            "build_config": dict(build_config),
-            "figures": dict(figures or {}),
-            "certificate": {},
-        }
+        digest = hashlib.sha256(engine).hexdigest()
+        made = CachedEngine(key, path, len(engine), digest, {}, dict(build_config), dict(figures or {}))
+        record = {name: value for name, value in asdict(made).items() if name != "path"}
         try:
             write_atomic(path, engine)
             write_atomic(self._record(key), json.dumps(record, indent=2).encode())
@@ -219,18 +247,24 @@ class EngineCache:
                 "--cache.",
             ) from error
         self._evict()
-        return CachedEngine(key, path, len(engine), {}, dict(build_config), dict(figures or {}))
+        return made
 
-    def certify(self, key: EngineKey, certificate: Mapping[str, Any]) -> None:
+    def certify(self, key: EngineKey, architecture: str, certificate: Mapping[str, Any]) -> None:
         """Store an engine's certificate (`Certificate.to_json`) in its record. Does nothing if the record is gone.
+
+        Args:
+            key: of the engine, with all its targets.
+            architecture: of the GPU that it was compared on.
+            certificate: the result.
 
         Raises:
             OutputError: the directory cannot be written.
         """
-        record = _read_record(self._record(key))
-        if record is None:
+        record, found = _read_record(self._record(key)), self._read(self._record(key))
+        if record is None or found is None:
             return
-        write_atomic(self._record(key), json.dumps(record | {"certificate": dict(certificate)}, indent=2).encode())
+        certificates = {**found.certificates, architecture: dict(certificate)}
+        write_atomic(self._record(key), json.dumps(record | {"certificates": certificates}, indent=2).encode())
 
     @contextmanager
     def building(self, key: EngineKey) -> Iterator[None]:
@@ -263,8 +297,18 @@ class EngineCache:
             lock.release()
 
     def entries(self) -> list[CachedEngine]:
-        """All engines with a readable record, most recently used first. The engines themselves are not read."""
-        records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
+        """All engines with a readable record, most recently used first. The engines themselves are not read.
+
+        Raises:
+            OutputError: the directory cannot be read.
+        """
+        try:
+            records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.directory} cannot be read: {getattr(error, 'strerror', None) or error}.",
+                "Check its permissions, or name another directory in $TOKENFLOW_CACHE or with --cache.",
+            ) from error
         return [found for path in records if (found := self._read(path)) is not None]
 
     def clear(self) -> int:
@@ -329,17 +373,21 @@ class EngineCache:
             return None
         try:
             key = EngineKey(**{field.name: str(data["key"][field.name]) for field in fields(EngineKey)})
-            contents = (dict(data[name]) for name in ("certificate", "build_config", "figures"))
-            found = CachedEngine(key, path.with_suffix(".engine"), int(data["size"]), *contents)
+            certificates = {str(name): dict(stored) for name, stored in dict(data.get("certificates", {})).items()}
+            contents = (dict(data[name]) for name in ("build_config", "figures"))
+            engine = path.with_suffix(".engine")
+            found = CachedEngine(key, engine, int(data["size"]), str(data["sha256"]), certificates, *contents)
         except (ValueError, LookupError, TypeError, OverflowError):
             return None
         # A record under another name would let `_evict` remove another's engine.
         return found if key.digest == path.stem and found.size >= 0 else None
 
     def _remove(self, digest: str) -> None:
-        for suffix in _SUFFIXES:
+        # The record first: without it the engine is not used.
+        others = (path for path in self.directory.glob(f"{digest}.*") if path.suffix in (".engine", ".kernels"))
+        for path in (self.directory / f"{digest}.json", *others):
             with suppress(OSError):
-                (self.directory / f"{digest}{suffix}").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         total = 0
@@ -357,11 +405,16 @@ def _last_used(record: Path) -> float:
         return 0
 
 
-def _is_intact(engine: CachedEngine, record: Path) -> bool:
+def _has_size(engine: CachedEngine) -> bool:
+    """Whether the engine is a file of the size in its record."""
+    status = file_status(engine.path)
+    return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == engine.size
+
+
+def _is_intact(engine: CachedEngine) -> bool:
     """Whether the engine's size and SHA-256 are those in its record."""
     try:
-        same_size = engine.path.stat().st_size == engine.size
-        return same_size and file_sha256(engine.path) == (_read_record(record) or {}).get("sha256")
+        return _has_size(engine) and file_sha256(engine.path) == engine.sha256
     except OSError:
         return False
 

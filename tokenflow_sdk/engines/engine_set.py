@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt, require_installed
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.build import Progress
+from tokenflow_sdk.engines.build import REVISION, Progress
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest, join_targets
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engines.profiles import pool_pages
 from tokenflow_sdk.errors import BackendError, OutputError
@@ -33,8 +34,8 @@ class Engines:
 
     Args:
         bundle: of any kind.
-        build_config: how the engines are built, and by which TensorRT. Its `targets` are ignored: engines are for the GPU
-            `device`.
+        build_config: how the engines are built, and by which TensorRT. If it has targets, the GPU must be one of them. Engines
+            that are missing are built for this GPU only; one in the cache may be for others too.
         device: CUDA index of the GPU.
         cache: where built engines are kept; None: the user's cache.
         execution_contexts: calls of one graph that may run at once.
@@ -42,8 +43,8 @@ class Engines:
 
     Raises:
         MissingPackageError: TensorRT or cuda-bindings is not installed.
-        BackendError: there is no usable GPU.
-        EngineBuildError, CorruptBundleError: see `engine_jobs`.
+        BackendError: there is no usable GPU, or the build config is not for this GPU.
+        ArgumentError, EngineBuildError, CorruptBundleError: see `engine_jobs`.
     """
 
     def __init__(
@@ -63,8 +64,11 @@ class Engines:
         self._execution_contexts, self._cuda_graphs = execution_contexts, cuda_graphs
         self.pages = pool_pages(bundle.config, build_config)
         """Pages of the key/value pool that a language model's engine is built for; 0 for a tokenizer."""
-        self._verified: dict[str, CachedEngine] = {}
-        here = build_config.with_overrides(targets=(self._cuda.architecture,) if build_config.backend == "tensorrt-rtx" else ())
+        self._found: dict[str, CachedEngine] = {}
+        self._may_repair = False
+        self._architecture = self._cuda.architecture
+        _require_target(build_config, self._architecture, self._cuda.device)
+        here = build_config.with_overrides(targets=(self._architecture,) if build_config.backend == "tensorrt-rtx" else ())
         self.jobs: dict[str, EngineJob] = {job.key.graph: job for job in engine_jobs(bundle, here, self._trt, device)}
 
     def missing(self) -> list[EngineJob]:
@@ -84,11 +88,11 @@ class Engines:
         Half precision comes before float32, then smaller batches before larger ones.
         """
         graphs = {graph_digest(entry) for entry in self.bundle.graphs.values()}
-        here = {job.key.runtime_and_gpu for job in self.jobs.values()}
+        here = next(iter(self.jobs.values())).key
         found = {
             BuildConfig.from_json(engine.build_config)
             for engine in self.cache.entries()
-            if engine.key.graph_sha256 in graphs and engine.key.runtime_and_gpu in here
+            if engine.key.graph_sha256 in graphs and engine.key.runs_where(here)
         }
         others = [config for config in found if config is not None and config != self.build_config]
         return sorted(
@@ -104,7 +108,7 @@ class Engines:
         """The certificate stored with the engines; None if an engine is missing or was not compared yet."""
         found = [self._find(job) for job in self.jobs.values()]
         engines = [engine for engine in found if engine is not None]
-        stored = [Certificate.from_json(engine.certificate) for engine in engines]
+        stored = [Certificate.from_json(engine.certificates.get(self._architecture, {})) for engine in engines]
         if len(engines) < len(self.jobs) or any(certificate is None for certificate in stored):
             return None
         return next((c for c in stored if c is not None and not c.passed), stored[0])
@@ -125,20 +129,22 @@ class Engines:
             EngineRefusedError: the engines do not reproduce the reference.
             OutputError, MissingPackageError: see `EngineJob.run`.
         """
+        self._may_repair = build
         missing = self.missing()
         if missing and not build:
             raise BackendError(
-                f"{self.build_config.backend} has no engine yet for {', '.join(job.key.title for job in missing)}.",
+                f"{self.build_config.backend} has no engine yet for {', '.join(map(self._title_of_missing, missing))}.",
                 f"Run `{self.build_config.command(self.bundle.path)}`, or leave build=False out.",
             )
         for number, job in enumerate(missing, 1):
             title = f"building {job.key.graph} ({number} of {len(missing)})"
             job.run(self._trt, self.cache, None if progress is None else _with_title(progress, title))
         certificate = self.certificate() or self.recertify()
-        certificate.require(
-            f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._cuda.architecture}"
-        )
+        self._require_passed(certificate)
         return certificate
+
+    def _require_passed(self, certificate: Certificate) -> None:
+        certificate.require(f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._architecture}")
 
     def recertify(self) -> Certificate:
         """Compare the engines with the bundle's reference now, and store the certificate with each engine.
@@ -153,22 +159,42 @@ class Engines:
         certificate = certify(self.bundle, self.open, config.precision, self.pages, decoder=config.decoder)
         try:
             for job in self.jobs.values():
-                self.cache.certify(job.key, certificate.to_json())
+                engine = self._find(job)
+                if engine is not None:
+                    self.cache.certify(engine.key, self._architecture, certificate.to_json())
         except OutputError as error:
             # The cache may be read-only, e.g. on a device that was shipped with its engines.
             logging.getLogger("tokenflow_sdk").warning("The comparison is repeated at the next start: %s", error)
-        self._verified.clear()
+        self._found.clear()
         return certificate
 
     def _find(self, job: EngineJob) -> CachedEngine | None:
-        """The job's engine in the cache, or None. Found engines are remembered, because each look-up hashes the whole file."""
-        found = self._verified.get(job.key.digest) or self.cache.get(job.key)
+        """The job's engine in the cache, or None. Found engines are remembered; loading compares their SHA-256."""
+        found = self._found.get(job.key.digest) or self.cache.find(job.key)
         if found is not None:
-            self._verified[job.key.digest] = found
+            self._found[job.key.digest] = found
         return found
+
+    def _title_of_missing(self, job: EngineJob) -> str:
+        """The title of a job without an engine, and why one in the cache is not used, if another SDK or TensorRT built it."""
+        earlier = next(
+            (
+                key
+                for key in (engine.key for engine in self.cache.entries())
+                if replace(key, revision=job.key.revision, version=job.key.version).serves(job.key)
+            ),
+            None,
+        )
+        if earlier is None:
+            return job.key.title
+        if earlier.revision != job.key.revision:
+            return f"{job.key.title} (one of layout {earlier.revision} is in the cache, and this SDK's engines have {REVISION})"
+        return f"{job.key.title} (one of {earlier.flavour} {earlier.version} is in the cache)"
 
     def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
         """Open a session on the engine of a graph. An `OpenSession`; call `prepare` first.
+
+        An engine that turns out damaged never runs. If `prepare` was allowed to build, it is built and compared again.
 
         Args:
             path: ignored.
@@ -176,11 +202,32 @@ class Engines:
             options: ignored.
 
         Raises:
-            BackendError: the engine is gone from the cache, or cannot be loaded.
+            BackendError: the engine is gone from the cache, damaged, or cannot be loaded.
+            EngineBuildError, EngineRefusedError: the engine in place of a damaged one cannot be built, or was refused.
         """
+        job = next(job for job in self.jobs.values() if job.entry == entry)
+        try:
+            return self._load(job)
+        except BackendError:
+            if not self._may_repair or self._is_not_damaged(job):
+                raise
+        self._found.clear()
+        # Only once: one that is damaged again at once is a fault of the disk.
+        self._may_repair = False
+        for other in self.jobs.values():
+            other.run(self._trt, self.cache)
+        self._require_passed(self.recertify())
+        self._may_repair = True
+        return self._load(job)
+
+    def _is_not_damaged(self, job: EngineJob) -> bool:
+        """Whether building again would not help: the job's engine is as it was stored, or gone."""
+        found, intact = self._find(job), self.cache.get(job.key)
+        return found is None or (intact is not None and intact.key == found.key)
+
+    def _load(self, job: EngineJob) -> Session:
         from tokenflow_sdk.backends.tensorrt import TensorRTSession
 
-        job = next(job for job in self.jobs.values() if job.entry == entry)
         engine = self._find(job)
         if engine is None:
             raise BackendError(
@@ -188,14 +235,24 @@ class Engines:
                 f"Run `{self.build_config.command(self.bundle.path)}`.",
             )
         return TensorRTSession(
-            engine.path.read_bytes(),
+            engine.path,
+            engine.sha256,
             job.key.graph,
-            entry,
+            job.entry,
             self._trt,
             self._cuda,
             self._execution_contexts,
             self._cuda_graphs,
-            engine.kernels,
+            engine.kernels(self._architecture),
+        )
+
+
+def _require_target(build_config: BuildConfig, architecture: str, device: int) -> None:
+    """Raise BackendError if a build config names targets, and this GPU is none of them."""
+    if build_config.targets and architecture not in join_targets(build_config.targets).split(","):
+        raise BackendError(
+            f"The build config is for {', '.join(build_config.targets)}, and GPU {device} is {architecture}.",
+            f"Name the build config of this GPU, add {architecture} to its targets, or leave targets out.",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +15,9 @@ from tokenflow_sdk.backends.cuda import Cuda
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.annotations import Annotations
-from tokenflow_sdk.engines.build import REVISION, BuiltEngine, Progress, build_engine, engine_graph
+from tokenflow_sdk.engines.build import REVISION, BuiltEngine, Progress, build_engine, compute_capabilities, engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest, join_targets
 from tokenflow_sdk.engines.profiles import Profile, graph_profiles
 from tokenflow_sdk.errors import BackendError, EngineBuildError, OutputError
 from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
@@ -30,7 +30,7 @@ _FIRST_FP8_ARCHITECTURE = 89
 
 @dataclass(frozen=True)
 class EngineJob:
-    """The engine of one graph for one GPU architecture, and all that is needed to build it.
+    """The engine of one graph for one or more GPU architectures, and all that is needed to build it.
 
     Attributes:
         graph: the bundle's `.onnx` file.
@@ -88,12 +88,12 @@ class EngineJob:
         half = None if config.precision == "fp32" else config.precision
         graph = engine_graph(self.graph, half, work, self.pinned, self.ranges)
         workspace = int(config.workspace_gb * 2**30) or None
-        target = self.key.target if config.targets else None
-        return build_engine(trt, graph, self.entry, self.profiles, target, workspace, progress, self.cuda)
+        targets = self.key.targets if config.targets else ()
+        return build_engine(trt, graph, self.entry, self.profiles, targets, workspace, progress, self.cuda)
 
 
 def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType, device: int = 0) -> Iterator[EngineJob]:
-    """Yield a job for every graph of a bundle and every target of a build config.
+    """Yield a job for every graph of a bundle. With several targets, its engine is for all of them.
 
     Args:
         bundle: of any kind.
@@ -102,6 +102,7 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
         device: CUDA index of the GPU.
 
     Raises:
+        ArgumentError: this TensorRT cannot build for a target of the build config, or TensorRT-RTX for the GPU.
         MissingPackageError, BackendError: the build config names no target, and cuda-bindings or a usable GPU is missing.
         EngineBuildError: the bundle has no reference; the build config asks for an 8-bit decoder, and the bundle has no ranges
             for it, or a target has no fp8 arithmetic.
@@ -109,36 +110,37 @@ def engine_jobs(bundle: Bundle[Any], build_config: BuildConfig, trt: ModuleType,
     """
     _require_reference(bundle)
     cuda = None if build_config.targets else _open_gpu(build_config, device)
-    targets = build_config.targets if cuda is None else (cuda.architecture,)
+    target = join_targets(build_config.targets if cuda is None else (cuda.architecture,))
+    if build_config.targets or build_config.backend == "tensorrt-rtx":
+        compute_capabilities(trt, target.split(","))
     # Full TensorRT picks kernels by timing them on this GPU model, and warns when another model loads the engine.
     gpu = cuda.model if cuda is not None and build_config.backend == "tensorrt" else ""
     profiles, annotations = graph_profiles(bundle, build_config), Annotations.of(bundle, build_config)
     if annotations.ranges is not None:
-        _require_fp8_support(annotations.ranges.dtype, targets)
-    for target in targets:
-        for name, entry in bundle.graphs.items():
-            sizes = " ".join(profile.canonical for profile in profiles[name])
-            key = EngineKey(
-                graph=name,
-                graph_sha256=graph_digest(entry),
-                revision=REVISION,
-                flavour=build_config.backend,
-                version=str(trt.__version__),
-                target=target,
-                precision=annotations.key(name),
-                gpu=gpu,
-                profile=hashlib.sha256(f"{sizes} {build_config.workspace_gb}".encode()).hexdigest()[:16],
-            )
-            yield EngineJob(
-                bundle.graph_path(name),
-                entry,
-                key,
-                profiles[name],
-                build_config,
-                annotations.pinned.get(name, ()),
-                annotations.ranges if name == "decode" else None,
-                cuda,
-            )
+        _require_fp8_support(annotations.ranges.dtype, target.split(","))
+    for name, entry in bundle.graphs.items():
+        sizes = " ".join(profile.canonical for profile in profiles[name])
+        key = EngineKey(
+            graph=name,
+            graph_sha256=graph_digest(entry),
+            revision=REVISION,
+            flavour=build_config.backend,
+            version=str(trt.__version__),
+            target=target,
+            precision=annotations.key(name),
+            gpu=gpu,
+            profile=hashlib.sha256(f"{sizes} {build_config.workspace_gb}".encode()).hexdigest()[:16],
+        )
+        yield EngineJob(
+            bundle.graph_path(name),
+            entry,
+            key,
+            profiles[name],
+            build_config,
+            annotations.pinned.get(name, ()),
+            annotations.ranges if name == "decode" else None,
+            cuda,
+        )
 
 
 def _require_reference(bundle: Bundle[Any]) -> None:
@@ -162,7 +164,7 @@ def _open_gpu(build_config: BuildConfig, device: int) -> Cuda:
         raise
 
 
-def _require_fp8_support(dtype: EightBit, targets: tuple[str, ...]) -> None:
+def _require_fp8_support(dtype: EightBit, targets: Iterable[str]) -> None:
     """Raise EngineBuildError if `dtype` is fp8 and a target has no fp8 arithmetic."""
     numbers = {target: re.fullmatch(r"sm(\d+)", target) for target in targets}
     older = [target for target, number in numbers.items() if number is not None and int(number[1]) < _FIRST_FP8_ARCHITECTURE]

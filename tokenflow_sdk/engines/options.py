@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import flag, instance, integer, shown
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
@@ -52,15 +53,20 @@ class RuntimeOptions:
         if isinstance(self.providers, str):
             raise ArgumentError(f"providers={self.providers!r} is one name.", f"Give a list: providers=[{self.providers!r}].")
         if self.providers is not None:
-            object.__setattr__(self, "providers", tuple(self.providers))
+            several = "Give a list of names."
+            names = instance("providers", self.providers, (list, tuple), several)
+            object.__setattr__(self, "providers", tuple(instance("providers", name, str, several) for name in names))
+        for name in ("build", "serve_while_building", "cuda_graphs"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
+        given: object = self.build_config
+        if isinstance(given, os.PathLike):
+            object.__setattr__(self, "build_config", os.fspath(given))
+        hint = "Give a BuildConfig, a name or a path."
+        instance("build_config", self.build_config, (BuildConfig, str, type(None)), hint)
         # SessionOptions checks device and threads.
         _ = self.session
-        if not isinstance(self.build_config, (BuildConfig, str, type(None))):
-            raise ArgumentError(
-                f"build_config={self.build_config!r} is no build config.", "Give a BuildConfig, or the name or path of one."
-            )
-        if self.backend not in BACKENDS:
-            raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+        if not isinstance(self.backend, str) or self.backend not in BACKENDS:
+            raise ArgumentError(f"There is no backend {shown(self.backend)}.", f"Choose one of: {', '.join(BACKENDS)}.")
         contexts = integer("execution_contexts", self.execution_contexts, 1, None, "runs nothing.", "Give at least 1.")
         object.__setattr__(self, "execution_contexts", contexts)
         if self.serve_while_building and (self.backend not in FLAVOURS or not self.build):

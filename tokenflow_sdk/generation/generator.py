@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator as Pieces
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
 from PIL import Image
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import instance, integer, items, shown
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.arrays import load_codebook
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
@@ -38,6 +38,9 @@ class GeneratedScale:
     codes: tuple[Codes, ...]
     tokenizer: Tokenizer = field(compare=False)
 
+    def __post_init__(self) -> None:
+        instance("tokenizer", self.tokenizer, Tokenizer, "Take results from Generator.stream.")
+
     def preview(self) -> list[Image.Image]:
         """The images so far, decoded now, one for each of the request's images."""
         return self.tokenizer.decode_batch(self.codes)
@@ -51,6 +54,11 @@ class Generation:
     params: SamplingParams
     timings: tuple[float, ...]
     tokenizer: Tokenizer = field(compare=False)
+
+    def __post_init__(self) -> None:
+        hint = "Take results from Generator.generate."
+        instance("tokenizer", self.tokenizer, Tokenizer, hint)
+        instance("params", self.params, SamplingParams, hint)
 
     @property
     def seed(self) -> int:
@@ -141,13 +149,13 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         Raises:
             ArgumentError: one prompt instead of several.
         """
-        one = isinstance(prompts, (str, bytes, bytearray)) or not isinstance(prompts, Iterable)
-        prompts = [] if one else list(prompts)
+        one, hint = (
+            isinstance(prompts, (str, bytes, bytearray)),
+            "Use generate(prompt), or give a list: generate_batch([prompt]).",
+        )
+        prompts = [] if one else list(items("prompts", prompts, hint))
         if one or any(isinstance(prompt, (int, np.integer)) for prompt in prompts):
-            raise ArgumentError(
-                "generate_batch takes several prompts, and this is one.",
-                "Use generate(prompt), or give a list: generate_batch([prompt]).",
-            )
+            raise ArgumentError("generate_batch takes several prompts, and this is one.", hint)
         params = self._params(preset, cfg_scale, seed, params)
         return self._generations([self._request(prompt, n, negative_prompt, params, strict, timeout) for prompt in prompts])
 
@@ -156,7 +164,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
     ) -> SamplingParams:
         if params is not None:
             if not isinstance(params, SamplingParams):
-                raise ArgumentError(f"params={params!r} are no settings of sampling.", "Give SamplingParams(...).")
+                raise ArgumentError(f"params={shown(params)} are no settings of sampling.", "Give SamplingParams(...).")
             return params if seed is None else replace(params, seed=seed)
         chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
         return SamplingParams.preset(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenflow_sdk.arguments import flag, shown
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
 from tokenflow_sdk.errors import CorruptBundleError, PromptError
@@ -44,6 +45,7 @@ class PromptEncoder:
             CorruptBundleError: text, and the bundle's `tokenizer.json` is damaged.
         MissingPackageError: text without the `tokenizers` package.
         """
+        strict = flag("strict", strict)
         ids = self._ids_of_text(prompt, name) if isinstance(prompt, str) else self._checked(prompt, name)
         limit = self._config.max_prompt - 1
         if len(ids) > limit:
@@ -72,7 +74,7 @@ class PromptEncoder:
             if isinstance(ids, (bytes, bytearray, memoryview)):
                 raise TypeError
             found = tuple(map(operator.index, ids))
-        except TypeError:
+        except (TypeError, ValueError):
             raise PromptError(
                 f"The {name} is {type(ids).__name__}, neither text nor a list of token ids.",
                 "Give a string, or a list of integers; for several prompts use generate_batch.",
@@ -81,5 +83,5 @@ class PromptEncoder:
             raise PromptError(f"The {name} has no tokens.", "Give text, or at least one token id.")
         wrong = [i for i in found if not c.is_text(i)]
         if wrong:
-            raise PromptError(f"Token id {wrong[0]} is not text.", f"Text ids are 0 .. {c.image_token_start - 1}.")
+            raise PromptError(f"Token id {shown(wrong[0])} is not text.", f"Text ids are 0 .. {c.image_token_start - 1}.")
         return found

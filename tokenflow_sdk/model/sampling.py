@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.arguments import integer, real
+from tokenflow_sdk.arguments import integer, real, shown
 from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.errors import ArgumentError
 
@@ -110,7 +110,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         passes = tuple(self.passes) if isinstance(self.passes, (list, tuple)) else ()
         if not 1 <= len(passes) <= 8 or not all(isinstance(step, Pass) for step in passes):
-            raise ArgumentError(f"passes={self.passes!r} is no list of passes.", "Give 1 to 8 Pass(top_k, top_p).")
+            raise ArgumentError(f"passes={shown(self.passes)} is no list of passes.", "Give 1 to 8 Pass(top_k, top_p).")
         hint = "Give a number from 0 (no guidance) to 1000; 7.5 is usual."
         object.__setattr__(self, "passes", passes)
         object.__setattr__(self, "cfg_scale", real("cfg_scale", self.cfg_scale, 0, 1000, "cannot guide.", hint))
@@ -128,7 +128,7 @@ class SamplingParams:
             ArgumentError: there is no such preset, or a value is out of range.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ArgumentError(f"There is no preset {name!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+            raise ArgumentError(f"There is no preset {shown(name)}.", f"Choose one of: {', '.join(PRESETS)}.")
         return cls(PRESETS[name], cfg_scale, seed)
 
 

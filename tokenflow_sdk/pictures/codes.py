@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tokenflow_sdk.arguments import file_path, instance, integer, items
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, CodesReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.pictures import tfc
@@ -101,9 +102,9 @@ class Codes:
         Raises:
             ArgumentError: there is no such scale.
         """
-        if not -self.n_scales <= i < self.n_scales:
-            raise ArgumentError(f"There is no scale {i} in codes of {self.n_scales} scales.", f"Use 0 .. {self.n_scales - 1}.")
-        i, scales = i % self.n_scales, self.scales
+        n = self.n_scales
+        i = integer("i", i, -n, n - 1, f"is no scale of codes of {n} scales.", f"Use 0 .. {n - 1}.") % n
+        scales = self.scales
         return self.indices[scales.starts[i] : scales.ends[i]].reshape(scales.sides[i], scales.sides[i])
 
     def truncate(self, n_scales: int) -> Codes:
@@ -115,10 +116,8 @@ class Codes:
         Raises:
             ArgumentError: `n_scales` is less than 1 or more than are present.
         """
-        if not 1 <= n_scales <= self.n_scales:
-            raise ArgumentError(
-                f"Codes of {self.n_scales} scales cannot be cut to {n_scales}.", f"Give 1 .. {self.n_scales} scales."
-            )
+        problem = f"is no number of scales to which codes of {self.n_scales} can be cut."
+        n_scales = integer("n_scales", n_scales, 1, self.n_scales, problem, f"Give 1 .. {self.n_scales}.")
         return self._of(self.header, self.indices[: self.scales.ends[n_scales - 1]])
 
     def padded(self) -> NDArray[np.int32]:
@@ -139,8 +138,8 @@ class Codes:
         Raises:
             CodebookMismatchError: the codebook or the scales differ.
         """
-        theirs = tfc.Header(variant, codebook_id[:16].lower(), codebook_size, tuple(patch_nums))
-        if (self.codebook_id, self.codebook_size, self.patch_nums) != (theirs.codebook_id, codebook_size, theirs.patch_nums):
+        theirs = _header(variant, codebook_id, codebook_size, patch_nums)
+        if replace(self.header, variant=variant) != theirs:
             raise CodebookMismatchError(
                 f"These codes were made by {_tokenizer(self.header)}, not by {_tokenizer(theirs)}.",
                 "Decode them with the bundle that encoded them; `tokenflow info` shows the codebook of files and bundles.",
@@ -157,6 +156,7 @@ class Codes:
         Raises:
             CorruptCodesError: not a `.tfc` file, damaged, or cut inside a scale.
         """
+        instance("data", data, (bytes, bytearray, memoryview), "Give bytes; Codes.load takes paths and files.")
         return cls._parse(bytes(data), describe(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -181,6 +181,8 @@ class Codes:
         """
         if isinstance(source, (bytes, bytearray, memoryview)):
             return cls.from_bytes(source)
+        if isinstance(source, os.PathLike):
+            source = file_path("source", source)
         return cls._parse(_read(source), describe(source))
 
     @classmethod
@@ -226,14 +228,22 @@ def _tokenizer(header: tfc.Header) -> str:
     return f"{header.variant} (codebook {header.codebook_id} of {header.codebook_size}, scales {sides})"
 
 
+def _header(variant: object, codebook_id: object, codebook_size: object, patch_nums: Iterable[object]) -> tfc.Header:
+    """A header of values of the right types; which values the format allows, `Header.problem` says."""
+    hint = "Give those of a tokenizer: its config has them."
+    wrong = "is no size."
+    return tfc.Header(
+        instance("variant", variant, str, hint),
+        instance("codebook_id", codebook_id, str, hint)[:16].lower(),
+        integer("codebook_size", codebook_size, 0, 2**63, wrong, hint),
+        tuple(integer("patch_nums", side, 0, 2**63, wrong, hint) for side in items("patch_nums", patch_nums, hint)),
+    )
+
+
 def _checked_header(codes: Codes) -> tfc.Header:
     hint = "Make them with Tokenizer.encode or Codes.load."
-    try:
-        sides = tuple(map(operator.index, codes.patch_nums))
-        header = tfc.Header(codes.variant, codes.codebook_id[:16].lower(), operator.index(codes.codebook_size), sides)
-        problem = header.problem()
-    except (TypeError, AttributeError) as error:
-        raise ArgumentError(f"Codes have a name or size of the wrong type: {error}.", hint) from error
+    header = _header(codes.variant, codes.codebook_id, codes.codebook_size, codes.patch_nums)
+    problem = header.problem()
     preparation: object = codes.preparation
     if not (preparation is None or isinstance(preparation, Preparation)):
         problem = f"the preparation {preparation!r}"

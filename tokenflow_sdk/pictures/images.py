@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.arguments import file_path, flag, integer
 from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, ImageShapeError
 from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess, check_color
@@ -78,7 +78,8 @@ def preprocess(
             `tokenflow_sdk.errors`.
     """
     Preparation(mode, color)  # refuses what there is not
-    return fit(load_image(source, color=color, max_pixels=max_pixels, draft_size=size if fast else None), size, mode)
+    draft_size = size if flag("fast", fast) else None
+    return fit(load_image(source, color=color, max_pixels=max_pixels, draft_size=draft_size), size, mode)
 
 
 def load_image(
@@ -100,6 +101,8 @@ def load_image(
         ImageReadError, CorruptImageError, ImageTooLargeError, ImageShapeError, ArrayError, ArgumentError: see
             `tokenflow_sdk.errors`.
     """
+    if isinstance(source, os.PathLike):
+        source = file_path("image", source)
     name = describe(source)
     check_color(color)
     max_pixels = integer("max_pixels", max_pixels, 1, None, "accepts no picture.", "Give an integer from 1 on.")

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.arguments import instance, integer
+from tokenflow_sdk.errors import ArgumentError
+
 __all__ = ["Scales"]
 
 D = TypeVar("D", bound=np.generic)
@@ -29,6 +32,13 @@ class Scales:
     """
 
     sides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        hint = "Give at least one side, coarse to fine, as (1, 2, 4)."
+        sides = instance("sides", self.sides, (list, tuple), hint)
+        if not sides:
+            raise ArgumentError("There are no scales without sides.", hint)
+        object.__setattr__(self, "sides", tuple(integer("sides", side, 1, None, "is no side.", hint) for side in sides))
 
     def __len__(self) -> int:
         return len(self.sides)
@@ -58,5 +68,8 @@ class Scales:
 
         Where the array is shorter, the last view is cut short and those of absent scales are empty.
         """
+        hint = f"Give an array with {self.total} codes along one of its axes."
+        ndim = instance("row", row, np.ndarray, hint).ndim
+        axis = integer("axis", axis, -ndim, ndim - 1, f"is no axis of an array of rank {ndim}.", hint)
         parts: list[NDArray[Any]] = np.split(row, self.ends[:-1], axis=axis)
         return parts

@@ -13,7 +13,7 @@ from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestRunner, RequestStream
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.image_features import ImageFeatures, ImageInput
-from tokenflow_sdk.understanding.params import AnswerParams
+from tokenflow_sdk.understanding.params import AnswerParams, within
 from tokenflow_sdk.understanding.prompt import ImageBlock, TokenPrompt
 from tokenflow_sdk.understanding.token_loop import AnswerRequest
 
@@ -121,7 +121,7 @@ class Answering:
     def _request(
         self, prompt: TokenPrompt, params: AnswerParams, keep: bool, began: float, timeout: float | None
     ) -> AnswerRequest:
-        params = params.within(self._context - len(prompt))
+        params = within(params, self._context - len(prompt))
         request = AnswerRequest(prompt, params, keep, began, progress=Progress(timeout, began))
         self._runner.check(request)
         return request

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from tokenflow_sdk.arguments import instance
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestStream
@@ -31,7 +32,7 @@ class Chat:
         preprocess: Preprocess | None = None,
         color: Color = "srgb",
     ) -> None:
-        self._answering = answering
+        self._answering = instance("answering", answering, Answering, "Make chats with Understander.chat.")
         self._images = answering.images(images, preprocess, color)
         self._last: AnswerRequest | None = None
         self._asked: dict[str, object] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenflow_sdk.arguments import shown
 from tokenflow_sdk.bundle.model_config import ChatTemplate
 from tokenflow_sdk.bundle.text_tokenizer import load_text_tokenizer, require_unicode
 from tokenflow_sdk.errors import CorruptBundleError, PromptError
@@ -134,5 +135,5 @@ class ChatText:
 
 def _checked(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
-        raise PromptError(f"{question!r} is no question.", "Ask something about the picture, in words.")
+        raise PromptError(f"{shown(question)} is no question.", "Ask something about the picture, in words.")
     return require_unicode(question)

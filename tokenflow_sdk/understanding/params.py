@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.arguments import integer, real
+from tokenflow_sdk.arguments import integer, items, real, shown
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.model.sampling import checked_seed, checked_top_k, checked_top_p, sample
 
-__all__ = ["DEFAULT_MAX_TOKENS", "AnswerParams", "sample_token"]
+__all__ = ["DEFAULT_MAX_TOKENS", "AnswerParams", "sample_token", "within"]
 
 DEFAULT_MAX_TOKENS = 256
 _HOTTEST, _COLDEST = 100.0, 0.01
@@ -71,17 +71,13 @@ class AnswerParams:
         """
         base = cls(seed=secrets.randbelow(2**63)) if params is None else params
         if not isinstance(base, AnswerParams):
-            raise ArgumentError(f"params={params!r} are no settings of an answer.", "Give AnswerParams(...).")
+            raise ArgumentError(f"params={shown(params)} are no settings of an answer.", "Give AnswerParams(...).")
         return replace(
             base,
             max_tokens=base.max_tokens if max_tokens is None else max_tokens,
             temperature=base.temperature if temperature is None else temperature,
             seed=base.seed if seed is None else seed,
         )
-
-    def within(self, room: int) -> AnswerParams:
-        """These, with as many tokens as a model reads after a question if `max_tokens` was not given."""
-        return self if self.max_tokens is not None else replace(self, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
 
     @property
     def greedy(self) -> bool:
@@ -95,11 +91,16 @@ def _checked_temperature(value: object) -> float:
     return found and real("temperature", value, _COLDEST, _HOTTEST, problem, hint)
 
 
-def _checked_stop_ids(ids: object) -> tuple[int, ...]:
+def _checked_stop_ids(ids: Iterable[object]) -> tuple[int, ...]:
     problem, hint = "ends no answer: it is no token id.", "Give a tuple of integers from 0 on, or None for the model's own."
-    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
-        raise ArgumentError(f"stop_ids={ids!r} are no token ids.", hint)
-    return tuple(integer("stop_ids", i, 0, None, problem, hint) for i in ids)
+    if isinstance(ids, (str, bytes, bytearray)):
+        raise ArgumentError(f"stop_ids={shown(ids)} are no token ids.", hint)
+    return tuple(integer("stop_ids", i, 0, None, problem, hint) for i in items("stop_ids", ids, hint))
+
+
+def within(params: AnswerParams, room: int) -> AnswerParams:
+    """Settings with as many tokens as a model reads after a question if `max_tokens` was not given."""
+    return params if params.max_tokens is not None else replace(params, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
 
 
 def sample_token(logits: NDArray[np.floating], params: AnswerParams, answer: Sequence[int], noise: float) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from time import perf_counter
 
+from tokenflow_sdk.arguments import items
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError
@@ -110,12 +111,10 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         Raises:
             ArgumentError: something else than pairs, e.g. one question.
         """
-        pairs = list(questions) if isinstance(questions, Iterable) else [questions]
+        hint = "Write answer_batch([(images, question), ...]), or answer(images, question) for one question."
+        pairs = list(items("questions", questions, hint))
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-            raise ArgumentError(
-                "answer_batch takes pairs of images and question.",
-                "Write answer_batch([(images, question), ...]), or answer(images, question) for one question.",
-            )
+            raise ArgumentError("answer_batch takes pairs of images and question.", hint)
         chosen = AnswerParams.of(max_tokens, temperature, seed, params)
         self._answering.warn_of_preparation([images for images, _ in pairs], preprocess)
         requests = [self._request(images, question, chosen, preprocess, color, timeout) for images, question in pairs]
@@ -142,9 +141,9 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         images: ImageInput | Sequence[ImageInput],
         question: str,
         params: AnswerParams,
-        preprocess: Preprocess | None,
-        color: Color,
-        timeout: float | None,
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        timeout: float | None = None,
     ) -> AnswerRequest:
         began = perf_counter()
         blocks = self._answering.images(images, preprocess, color)

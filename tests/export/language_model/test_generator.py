@@ -63,7 +63,7 @@ def test_the_sampling_graph_is_its_numpy_twin(bundle: Bundle[GeneratorConfig], w
         "noise": rng.random((rows, count), dtype=np.float32),
         "ranks": np.arange(window, dtype=np.int32),
     }
-    codes, logits = session.run(None, feeds)
+    codes, logits = session.run(["code_indices", "logits"], feeds)
     for row in range(rows):
         expected = sample(logits[row], int(feeds["top_k"][row]), float(feeds["top_p"][row]), feeds["noise"][row])
         assert (codes[row] == expected).mean() >= 0.995

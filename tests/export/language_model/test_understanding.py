@@ -207,8 +207,8 @@ def test_a_head_that_is_missing_or_surplus_is_named(tokenizer: Bundle[TokenizerC
         export_quietly(tied, tokenizer, tmp_path / "out")
 
 
-def test_features_of_another_width_do_not_fit(checkpoint: Path, tokenizer: Bundle[TokenizerConfig], tmp_path: Path) -> None:
-    other = replace(tokenizer, config=replace(tokenizer.config, semantic_dim=16))
+def test_features_of_another_width_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    other = tokenizer_bundle(tmp_path / "other", SIDES, 500, semantic_dim=16)
     words = r"mis-shaped \(first: model.mm_projector.0.weight \[32, 40\] instead of \[32, 24\]"
     with pytest.raises(CheckpointError, match=words):
         export_quietly(checkpoint, other, tmp_path / "out")
