@@ -86,8 +86,8 @@ def test_results_and_settings_are_equal_to_their_copies(thing: Any, duplicate: C
 
 
 def test_every_public_class_is_copied_here() -> None:
-    opened = {"Bundle", "Chat", "GeneratedScale", "Generation", "Generator", "RequestStream", "TokenFlowError", "Tokenizer"}
-    opened |= {"Understander"}
+    opened = {"Bundle", "Chat", "GeneratedScale", "Generation", "Generator", "RequestStream"}
+    opened |= {"TokenFlowError", "Tokenizer", "Understander"}
     assert {type(thing).__name__ for thing in PLAIN} | opened | {"__version__"} >= set(tokenflow_sdk.__all__)
     assert isinstance(PARAMS.passes[0], Pass)
 
@@ -207,16 +207,18 @@ def test_drawings_arrive_where_their_tokenizer_is_not(mini_generator: Path, mini
         _ = pickled(drawn).images
 
 
-def test_answers_are_copied_and_chats_say_what_to_send(mini_understander: Path) -> None:
+def test_answers_are_copied_and_chats_and_streams_say_what_to_send(mini_understander: Path) -> None:
     with Understander.from_pretrained(mini_understander, threads=1) as understander:
         answer = understander.answer(PHOTO, "what?", max_tokens=3, seed=1)
-        chat = understander.chat(PHOTO)
+        chat, stream = understander.chat(PHOTO), understander.stream(PHOTO, "what?")
         with pickled(understander) as again:
             other = again.answer(PHOTO, "what?", max_tokens=3, seed=1)
     assert pickled(answer) == answer == dataclasses.replace(other, timings=answer.timings)
     for duplicate in COPIES:
         with pytest.raises(ArgumentError, match="Send its `turns` and the images"):
             duplicate(chat)
+        with pytest.raises(ArgumentError, match=r"Send its result\(\)"):
+            duplicate(stream)
 
 
 def draw(generator: Generator, prompt: str) -> Generation:

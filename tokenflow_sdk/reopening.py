@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.forking import no_fork
 
 __all__ = ["Reopening"]
 
@@ -48,7 +49,7 @@ class Reopening:
             )
         assert self._arguments is not None
         opened = type(self).open(*self._arguments)  # type: ignore[attr-defined]
-        with publishing:
+        with no_fork(), publishing:
             first = self._unopened is not None
             if first:
                 vars(self).update(vars(opened), _unopened=None)

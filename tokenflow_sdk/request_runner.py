@@ -128,7 +128,7 @@ class RequestStream(Iterator[Piece], Generic[Piece, Result]):
         self._ended = False
 
     def __reduce__(self) -> NoReturn:
-        raise ArgumentError("A stream stays with its model, so it cannot be copied or pickled.", "Send its result().")
+        raise ArgumentError("A stream stays where its model runs, so it cannot be copied or pickled.", "Send its result().")
 
     def __next__(self) -> Piece:
         """The next piece.

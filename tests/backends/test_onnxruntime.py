@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -173,3 +174,13 @@ def test_an_application_with_an_arena_of_its_own_keeps_it(mini_bundle: Path) -> 
 def test_importing_the_backend_does_not_import_the_engine() -> None:
     script = f"import sys, {backend.__name__}; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_onnxruntime_sends_no_telemetry_unless_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in ((None, "1"), ("0", "0")):
+        with monkeypatch.context() as patch:
+            patch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+            if before is not None:
+                patch.setenv("ORT_DISABLE_TELEMETRY", before)
+            backend.import_onnxruntime()
+            assert os.environ["ORT_DISABLE_TELEMETRY"] == after

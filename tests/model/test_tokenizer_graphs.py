@@ -155,3 +155,19 @@ def test_threads_that_need_a_graph_at_once_open_it_once() -> None:
 
 def test_the_bundle_is_the_one_it_was_made_of() -> None:
     assert make(Opener()).bundle.config is CONFIG
+
+
+def test_a_signal_handler_may_close_while_its_thread_loads_a_graph() -> None:
+    opener = Opener()
+
+    def interrupted(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        graphs.close()
+        return opener(path, entry, options)
+
+    graphs = make(interrupted)
+    loading = threading.Thread(target=graphs.load, args=("encode",), daemon=True)
+    loading.start()
+    loading.join(30)
+    assert not loading.is_alive()
+    with pytest.raises(ArgumentError, match="closed"):
+        graphs.encode(IMAGES)

@@ -122,6 +122,7 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
     expected = np.asarray(noise(20, 30))
     with (tmp_path / "p.png").open("rb") as file:
         sources = [str(tmp_path / "p.png"), tmp_path / "p.png", content, bytearray(content), memoryview(content), file]
+        sources.append(memoryview(bytes(byte for pair in zip(content, content, strict=True) for byte in pair))[::2])
         sources += [io.BytesIO(content), noise(20, 30), expected]
         for source in sources:
             assert np.array_equal(np.asarray(load_image(source)), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions
 from tokenflow_sdk.backends.zero_points import refuse_aborting_graph
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.forking import keep_in_children, no_fork
 
-__all__ = ["OnnxRuntimeSession", "open_onnxruntime"]
+__all__ = ["OnnxRuntimeSession", "import_onnxruntime", "open_onnxruntime"]
 
 _DTYPES = {f"tensor({theirs})": ours for theirs, ours in {"float": "float32", "float16": "float16"}.items()} | {
     f"tensor({name})": name for name in ("uint8", "int32", "int64")
@@ -31,7 +33,15 @@ _arena_lock = threading.Lock()
 _arena_registered = False
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """onnxruntime, without the telemetry that it has since 1.32 unless `ORT_DISABLE_TELEMETRY` says that it may.
+
+    Telemetry starts threads when onnxruntime is imported, and at its end a forked child would wait for them for ever.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -48,7 +58,7 @@ def _register_shared_arena(ort: Any) -> None:
     instead of 2.08 GB with a shared arena and without memory patterns, at the same speed.
     """
     global _arena_registered
-    with _arena_lock:
+    with no_fork(), _arena_lock:
         if _arena_registered:
             return
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
@@ -91,7 +101,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, path: Path, entry: GraphEntry, options: SessionOptions) -> None:
         super().__init__(entry.inputs, entry.outputs)
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         refuse_aborting_graph(path, ort.__version__)
         providers = select_providers(list(ort.get_available_providers()), options)
         if any(name in (CUDA, TENSORRT) for name, _ in providers):
@@ -110,7 +120,8 @@ class OnnxRuntimeSession(Session):
         settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             # The fallback would print a message and run on the CPU instead.
-            self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+            with no_fork():
+                self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
         except Exception as error:
             if not _is_own(error):
                 raise
@@ -118,6 +129,7 @@ class OnnxRuntimeSession(Session):
                 f"onnxruntime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
                 "Check free memory and `tokenflow verify BUNDLE`; an older onnxruntime may not know the graph's operators.",
             ) from error
+        keep_in_children(self._session)
         _trim_heap()
         used = self._session.get_providers()
         if options.device == "auto" and options.providers is None and CUDA not in used:
@@ -150,9 +162,10 @@ class OnnxRuntimeSession(Session):
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         session = self._open_session()
         try:
-            if self._bound_device is None:
-                return list(session.run(list(outputs), dict(feeds)))
-            return list(self._run_bound(session, feeds, outputs, "cpu").copy_outputs_to_cpu())
+            with no_fork():
+                if self._bound_device is None:
+                    return list(session.run(list(outputs), dict(feeds)))
+                return list(self._run_bound(session, feeds, outputs, "cpu").copy_outputs_to_cpu())
         except Exception as error:
             if not _is_own(error):
                 raise
@@ -163,7 +176,8 @@ class OnnxRuntimeSession(Session):
             return self._infer(feeds, outputs)
         session = self._open_session()
         try:
-            found = self._run_bound(session, feeds, outputs, self._bound_device[0]).get_outputs()
+            with no_fork():
+                found = self._run_bound(session, feeds, outputs, self._bound_device[0]).get_outputs()
         except Exception as error:
             if not _is_own(error):
                 raise
@@ -206,7 +220,8 @@ class OnnxRuntimeSession(Session):
         return binding
 
     def close(self) -> None:
-        self._session = None
+        with no_fork():
+            self._session = None
 
 
 def _compatible(want: TensorSpec, have: TensorSpec) -> bool:

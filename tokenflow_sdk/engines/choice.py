@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import driver_problem
-from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.onnxruntime import import_onnxruntime, open_onnxruntime
 from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
@@ -20,7 +19,7 @@ from tokenflow_sdk.bundle.model_config import PAGE_SIZE
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.engine_set import Engines, progress_bar
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import ArgumentError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
 
 __all__ = ["Candidate", "Needs", "choose", "engines_for", "survey"]
 
@@ -133,9 +132,9 @@ def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Nee
 
 def _onnxruntime_candidates(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
     try:
-        available = importlib.import_module("onnxruntime").get_available_providers()
-    except ImportError as error:
-        yield Candidate("onnxruntime", "onnxruntime", False, f"not installed ({error})")
+        available = import_onnxruntime().get_available_providers()
+    except MissingPackageError as error:
+        yield Candidate("onnxruntime", "onnxruntime", False, error.message)
         return
     if options.device != "cpu":
         cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")

@@ -12,6 +12,7 @@ from tokenflow_sdk.backends.session import Array, OpenSession, Session, SessionO
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.forking import no_fork
 
 __all__ = ["TokenizerGraphs"]
 
@@ -38,13 +39,14 @@ class TokenizerGraphs:
         self.batch_limit = batch_limit
         self._open_session, self._options = open_session, options
         self._sessions: dict[str, Session] = {}
-        self._lock = threading.Lock()
+        # A signal handler may close this, or use it, while the thread that it interrupted loads a graph.
+        self._lock = threading.RLock()
         self._closed = False
 
     @property
     def devices(self) -> list[str]:
         """Devices of the graphs loaded so far, sorted, e.g. `["cuda:0"]`."""
-        with self._lock:
+        with no_fork(), self._lock:
             return sorted({session.device for session in self._sessions.values()})
 
     def load(self, name: str) -> Session:
@@ -57,7 +59,7 @@ class TokenizerGraphs:
             ArgumentError: `close` was called.
             CorruptBundleError, BackendError, MissingPackageError: the graph is missing or cannot be loaded.
         """
-        with self._lock:
+        with no_fork(), self._lock:
             if self._closed:
                 raise ArgumentError("This Tokenizer is closed.", "Make a new one with Tokenizer.from_pretrained.")
             if name not in self._sessions:
@@ -87,7 +89,7 @@ class TokenizerGraphs:
 
     def close(self) -> None:
         """Close the sessions. May be called more than once; other calls then raise ArgumentError."""
-        with self._lock:
+        with no_fork(), self._lock:
             self._closed = True
             for session in self._sessions.values():
                 session.close()

@@ -111,7 +111,7 @@ def load_image(
     if isinstance(source, Image.Image):
         return decode_image(source, name, max_pixels, color)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_file(io.BytesIO(source), name, max_pixels, draft_size, color)
+        return decode_file(io.BytesIO(bytes(source)), name, max_pixels, draft_size, color)
     if isinstance(source, (str, os.PathLike)):
         return _from_path(source, name, max_pixels, draft_size, color)
     if hasattr(source, "read") and hasattr(source, "seek"):
