@@ -66,7 +66,13 @@ PLAIN: list[Any] = [
     REPORT,
     LanguageModelReport(0.1, 0.995, 0.95, "token"),
     CachedEngine(
-        EngineKey("decode", "ab", "1", "tensorrt", "10", "sm86", "fp16", "p"), Path("a"), 5, {}, {"pages": 1}, {"kernels": 3}
+        EngineKey("decode", "ab", "1", "tensorrt", "10", "sm86", "fp16", "p"),
+        Path("a"),
+        5,
+        "cd",
+        {},
+        {"pages": 1},
+        {"kernels": 3},
     ),
 ]
 

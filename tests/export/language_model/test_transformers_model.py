@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.fuzzing import examples
 from tests.support.mini_generator import tokenizer_bundle
 from tests.support.mini_understander import byte_fallback_tokenizer, byte_level_tokenizer, export_quietly
 from tests.support.small_language_model import IDS, SIZES, exporters_logits, state_of, transformers_model, write_directory
@@ -201,7 +202,8 @@ def test_random_checkpoints_are_read_as_transformers_reads_them_or_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.fuzz
+@examples(20)
 @given(checkpoints())
 def test_bundles_of_random_checkpoints_compute_what_transformers_computes(
     drawn: tuple[dict[str, Any], torch.dtype, str, int],
