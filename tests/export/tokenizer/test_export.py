@@ -18,6 +18,7 @@ from PIL import Image
 from tests.support.mini import MINI, export_mini, mini_model
 from tokenflow_export.cli import main
 from tokenflow_export.tokenizer import export as exporter
+from tokenflow_export.tokenizer.reference_images import reference_pictures
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
@@ -195,7 +196,7 @@ def test_a_small_checkpoint_goes_all_the_way_on_the_command_line(
     (tmp_path / "photos").mkdir()
     assert main([*words, "--images", str(tmp_path / "photos")]) == 2
     assert "photos holds no pictures" in capsys.readouterr().err
-    Image.new("RGB", (90, 70), "tomato").save(tmp_path / "photos" / "a.png")
+    Image.fromarray(reference_pictures(80, 5)[4, :70]).save(tmp_path / "photos" / "a.png")
     assert main([*words, "--images", str(tmp_path / "photos")]) == 0
     out = capsys.readouterr().out
     assert "checked on 5 pictures" in out
