@@ -240,7 +240,7 @@ class Tokenizer(Reopening):
         Raises:
             ArgumentError: there is no such preprocessing or colour.
         """
-        return Preparation(self.config.preprocess if preprocess is None else preprocess, color, bool(fast))
+        return Preparation(self.config.preprocess if preprocess is None else preprocess, color, flag("fast", fast))
 
     def preprocess(
         self,

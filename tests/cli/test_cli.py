@@ -91,7 +91,7 @@ def test_one_bad_file_of_several_does_not_stop_the_others(
         (["encode", PHOTO, "--bundle", "{bundle}", "--batch-limit", "0"], "batch_limit=0"),
         (["encode", "empty", "--bundle", "{bundle}"], "empty holds no pictures"),
         (["decode", PHOTO, "--bundle", "{bundle}"], "not a file of TokenFlow codes"),
-        (["decode", "p.tfc", "--bundle", "{bundle}", "--scales", "9"], "cannot be cut to 9"),
+        (["decode", "p.tfc", "--bundle", "{bundle}", "--scales", "9"], "n_scales=9 is no number of scales"),
         (["decode", "p.tfc", "--bundle", "{bundle}", "-o", "p.xyz"], "no ending of a picture format"),
         (["decode", "other.tfc", "--bundle", "{bundle}"], "made by other"),
         (["info", "nowhere"], "no bundle at nowhere"),

@@ -47,10 +47,10 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("pages = -1", "pages=-1 is no number of pages"),
         ("pages = 1e400", "no number of pages"),
         ("workspace_gb = nan", "no number of GiB"),
-        ('targets = "sm86"', "no GPU architectures"),
-        ('targets = [["sm86"]]', "no GPU architectures"),
+        ('targets = "sm86"', "targets cannot be of type str"),
+        ('targets = [["sm86"]]', "targets cannot be of type"),
         ('backend = "cuda"', "no backend .cuda."),
-        ("batch = [1, 1, 1.0]", "least, usual and most"),
+        ("batch = [1, 1, 1.0]", "batch=1.0 is no number of images"),
     ],
 )
 def test_mistakes_in_recipes_are_named(text: str, words: str, tmp_path: Path) -> None:

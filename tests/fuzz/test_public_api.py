@@ -67,7 +67,10 @@ def members(cls: type) -> list[str]:
     return found if inspect.isabstract(cls) else ["__init__", *found]
 
 
-TARGETS = [(cls, name) for cls in public_classes() for name in members(cls)]
+# Streams are made by models only.
+TARGETS = [
+    (cls, name) for cls in public_classes() for name in members(cls) if (cls, name) != (tokenflow_sdk.RequestStream, "__init__")
+]
 
 
 def parameters(cls: type, name: str) -> list[inspect.Parameter]:
@@ -100,6 +103,7 @@ class World:
             type(thing): thing
             for thing in (
                 *(self.codes, self.codes.scales, generator_codes, next(self.model(Generator).stream("w2")), chat),
+                self.model(Generator).stream("w3"),
                 *(chat.ask("what?", max_tokens=2), Pass(3, 0.5), SamplingParams(), AnswerParams(), BuildConfig()),
                 *(RuntimeOptions(device="cpu"), self.model(Tokenizer).bundle, TokenFlowError("What.", "How.")),
             )

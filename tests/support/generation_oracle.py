@@ -69,7 +69,7 @@ class UncachedGenerator:
         positions = torch.arange(x[0].shape[0], device=self.device)[None].expand(2, -1)
         hidden = self.transformer(torch.stack(x), positions, torch.stack(mask))[:, -count:]
         self.token_forwards += 2 * x[0].shape[0]
-        logits = F.linear(hidden, head)
+        logits = F.linear(hidden.to(head.dtype), head)
         logits = (1 + t) * logits[0] - t * logits[1]
         return logits[:, c.image_token_start : c.image_token_start + c.codebook_size]
 

@@ -25,7 +25,7 @@ from tokenflow_sdk.understanding.params import AnswerParams, sample_token, withi
         ({"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"stop_ids": ("a",)}, "stop_ids"),
-        ({"stop_ids": 5}, "stop_ids=5 are no token ids"),
+        ({"stop_ids": 5}, "stop_ids cannot be of type int"),
         ({"stop_ids": "5"}, "stop_ids='5' are no token ids"),
         ({"stop_ids": b"5"}, "stop_ids=b'5' are no token ids"),
         ({"stop_ids": (3, -3)}, "stop_ids=-3"),

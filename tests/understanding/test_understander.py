@@ -256,9 +256,9 @@ def test_features_that_overflow_fail_alone(understander: Understander) -> None:
     assert pool_is_clean(understander)
 
 
-@pytest.mark.parametrize(("precision", "size"), [(FULL_PRECISION, 3e38), (ExportPrecision("fp16"), 1e6)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [FULL_PRECISION, ExportPrecision("fp16")], ids=str)
 def test_pages_of_what_overflowed_are_clean(
-    precision: ExportPrecision, size: float, reference: Reference, mini_bundle: Path, tmp_path: Path
+    precision: ExportPrecision, reference: Reference, mini_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = reference.bundle
     if precision != FULL_PRECISION:
@@ -272,7 +272,7 @@ def test_pages_of_what_overflowed_are_clean(
             while understander._runner.model.scheduler.cache.evict():
                 pass
             with pytest.raises(NotFiniteError):
-                understander.answer(wide(size), "?", params=params)
+                understander.answer(wide(3e38), "?", params=params)
             assert transformer.pool.free == 8
             assert understander.answer(features(8), "?", params=params).token_ids == expected
         assert all(np.isfinite(np.asarray(pages.slots)).all() for pages in (transformer._k, transformer._v))

@@ -154,7 +154,8 @@ class Bundle(Generic[C]):
 
     def portable_name(self, name: str | os.PathLike[str]) -> str | Path:
         """What another process finds this bundle by: the name by which it was found here, or if that is a path, all of it."""
-        return str(name) if name == TINY or _is_on_hub(name) else self.path.absolute()
+        text = file_path("name", name)
+        return text if text == TINY or _is_on_hub(name) else self.path.absolute()
 
     def write_manifest(self) -> None:
         """Write `bundle.json`. The exporter does this last, because a directory without it is not a bundle.

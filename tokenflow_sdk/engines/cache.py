@@ -7,6 +7,7 @@ and never used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -304,7 +305,11 @@ class EngineCache:
         """
         try:
             records = sorted(self.directory.glob("*.json"), key=_last_used, reverse=True)
-        except (OSError, ValueError) as error:
+        except ValueError:  # no directory can have such a name
+            return []
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+                return []
             raise OutputError(
                 f"{self.directory} cannot be read: {getattr(error, 'strerror', None) or error}.",
                 "Check its permissions, or name another directory in $TOKENFLOW_CACHE or with --cache.",

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tokenflow_sdk.arguments import shown
 from tokenflow_sdk.errors import ArgumentError
 
 __all__ = ["COLORS", "PREPROCESS_MODES", "Color", "Preparation", "Preprocess", "check_color"]
@@ -43,12 +44,14 @@ class Preparation:
     def __post_init__(self) -> None:
         if not (isinstance(self.preprocess, str) and self.preprocess in PREPROCESS_MODES):
             raise ArgumentError(
-                f"There is no preprocessing {self.preprocess!r}.", f"Choose one of: {', '.join(PREPROCESS_MODES)}."
+                f"There is no preprocessing {shown(self.preprocess)}.", f"Choose one of: {', '.join(PREPROCESS_MODES)}."
             )
         check_color(self.color)
         source: Any = self.source
         if source is not None and not (isinstance(source, str) and re.fullmatch("[0-9a-f]{16}", source)):
-            raise ArgumentError(f"source={source!r} is no start of a hash.", "Give the first 16 hex digits of the SHA-256.")
+            raise ArgumentError(
+                f"source={shown(source)} is no start of a hash.", "Give the first 16 hex digits of the SHA-256."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Preparation | None:
@@ -68,4 +71,4 @@ class Preparation:
 def check_color(color: object) -> None:
     """Raise ArgumentError unless `color` is one of `COLORS`."""
     if not (isinstance(color, str) and color in COLORS):
-        raise ArgumentError(f"color={color!r} is no way to read colours.", f"Choose one of: {', '.join(COLORS)}.")
+        raise ArgumentError(f"color={shown(color)} is no way to read colours.", f"Choose one of: {', '.join(COLORS)}.")
