@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenflow_sdk.arguments import instance, integer, items, seconds, shown
+from tokenflow_sdk.arguments import flag, instance, integer, items, seconds, shown
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
