@@ -6,7 +6,7 @@ list what is known, and a key in none of them is refused. `docs/write_config_key
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ LIMITED: dict[str, tuple[tuple[object, ...], str]] = {
     "s2": (_FALSE, "pictures are read at one size"),
     "use_mm_proj": ((True, None), "pictures are read through the projector"),
 }
-"""Keys that may have only these values, each with the reason. Each entry of a list must be one of them."""
+"""Keys that may have only these values, each with the reason; of `layer_types`, each entry."""
 
 LLAMA_LIMITED: dict[str, tuple[tuple[object, ...], str]] = {"sliding_window": ((None,), "attention is full")}
 """More of them for the Llama family, whose class in transformers passes this key over, while models beside it use it."""
@@ -108,8 +108,10 @@ _HARMLESS = {
     "task_specific_params id2label label2id num_labels",
     "weights are read as float32, whatever they are stored in": "torch_dtype dtype use_bfloat16",
     "for training alone": "attention_dropout initializer_range pretraining_tp gradient_checkpointing tune_mm_mlp_adapter "
-    "freeze_mm_mlp_adapter freeze_backbone mm_projector_lr mm_vision_tower_lr mm_tunable_parts unfreeze_mm_vision_tower "
-    "mm_vision_tuning_embedding ignore_text_loss max_text_token_num",
+    "freeze_mm_mlp_adapter freeze_mm_vision_resampler tune_mm_vision_resampler freeze_backbone mm_projector_lr "
+    "mm_vision_tower_lr mm_tunable_parts unfreeze_mm_vision_tower mm_vision_tuning_embedding ignore_text_loss "
+    "max_text_token_num use_pos_skipping pos_skipping_range",
+    "passed over by transformers, which reads `max_position_embeddings`": "max_sequence_length",
     "how transformers computes the same, or what it returns": "use_cache return_dict output_attentions output_hidden_states "
     "output_scores return_dict_in_generate torchscript tf_legacy_loss attn_implementation _attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled chunk_size_feed_forward is_decoder "
@@ -121,9 +123,11 @@ _HARMLESS = {
     "tokenizer_padding_side",
     "without effect where attention is full": "sliding_window max_window_layers",
     "pictures are read through the paired tokenizer": "mm_vision_tower vision_tower mm_vision_select_layer "
-    "mm_vision_select_feature mm_use_vq_token s2_scales",
+    "mm_vision_select_feature mm_use_vq_token s2_scales vision_tower_pretrained delay_load",
     "for `image_aspect_ratio: anyres` alone": "image_grid_pinpoints image_crop_resolution image_split_resolution",
-    "a token that no prompt contains": "mm_use_im_patch_token",
+    "for videos, or for a resampler, which is refused": "mm_newline_position mm_spatial_pool_mode mm_spatial_pool_stride "
+    "mm_spatial_pool_out_channels add_faster_video add_time_instruction faster_token_stride force_sample",
+    "a token that no prompt contains": "mm_use_im_patch_token image_token_index",
 }
 HARMLESS = {key: reason for reason, keys in _HARMLESS.items() for key in keys.split()}
 """Keys that change nothing that a bundle computes, with the reason."""
@@ -157,6 +161,11 @@ def read_architecture(
     if "vocab_size" in values and rows and size(directory, "vocab_size") != rows[0]:
         raise CheckpointError(
             f"{path} gives vocab_size as {values['vocab_size']}, but {EMBEDDING} has {rows[0]} rows.",
+            "Check that config.json and the weights are of the same model.",
+        )
+    if size(directory, "num_hidden_layers") > len(directory.shapes):  # so many keys would take long to list as missing
+        raise CheckpointError(
+            f"{path} gives num_hidden_layers as {values['num_hidden_layers']}, and there are {len(directory.shapes)} tensors.",
             "Check that config.json and the weights are of the same model.",
         )
     width, heads = size(directory, "hidden_size"), size(directory, "num_attention_heads")
@@ -228,7 +237,7 @@ def size(directory: HfDirectory, key: str) -> int:
 
 
 def _positive(value: Any, key: str, path: Path) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(
             f"{path} gives {key} as {value!r}, which is no positive number.", "Give the directory of a released model."
         )
@@ -250,7 +259,7 @@ def _require_known_keys(values: Mapping[str, Any], path: Path, ignored_keys: Seq
 def _require_values(values: Mapping[str, Any], path: Path, limits: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
     for key, (allowed, reason) in limits.items():
         value = values.get(key, allowed[0])
-        if not all(entry in allowed for entry in (value if isinstance(value, list) else [value])):
+        if not all(entry in allowed for entry in (value if key == "layer_types" and isinstance(value, list) else [value])):
             raise CheckpointError(
                 f"{path} gives {key} as {value!r}, which this exporter does not build: {reason}.",
                 f"Give a model whose {key} is {' or '.join(map(repr, allowed))}, as the released ones have it.",

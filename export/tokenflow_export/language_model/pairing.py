@@ -29,9 +29,14 @@ def require_same_tokenizer(directory: HfDirectory, tokenizer: Bundle[TokenizerCo
     kind = config.get("mm_vision_vq_type")
     if kind is not None and str(kind).rpartition(".")[2] not in _TOKENFLOW:
         raise CheckpointError(f"{path} gives mm_vision_vq_type as {kind!r}.", "Give a model that reads TokenFlow's codes.")
-    expected = {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": tokenizer.config.code_dim}
+    projector = config.get("mm_projector_type")
+    if projector not in (None, "mlp2x_gelu"):
+        raise CheckpointError(
+            f"{path} gives mm_projector_type as {projector!r}, which this exporter does not build.",
+            "Give a model whose mm_projector_type is 'mlp2x_gelu', as the released ones have it.",
+        )
     # Training scripts write -1 where they found no codebook.
-    expected["vq_codebook_size"] = tokenizer.config.codebook_size
+    expected = {"mm_hidden_size": tokenizer.config.code_dim, "vq_codebook_size": tokenizer.config.codebook_size}
     for key, value in expected.items():
         if config.get(key) not in (None, -1, value):
             raise CheckpointError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflow_export.language_model.tokenizer_files import bos_id, require_agreement, require_rows
+from tokenflow_export.language_model.tokenizer_files import bos_id, read_settings, require_agreement, require_rows
 from tokenflow_sdk.errors import CheckpointError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["PromptTokenizer", "load_tokenizer", "prompt_tokenizer"]
 
 _JSON, _CONVERTIBLE = "tokenizer.json", ("tokenizer.model", "vocab.json")
+_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+"""Whose files are converted. Without a class transformers chooses by the model, and knows no tokenizer of LLaVA's."""
 _PADDED = (8, 16, 32, 64, 128, 256)
 """Multiples to which training scripts pad embedding tables."""
 
@@ -118,6 +120,13 @@ def _convert(directory: Path, source: str, out: Path) -> None:
             f"{directory} has a {source} and no {_JSON}; converting it needs transformers and sentencepiece.",
             "Run `pip install transformers sentencepiece`.",
         ) from error
+    kind = read_settings(directory).get("tokenizer_class")
+    if kind not in _CLASSES:
+        raise CheckpointError(
+            f"{directory} has a {source} and no {_JSON}, and its tokenizer_config.json gives tokenizer_class as {kind!r}; "
+            f"converted are {', '.join(_CLASSES)}.",
+            "Download the directory's tokenizer_config.json, or a tokenizer.json.",
+        )
     try:
         AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False).save_pretrained(out)
     except Exception as error:  # for damaged files, transformers and sentencepiece raise many kinds

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bos_id", "read_settings", "require_agreement", "require_rows", "special_token"]
 
-_CONFIG, _TOKENS, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_JSON, _CONFIG, _TOKENS, _ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 _USED = frozenset(("add_bos_token", "add_prefix_space", "added_tokens_decoder", "bos_token", "chat_template", "eos_token"))
 _FIXED: dict[str, tuple[object, ...]] = {
@@ -89,7 +89,13 @@ def _require_tokens(tokenizer: Tokenizer, directory: Path, settings: dict[str, A
     special = {i: token.special for i, token in tokenizer.get_added_tokens_decoder().items()}
     added = read_json(directory / _ADDED) if (directory / _ADDED).is_file() else {}
     listed = [(_ADDED, text, i, None) for text, i in added.items()]
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+    # The tokenizers library passes over the ids in its own file where they do not follow each other.
+    own = read_json(directory / _JSON) if (directory / _JSON).is_file() else {}
+    listed += [(_JSON, token["content"], token["id"], None) for token in own.get("added_tokens", ())]
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{directory / _CONFIG} has an added_tokens_decoder that is no object.", "Download it again.")
+    for i, token in decoder.items():
         entry = token if isinstance(token, dict) else {}
         listed.append((_CONFIG, entry.get("content", token), int(i) if i.isdecimal() else i, entry.get("special")))
     for file, text, i, is_special in listed:
@@ -123,12 +129,18 @@ def bos_id(tokenizer: Tokenizer, config: dict[str, Any], directory: Path) -> int
         CheckpointError: it has none or adds more, or config.json gives another `bos_token_id`.
     """
     settings, added = read_settings(directory), tokenizer.encode("").ids
-    named = tokenizer.token_to_id(special_token(settings, "bos_token") or "<s>")
+    name = special_token(settings, "bos_token")
+    named = tokenizer.token_to_id(name or "<s>")
     found = added[0] if added else named
     if found is None or len(added) > 1 or settings.get("add_bos_token") is False:
         raise CheckpointError(
             f"The tokenizer in {directory} does not begin a text with one BOS token (it adds {added}).",
             "Give a text-to-image directory with the tokenizer files that it was trained with.",
+        )
+    if name is not None and named != found:
+        raise CheckpointError(
+            f"The tokenizer in {directory} has the bos_token {name!r}, id {named}, and begins a text with {found}.",
+            "Give the tokenizer files that the model was trained with.",
         )
     given = config.get("bos_token_id")
     if given is not None and (type(given) is not int or given != found):

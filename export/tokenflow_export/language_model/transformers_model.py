@@ -15,17 +15,26 @@ from torch import Tensor, nn
 
 from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, family_of
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
-from tokenflow_sdk.errors import ParityError, TokenFlowError
+from tokenflow_sdk.errors import MissingPackageError, ParityError, TokenFlowError
 
 __all__ = ["installed_version", "run_transformers"]
 
 
 def installed_version() -> str | None:
-    """The version of transformers in words, or None if it is not installed."""
+    """The version of transformers in words, or None if it is not installed.
+
+    Raises:
+        MissingPackageError: a package that it needs is missing or too old.
+    """
     if importlib.util.find_spec("transformers") is None:
         return None
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:  # of packages that it needs, some may be missing or of other versions
+        raise MissingPackageError(
+            f"transformers cannot be imported: {str(error).splitlines()[0]}",
+            "Run `pip install -U transformers`, or compare with the exporter's own model: add --without-transformers.",
+        ) from error
     return f"transformers {transformers.__version__}"
 
 
@@ -64,6 +73,12 @@ def _without_weights(directory: HfDirectory) -> Any:
 
     name = family_of(directory).name
     values = directory.config | {"attn_implementation": "eager", "return_dict": True}
+    place = next((key for key in ("rope_parameters", "rope_scaling") if "rope_theta" in (values.get(key) or {})), None)
+    if place is not None and int(transformers.__version__.partition(".")[0]) < 5:
+        raise ParityError(
+            f"{installed_version()} does not read the rope_theta in {place} of {directory.path / 'config.json'}.",
+            "Install transformers 5 or newer, or compare with the exporter's own model: add --without-transformers.",
+        )
     for key in ("model_type", "_attn_implementation", *(["head_dim"] if values.get("head_dim") is None else [])):
         values.pop(key, None)  # a null head_dim of Qwen2 is taken as it is by transformers, which then fails
     config = getattr(transformers, f"{name}Config")(**values)

@@ -77,6 +77,17 @@ def test_without_transformers_the_command_is_named(tmp_path: Path, monkeypatch: 
         prompt_tokenizer(tmp_path, CODES, 400, {})
 
 
+@pytest.mark.parametrize("settings", [None, {}, {"tokenizer_class": "BertTokenizer"}])
+def test_without_its_class_a_model_is_not_converted(settings: dict | None, tmp_path: Path) -> None:
+    """transformers would take a class that gives other ids."""
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="gives tokenizer_class as (None|'BertTokenizer'); converted are LlamaTokenizer"):
+        prompt_tokenizer(tmp_path, CODES, 400, {})
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_model_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

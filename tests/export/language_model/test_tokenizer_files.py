@@ -68,6 +68,7 @@ def test_what_released_files_say_is_accepted(directory: Path) -> None:
         ({"added_tokens_decoder": {"287": {"content": "<new>"}}}, "names the token '<new>' with id 287; .* it is None"),
         ({"added_tokens_decoder": {"259": {"content": "<|im_end|>", "special": False}}}, "it is 259 of another kind"),
         ({"added_tokens_decoder": {"x": 1}}, "names the token 1 with id x"),
+        ({"added_tokens_decoder": [1]}, "has an added_tokens_decoder that is no object"),
     ],
 )
 def test_settings_that_change_ids_are_refused(config: dict, words: str, directory: Path) -> None:
@@ -79,6 +80,16 @@ def test_settings_that_change_ids_are_refused(config: dict, words: str, director
 def test_tokens_added_beside_are_refused(directory: Path) -> None:
     (directory / "added_tokens.json").write_text(json.dumps({"<new>": 287}))
     with pytest.raises(CheckpointError, match="added_tokens.json names the token '<new>' with id 287"):
+        load_tokenizer(directory)
+
+
+def test_ids_that_the_library_passes_over_are_refused(directory: Path) -> None:
+    """It counts added tokens on from the vocabulary, whatever ids its file gives them."""
+    content = json.loads((directory / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["id"] += 3
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json names the token '<\|im_start\|>' with id 261; .* it is 258"):
         load_tokenizer(directory)
 
 
@@ -122,6 +133,14 @@ def test_words_more_or_less_than_the_tables_are_refused(words: int, tmp_path: Pa
 def test_another_bos_in_config_json_is_refused(given: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json gives bos_token_id as .*, and the tokenizer begins a text with 1"):
         prompts(tmp_path / "hf", config={"bos_token_id": given})
+
+
+def test_another_bos_in_the_tokenizers_settings_is_refused(tmp_path: Path) -> None:
+    prompts(tmp_path / "hf")
+    for name in ("<s>", "w3"):
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"bos_token": name}))
+        with pytest.raises(CheckpointError, match=f"has the bos_token '{name}', id .*, and begins a text with 1"):
+            prompts(tmp_path / "hf")
 
 
 def changed(directory: Path, change) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig, pages_for
-from tokenflow_sdk.errors import CheckpointError, ParityError
+from tokenflow_sdk.errors import CheckpointError, MissingPackageError, ParityError
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.parity.language_model import run_pieces
 from tokenflow_sdk.parity.understander import UnderstanderInputs, greedy_feeds
@@ -108,6 +109,24 @@ def test_what_transformers_cannot_run_names_the_way_out(tmp_path: Path, monkeypa
     directory.config["num_attention_heads"] = "four"
     with pytest.raises(ParityError, match=r"transformers \d.* cannot run the model.*--without-transformers"):
         run_transformers(directory, IDS, lambda text: text)
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_a_transformers_that_does_not_read_the_base_of_rope_is_named(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = QWEN2 | {place: {"rope_type": "default", "rope_theta": 20.0}}
+    directory = write_directory(tmp_path, values, state_of(transformers_model(values)))
+    monkeypatch.setattr("transformers.__version__", "4.50.0")
+    with pytest.raises(ParityError, match=rf"transformers 4.50.0 does not read the rope_theta in {place}"):
+        run_transformers(directory, IDS, lambda text: text)
+
+
+def test_a_transformers_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match="transformers cannot be imported: .*--without-transformers"):
+        installed_version()
 
 
 @st.composite
