@@ -48,8 +48,8 @@ CLASSES = {
     "settings": "IRuntimeConfig",
     "cache": "IRuntimeCache",
 }
-RARE = ["sm75", "sm121"]
-"""Targets that only the slow tests build for: T4 and RTX 20, and DGX Spark."""
+RARE = ["sm121"]
+"""Targets that only the slow tests build for: DGX Spark."""
 TARGETS = ["sm80", "sm86", "sm89", "sm120", *(pytest.param(target, marks=pytest.mark.slow) for target in RARE)]
 EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm120")]
 BUILDS = [
@@ -122,6 +122,14 @@ def build_all(trt, bundle: Bundle, build_config: BuildConfig, cache: Path) -> No
         assert shares
         assert all(0 < share <= 1 for share in shares)
         assert job.run(trt, EngineCache(cache)) == (engine, False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_turing_has_no_products_in_float32(trt, precision, mini_bundle: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX knows sm75 (T4, RTX 20), but not for the codebook search, which stays in float32: a named error."""
+    bundle = Bundle.open(mini_bundle, TokenizerConfig)
+    with pytest.raises(EngineBuildError, match=r"cannot build encode.onnx.*SM75.*backend='onnxruntime'"):
+        build_all(trt, bundle, BuildConfig(targets=("sm75",), precision=precision), tmp_path)
 
 
 @pytest.mark.parametrize(("precision", "target"), BUILDS)
