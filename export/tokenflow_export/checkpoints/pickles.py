@@ -60,7 +60,8 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     unknown = re.search(r"GLOBAL (\S+)", text)
     if unknown is None:
         return CheckpointError(
-            f"{path.name} cannot be read as a PyTorch checkpoint: {why.rstrip('.')}.", "It may be truncated or damaged: download it again."
+            f"{path.name} cannot be read as a PyTorch checkpoint: {why.rstrip('.')}.",
+            "It may be truncated or damaged: download it again.",
         )
     return CheckpointError(
         f"{path.name} cannot be read as a PyTorch checkpoint without executing code: it holds {unknown[1]}.",

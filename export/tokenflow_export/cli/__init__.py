@@ -11,7 +11,18 @@ from tokenflow_sdk.errors import MissingPackageError
 
 __all__ = ["main"]
 
-_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "filelock")
+_EXTRA = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "jinja2",
+    "filelock",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
