@@ -88,7 +88,7 @@ def _require_tokens(tokenizer: Tokenizer, directory: Path, settings: dict[str, A
     """Check that tokens which other files add are those of tokenizer.json."""
     special = {i: token.special for i, token in tokenizer.get_added_tokens_decoder().items()}
     added = read_json(directory / _ADDED) if (directory / _ADDED).is_file() else {}
-    listed = [(_ADDED, text, i, None) for text, i in added.items()]
+    listed: list[tuple[str, Any, Any, Any]] = [(_ADDED, text, i, None) for text, i in added.items()]
     # The tokenizers library passes over the ids in its own file where they do not follow each other.
     own = read_json(directory / _JSON) if (directory / _JSON).is_file() else {}
     listed += [(_JSON, token["content"], token["id"], None) for token in own.get("added_tokens", ())]
