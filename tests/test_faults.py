@@ -199,7 +199,7 @@ def test_every_file_operation_of_an_engine_cache_fails_once(tmp_path: Path) -> N
     def use(store: EngineCache) -> list[int]:
         with store.building(KEY):
             store.put(KEY, b"engine" * 99, {})
-        store.certify(KEY, {"checked": True})
+        store.certify(KEY, "sm86", {"checked": True})
         store.get(KEY)
         return [entry.size for entry in store.entries()]
 

@@ -31,7 +31,14 @@ from tokenflow_sdk.engines.memory_plan import RESERVED, GraphMemory, MemoryPlan,
 from tokenflow_sdk.engines.profiles import images_at_once
 from tokenflow_sdk.errors import EngineBuildError
 
-WITHOUT_TENSORRT = cast(Any, SimpleNamespace(__version__="1.7"))
+WITHOUT_TENSORRT = cast(
+    Any,
+    SimpleNamespace(
+        __name__="tensorrt_rtx",
+        __version__="1.7",
+        ComputeCapability=SimpleNamespace(SM75=1, SM80=1, SM86=1, SM87=1, SM89=1, SM90=1, SM120=1),
+    ),
+)
 
 
 @pytest.mark.parametrize(

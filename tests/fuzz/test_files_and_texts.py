@@ -153,4 +153,4 @@ def test_records_of_engines(tmp_path_factory: pytest.TempPathFactory, data: st.D
     for entry in cache.entries():
         Certificate.from_json(entry.certificate)
         BuildConfig.from_json(entry.build_config)
-    cache.certify(KEY, {})
+    cache.certify(KEY, "sm86", {})
