@@ -20,7 +20,7 @@ from tests.engines.test_cache import KEY
 from tests.support.file_faults import ERRORS, file_faults
 from tests.test_loaded_model import free
 from tokenflow_export.atomic_directory import atomic_directory
-from tokenflow_sdk import Generator, TokenFlowError, Tokenizer, Understander
+from tokenflow_sdk import Codes, Generator, TokenFlowError, Tokenizer, Understander
 from tokenflow_sdk.bundle.bundle import MANIFEST
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.cache import EngineCache
@@ -127,6 +127,13 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+def is_same(name: str, found: bytes, right: bytes) -> bool:
+    """Whether files are equal, or hold the same codes: they lack their picture's hash where it could not be read twice."""
+    return found == right or (
+        name.endswith(".tfc") and (Codes.from_bytes(found).indices == Codes.from_bytes(right).indices).all()
+    )
+
+
 def each_file_operation_fails(command: list[str], inputs: Path, tmp_path: Path, watched: list[Path]) -> int:
     """Run a command once for each of its file operations, which fails then; their number.
 
@@ -150,8 +157,8 @@ def each_file_operation_fails(command: list[str], inputs: Path, tmp_path: Path, 
         status, found, _, said = run(number, ERRORS[number % len(ERRORS)])
         assert status in (0, 1, 2), operation
         assert set(found) <= set(right), operation
-        assert all(found[name] == right[name] for name in found), operation
-        assert status or found == right, operation
+        assert all(is_same(name, found[name], right[name]) for name in found), operation
+        assert status or set(found) == set(right), operation
         assert "Traceback" not in said
     assert content(inputs) == kept
     return len(operations)

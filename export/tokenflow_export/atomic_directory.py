@@ -42,8 +42,8 @@ def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
     Raises:
         OutputError: `out` exists, is being exported to or cannot be written, or the disk has not enough space.
     """
-    out = _checked(out, force)
     try:
+        out = _checked(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed * 1.1:

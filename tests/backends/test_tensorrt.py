@@ -236,7 +236,7 @@ def test_what_does_not_work_is_named(machine: Machine, mini_bundle: Path, monkey
         with pytest.raises(BackendError, match="TensorRT failed to run encode"):
             engine.run(images(1))
     trt.contexts_left = 0
-    with pytest.raises(BackendError, match="no memory left for the 1 contexts of encode"):
+    with pytest.raises(BackendError, match="no 1 MB left that encode works in"):
         session(machine, mini_bundle, "encode")
     trt.contexts_left, machine[0].memory = 1000, machine[0].used() + FakeEngine.device_memory_size_v2 - 1
     with pytest.raises(BackendError, match="GPU 0 has no 1 MB left"):

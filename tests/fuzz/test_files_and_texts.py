@@ -151,6 +151,7 @@ def test_records_of_engines(tmp_path_factory: pytest.TempPathFactory, data: st.D
     found = cache.get(KEY)
     assert found is None or found.path.read_bytes() == b"engine"
     for entry in cache.entries():
-        Certificate.from_json(entry.certificate)
+        for certificate in entry.certificates.values():
+            Certificate.from_json(certificate)
         BuildConfig.from_json(entry.build_config)
     cache.certify(KEY, "sm86", {})

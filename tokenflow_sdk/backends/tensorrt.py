@@ -95,8 +95,8 @@ class TensorRTSession(Session):
         memory = self._engine.device_memory_size_v2
         if any(context is None for context in contexts):
             raise BackendError(
-                f"GPU {self._cuda.device} has no memory left for the {len(contexts)} contexts of {self._name}.",
-                "Open fewer graphs or execution_contexts, or free memory of other processes.",
+                f"GPU {self._cuda.device} has no {memory / 1e6:,.0f} MB left that {self._name} works in.",
+                "Open fewer graphs or execution_contexts, build with a smaller --batch, or free memory of other processes.",
             )
         replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
         keep_alive = (settings, self._kernels, self._engine)
