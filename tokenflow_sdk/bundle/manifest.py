@@ -6,16 +6,19 @@ import errno
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, BundleVersionError, CorruptBundleError
-from tokenflow_sdk.files import read_regular, reason
+from tokenflow_sdk.files import file_status, read_regular, reason
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "read_manifest"]
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "WEIGHT_ENDINGS", "read_manifest"]
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
+WEIGHT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+"""Of files of PyTorch weights."""
 _MOST_BYTES = 16 * 2**20
 _MOST_LEVELS = 32
 _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
@@ -76,14 +79,29 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular(manifest, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleNotFoundError(
-            f"There is no bundle at {path} (no {MANIFEST} there).",
-            "Give the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
-        ) from None
+        raise _not_found(path) from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise CorruptBundleError(f"{manifest} is no manifest: it is {reason(error)}.", _AGAIN) from None
         raise BundleNotFoundError(f"{manifest} cannot be read: {reason(error)}.", "Check its name and permissions.") from None
+
+
+def _not_found(path: Path) -> BundleNotFoundError:
+    """What to say where there is no bundle.json. A checkpoint is told how it becomes a bundle."""
+    machine = "on a machine with PyTorch (`pip install 'tokenflow-sdk[cpu,export]'`), and give the bundle"
+    if path.suffix in WEIGHT_ENDINGS:
+        command = f"tokenflow export tokenizer --checkpoint {shlex.quote(str(path))} --out bundles/{shlex.quote(path.stem)}"
+        return BundleNotFoundError(f"{path} is a PyTorch checkpoint, not a bundle.", f"Run `{command}` {machine}.")
+    if file_status(path / "config.json") is not None:
+        command = f"--checkpoint {shlex.quote(str(path))} --tokenizer BUNDLE --out DIR"
+        return BundleNotFoundError(
+            f"{path} is a PyTorch checkpoint (it has a config.json and no {MANIFEST}), not a bundle.",
+            f"Run `tokenflow export understanding {command}`, or `generator` for text-to-image, {machine}.",
+        )
+    return BundleNotFoundError(
+        f"There is no bundle at {path} (no {MANIFEST} there).",
+        "Give the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tokenflow_sdk.bundle.bundle import TINY, bundles_in
+from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
@@ -32,7 +33,7 @@ def bundle_paths(arguments: argparse.Namespace) -> list[Path]:
     Raises:
         ArgumentError: two bundles are named; or several are found, and --sha256 is that of one.
     """
-    paths = bundles_in(bundle_name(arguments), arguments.revision)
+    paths = bundles_in(bundle_name(arguments), HubOptions(arguments.revision))
     if arguments.sha256 is not None and len(paths) > 1:
         raise ArgumentError(
             f"--sha256 is that of one bundle, and {bundle_name(arguments)} has several.",
@@ -63,7 +64,7 @@ def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
             bundle_name(arguments),
             runtime_options(arguments),
             arguments.batch_limit,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
         return tokenizer.load(*graphs) if graphs else tokenizer
@@ -76,7 +77,7 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
             bundle_name(arguments),
             runtime_options(arguments),
             arguments.tokenizer,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
 
@@ -99,6 +100,6 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
             name,
             runtime_options(arguments),
             arguments.tokenizer,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
