@@ -78,7 +78,7 @@ def refusal(words: list[str]) -> str | None:
         return None if found and set(found[1].split(",")) <= set(extras) else "there is no such extra"
     if words[0] == "python":
         return None if (ROOT / words[1]).is_file() else "there is no such script"
-    return None if words[0] in ("cp", "git", "cd") else "it is none of the project's commands"
+    return None if words[0] in ("cp", "git", "cd", "hf") else "it is none of the project's commands"
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_a_hub_id_is_fetched_once_as_a_bundle(mini_bundle: Path, tmp_path: Path,
 @pytest.mark.parametrize("model", [Tokenizer, Generator, Understander])
 def test_every_model_takes_the_options(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, OSError("no network\nand more"))
-    options = {"revision": "v1", "token": False, "cache_dir": "here", "local_files_only": True}
+    options = {"revision": "v1", "token": False, "cache_dir": Path("here"), "local_files_only": True}
     with pytest.raises(BundleNotFoundError, match="not deliver it: no network Fetch it once with local_files_only=False, or"):
         model.from_pretrained("org/name", **options)
     assert hub.asked == [("org/name", options)]

@@ -84,7 +84,7 @@ def fetch(repo_id: str, options: HubOptions) -> Path:
             repo_id,
             revision=options.revision,
             token=options.token,
-            cache_dir=options.cache_dir,
+            cache_dir=None if options.cache_dir is None else Path(options.cache_dir).expanduser(),
             local_files_only=options.local_files_only,
             allow_patterns=_PATTERNS,
         )

@@ -82,6 +82,11 @@ def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+    parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="licence of the weights, e.g. apache-2.0; stored in the bundle and its model card (default: not recorded)",
+    )
 
 
 def _add_searching(words: _Words) -> None:
