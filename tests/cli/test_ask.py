@@ -66,7 +66,7 @@ def test_mistakes_get_a_sentence_and_status_2(
 
 
 def test_info_of_an_understander(mini_understander: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("info", mini_understander) == 0
+    assert run("info", mini_understander, "--graphs") == 0
     out = capsys.readouterr().out
     for part in (
         "TokenFlow understander",

@@ -133,7 +133,7 @@ def test_reconstruct_shows_every_scale(mini_bundle: Path, capsys: pytest.Capture
 def test_info_of_bundles_and_codes(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", mini_bundle) == 0
     assert run("info", "--bundle", mini_bundle) == 0
-    assert run("info", mini_bundle / "bundle.json") == 0
+    assert run("info", mini_bundle / "bundle.json", "--graphs") == 0
     out = capsys.readouterr().out
     assert out.count("TokenFlow tokenizer mini_clip") == 3
     for part in ("4 scales (1 2 3 4): 30 codes of 9 bits", "codes equal", "checkpoint: mini", "images uint8[batch, 64, 64, 3]"):

@@ -80,7 +80,7 @@ def test_mistakes_get_a_sentence_and_status_2(
 
 
 def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("info", bundle) == 0
+    assert run("info", bundle, "--graphs") == 0
     out = capsys.readouterr().out
     for part in (
         "TokenFlow generator",

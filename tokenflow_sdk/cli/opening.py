@@ -14,7 +14,15 @@ from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.understanding.understander import Understander
 
-__all__ = ["bundle_name", "bundle_paths", "open_generator", "open_tokenizer", "open_understander", "runtime_options"]
+__all__ = [
+    "bundle_name",
+    "bundle_paths",
+    "named_bundle",
+    "open_generator",
+    "open_tokenizer",
+    "open_understander",
+    "runtime_options",
+]
 
 
 def bundle_name(arguments: argparse.Namespace) -> str:
@@ -23,7 +31,7 @@ def bundle_name(arguments: argparse.Namespace) -> str:
     Raises:
         ArgumentError: two bundles are named.
     """
-    name = _named_bundle(arguments)
+    name = named_bundle(arguments)
     return TINY if name is None else name
 
 
@@ -42,7 +50,7 @@ def bundle_paths(arguments: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def _named_bundle(arguments: argparse.Namespace) -> str | None:
+def named_bundle(arguments: argparse.Namespace) -> str | None:
     """As `bundle_name`, but None if no bundle is named."""
     named = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name is not None]
     if len(named) > 1:
@@ -88,7 +96,7 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
     Raises:
         ArgumentError: no bundle is named (none comes with the SDK), or two are.
     """
-    name = _named_bundle(arguments)
+    name = named_bundle(arguments)
     if name is None:
         raise ArgumentError(
             "No model that answers questions comes with the SDK, and --bundle names none.",
