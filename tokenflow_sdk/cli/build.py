@@ -9,13 +9,14 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths
+from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
@@ -57,14 +58,7 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return 0
     rows = []
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with make_bars() as progress:
         whole = progress.add_task("building", total=len(jobs))
         for job in jobs:
             rows.append(_build_engine(job, trt, store, progress))
@@ -91,7 +85,7 @@ def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCac
     memory = int(build_config.memory_gb * 1e9) or (0 if here is None else here.memory)
     if not (memory or show):
         return
-    with stderr.status("planning memory"):
+    with stderr.step("planning memory"):
         plans = memory_plans(jobs, store)
     for plan in plans:
         if show:
@@ -126,7 +120,7 @@ def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache)
     if engines.missing():
         stdout.print("not compared with PyTorch yet: none is for the GPU here", soft_wrap=True)
         return
-    with stderr.status(f"comparing {bundle.path.name} with PyTorch"):
+    with stderr.step(f"comparing {bundle.path.name} with PyTorch"):
         certificate = engines.prepare(build=False)
     stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True)
 

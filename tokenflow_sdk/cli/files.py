@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, ImageReadError, OutputError, TokenFlowError
 from tokenflow_sdk.files import file_status, is_directory, write_atomic
 from tokenflow_sdk.pictures.images import pictures_in
@@ -209,14 +209,14 @@ def process_files(
         TokenFlowError: the only input failed.
     """
     failed, several = 0, len(inputs) > 1 if several is None else several
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(verb, total=len(inputs))
+    count = 0
+    with progress_bar(verb, len(inputs), brief=True) as done:
         for start in range(0, len(inputs), batch_limit):
             for outcome in process(inputs[start : start + batch_limit]):
-                progress.advance(task)
+                done(count := count + 1)
                 if isinstance(outcome, str):
-                    lines.print(outcome, soft_wrap=True)
+                    if not stderr.silenced:
+                        lines.print(outcome, soft_wrap=True)
                 elif not several:
                     raise outcome
                 else:

@@ -11,13 +11,13 @@ from time import perf_counter
 from typing import Any
 
 from PIL import Image, PngImagePlugin
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import GeneratedScale, Generator
@@ -65,13 +65,11 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def _draw(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> list[GeneratedScale]:
-    columns = (TextColumn("drawing, scale"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("", total=len(generator.config.patch_nums))
+    with progress_bar("drawing, scale by scale", len(generator.config.patch_nums), brief=True) as done:
         steps = []
         for step in generator.stream(prompt, n=n, negative_prompt=negative, params=params):
             steps.append(step)
-            progress.advance(task)
+            done(step.scale)
     return steps
 
 

@@ -67,7 +67,7 @@ def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:
 
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
     """Open the tokenizer that the arguments name, and load `graphs` now; other graphs are loaded when first used."""
-    with stderr.status(f"opening {bundle_name(arguments)}"):
+    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
         tokenizer = Tokenizer.open(
             bundle_name(arguments),
             runtime_options(arguments),
@@ -80,7 +80,7 @@ def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
 
 def open_generator(arguments: argparse.Namespace) -> Generator:
     """Open the generator that the arguments name."""
-    with stderr.status(f"opening {bundle_name(arguments)}"):
+    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
         return Generator.open(
             bundle_name(arguments),
             runtime_options(arguments),
@@ -103,7 +103,7 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
             "Export one with `tokenflow export understanding --checkpoint DIR --tokenizer bundles/siglip_384 "
             "--out bundles/chat` and give --bundle bundles/chat.",
         )
-    with stderr.status(f"opening {name}"):
+    with stderr.step(f"opening {name}", brief=True):
         return Understander.open(
             name,
             runtime_options(arguments),

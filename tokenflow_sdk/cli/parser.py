@@ -20,7 +20,7 @@ from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-__all__ = ["make_parser"]
+__all__ = ["add_verbosity", "make_parser"]
 
 _Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
@@ -265,7 +265,17 @@ def _add_command(
 ) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.set_defaults(run=run)
+    add_verbosity(parser)
     return parser
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add -q and -v, which set `verbosity` to -1 and 1; else it is 0. The exporter's commands have them too."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-q", "--quiet", dest="verbosity", action="store_const", const=-1, default=0, help="print results and errors only"
+    )
+    group.add_argument("-v", "--verbose", dest="verbosity", action="store_const", const=1, default=0, help="also print details")
 
 
 def _path(text: str) -> Path:

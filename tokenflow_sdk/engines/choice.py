@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +23,8 @@ from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
 
 __all__ = ["Candidate", "Needs", "choose", "engines_for", "survey"]
+
+_log = logging.getLogger("tokenflow_sdk")
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,12 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         return engines.open, session
     if options.providers is not None:
         return open_onnxruntime, session
-    best = next((candidate for candidate in survey(bundle, options, needs) if candidate.usable), None)
+    best = None
+    for candidate in survey(bundle, options, needs):
+        _log.debug("%s on %s: %s", "runs" if candidate.usable else "not", candidate.title, candidate.reason)
+        if candidate.usable:
+            best = candidate
+            break
     if best is None:
         # Opening a session raises an error that says what is missing.
         return open_onnxruntime, session

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from tokenflow_export.cli import bundles, precision, standin
 from tokenflow_export.models.config import VARIANTS
+from tokenflow_sdk.cli.parser import add_verbosity
 
 __all__ = ["make_parser"]
 
@@ -40,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", choices=list(VARIANTS), default="clipb_256", help="default: %(default)s")
     made.add_argument("--out", required=True, type=Path, help="the .pt file; must not exist yet")
     made.set_defaults(run=standin.standin)
+    for command in words.choices.values():
+        add_verbosity(command)
     return parser
 
 
