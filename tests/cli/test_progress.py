@@ -56,7 +56,7 @@ def test_quiet_and_verbose_are_options_of_every_command(
     assert said.startswith(f"opening {mini_bundle}\nnot on ")
     assert "runs on onnxruntime, CPU: always works" in said
     assert main(["verify", str(mini_bundle)]) == 0
-    assert capsys.readouterr().err == "comparing with PyTorch\n"
+    assert capsys.readouterr().err == f"opening {mini_bundle}\ncomparing with PyTorch\n"
     for command in (main, export):
         with pytest.raises(SystemExit):
             command(["verify" if command is main else "standin", "-q", "-v"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, image_files, input_bytes, output_paths, process_files, write
 from tokenflow_sdk.cli.opening import open_tokenizer
 from tokenflow_sdk.errors import CodesError, ImageReadError, TokenFlowError
-from tokenflow_sdk.files import file_status
+from tokenflow_sdk.files import is_regular
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -25,8 +24,9 @@ __all__ = ["encode"]
 
 def encode(arguments: argparse.Namespace) -> int:
     """Encode image files in batches; write a .tfc file for each and print its size. Skip those whose codes are there."""
-    images = image_files(arguments.images)
-    outputs = dict(zip(images, output_paths(images, arguments.output, ".tfc"), strict=True))
+    found = image_files(arguments.images)
+    images = list(found)
+    outputs = dict(zip(images, output_paths(found, arguments.output, ".tfc"), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
         preparation = tokenizer.preparation(arguments.preprocess, arguments.color, arguments.fast)
@@ -68,7 +68,7 @@ def encode(arguments: argparse.Namespace) -> int:
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:
     """The images, keys of `outputs`, that must be encoded. Prints how many others there are, and why they are skipped."""
     images = [path for path, output in outputs.items() if not _is_done(path, output, tokenizer, preparation)]
-    if skipped := len(outputs) - len(images):
+    if (skipped := len(outputs) - len(images)) and not stderr.silenced:
         stderr.print(
             f"{skipped} of {len(outputs)} skipped: their codes are there, made from the same files by this tokenizer "
             "with these options; --force encodes them again",
@@ -110,6 +110,4 @@ def _digest(path: Path) -> str | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file whose reading ends, unlike that of a pipe."""
-    status = file_status(path)
-    return path != STDIO and status is not None and stat.S_ISREG(status.st_mode)
+    return path != STDIO and is_regular(path)

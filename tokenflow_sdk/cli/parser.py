@@ -65,6 +65,9 @@ otherwise it is built again.
 """
 
 
+_SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
+
+
 class _Parser(argparse.ArgumentParser):
     """Lets `main` handle output that cannot be written; argparse ignores it."""
 
@@ -108,7 +111,7 @@ def _add_info(subparsers: _Subparsers) -> None:
 
 def _add_encode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "encode", encode.encode, "encode images to .tfc files of codes")
-    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or directories of them; -: stdin")
+    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help=_SEVERAL.format("image files"))
     _add_output(
         parser,
         ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
@@ -120,10 +123,11 @@ def _add_encode(subparsers: _Subparsers) -> None:
 
 def _add_decode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "decode", decode.decode, "decode .tfc files to PNG images")
-    parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help="files of codes; -: stdin")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help=_SEVERAL.format("files of codes"))
     _add_output(
         parser,
         "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
+        also_forced="; decode codes again whose PNGs are there",
     )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)

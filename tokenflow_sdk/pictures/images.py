@@ -19,6 +19,7 @@ from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess, c
 from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
 
 __all__ = [
+    "SUFFIXES",
     "ImageSource",
     "check_batch",
     "describe",
@@ -36,7 +37,7 @@ GREY = (127, 127, 127)
 _STRIP_PIXELS = 2**20
 _MAX_SQUARE = 2**28
 """Most pixels that `pad-grey` resizes; beyond it, seconds become minutes."""
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 def pictures_in(directory: Path) -> list[Path]:
@@ -45,11 +46,9 @@ def pictures_in(directory: Path) -> list[Path]:
     Raises:
         ImageReadError: the directory does not exist or has no image files.
     """
-    found = (
-        sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()) if directory.is_dir() else []
-    )
+    found = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) if directory.is_dir() else []
     if not found:
-        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(_SUFFIXES))}.")
+        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(SUFFIXES))}.")
     return found
 
 
