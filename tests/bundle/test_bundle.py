@@ -152,6 +152,27 @@ def test_a_checkpoint_is_told_how_it_becomes_a_bundle(tmp_path: Path, monkeypatc
         Understander.from_pretrained("llava")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Tiny", "tiny"),
+        ("tniy", "tiny"),
+        ("clipb_256", "bundles/clipb_256"),
+        ("bundles/CLIPB-256", "bundles/clipb_256"),
+        ("x", ""),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest(
+    name: str, meant: str, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
+    with pytest.raises(BundleNotFoundError) as raised:
+        Tokenizer.from_pretrained(name)
+    assert raised.value.hint.startswith(f"Did you mean {meant}? Else give the directory" if meant else "Give the directory")
+
+
 def test_a_directory_may_hold_a_bundle_of_each_kind(mini_bundle: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     both.mkdir()

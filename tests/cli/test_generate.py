@@ -104,7 +104,7 @@ def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture
 
 
 def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", bundle, "--batch", "1,2", "--repeat", 1, "--json", "figures.json") == 0
+    assert run("bench", bundle, "--batch-sizes", "1,2", "--repeat", 1, "--json", "figures.json") == 0
     figures = json.loads(Path("figures.json").read_text())
     rows = figures["bundles"][0]["rows"]
     names = [(row["name"], row["batch"]) for row in rows]

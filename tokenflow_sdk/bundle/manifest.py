@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
+import itertools
 import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ WEIGHT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 """Of files of PyTorch weights."""
 _MOST_BYTES = 16 * 2**20
 _MOST_LEVELS = 32
+_MOST_NAMES = 1000
+"""Of a directory that are looked at for one like a misspelt name."""
 _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
 
@@ -98,10 +103,23 @@ def _not_found(path: Path) -> BundleNotFoundError:
             f"{path} is a PyTorch checkpoint (it has a config.json and no {MANIFEST}), not a bundle.",
             f"Run `tokenflow export understanding {command}`, or `generator` for text-to-image, {machine}.",
         )
+    close = _nearest(path)
     return BundleNotFoundError(
         f"There is no bundle at {path} (no {MANIFEST} there).",
-        "Give the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
+        (f"Did you mean {close}? Else give" if close else "Give")
+        + " the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
     )
+
+
+def _nearest(path: Path) -> str | None:
+    """The bundle whose name is most like the last part of a path: `tiny`, or one beside it or in `bundles`."""
+    names = {"tiny": "tiny"} if len(path.parts) == 1 else {}
+    for directory in (path.parent, Path("bundles")):
+        with suppress(OSError, ValueError):
+            beside = itertools.islice(directory.iterdir(), _MOST_NAMES)
+            names |= {entry.name.lower(): str(entry) for entry in beside if file_status(entry / MANIFEST) is not None}
+    close = difflib.get_close_matches(path.name.lower(), names, 1)
+    return names[close[0]] if close else None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

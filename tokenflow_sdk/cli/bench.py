@@ -67,10 +67,10 @@ class _Subject:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time every bundle under a name for every batch size; print tables, and write the figures to --json."""
-    batches = _batches(arguments.batch)
+    batches = _batches(arguments.batch_sizes)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
-    arguments.batch_limit = max(arguments.batch_limit, *batches)
+    arguments.batch_limit = max(arguments.batch_limit or 1, *batches)
     results = [_bench_one(path, arguments, batches) for path in bundle_paths(arguments)]
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
@@ -180,5 +180,5 @@ def _batches(text: str) -> list[int]:
     except ValueError:
         batches = []
     if not batches or min(batches) < 1:
-        raise ArgumentError(f"--batch {text!r} is no list of sizes.", "Write it as --batch 1,4,8.")
+        raise ArgumentError(f"--batch-sizes {text!r} is no list of sizes.", "Write it as --batch-sizes 1,4,8.")
     return batches

@@ -163,17 +163,15 @@ def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress:
 def _build_config(arguments: argparse.Namespace) -> BuildConfig:
     """The build config named by --config, or the default, overridden by the other options."""
     base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
-    try:
-        batch = None if arguments.batch is None else tuple(int(size) for size in arguments.batch.split(","))
-    except ValueError as error:
-        raise ArgumentError(f"--batch {arguments.batch!r} is no list of sizes.", "Write it as --batch 1,8,32.") from error
+    most = base.batch[2] if arguments.batch_limit is None else arguments.batch_limit
+    usual = min(base.batch[1], most) if arguments.batch_usual is None else arguments.batch_usual
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
     return base.with_overrides(
         backend=arguments.backend,
         targets=targets,
         precision=arguments.precision,
         decoder=arguments.decoder,
-        batch=batch,
+        batch=(1, usual, most),
         pages=arguments.pages,
         workspace_gb=arguments.workspace_gb,
         memory_gb=arguments.memory_gb,

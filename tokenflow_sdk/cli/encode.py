@@ -62,7 +62,7 @@ def encode(arguments: argparse.Namespace) -> int:
                     yield error
 
         lines = stderr if STDIO in outputs.values() else stdout
-        return process_files(images, encode_batch, "encoding", arguments.batch_limit, lines, several=len(outputs) > 1)
+        return process_files(images, encode_batch, "encoding", tokenizer.batch_limit, lines, several=len(outputs) > 1)
 
 
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:

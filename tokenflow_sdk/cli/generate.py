@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
@@ -42,7 +43,8 @@ def generate(arguments: argparse.Namespace) -> int:
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
-        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
+        seed = secrets.randbelow(2**63) if arguments.seed is None else arguments.seed
+        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
     if output == STDIO:
         raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
     names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
@@ -52,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> int:
         if metadata is None:
             own = generator.config
             guidance = own.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
-            params = SamplingParams.preset(arguments.preset or own.preset, guidance, arguments.seed)
+            params = SamplingParams.preset(arguments.preset or own.preset, guidance, params.seed)
         _require_same_model(metadata, generator.bundle)
         began = perf_counter()
         steps = _draw(generator, arguments.prompt, arguments.n, negative, params)

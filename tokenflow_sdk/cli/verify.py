@@ -27,7 +27,7 @@ __all__ = ["verify", "verify_bundles"]
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify every bundle under a name."""
-    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit, arguments.sha256)
+    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit or 1, arguments.sha256)
     return 0
 
 
