@@ -72,6 +72,8 @@ def _packages() -> dict[str, dict[str, str | None]]:
             version = importlib.metadata.version(parsed[1])
         except importlib.metadata.PackageNotFoundError:
             version = None
+            if "python_version" in requirement or "sys_platform" in requirement:  # perhaps not asked for here
+                continue
         found.setdefault(parsed[2] or "always", {})[parsed[1]] = version
     return found
 
