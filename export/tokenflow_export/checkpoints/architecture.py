@@ -161,9 +161,7 @@ def read_architecture(
     _require_values(values, path, LIMITED | (LLAMA_LIMITED if family is _LLAMA else {}))
     table = directory.shapes.get(EMBEDDING, ())
     if len(table) != 2:
-        raise CheckpointError(
-            f"{directory.path} has no embedding table ({EMBEDDING}).", "Download the missing weights; a head is stored beside it."
-        )
+        raise CheckpointError(f"{directory.path} has no embedding table ({EMBEDDING}).", "Download all of the model's weights.")
     if values.get("vocab_size") is not None and size(directory, "vocab_size") != table[0]:
         raise CheckpointError(
             f"{path} gives vocab_size as {values['vocab_size']}, but {EMBEDDING} has {table[0]} rows.",
