@@ -21,6 +21,7 @@ _EXTRA = (
     "tokenizers",
     "huggingface_hub",
     "jinja2",
+    "psutil",
     "filelock",
 )
 
