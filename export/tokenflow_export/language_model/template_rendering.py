@@ -78,7 +78,6 @@ def _memory(process_id: int) -> int:
 def main() -> None:
     """What the process does: read a request, and write the texts or why there are none."""
     request = json.load(sys.stdin)
-    faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
     try:
         result: dict[str, Any] = {"texts": _texts(**request)}
     except Exception as error:  # a template can raise any kind
@@ -93,6 +92,7 @@ def _texts(source: str, conversations: Sequence[Sequence[Mapping[str, str]]], to
     def refuse(message: object) -> None:
         raise TemplateError(str(message))
 
+    faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
     template = environment.from_string(source)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_a_graph_that_differs_is_not_written(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr(agreement, "MAX_ERROR", 0.0)
     with pytest.raises(ParityError, match="exported graphs differ from the exporter's own"):
         export_quietly(checkpoint, tokenizer_bundle(tmp_path / "tok", SIDES, 500), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
+
+
+def test_a_signal_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_bundle(tmp_path / "tok", SIDES, 500)
+    seen = []
+
+    def ended(*_: object) -> None:
+        seen.extend(os.listdir(tmp_path))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(generator, "_embed_text_spec", ended)
+    words = ["--checkpoint", checkpoint, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "out"]
+    assert main(["generator", *map(str, words)]) == 128 + signal.SIGTERM
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert any(name.startswith(".out.export-") for name in seen)
     assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
 
 
