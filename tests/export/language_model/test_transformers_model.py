@@ -146,7 +146,7 @@ def any_sizes(draw: st.DrawFn) -> dict[str, Any]:
     kv_heads, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6, 8]))
     own = draw(st.booleans())
     return sizes(
-        kv_heads * groups * (draw(st.integers(2, 8)) if own else head_dim),
+        kv_heads * groups * (2 * draw(st.integers(1, 4)) if own else head_dim),
         draw(st.integers(1, 3)),
         kv_heads * groups,
         kv_heads,
@@ -157,7 +157,7 @@ def any_sizes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 FEW_SIZES = st.sampled_from(
-    [sizes(16, 2, 4, 2, 24, 1e-5), sizes(18, 1, 3, 1, 7, 1e-2, 4), sizes(8, 3, 2, 2, 5, 1e-6), sizes(10, 1, 2, 1, 30, 1e-5, 8)]
+    [sizes(16, 2, 4, 2, 24, 1e-5), sizes(18, 1, 3, 1, 7, 1e-2, 4), sizes(8, 3, 2, 2, 5, 1e-6), sizes(12, 1, 2, 1, 30, 1e-5, 8)]
 )
 """For whole exports: of modules that differ in weights alone, the large ones are traced once."""
 
