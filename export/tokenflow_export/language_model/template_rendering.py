@@ -43,7 +43,7 @@ def render(source: str, conversations: Sequence[Sequence[Mapping[str, str]]], to
         request.seek(0)
         status, output, errors = _run_process(request)
     if status:
-        late = errors.startswith("Timeout")
+        late = "Timeout (" in errors
         raise RenderingError(f"it takes more than {SECONDS:g} s" if late else f"its process failed ({status})")
     result = json.loads(output)
     if "error" in result:
