@@ -20,13 +20,13 @@ COVERED_BY = {
             "bench",
             "decode",
             "exit_status",
-            "info",
             "opening",
             "parser",
             "reconstruct",
             "verify",
         ]
     ],
+    "cli/test_info.py": ["tokenflow_sdk/cli/environment"],
     "engines/test_build.py": ["tokenflow_sdk/cli/build"],
     "export/checkpoints/test_tokenizer.py": ["tokenflow_export/checkpoints/strict"],
     "export/language_model/test_generator.py": [

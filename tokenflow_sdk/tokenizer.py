@@ -17,9 +17,10 @@ from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.choice import Needs, choose, engines_for
+from tokenflow_sdk.engines.choice import Needs, choose, engines_for, suitable_batch_limit
 from tokenflow_sdk.engines.hot_swap import EngineSwap, SwappingSessions
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError, TokenFlowError
@@ -75,7 +76,7 @@ class Tokenizer(Reopening):
         device: str = "auto",
         providers: Sequence[str] | None = None,
         threads: int | None = None,
-        batch_limit: int = 1,
+        batch_limit: int | None = None,
         backend: str = "auto",
         build_config: BuildConfig | str | None = None,
         build: bool = True,
@@ -83,17 +84,23 @@ class Tokenizer(Reopening):
         execution_contexts: int = 1,
         cuda_graphs: bool = False,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         sha256: str | None = None,
     ) -> Tokenizer:
         """Open a bundle and verify its files; graphs are loaded on first use.
 
         Args:
             name: a bundle's directory, a Hugging Face hub id (`org/name`), or `tiny`, which comes with the SDK.
-            batch_limit: most images in one call of a session; larger batches are split. Memory grows with it. On a CPU 1 is
-                the fastest as well; on a GPU try 8 to 32.
+            batch_limit: most images in one call of a session; larger batches are split. Memory grows with it. None: 1 on a CPU,
+                where it is the fastest, 8 with CUDA, and with TensorRT as many as the engines were built for.
             device, providers, threads, backend, build_config, build, serve_while_building, execution_contexts, cuda_graphs:
                 see `RuntimeOptions`.
             revision: branch, tag or commit of a hub id; None: the newest. A commit always gives the same files.
+            token: for a private repository; None: `HF_TOKEN`, or that of `hf auth login`. Copies for other processes lack it.
+            cache_dir: where files of the hub are kept; None: the hub's own cache, which `HF_HOME` moves.
+            local_files_only: of a hub id, use what was fetched before, without a request.
             sha256: SHA-256 that bundle.json must have, as `tokenflow info` prints it. It holds the hashes of all other files,
                 so that none can be another than meant. None: any.
 
@@ -114,31 +121,35 @@ class Tokenizer(Reopening):
             execution_contexts=execution_contexts,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(name, options, batch_limit, revision, sha256)
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
+        return cls.open(name, options, batch_limit, hub, sha256)
 
     @classmethod
     def open(
         cls,
         name: str | os.PathLike[str],
         options: RuntimeOptions,
-        batch_limit: int = 1,
-        revision: str | None = None,
+        batch_limit: int | None = None,
+        hub: HubOptions | None = None,
         sha256: str | None = None,
     ) -> Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
         instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
-        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, revision), TokenizerConfig, sha256)
+        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, hub), TokenizerConfig, sha256)
         bundle.verify()
-        batch_limit = _checked_batch_limit(batch_limit)
-        needs = Needs(batch=batch_limit)
+        given = None if batch_limit is None else _checked_batch_limit(batch_limit)
+        needs = Needs(batch=given or 1)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
-            tokenizer = cls(bundle, session_options, batch_limit, open_session)
+            limit = given or suitable_batch_limit(open_session, session_options)
+            tokenizer = cls(bundle, session_options, limit, open_session)
         else:
             engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
-            tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
+            limit = given or suitable_batch_limit(engines.open, options.session)
+            tokenizer = cls(bundle, options.session, limit, sessions.open)
             tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.swap(engines.open))
-        tokenizer._arguments = bundle.portable_name(name), options.portable(), batch_limit, revision, bundle.sha256
+        portable_hub = hub and hub.portable()
+        tokenizer._arguments = bundle.portable_name(name), options.portable(), given, portable_hub, bundle.sha256
         return tokenizer
 
     @property

@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
     if words[:1] == ["export"]:
         return _export(words[1:])
     arguments = make_parser().parse_args(words)
-    return run(lambda: int(arguments.run(arguments)))
+    return run(lambda: int(arguments.run(arguments)), arguments.verbosity)
 
 
 def _prepare_streams() -> None:

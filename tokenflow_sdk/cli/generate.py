@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator, model_id
@@ -39,7 +40,8 @@ def generate(arguments: argparse.Namespace) -> int:
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
-        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
+        seed = secrets.randbelow(2**63) if arguments.seed is None else arguments.seed
+        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
     if output == STDIO:
         raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
     names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
@@ -49,7 +51,7 @@ def generate(arguments: argparse.Namespace) -> int:
         if metadata is None:
             own = generator.config
             guidance = own.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
-            params = SamplingParams.preset(arguments.preset or own.preset, guidance, arguments.seed)
+            params = SamplingParams.preset(arguments.preset or own.preset, guidance, params.seed)
         _require_same_model(metadata, generator.bundle)
         began = perf_counter()
         steps, generation = _draw(generator, arguments.prompt, arguments.n, negative, params)
@@ -63,14 +65,12 @@ def generate(arguments: argparse.Namespace) -> int:
 def _draw(
     generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams
 ) -> tuple[list[GeneratedScale], Generation]:
-    columns = (TextColumn("drawing, scale"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("", total=len(generator.config.patch_nums))
+    with progress_bar("drawing, scale by scale", len(generator.config.patch_nums), brief=True) as done:
         steps = []
         stream = generator.stream(prompt, n=n, negative_prompt=negative, params=params)
         for step in stream:
             steps.append(step)
-            progress.advance(task)
+            done(step.scale)
     return steps, stream.result()
 
 

@@ -20,6 +20,7 @@ from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
 from tokenflow_sdk.pictures.sources import ImageSource, describe, to_array
 
 __all__ = [
+    "SUFFIXES",
     "check_batch",
     "fit",
     "load_image",
@@ -34,7 +35,7 @@ GREY = (127, 127, 127)
 _STRIP_PIXELS = 2**20
 _MAX_SQUARE = 2**28
 """Most pixels that `pad-grey` resizes; beyond it, seconds become minutes."""
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 def pictures_in(directory: Path) -> list[Path]:
@@ -43,11 +44,9 @@ def pictures_in(directory: Path) -> list[Path]:
     Raises:
         ImageReadError: the directory does not exist or has no image files.
     """
-    found = (
-        sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()) if directory.is_dir() else []
-    )
+    found = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) if directory.is_dir() else []
     if not found:
-        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(_SUFFIXES))}.")
+        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(SUFFIXES))}.")
     return found
 
 
