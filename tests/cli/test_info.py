@@ -18,6 +18,7 @@ def test_without_a_bundle_it_says_what_works_here(
     monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     requires = ["numpy>=1.26", 'nobody-has-this>=1; extra == "gpu"', 'onnxruntime>=1; extra == "cpu"', 'pytest; extra == "dev"']
+    requires.append("nor-this; python_version < '3.11' and extra == 'gpu'")
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: requires)
     assert main(["info"]) == 0
     out = capsys.readouterr().out

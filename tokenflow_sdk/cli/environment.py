@@ -20,13 +20,13 @@ from tokenflow_sdk.engines.options import RuntimeOptions
 
 __all__ = ["environment", "print_environment"]
 
-_EXTRAS = {
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
-    "onnxruntime, CUDA": "gpu",
-    "onnxruntime, OpenVINO": "openvino",
+_PACKAGES = {
+    "tensorrt": "tokenflow-sdk[tensorrt]",
+    "tensorrt-rtx": "tokenflow-sdk[tensorrt-rtx]",
+    "onnxruntime, CUDA": "tokenflow-sdk[gpu]",
+    "onnxruntime, OpenVINO": "onnxruntime-openvino",
 }
-"""The extra that brings a backend, by the backend's title; of others it is `cpu`."""
+"""What to install for a backend, by the backend's title."""
 _FOR_DEVELOPERS = ("dev", "docs", "inspect", "train")
 _REQUIREMENT = re.compile(r"""([A-Za-z0-9._-]+)[^;]*(?:;.*\bextra == ["']([\w-]+)["'].*)?""")
 _VARIABLES = re.compile("TOKENFLOW_.*|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|HF_HUB_OFFLINE|NVIDIA_TF32_OVERRIDE")
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
             "backend": way.title,
             "works": way.usable,
             "why": way.reason,
-            "install": f"tokenflow-sdk[{_EXTRAS.get(way.title, 'cpu')}]",
+            "install": _PACKAGES.get(way.title, "tokenflow-sdk[cpu]"),
         }
         for way in survey(tiny, RuntimeOptions())
     ]
@@ -72,6 +72,8 @@ def _packages() -> dict[str, dict[str, str | None]]:
             version = importlib.metadata.version(parsed[1])
         except importlib.metadata.PackageNotFoundError:
             version = None
+            if "python_version" in requirement or "sys_platform" in requirement:  # perhaps not asked for here
+                continue
         found.setdefault(parsed[2] or "always", {})[parsed[1]] = version
     return found
 
