@@ -264,7 +264,7 @@ def test_closed_tokenizers_say_so(fake: Tokenizer, made: list[FakeSession]) -> N
 def test_options_that_cannot_work(mini_bundle: Path) -> None:
     with pytest.raises(ArgumentError, match="batch_limit=0"):
         Tokenizer.from_pretrained(mini_bundle, batch_limit=0)
-    for limit in ("2", 2.0, None, True):
+    for limit in ("2", 2.0, True):
         with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):
             Tokenizer.from_pretrained(mini_bundle, batch_limit=limit)  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):
