@@ -316,7 +316,18 @@ def test_what_becomes_of_a_graph_has_a_revision(tmp_path: Path) -> None:
 
 
 def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["build", str(mini_bundle), "--target", "sm89", "--precision", "fp32", "--batch", "1,1,2", "--cache", str(tmp_path)]
+    words = [
+        "build",
+        str(mini_bundle),
+        "--target",
+        "sm89",
+        "--precision",
+        "fp32",
+        "--batch-limit",
+        "2",
+        "--cache",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     assert capsys.readouterr().out.count("built in") == 4
     assert main(words) == 0
@@ -328,8 +339,8 @@ def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest
     assert "0 engines" in capsys.readouterr().out
     assert main(["build", str(mini_bundle), "--target", "sm90"]) == 2
     assert "cannot build for 'sm90'" in capsys.readouterr().err
-    assert main(["build", str(mini_bundle), "--batch", "x"]) == 2
-    assert "no list of sizes" in capsys.readouterr().err
+    assert main(["build", str(mini_bundle), "--batch-limit", "0"]) == 2
+    assert "is not the least, usual and most images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["features", "decode"])

@@ -163,7 +163,11 @@ def test_pictures_of_one_request_differ_and_decode(generator: Generator) -> None
     assert len(generation.timings) == 4
     assert list(generation.timings) == sorted(generation.timings)
     assert generator.generate("w5", preset="fast").seed != generator.generate("w5", preset="fast").seed
+    by_ids = generator.generate(np.array([5, 6]), n=3, params=params, negative_prompt=[7])
     assert codes(generator.generate([5, 6], n=3, params=params)) == codes(generation)
+    assert (generation.prompt, generation.negative_prompt) == ("w5 w6", None)
+    assert (by_ids.prompt, by_ids.negative_prompt) == ((5, 6), (7,))
+    assert [each.prompt for each in generator.generate_batch(["w5", [6]], preset="fast")] == ["w5", (6,)]
 
 
 def test_stream_yields_after_every_scale(generator: Generator) -> None:

@@ -40,13 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     # Imported here, so that Ctrl-C meanwhile is handled.
-    from tokenflow_sdk.cli.exit_status import run
-    from tokenflow_sdk.cli.parser import make_parser
+    try:
+        from tokenflow_sdk.cli.exit_status import run
+        from tokenflow_sdk.cli.parser import make_parser
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        return _fail("error: The command line needs rich, which is not installed. Run `pip install rich`.", 2)
 
     if words[:1] == ["export"]:
         return _export(words[1:])
     arguments = make_parser().parse_args(words)
-    return run(lambda: int(arguments.run(arguments)))
+    return run(lambda: int(arguments.run(arguments)), arguments.verbosity)
 
 
 def _prepare_streams() -> None:

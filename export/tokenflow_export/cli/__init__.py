@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
         return 0
 
-    return run(command, interrupted="interrupted; nothing was written")
+    return run(command, arguments.verbosity, interrupted="interrupted; nothing was written")
 
 
 @contextmanager

@@ -200,11 +200,11 @@ def test_a_small_checkpoint_goes_all_the_way_on_the_command_line(
     assert main([*words, "--images", str(tmp_path / "photos")]) == 2
     assert "photos holds no pictures" in capsys.readouterr().err
     Image.fromarray(reference_pictures(80, 5)[4, :70]).save(tmp_path / "photos" / "a.png")
-    assert main([*words, "--images", str(tmp_path / "photos")]) == 0
+    assert main([*words, "--images", str(tmp_path / "photos"), "--license", "apache-2.0"]) == 0
     out = capsys.readouterr().out
     assert "checked on 5 pictures" in out
     assert "teacher-forced code agreement" in out
     bundle = Bundle.open(tmp_path / "deep" / "b", TokenizerConfig)
     assert len(TokenizerReference.load(bundle).images) == 4
     assert bundle.parity["pictures"] == 5
-    assert bundle.provenance["checkpoint"] == "c.pt"
+    assert (bundle.provenance["checkpoint"], bundle.provenance["license"]) == ("c.pt", "apache-2.0")
