@@ -19,7 +19,8 @@ _HEAD = """\
 # Command line
 
 Written by `docs/write_cli.py` from the parsers; `tokenflow COMMAND --help` says the same. The exit status is 0 when all went
-well, 1 when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C.
+well, 1 when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C, 143 after
+SIGTERM, 129 after SIGHUP.
 
 """
 

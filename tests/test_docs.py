@@ -224,11 +224,6 @@ def test_the_console_lines_are_tested_elsewhere() -> None:
     ]
 
 
-def test_the_quickstart_runs(project: Path) -> None:
-    out = run([sys.executable, ROOT / "examples" / "quickstart.py", "tiny", "examples/chelsea.jpg"], project)
-    assert "(2, 817) (2, 256, 256, 3)" in out
-
-
 def test_the_demo_runs_without_pytorch(project: Path) -> None:
     hidden = "import sys, runpy; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     out = run([sys.executable, "-c", hidden, ROOT / "examples" / "demo.py", "--prompt", "a red apple", "--out", "out"], project)

@@ -9,8 +9,9 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.cli.generate import METADATA_KEY, read_metadata
+from tokenflow_sdk.cli.generate import read_metadata
 from tokenflow_sdk.generation.generator import Generator
+from tokenflow_sdk.generation.results import METADATA_KEY
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted, 141
-        when the reader of the output went away (`tokenflow info | head -1`).
+        0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted (129
+        by SIGHUP, 143 by SIGTERM), 141 when the reader of the output went away (`tokenflow info | head -1`).
     """
     try:
         _prepare_streams()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, image_files, input_bytes, output_paths, process_files, write
@@ -23,7 +22,7 @@ __all__ = ["encode"]
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Encode image files in batches; write a .tfc file for each and print its size. Skip those whose codes are there."""
+    """Encode image files; write a .tfc file for each and print its size. Skip those whose codes are there."""
     found = image_files(arguments.images)
     images = list(found)
     outputs = dict(zip(images, output_paths(found, arguments.output, ".tfc"), strict=True))
@@ -32,37 +31,36 @@ def encode(arguments: argparse.Namespace) -> int:
         preparation = tokenizer.preparation(arguments.preprocess, arguments.color, arguments.fast)
         if not arguments.force:
             images = _to_do(outputs, tokenizer, preparation)
-        if images:
-            tokenizer.load("encode")
+        digests: dict[Path, str | None] = {}
+        unread: dict[Path, TokenFlowError] = {}
 
-        def encode_batch(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
-            arrays, prepared = {}, {}
+        def sources(paths: Sequence[Path]) -> Iterator[Path | bytes]:
             for path in paths:
+                # Before the image is read: a file that changes meanwhile is then encoded again.
+                digests[path] = _digest(path)
                 try:
-                    # Before the image is read: a file that changes meanwhile is then encoded again.
-                    prepared[path] = replace(preparation, source=_digest(path))
-                    source = input_bytes(ImageReadError) if path == STDIO else path
-                    arrays[path] = tokenizer.preprocess(
-                        source,
-                        preprocess=arguments.preprocess,
-                        color=arguments.color,
-                        fast=arguments.fast,
-                        max_pixels=arguments.max_pixels,
-                    )
+                    yield input_bytes(ImageReadError) if path == STDIO else path
                 except TokenFlowError as error:
-                    yield error
-            found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()
-            for path, row in zip(arrays, found, strict=True):
-                codes, output = tokenizer.codes(row, prepared[path]), outputs[path]
-                try:
-                    data = codes.to_bytes()
-                    write(data, output)
-                    yield f"{path} -> {output}  {len(codes)} codes, {len(data):,} bytes"
-                except TokenFlowError as error:
-                    yield error
+                    unread[path] = error
+                    yield b""
+
+        def encode_each(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
+            options = {name: getattr(arguments, name) for name in ("preprocess", "color", "fast", "max_pixels")}
+            with closing(tokenizer.encode_iter(sources(paths), errors="yield", **options)) as results:
+                for path, found in zip(paths, results, strict=True):
+                    source, result = digests.pop(path), unread.get(path, found)
+                    if isinstance(result, TokenFlowError):
+                        yield result
+                        continue
+                    try:
+                        data = replace(result, preparation=replace(preparation, source=source)).to_bytes()
+                        write(data, outputs[path])
+                        yield f"{path} -> {outputs[path]}  {len(result)} codes, {len(data):,} bytes"
+                    except TokenFlowError as error:
+                        yield error
 
         lines = stderr if STDIO in outputs.values() else stdout
-        return process_files(images, encode_batch, "encoding", tokenizer.batch_limit, lines, several=len(outputs) > 1)
+        return process_files(images, encode_each, "encoding", lines, several=len(outputs) > 1) if images else 0
 
 
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tokenflow_sdk.cli.console import stderr
+from tokenflow_sdk.cli.signals import Stopped, stopped_by_signals
 from tokenflow_sdk.errors import TokenFlowError
 
 __all__ = ["run"]
@@ -22,21 +23,22 @@ def run(command: Callable[[], int], verbosity: int = 0, interrupted: str = "inte
     Args:
         command: gives its exit status.
         verbosity: -1 prints results and errors only, 0 also progress and warnings, 1 also details.
-        interrupted: printed on Ctrl-C.
+        interrupted: printed on Ctrl-C, SIGTERM and SIGHUP.
 
     Returns:
-        The status of the command, 2 after such a mistake, 130 after Ctrl-C.
+        The status of the command, 2 after such a mistake, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     try:
-        with warnings.catch_warnings(), _logging(verbosity):
+        with stopped_by_signals(), warnings.catch_warnings(), _logging(verbosity):
             warnings.showwarning = _print_warning
             return command()
     except TokenFlowError as error:
         stderr.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        stderr.print(interrupted, style="yellow")
-        return 130
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be gone
+            stderr.print(interrupted, style="yellow")
+        return stop.status if isinstance(stop, Stopped) else 130
 
 
 @contextmanager

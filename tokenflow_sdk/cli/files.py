@@ -232,18 +232,16 @@ def process_files(
     inputs: Sequence[Path],
     process: Callable[[Sequence[Path]], Iterable[str | TokenFlowError | None]],
     verb: str,
-    batch_limit: int = 1,
     lines: Console = stdout,
     several: bool | None = None,
 ) -> int:
-    """Process files in batches with a progress bar. A file that fails does not stop the others.
+    """Process files with a progress bar. A file that fails does not stop the others.
 
     Args:
         inputs: files to process.
-        process: takes a batch of files, and yields for each the line to print, the error that it failed with, or None if it
+        process: takes the files, and yields for each, in order, the line to print, the error that it failed with, or None if it
             was skipped.
         verb: label of the progress bar, e.g. `encoding`.
-        batch_limit: most files in one call of `process`.
         lines: where the lines go.
         several: whether they are some of several; None: if they are more than one.
 
@@ -256,19 +254,18 @@ def process_files(
     failed, several = 0, len(inputs) > 1 if several is None else several
     count = 0
     with progress_bar(verb, len(inputs), brief=True) as done:
-        for start in range(0, len(inputs), batch_limit):
-            for outcome in process(inputs[start : start + batch_limit]):
-                done(count := count + 1)
-                if outcome is None:
-                    continue
-                if isinstance(outcome, str):
-                    if not stderr.silenced:
-                        lines.print(outcome, soft_wrap=True)
-                elif not several:
-                    raise outcome
-                else:
-                    failed += 1
-                    stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
+        for outcome in process(inputs):
+            done(count := count + 1)
+            if outcome is None:
+                continue
+            if isinstance(outcome, str):
+                if not stderr.silenced:
+                    lines.print(outcome, soft_wrap=True)
+            elif not several:
+                raise outcome
+            else:
+                failed += 1
+                stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0
