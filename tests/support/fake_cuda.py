@@ -46,7 +46,7 @@ class FakeCuda(ModuleType):
         self.streams: set[int] = set()
         self.graphs: dict[int, list[Any]] = {}
         self.capturing: dict[int, list[Any]] = {}
-        self.launches = 0
+        self.captures = self.launches = 0
         self._numbers = itertools.count(1)
 
     def used(self) -> int:
@@ -146,6 +146,7 @@ class FakeCuda(ModuleType):
         return (OK, self.capturing.pop(stream))
 
     def cudaGraphInstantiate(self, graph: list[Any], flags: int):  # noqa: N802
+        self.captures += 1
         self.graphs[number := next(self._numbers)] = graph
         return (OK, number)
 

@@ -250,10 +250,10 @@ class PinnedBuffer:
         self._cuda, self.size, self.pointer = cuda, size, 0
         self.pointer = int(cuda.call("cudaHostAlloc", max(1, size), 0))
 
-    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The beginning of the buffer as an array that shares its memory. The buffer must outlive it."""
+    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any], start: int = 0) -> Array:
+        """The buffer from byte `start` on as an array that shares its memory. The buffer must outlive it."""
         count = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_uint8 * count).from_address(self.pointer)
+        memory = (ctypes.c_uint8 * count).from_address(self.pointer + start)
         found: Array = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
         return found
 

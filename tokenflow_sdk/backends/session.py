@@ -98,8 +98,8 @@ class Pages(ABC):
         Args:
             new: output of a step, [layers, B, Q, kv_heads, head_dim].
             row: number of the row, 0 .. B - 1.
-            pages: page of each token, int64 [Q].
-            offsets: place of each token in its page, int64 [Q].
+            pages: page of each token, int64 [tokens], at most Q: the first ones of the row.
+            offsets: place of each token in its page, int64 [tokens].
         """
 
     @abstractmethod
@@ -134,7 +134,7 @@ class HostPages(Pages):
         self._array[:, target] = self._array[:, source]
 
     def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        self._array[:, pages, offsets] = np.asarray(new)[:, row]
+        self._array[:, pages, offsets] = np.asarray(new)[:, row, : len(pages)]
 
     def close(self) -> None:
         self._array = np.zeros((0, 0, *self.shape[2:]), self.dtype)
@@ -196,6 +196,13 @@ class Session(ABC):
     def limits(self, *dims: str) -> list[tuple[int, ...]]:
         """Largest sizes of dynamic dimensions in each optimization profile; empty if only memory limits them."""
         return []
+
+    def padded(self, dim: str, size: int) -> int:
+        """The size to which a caller should pad a dynamic dimension of this size, so that calls have few distinct shapes.
+
+        It is `size` itself where new shapes cost nothing.
+        """
+        return size
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
