@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from tokenflow_sdk.errors import (
     MissingPackageError,
     OutputError,
 )
+from tokenflow_sdk.generation.scale_loop import ImageState, ScaleLoop
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
 from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 
@@ -174,25 +176,41 @@ def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Pa
     assert machine[0].current == 0
 
 
-def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) -> None:
-    """And captures at most one CUDA graph for each shape; a second request like the first only launches them."""
+def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And captures one CUDA graph for each shape; later requests like the first only launch them, in few calls a step."""
     cuda, trt = machine
+    steps: list[dict[str, int]] = []
+
+    def counted(loop: ScaleLoop, images: Sequence[ImageState]) -> None:
+        cuda.calls.clear()
+        sample_pass(loop, images)
+        steps.append(dict(cuda.calls))
+
+    sample_pass = ScaleLoop.sample_pass
     with Generator.from_pretrained(mini_generator, backend="onnxruntime") as generator:
-        expected = generator.generate("w3 w5", seed=7, n=2, preset="paper")
+        expected = generator.generate("w3 w5", seed=7, n=3, preset="paper")
         single = generator.generate("w7", seed=1, preset="fast")
-    build_config = BuildConfig(precision="fp32", batch=(1, 1, 1), pages=70)
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 4), pages=70)
     with Generator.from_pretrained(
         mini_generator, backend="tensorrt", build_config=build_config, cuda_graphs=True
     ) as generator:
         assert generator.device == "cuda:0"
         cuda.captures = 0
         for _ in range(4):
-            before, cuda.launches, trt.runs = cuda.captures, 0, Counter()
-            found = generator.generate("w3 w5", seed=7, n=2, preset="paper")
+            before, cuda.launches, trt.runs, steps[:] = cuda.captures, 0, Counter(), []
+            with monkeypatch.context() as patch:
+                patch.setattr(ScaleLoop, "sample_pass", counted)
+                found = generator.generate("w3 w5", seed=7, n=3, preset="paper")
         scales = len(generator.bundle.config.patch_nums)
         # The embeddings and the transformer's step of each scale and of the prompt, and each scale's passes.
         assert before == 2 * scales + 3 * (scales - 1) + 1
         assert (cuda.captures, cuda.launches) == (before, sum(trt.runs.values()))
+        # Six rows. Pages that images share with their prompt are copied one by one at the first scale that is stored.
+        copied = [step.pop("cudaMemcpy2DAsync", 0) for step in steps]
+        assert [sum(step.values()) < 20 for step in steps] == [True] * len(steps)
+        assert [step.get("cuLaunchKernel", 0) for step in steps].count(2) == scales - 2
+        assert max(copied) <= 2 * 6
+        assert sum(copied[2:]) == 0
         assert [codes.indices.tolist() for codes in found.codes] == [codes.indices.tolist() for codes in expected.codes]
         assert generator.generate("w7", seed=1, preset="fast").codes == single.codes
         assert found.images[0].size == (64, 64)

@@ -270,6 +270,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, work = self.engine.trt.cuda, self._work(dict(self.addresses), dict(self.shapes))
+        cuda.calls["execute_async_v3"] += 1
         assert self.memory[1] >= self.engine.device_memory_size_v2
         cuda.check(*self.memory, device=True)
         if self.settings is not None and self.settings.cache is not None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tokenflow_sdk.backends.cuda import Cuda, CudaPages
+from tokenflow_sdk.backends.cuda import Cuda, joined
+from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.backends.engine_file import load_engine
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCallError
@@ -28,8 +29,8 @@ __all__ = ["TensorRTSession"]
 T = TypeVar("T")
 
 _SIZES_PER_DOUBLING = {"batch": 2, "queries": 4, "table": 4, "seen": 1, "window": 1}
-"""How many sizes of a dynamic dimension `padded` gives between one power of two and the next. It adds at most a half, a quarter or
-the whole of a size: little to what costs time, more to lists."""
+"""How many sizes of a dynamic dimension `padded` gives between one power of two and the next. It adds at most a half, a
+quarter or the whole of a size: little to what costs time, more to lists."""
 
 _REBUILD = "Build it again on this machine with `tokenflow build BUNDLE`; if memory ran out, free some first."
 
@@ -150,6 +151,9 @@ class TensorRTSession(Session):
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
+
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        return joined(self._cuda, parts, length)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         return self._run_on_context(feeds, lambda execution, profile: execution.run(profile, feeds, outputs))

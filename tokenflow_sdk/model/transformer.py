@@ -7,7 +7,7 @@ therefore gives the width of the block tables.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,6 +91,10 @@ class PagedTransformer:
         """See `Session.padded`; rows are padded with `filled_up`."""
         return self._session.padded(dim, size)
 
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        """See `Session.joined`."""
+        return self._session.joined(parts, length)
+
     def step(
         self,
         embeddings: Tensor,
@@ -147,17 +151,21 @@ class PagedTransformer:
             PagesExhausted: the pool has too few free pages; rows before the failing one are stored.
         """
         rows = range(len(tables)) if rows is None else rows
-        count = output.new_k.shape[2] if count is None else count
+        batch, length, _ = output.hidden.shape
+        count = length if count is None else count
         finite = _finite_rows(output, rows, count)
-        for row, table, stored in zip(rows, tables, finite, strict=True):
-            if not stored:
-                continue
-            append = table.append(count)
-            for source, target in append.copies:
-                self._k.copy_page(source, target)
-                self._v.copy_page(source, target)
-            self._k.write(output.new_k, row, append.pages, append.offsets)
-            self._v.write(output.new_v, row, append.pages, append.offsets)
+        places = np.full((batch, length), -1, np.int32)
+        try:
+            for row, table, stored in zip(rows, tables, finite, strict=True):
+                if stored:
+                    append = table.append(count)
+                    places[row, :count] = append.pages * self.pool.page_size + append.offsets
+                    for source, target in append.copies:
+                        self._k.copy_page(source, target)
+                        self._v.copy_page(source, target)
+        finally:
+            self._k.write(output.new_k, places)
+            self._v.write(output.new_v, places)
         return finite
 
 
@@ -182,11 +190,9 @@ def _finite_rows(output: StepOutput, rows: Sequence[int], count: int) -> list[bo
     alone is fetched from a device. Keys that hide, because infinity of the right sign weighs nothing, are found in host memory;
     engines make them finite (`tokenflow_sdk.passes.finite_pages`).
     """
-    batch, length, width = output.hidden.shape
-    hidden = output.hidden.reshape(batch * length, width)
-    ends = [np.asarray(hidden[row * length + count - 1 : row * length + count]) for row in rows]
+    hidden, last = output.hidden, count - 1
+    ends = hidden[:, last] if isinstance(hidden, np.ndarray) else hidden.column(last)
     new = [array for array in (output.new_k, output.new_v) if isinstance(array, np.ndarray)]
     return [
-        bool(np.isfinite(end).all() and all(np.isfinite(array[:, row, :count]).all() for array in new))
-        for row, end in zip(rows, ends, strict=True)
+        bool(np.isfinite(ends[row]).all() and all(np.isfinite(array[:, row, :count]).all() for array in new)) for row in rows
     ]

@@ -121,11 +121,10 @@ class TokenLoop:
         self._sample(requests, self._step(embeddings, requests))
 
     def _embed(self, blocks: Sequence[Block]) -> Tensor:
-        """Embeddings [1, Q, H] of a chunk: where the graph left them if it is one block, else joined on the host."""
+        """Embeddings [1, Q, H] of a chunk, in the memory of the transformer's device."""
         if len(blocks) == 1:
             return self._embed_block(blocks[0])
-        # Copied one by one: a session's result is valid until its next run, and two texts come from the same session.
-        return np.concatenate([np.array(self._embed_block(block)) for block in blocks], axis=1)
+        return self.transformer.joined(map(self._embed_block, blocks), sum(map(len, blocks)))
 
     def _embed_block(self, block: Block) -> Tensor:
         if isinstance(block, ImageBlock):
