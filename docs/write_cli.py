@@ -19,7 +19,8 @@ _HEAD = """\
 # Command line
 
 Written by `docs/write_cli.py` from the parsers; `tokenflow COMMAND --help` says the same. The exit status is 0 when all went
-well, 1 when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C.
+well, 1 when some files of several failed, 2 for a mistake that the message tells how to mend, 130 after Ctrl-C, 143 after
+SIGTERM, 129 after SIGHUP.
 
 """
 
@@ -35,9 +36,9 @@ def _section(parser: argparse.ArgumentParser, summary: tuple[str, ...]) -> Itera
     yield f"## {parser.prog}\n"
     for text in filter(None, summary):
         yield f"{text[0].upper()}{text[1:]}.\n"
-    first, _, rest = (parser.description or "").partition("\n")
+    first, _, rest = (parser.description or "").partition("\n\n")
     if examples := rest.strip("\n"):
-        yield f"{first}\n"
+        yield f"{' '.join(first.split())}\n"
         yield f"```text\n{examples}\n```\n"
     if commands is not None:
         helps = {choice.dest: choice.help for choice in commands._choices_actions}

@@ -17,7 +17,7 @@ _HEAD = """\
 
 Written by `docs/write_config_keys.py`. What `tokenflow export generator` and `tokenflow export understanding` make of each key
 of a language model's `config.json`. A key that stands in none of these tables is refused by name, because it may change what
-the model computes; if you know that it does not, add `--ignore-key KEY`.
+the model computes; if you know that it does not, add `--ignore-key KEY`. Where such a key is null, it is as good as absent.
 
 Weights are refused too where they are no floats of 16 bits or more, or have values that are NaN or infinite.
 

@@ -78,7 +78,7 @@ def refusal(words: list[str]) -> str | None:
         return None if found and set(found[1].split(",")) <= set(extras) else "there is no such extra"
     if words[0] == "python":
         return None if (ROOT / words[1]).is_file() else "there is no such script"
-    return None if words[0] in ("cp", "git", "cd") else "it is none of the project's commands"
+    return None if words[0] in ("cp", "git", "cd", "hf") else "it is none of the project's commands"
 
 
 @pytest.fixture
@@ -224,11 +224,6 @@ def test_the_console_lines_are_tested_elsewhere() -> None:
     ]
 
 
-def test_the_quickstart_runs(project: Path) -> None:
-    out = run([sys.executable, ROOT / "examples" / "quickstart.py", "tiny", "examples/chelsea.jpg"], project)
-    assert "(2, 817) (2, 256, 256, 3)" in out
-
-
 def test_the_demo_runs_without_pytorch(project: Path) -> None:
     hidden = "import sys, runpy; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     out = run([sys.executable, "-c", hidden, ROOT / "examples" / "demo.py", "--prompt", "a red apple", "--out", "out"], project)
@@ -268,3 +263,17 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "clean",
         "help",
     }
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    code = [*ROOT.glob("tokenflow_sdk/**/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "Makefile"]
+    used = {name for path in code for name in re.findall(r"\bTOKENFLOW_[A-Z_]*[A-Z]\b", path.read_text())}
+    read = {
+        name
+        for path in code[:-1]
+        if path.is_relative_to(ROOT / "tokenflow_sdk")
+        for name in re.findall(r"""environ(?:\.\w+\(|\[)"(\w+)""", path.read_text())
+    }
+    assert {"TOKENFLOW_CACHE", "OMP_NUM_THREADS"} <= used | read
+    table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/reference/environment.md").read_text()))
+    assert used | read <= table

@@ -20,13 +20,13 @@ COVERED_BY = {
             "bench",
             "decode",
             "exit_status",
-            "info",
             "opening",
             "parser",
             "reconstruct",
             "verify",
         ]
     ],
+    "cli/test_info.py": ["tokenflow_sdk/cli/environment"],
     "engines/test_build.py": ["tokenflow_sdk/cli/build"],
     "export/checkpoints/test_tokenizer.py": ["tokenflow_export/checkpoints/strict"],
     "export/language_model/test_generator.py": [
@@ -95,6 +95,32 @@ def test_using_the_sdk_never_imports_torch(mini_bundle: Path) -> None:
     command = [sys.executable, "-c", script, mini_bundle, ROOT / "examples" / "chelsea.jpg"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_the_command_line_needs_rich(mini_bundle: Path) -> None:
+    without = "import sys; sys.modules['rich'] = None\n"
+    library = (
+        without
+        + "from tokenflow_sdk import Tokenizer; t = Tokenizer.from_pretrained(sys.argv[1]); t.decode(t.encode(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", library, mini_bundle, ROOT / "examples" / "chelsea.jpg"], check=True)
+    command = without + "from tokenflow_sdk.cli import main; sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: The command line needs rich, which is not installed. Run `pip install rich`.\n",
+    )
+
+
+def test_a_package_index_gets_no_link_to_what_it_has_not() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = (ROOT / "README.md").read_text()
+    for change in hook["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    assert "[TokenFlow](https://arxiv.org/abs/2412.03069)" in text
+    assert "The documentation has guides (export, devices," in text
+    assert not re.findall(r"\]\((?!https:)", text)
 
 
 def test_all_names_what_is_public() -> None:

@@ -35,7 +35,7 @@ from tokenflow_sdk import (
 from tokenflow_sdk.bundle.bundle import find_bundle, open_bundle
 from tokenflow_sdk.engines.cache import CachedEngine, EngineKey
 from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, CorruptBundleError, ImageReadError, PromptError
-from tokenflow_sdk.generation.generator import GeneratedScale
+from tokenflow_sdk.generation.results import GeneratedScale
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.parity.language_model import LanguageModelReport
 from tokenflow_sdk.parity.tokenizer_report import Flip, TokenizerReport

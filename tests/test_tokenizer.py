@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import ROOT
@@ -15,7 +17,14 @@ from tests.support.fakes import FakeSession, fake_bundle
 from tokenflow_sdk import Codes, Tokenizer
 from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, ImageShapeError
+from tokenflow_sdk.errors import (
+    ArgumentError,
+    ArrayError,
+    CodebookMismatchError,
+    CodesRangeError,
+    ImageReadError,
+    ImageShapeError,
+)
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -62,16 +71,78 @@ def test_large_batches_are_split(fake: Tokenizer, made: list[FakeSession]) -> No
     assert fake.decode_array(np.full((3, 5), 9, np.int32)).shape == (3, 8, 8, 3)
 
 
-def test_encode_batch_takes_any_iterable_and_reads_it_batch_by_batch(fake: Tokenizer, made: list[FakeSession]) -> None:
-    seen = []
+def test_encode_batch_takes_any_iterable(fake: Tokenizer) -> None:
+    assert len(fake.encode_batch(np.full((8, 8), i, np.uint8) for i in range(3))) == 3
 
-    def pictures():
-        for i in range(3):
-            seen.append((i, len(made[0].calls) if made else 0))
-            yield np.full((8, 8), i, np.uint8)
 
-    assert len(fake.encode_batch(pictures())) == 3
-    assert seen == [(0, 0), (1, 0), (2, 1)]
+def test_encode_iter_gives_the_codes_of_encode_in_order(tokenizer: Tokenizer) -> None:
+    photo, data = crops(3, 90), PHOTO.read_bytes()
+    images = [
+        PHOTO,
+        data,
+        str(PHOTO),
+        bytearray(data),
+        memoryview(data),
+        photo[0],
+        torch.from_numpy(photo[1]),
+        photo[2][:, :, 0],
+    ]
+    images += [Image.open(PHOTO), Image.fromarray(photo[0]), io.BytesIO(data), crops(1, 64)[0]]
+    found = list(tokenizer.encode_iter(images, preprocess="pad", workers=3))
+    expected = [tokenizer.encode(image, preprocess="pad") for image in images]
+    assert found == expected
+    assert [codes.preparation for codes in found] == [codes.preparation for codes in expected]
+    assert (found[0].preparation, found[-1].preparation) == (tokenizer.preparation("pad"), None)
+
+
+def test_encode_iter_keeps_what_its_source_changes_afterwards(fake: Tokenizer) -> None:
+    """A camera that fills one array again and again, frames of one image, one open file."""
+    array, image, file = np.zeros((8, 8), np.uint8), Image.new("L", (8, 8)), io.BytesIO()
+    for reused in (array, memoryview(array).cast("B"), torch.from_numpy(array), image, file):
+
+        def camera(reused: object = reused) -> Iterator[object]:
+            for level in range(9):
+                array[:] = level
+                image.paste(level, (0, 0, 8, 8))
+                file.seek(0)
+                file.truncate()
+                Image.fromarray(array).save(file, "PNG")
+                yield file.getvalue() if isinstance(reused, memoryview) else reused
+
+        assert [codes.indices[0] for codes in fake.encode_iter(camera())] == list(range(9))  # type: ignore[arg-type]
+
+
+def test_encode_iter_yields_errors_of_pictures_and_raises_those_of_the_engine(fake: Tokenizer) -> None:
+    images = [np.zeros((8, 8), np.uint8), "missing.png", np.zeros((8, 8)), object(), np.ones((8, 8), np.uint8)]
+    found = list(fake.encode_iter(images, errors="yield"))  # type: ignore[arg-type]
+    assert [type(each).__name__ for each in found] == ["Codes", "ImageReadError", "ArrayError", "ArgumentError", "Codes"]
+    with pytest.raises(ImageReadError, match=r"missing\.png"):
+        list(fake.encode_iter(images))  # type: ignore[arg-type]
+    running = fake.encode_iter((np.zeros((8, 8), np.uint8) for _ in itertools.count()), errors="yield")
+    next(running)
+    fake.close()
+    with pytest.raises(ArgumentError, match="closed"):
+        list(running)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenflow")]
+
+
+def test_encode_iter_checks_its_arguments_at_once(fake: Tokenizer) -> None:
+    with pytest.raises(ArgumentError, match=r"encode_iter takes several pictures.*encode_iter\(\[image\]\)"):
+        fake.encode_iter("photo.png")
+    for wrong in ({"workers": 0}, {"workers": "2"}, {"errors": "skip"}, {"errors": None}, {"preprocess": "cut"}, {"color": 1}):
+        with pytest.raises(ArgumentError, match=str(next(iter(wrong.values())))):
+            fake.encode_iter([], **wrong)  # type: ignore[call-overload]
+
+
+def test_a_cpu_has_as_many_calls_at_once_as_fill_its_cores(fake: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenflow_sdk.tokenizer.available_cores", lambda: 8)
+    assert fake._lanes() == 2
+    for threads, lanes in ((1, 8), (2, 4), (8, 2), (16, 2)):
+        fake._threads = threads
+        assert fake._lanes() == lanes
+    monkeypatch.setattr(FakeSession, "device", "cuda:0")
+    fake._threads = 1
+    assert fake._lanes() == 2
 
 
 @pytest.mark.parametrize(
@@ -134,6 +205,38 @@ def test_code_arrays_that_cannot_be_decoded(fake: Tokenizer, indices: np.ndarray
         fake.decode_array(indices)
 
 
+def test_features_of_many_are_those_of_each(tokenizer: Tokenizer) -> None:
+    codes = [tokenizer.codes(row) for row in tokenizer.encode_array(crops(3, 64))]
+    codes[1] = codes[1].truncate(2)
+    rows = np.stack([each.padded() for each in codes])
+    for graph, width in ((tokenizer.features, 40), (tokenizer.semantic, 20)):
+        each = np.stack([graph(one) for one in codes])
+        assert each.shape == (3, 16, width)
+        for many in (codes, iter(codes), rows, torch.from_numpy(rows)):
+            assert np.array_equal(graph(many), each)
+        assert np.array_equal(graph(codes[0].indices[None]), each[:1])
+        assert (graph([]).shape, graph([]).dtype) == ((0, 16, width), np.float32)
+    pooled = tokenizer.semantic(codes, pool="mean")
+    assert np.allclose(pooled, tokenizer.semantic(codes).astype(float).mean(1), atol=1e-6)
+    assert np.array_equal(tokenizer.semantic(codes[2], pool="mean"), pooled[2])
+    assert (tokenizer.semantic([], pool="mean").shape, pooled.dtype) == ((0, 20), np.float32)
+
+
+def test_features_of_what_are_no_codes(fake: Tokenizer) -> None:
+    row = np.array([9, 1, 2, 3, 4])
+    for wrong, error, words in (
+        ([fake.codes(row), row], ArgumentError, "Expected Codes, got ndarray"),
+        ("p.tfc", ArgumentError, "Expected Codes, got str"),
+        (7, ArgumentError, "codes cannot be of type int"),
+        (row, ArrayError, r"codes\[None\]"),
+        (row[None] * 99, CodesRangeError, "outside the codebook"),
+    ):
+        with pytest.raises(error, match=words):
+            fake.features(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="pool='max' is no way to pool"):
+        fake.semantic(fake.codes(row), pool="max")  # type: ignore[arg-type]
+
+
 def test_codes_of_another_tokenizer_are_refused(fake: Tokenizer) -> None:
     other = Codes(np.zeros(5, int), (1, 2), 256, "other", "cd" * 32)
     for use in (fake.decode, fake.features, fake.semantic):
@@ -161,7 +264,7 @@ def test_closed_tokenizers_say_so(fake: Tokenizer, made: list[FakeSession]) -> N
 def test_options_that_cannot_work(mini_bundle: Path) -> None:
     with pytest.raises(ArgumentError, match="batch_limit=0"):
         Tokenizer.from_pretrained(mini_bundle, batch_limit=0)
-    for limit in ("2", 2.0, None, True):
+    for limit in ("2", 2.0, True):
         with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):
             Tokenizer.from_pretrained(mini_bundle, batch_limit=limit)  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match=f"batch_limit={limit!r} leaves no room"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from tests.conftest import DATA, ROOT
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+SYSTEMS = ("x86_64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")
 RUNTIME = ("--extra", "cpu", "--extra", "generate", "--extra", "hub")
 UV = Path(sys.executable).parent / "uv"
 DRAW = """
@@ -49,8 +51,7 @@ def test_all_places_name_the_same_pythons() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("system", ["x86_64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc"])
+@pytest.mark.parametrize(("python", "system"), list(zip(PYTHONS, itertools.cycle(SYSTEMS), strict=False)))
 def test_the_lock_can_be_installed(tmp_path: Path, python: str, system: str) -> None:
     """There is a wheel for every pin. That PyTorch is for CPUs or not makes no difference here."""
     target = ("--python-version", python, "--python-platform", system, "--only-binary", ":all:")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tokenflow_sdk.engines.build_config import BuildConfig
     from tokenflow_sdk.engines.options import RuntimeOptions
     from tokenflow_sdk.errors import TokenFlowError
-    from tokenflow_sdk.generation.generator import GeneratedScale, Generation, Generator
+    from tokenflow_sdk.generation.generator import Generator
+    from tokenflow_sdk.generation.results import GeneratedScale, Generation
     from tokenflow_sdk.model.sampling import Pass, SamplingParams
     from tokenflow_sdk.pictures.codes import Codes
     from tokenflow_sdk.pictures.scales import Scales
@@ -55,8 +56,8 @@ _HOMES = {
     "Bundle": "bundle.bundle",
     "Chat": "understanding.chat",
     "Codes": "pictures.codes",
-    "GeneratedScale": "generation.generator",
-    "Generation": "generation.generator",
+    "GeneratedScale": "generation.results",
+    "Generation": "generation.results",
     "Generator": "generation.generator",
     "Pass": "model.sampling",
     "RequestStream": "request_runner",

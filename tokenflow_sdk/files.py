@@ -18,6 +18,7 @@ __all__ = [
     "file_sha256",
     "file_status",
     "is_directory",
+    "is_regular",
     "open_regular",
     "packaged_data",
     "read_regular",
@@ -52,6 +53,12 @@ def is_directory(path: Path) -> bool:
     """Whether a path is a directory. Unlike `Path.is_dir`, never raises: see `file_status`."""
     status = file_status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path is a file whose reading ends, unlike that of a pipe. Never raises: see `file_status`."""
+    status = file_status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -15,6 +15,7 @@ from tokenflow_sdk.arguments import instance, integer, seconds
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, LanguageModelConfig
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.choice import Needs, choose, engines_for
@@ -93,6 +94,9 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         serve_while_building: bool = False,
         cuda_graphs: bool = False,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         sha256: str | None = None,
     ) -> M:
         """Open a bundle, verify its files, and load its graphs.
@@ -104,6 +108,9 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
             page_size: tokens in a page; TensorRT engines take the default only.
             device, providers, threads, backend, build_config, build, serve_while_building, cuda_graphs: see `RuntimeOptions`.
             revision: branch, tag or commit of a hub id; None: the newest. A commit always gives the same files.
+            token: for a private repository; None: `HF_TOKEN`, or that of `hf auth login`. Copies for other processes lack it.
+            cache_dir: where files of the hub are kept; None: the hub's own cache, which `HF_HOME` moves.
+            local_files_only: of a hub id, use what was fetched before, without a request.
             sha256: SHA-256 that bundle.json must have, as `tokenflow info` prints it. It holds the hashes of all other files,
                 so that none can be another than meant. None: any. The paired
                 tokenizer is another bundle: to pin it as well, open it with its own and give tokenizer=.
@@ -123,7 +130,8 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
             serve_while_building=serve_while_building,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(name, options, tokenizer, pages, page_size, revision, sha256)
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
+        return cls.open(name, options, tokenizer, pages, page_size, hub, sha256)
 
     @classmethod
     def open(
@@ -133,12 +141,12 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         pages: int | None = None,
         page_size: int = PAGE_SIZE,
-        revision: str | None = None,
+        hub: HubOptions | None = None,
         sha256: str | None = None,
     ) -> M:
         """`from_pretrained`, with the runtime options in one object."""
         instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
-        bundle = Bundle.open(find_bundle(name, cls.config_type.kind, revision), cls.config_type, sha256)
+        bundle = Bundle.open(find_bundle(name, cls.config_type.kind, hub), cls.config_type, sha256)
         bundle.verify()
         paired = paired_tokenizer(bundle, tokenizer, options)
         pages, page_size = _checked_pool(pages, page_size)
@@ -151,8 +159,9 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
             # As many pages as the engines will have: what fits now fits after the change.
             model = cls(bundle, paired, options.session, engines.pages, page_size, open_onnxruntime)
             model._swap = EngineSwap(engines.prepare, lambda: model._runner.replace(model._load(engines.open)))
+        portable_hub = hub and hub.portable()
         model._arguments = (
-            *(bundle.portable_name(name), options.portable(), paired, pages, page_size, revision, bundle.sha256),
+            *(bundle.portable_name(name), options.portable(), paired, pages, page_size, portable_hub, bundle.sha256),
         )
         return model
 

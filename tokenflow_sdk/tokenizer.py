@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tokenflow_sdk.arguments import flag, instance, integer, items, seconds, shown
+from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.choice import Needs, choose, engines_for
+from tokenflow_sdk.engines.choice import Needs, choose, engines_for, suitable_batch_limit
 from tokenflow_sdk.engines.hot_swap import EngineSwap, SwappingSessions
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
+from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError, TokenFlowError
 from tokenflow_sdk.model.tokenizer_graphs import TokenizerGraphs
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
-from tokenflow_sdk.pictures.images import ImageSource, check_batch, describe
+from tokenflow_sdk.pictures.images import check_batch
 from tokenflow_sdk.pictures.images import preprocess as load_and_fit
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess
+from tokenflow_sdk.pictures.sources import ImageSource, several, to_array
+from tokenflow_sdk.pipeline import Pipeline, Prepared
 from tokenflow_sdk.reopening import Reopening
 
 __all__ = ["Tokenizer"]
-
-T = TypeVar("T")
 
 GRAPHS = ("encode", "decode", "semantic", "features")
 
@@ -61,6 +63,7 @@ class Tokenizer(Reopening):
         options = SessionOptions() if options is None else instance("options", options, SessionOptions, hint)
         self.bundle = bundle
         self.batch_limit = batch_limit
+        self._threads = options.threads
         self.graphs = TokenizerGraphs(bundle, open_session, options, batch_limit)
         """The graphs as functions of arrays, for comparing backends; what is fed to them is not checked."""
         self._swap: EngineSwap | None = None
@@ -73,7 +76,7 @@ class Tokenizer(Reopening):
         device: str = "auto",
         providers: Sequence[str] | None = None,
         threads: int | None = None,
-        batch_limit: int = 1,
+        batch_limit: int | None = None,
         backend: str = "auto",
         build_config: BuildConfig | str | None = None,
         build: bool = True,
@@ -81,17 +84,23 @@ class Tokenizer(Reopening):
         execution_contexts: int = 1,
         cuda_graphs: bool = False,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         sha256: str | None = None,
     ) -> Tokenizer:
         """Open a bundle and verify its files; graphs are loaded on first use.
 
         Args:
             name: a bundle's directory, a Hugging Face hub id (`org/name`), or `tiny`, which comes with the SDK.
-            batch_limit: most images in one call of a session; larger batches are split. Memory grows with it. On a CPU 1 is
-                the fastest as well; on a GPU try 8 to 32.
+            batch_limit: most images in one call of a session; larger batches are split. Memory grows with it. None: 1 on a CPU,
+                where it is the fastest, 8 with CUDA, and with TensorRT as many as the engines were built for.
             device, providers, threads, backend, build_config, build, serve_while_building, execution_contexts, cuda_graphs:
                 see `RuntimeOptions`.
             revision: branch, tag or commit of a hub id; None: the newest. A commit always gives the same files.
+            token: for a private repository; None: `HF_TOKEN`, or that of `hf auth login`. Copies for other processes lack it.
+            cache_dir: where files of the hub are kept; None: the hub's own cache, which `HF_HOME` moves.
+            local_files_only: of a hub id, use what was fetched before, without a request.
             sha256: SHA-256 that bundle.json must have, as `tokenflow info` prints it. It holds the hashes of all other files,
                 so that none can be another than meant. None: any.
 
@@ -112,31 +121,35 @@ class Tokenizer(Reopening):
             execution_contexts=execution_contexts,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(name, options, batch_limit, revision, sha256)
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
+        return cls.open(name, options, batch_limit, hub, sha256)
 
     @classmethod
     def open(
         cls,
         name: str | os.PathLike[str],
         options: RuntimeOptions,
-        batch_limit: int = 1,
-        revision: str | None = None,
+        batch_limit: int | None = None,
+        hub: HubOptions | None = None,
         sha256: str | None = None,
     ) -> Tokenizer:
         """`from_pretrained`, with the runtime options in one object."""
         instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
-        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, revision), TokenizerConfig, sha256)
+        bundle = Bundle.open(find_bundle(name, TokenizerConfig.kind, hub), TokenizerConfig, sha256)
         bundle.verify()
-        batch_limit = _checked_batch_limit(batch_limit)
-        needs = Needs(batch=batch_limit)
+        given = None if batch_limit is None else _checked_batch_limit(batch_limit)
+        needs = Needs(batch=given or 1)
         if not options.serve_while_building:
             open_session, session_options = choose(bundle, options, needs)
-            tokenizer = cls(bundle, session_options, batch_limit, open_session)
+            limit = given or suitable_batch_limit(open_session, session_options)
+            tokenizer = cls(bundle, session_options, limit, open_session)
         else:
             engines, sessions = engines_for(bundle, options, needs), SwappingSessions(open_onnxruntime)
-            tokenizer = cls(bundle, options.session, batch_limit, sessions.open)
+            limit = given or suitable_batch_limit(engines.open, options.session)
+            tokenizer = cls(bundle, options.session, limit, sessions.open)
             tokenizer._swap = EngineSwap(engines.prepare, lambda: sessions.swap(engines.open))
-        tokenizer._arguments = bundle.portable_name(name), options.portable(), batch_limit, revision, bundle.sha256
+        portable_hub = hub and hub.portable()
+        tokenizer._arguments = bundle.portable_name(name), options.portable(), given, portable_hub, bundle.sha256
         return tokenizer
 
     @property
@@ -183,7 +196,8 @@ class Tokenizer(Reopening):
         """Encode one image.
 
         Args:
-            image: a path, bytes, file object, PIL image, or u8 array [H, W], [H, W, 3] or [H, W, 4].
+            image: a path, bytes, file object, PIL image, or u8 array [H, W], [H, W, 3] or [H, W, 4], also of another library,
+                such as a PyTorch tensor in host memory.
             preprocess: how the image is made square: `crop` (short side, centre), `squash` (all of it, aspect lost), `pad` (all
                 of it, on white) or `pad-grey` (all of it, on grey, as most understanding models read pictures); None takes the
                 tokenizer's own way.
@@ -196,7 +210,8 @@ class Tokenizer(Reopening):
             ImageError, ArrayError: the image cannot be used; see `tokenflow_sdk.errors`.
             BackendError, MissingPackageError: the backend cannot run.
         """
-        return self.encode_batch([image], preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)[0]
+        prepared = self._prepare(image, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)
+        return self._encode([prepared])[0]
 
     def encode_batch(
         self,
@@ -207,32 +222,76 @@ class Tokenizer(Reopening):
         fast: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Codes]:
-        """Encode several images, in order, to the same codes as one by one. Options and errors as in `encode`.
+        """Encode several images, in order: `encode_iter` as a list. Arguments and errors as there."""
+        source = several("encode_batch", images)
+        return list(self.encode_iter(source, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels))
+
+    @overload
+    def encode_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        workers: int | None = None,
+        errors: Literal["raise"] = "raise",
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        fast: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Generator[Codes, None, None]: ...
+
+    @overload
+    def encode_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        workers: int | None = None,
+        errors: Literal["yield"],
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        fast: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Generator[Codes | TokenFlowError, None, None]: ...
+
+    def encode_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        workers: int | None = None,
+        errors: Literal["raise", "yield"] = "raise",
+        preprocess: Preprocess | None = None,
+        color: Color = "srgb",
+        fast: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Generator[Any, None, None]:
+        """Encode images as they come, in order, to the same codes as one by one. Threads decode files beside the engine.
+
+        `images` is read in the caller's thread, a few batches ahead of the codes that are asked for, so it may be endless or
+        larger than memory. Arrays, images and open files may be changed as soon as the next picture is asked for; files
+        given by their paths are read later. Closing the iterator, or dropping it, ends its threads after the calls that run.
 
         Args:
-            images: a list or another iterable, read batch by batch; or one u8 array [B, H, W, 3].
+            images: a list or another iterable; or one u8 array [B, H, W, 3].
+            workers: threads that decode pictures; None: as many as the process may use cores.
+            errors: what becomes of a picture that cannot be used: `raise` its error after the codes of those before it, or
+                `yield` the error in its place and go on. Errors of the engine are raised.
+            preprocess, color, fast, max_pixels: see `encode`.
 
         Raises:
-            ArgumentError: one image instead of several.
+            ArgumentError: one image instead of several, or an argument that cannot work.
+            ImageError, ArrayError: an image cannot be used; see `tokenflow_sdk.errors`.
+            BackendError, MissingPackageError: the backend cannot run.
+
+        >>> for codes in tok.encode_iter(Path("photos").glob("*.jpg")): ...   # doctest: +SKIP
         """
-        stack = isinstance(images, np.ndarray) and (images.ndim == 4 or images.dtype == object)
-        single = isinstance(
-            images, (str, bytes, bytearray, memoryview, np.ndarray, os.PathLike, Image.Image, type(None))
-        ) or hasattr(images, "read")
-        hint = "Use encode(image), or give a list: encode_batch([image])."
-        if single and not stack:
-            raise ArgumentError(f"encode_batch takes several pictures, and {describe(images)} is one.", hint)
-        preparation, size = self.preparation(preprocess, color, fast), self.config.image_size
-        found: list[Codes] = []
-        for chunk in _chunks(items("images", images, hint), self.batch_limit):
-            pixels = [
-                self.preprocess(image, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels) for image in chunk
-            ]
-            for image, row in zip(chunk, self.encode_array(np.stack(pixels)), strict=True):
-                # An array of the tokenizer's size was prepared by the caller.
-                prepared = isinstance(image, np.ndarray) and image.shape[:2] == (size, size)
-                found.append(self.codes(row, None if prepared else preparation))
-        return found
+        source = several("encode_iter", images)
+        if not (isinstance(errors, str) and errors in ("raise", "yield")):
+            raise ArgumentError(f"errors={shown(errors)} is no way to treat errors.", "Choose one of: raise, yield.")
+        wrong = "decodes no pictures."
+        workers = available_cores() if workers is None else integer("workers", workers, 1, 1024, wrong, "Give 1 to 1024.")
+        self.preparation(preprocess, color, fast)
+        prepare = partial(self._prepare, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)
+        pipeline = Pipeline(prepare, self._encode, self.batch_limit, workers, self._lanes())
+        return pipeline.codes(source, errors == "raise")
 
     def preparation(self, preprocess: Preprocess | None = None, color: Color = "srgb", fast: bool = False) -> Preparation:
         """How `encode` prepares a picture with these options, for `codes`.
@@ -257,7 +316,7 @@ class Tokenizer(Reopening):
         return load_and_fit(image, size, chosen.preprocess, color=chosen.color, fast=chosen.fast, max_pixels=max_pixels)
 
     def encode_array(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """u8 [B, H, W, 3] already of the tokenizer's size -> code indices int32 [B, L].
+        """u8 [B, H, W, 3], of NumPy or another library, already of the tokenizer's size -> code indices int32 [B, L].
 
         Raises:
             ArrayError, ImageShapeError: wrong dtype, rank or size.
@@ -323,15 +382,41 @@ class Tokenizer(Reopening):
         """
         return self.graphs.decode(self._checked(code_indices))
 
-    def features(self, codes: Codes) -> NDArray[np.float32]:
-        """The quantized feature float32 [g * g, C], row-major: what a language model reads (docs/model.md, section 2)."""
-        found: NDArray[np.float32] = self.graphs.features(self._indices([codes]))[0]
-        return found
+    def features(self, codes: Codes | Iterable[Codes] | NDArray[np.int32]) -> NDArray[np.float32]:
+        """The quantized feature, row-major: what a language model reads (docs/model.md, section 2).
 
-    def semantic(self, codes: Codes) -> NDArray[np.float32]:
-        """The semantic decoder's features float32 [g * g, width], row-major, for search and classification."""
-        found: NDArray[np.float32] = self.graphs.semantic(self._indices([codes]))[0]
-        return found
+        Args:
+            codes: of one image, or of several: a list of them, or an array of code indices [B, l] as for `decode_array`.
+
+        Returns:
+            float32 [g * g, C] of one image, [B, g * g, C] of several.
+
+        Raises:
+            CodebookMismatchError: the codes come from another tokenizer.
+            ArgumentError, ArrayError, CodesRangeError: they are no codes; see `decode_array`.
+        """
+        return self._of_codes(self.graphs.features, codes, self.config.code_dim)
+
+    def semantic(
+        self, codes: Codes | Iterable[Codes] | NDArray[np.int32], *, pool: Literal["mean"] | None = None
+    ) -> NDArray[np.float32]:
+        """The semantic decoder's features, row-major, for search and classification. Errors as in `features`.
+
+        Args:
+            codes: of one image or of several, as in `features`.
+            pool: `mean` averages them over the image, so that each image has one vector; None leaves one a cell.
+
+        Returns:
+            float32 [g * g, W] of one image, [B, g * g, W] of several; pooled [W] and [B, W].
+        """
+        if not (pool is None or (isinstance(pool, str) and pool == "mean")):
+            raise ArgumentError(f"pool={shown(pool)} is no way to pool.", "Give 'mean', or None for a vector of each cell.")
+
+        def run(indices: NDArray[np.int32]) -> NDArray[np.float32]:
+            found = self.graphs.semantic(indices)
+            return found if pool is None else found.mean(axis=1)
+
+        return self._of_codes(run, codes, self.config.semantic_width, pooled=pool is not None)
 
     def reconstruct(self, image: ImageSource, *, preprocess: Preprocess | None = None, color: Color = "srgb") -> Image.Image:
         """Encode and decode an image. Options and errors as in `encode`."""
@@ -359,6 +444,45 @@ class Tokenizer(Reopening):
         c = self.config
         return f"Tokenizer({c.variant}: {c.image_size} px, {len(c.patch_nums)} scales, {c.n_codes} codes of {c.codebook_size})"
 
+    def _prepare(
+        self, image: ImageSource, *, preprocess: Preprocess | None, color: Color, fast: bool, max_pixels: int
+    ) -> Prepared:
+        pixels = self.preprocess(image, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)
+        array, size = to_array(image), self.config.image_size
+        # An array of the tokenizer's size was prepared by the caller.
+        own = isinstance(array, np.ndarray) and array.shape[:2] == (size, size)
+        return Prepared(pixels, None if own else self.preparation(preprocess, color, fast))
+
+    def _encode(self, pictures: Sequence[Prepared]) -> list[Codes]:
+        rows = self.encode_array(np.stack([picture.pixels for picture in pictures]))
+        return [self.codes(row, picture.preparation) for row, picture in zip(rows, pictures, strict=True)]
+
+    def _of_codes(
+        self,
+        run: Callable[[NDArray[np.int32]], NDArray[np.float32]],
+        codes: Codes | Iterable[Codes] | NDArray[np.int32],
+        width: int,
+        pooled: bool = False,
+    ) -> NDArray[np.float32]:
+        """Run a graph on one row of codes, or on several, of which no more are in memory unpooled than a call takes."""
+        if isinstance(codes, (Codes, str, bytes, bytearray)):
+            one: NDArray[np.float32] = run(self._indices([codes]))[0]  # what are no codes is named there
+            return one
+        given = to_array(codes)
+        if isinstance(given, np.ndarray):
+            indices = self._checked(given)
+        elif rows := list(items("codes", given, "Give Codes, a list of them or an array of code indices.")):
+            indices = self._indices(rows)
+        else:
+            return np.zeros((0, width) if pooled else (0, self.config.grid**2, width), np.float32)
+        return np.concatenate([run(indices[i : i + self.batch_limit]) for i in range(0, len(indices), self.batch_limit)])
+
+    def _lanes(self) -> int:
+        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
+        cores = available_cores()
+        on_cpu = self.graphs.load("encode").device == "cpu"
+        return max(2, cores // (self._threads or cores)) if on_cpu else 2
+
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         for item in codes:
             self.require(item)
@@ -367,7 +491,7 @@ class Tokenizer(Reopening):
     def _checked(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:
         c = self.config
         try:
-            array = np.asarray(code_indices)
+            array = np.asarray(to_array(code_indices))
         except (TypeError, ValueError) as error:
             raise ArrayError(f"Code indices cannot become an array: {error}.", "Give an integer array [B, l].") from error
         if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
@@ -398,8 +522,3 @@ class Tokenizer(Reopening):
 
 def _checked_batch_limit(value: object) -> int:
     return integer("batch_limit", value, 1, None, "leaves no room for an image.", "Give at least 1.")
-
-
-def _chunks(iterator: Iterator[T], size: int) -> Iterator[list[T]]:
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,10 @@ from typing import Any
 import pytest
 
 from tests.support.mini import MINI
-from tokenflow_sdk import Tokenizer
+from tokenflow_sdk import Tokenizer, Understander
 from tokenflow_sdk.bundle.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, bundles_in, find_bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.errors import (
-    BundleKindError,
-    BundleNotFoundError,
-    BundleVersionError,
-    CorruptBundleError,
-    MissingPackageError,
-)
-from tokenflow_sdk.files import file_sha256
+from tokenflow_sdk.errors import BundleKindError, BundleNotFoundError, BundleVersionError, CorruptBundleError
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -144,15 +135,42 @@ def test_no_bundle_there(tmp_path: Path) -> None:
             Tokenizer.from_pretrained(path)
 
 
-def test_hub_ids_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_told_how_it_becomes_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    assert find_bundle("org/name") == Path("org/name")
-    assert find_bundle(Path("other/name")) == Path("other/name")
-    assert find_bundle("/absolute/name") == Path("/absolute/name")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingPackageError, match=r"'other/name'.*pip install 'tokenflow-sdk\[hub\]'"):
-        find_bundle("other/name")
+    (tmp_path / "my x.pt").write_bytes(b"PK")
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text("{}")
+    command = r"`tokenflow export tokenizer --checkpoint 'my x.pt' --out bundles/'my x'` on a machine with PyTorch"
+    with pytest.raises(BundleNotFoundError, match=f"my x.pt is a PyTorch checkpoint, not a bundle. Run {command}"):
+        Tokenizer.from_pretrained("my x.pt")
+    for name in ("gone.safetensors", "checkpoints/gone.pt"):
+        with pytest.raises(BundleNotFoundError, match=f"export tokenizer --checkpoint {name}"):
+            Tokenizer.from_pretrained(name)
+    with pytest.raises(
+        BundleNotFoundError, match="llava is a PyTorch checkpoint.*`tokenflow export understanding --checkpoint"
+    ):
+        Understander.from_pretrained("llava")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Tiny", "tiny"),
+        ("tniy", "tiny"),
+        ("clipb_256", "bundles/clipb_256"),
+        ("bundles/CLIPB-256", "bundles/clipb_256"),
+        ("x", ""),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest(
+    name: str, meant: str, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
+    with pytest.raises(BundleNotFoundError) as raised:
+        Tokenizer.from_pretrained(name)
+    assert raised.value.hint.startswith(f"Did you mean {meant}? Else give the directory" if meant else "Give the directory")
 
 
 def test_a_directory_may_hold_a_bundle_of_each_kind(mini_bundle: Path, tmp_path: Path) -> None:
@@ -177,79 +195,11 @@ def test_tiny_is_the_embedded_model_wherever_one_stands(tmp_path: Path, monkeypa
     assert find_bundle("./tiny", "tokenizer") == Path("tiny")
 
 
-def test_a_hub_id_is_fetched_once_as_a_bundle(mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's cache holds links to blobs; the engine must follow them."""
-    hub = pytest.importorskip("huggingface_hub")
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
-    shutil.copytree(mini_bundle, blobs)
-    snapshot.mkdir()
-    for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
-    asked = []
-
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, revision, allow_patterns))
-        return str(snapshot)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    with Tokenizer.from_pretrained("org/name") as tokenizer:
-        tokenizer.load()
-    with Tokenizer.from_pretrained("org/name", revision="v1", sha256=file_sha256(snapshot / MANIFEST)) as tokenizer:
-        assert tokenizer.bundle.path == snapshot
-    patterns = ["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]
-    assert asked == [("org/name", None, patterns), ("org/name", "v1", patterns)]
-
-
-def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        raise OSError("no network\nand more")
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    with pytest.raises(BundleNotFoundError, match="the hub did not deliver it: no network Check"):
-        find_bundle("org/name")
-
-
 def test_reading_never_writes(mini_bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in mini_bundle.iterdir()}
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         tokenizer.load()
     assert {path: path.stat().st_mtime_ns for path in mini_bundle.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    "name", ["runs/exp--3", "file/x", "./a/b", "../a/b", "/a/b", "a\\b", "a\0/b", "a" * 300, "\ud800", "a/" + "b" * 300]
-)
-def test_paths_are_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BundleNotFoundError):
-        open_bundle(bundles_in(name)[0])
-    assert bundles_in(name) == [Path(name)]
-
-
-@pytest.mark.parametrize("name", ["org/exp--3", "org/" + "a" * 97, "org-/name", "猫/狗"])
-def test_ids_that_the_hub_refuses_name_no_bundle(name: str) -> None:
-    pytest.importorskip("huggingface_hub")
-    with pytest.raises(BundleNotFoundError, match=r"no directory here|no bundle at"):
-        open_bundle(find_bundle(name))
-
-
-@pytest.mark.parametrize("error", [OSError(), ValueError("odd id"), TimeoutError("too slow")])
-def test_whatever_the_hub_raises_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        raise error
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    with pytest.raises(BundleNotFoundError, match=f"did not deliver it: {str(error) or 'OSError'}"):
-        find_bundle("org/name")
 
 
 def test_empty_and_homeless_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_mistakes_get_a_sentence_and_status_2(
 
 
 def test_info_of_an_understander(mini_understander: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("info", mini_understander) == 0
+    assert run("info", mini_understander, "--graphs") == 0
     out = capsys.readouterr().out
     for part in (
         "TokenFlow understander",
@@ -90,7 +90,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_times_answers(mini_understander: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", mini_understander, "--batch", "1,2", "--repeat", 1, "--json", "figures.json") == 0
+    assert run("bench", mini_understander, "--batch-sizes", "1,2", "--repeat", 1, "--json", "figures.json") == 0
     rows = json.loads(Path("figures.json").read_text())["bundles"][0]["rows"]
     names = ["first token, new picture", "first token, picture seen before", "32 tokens, picture seen before"]
     assert [(row["name"], row["batch"]) for row in rows] == [(name, batch) for batch in (1, 2) for name in names]

@@ -96,7 +96,7 @@ def test_one_bad_file_of_several_does_not_stop_the_others(
         (["decode", "other.tfc", "--bundle", "{bundle}"], "made by other"),
         (["info", "nowhere"], "no bundle at nowhere"),
         (["info", "a", "--bundle", "b"], "Two bundles were given"),
-        (["bench", "{bundle}", "--batch", "1,x"], "no list of sizes"),
+        (["bench", "{bundle}", "--batch-sizes", "1,x"], "no list of sizes"),
         (["bench", "{bundle}", "--repeat", "0"], "times nothing"),
         (["reconstruct", "missing.jpg", "--bundle", "{bundle}"], "missing.jpg cannot be read"),
     ],
@@ -133,7 +133,7 @@ def test_reconstruct_shows_every_scale(mini_bundle: Path, capsys: pytest.Capture
 def test_info_of_bundles_and_codes(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", mini_bundle) == 0
     assert run("info", "--bundle", mini_bundle) == 0
-    assert run("info", mini_bundle / "bundle.json") == 0
+    assert run("info", mini_bundle / "bundle.json", "--graphs") == 0
     out = capsys.readouterr().out
     assert out.count("TokenFlow tokenizer mini_clip") == 3
     for part in ("4 scales (1 2 3 4): 30 codes of 9 bits", "codes equal", "checkpoint: mini", "images uint8[batch, 64, 64, 3]"):
@@ -158,7 +158,7 @@ def test_verify(mini_bundle: Path, bundle_copy: Path, capsys: pytest.CaptureFixt
 
 
 def test_bench(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", mini_bundle, "--batch", "1,2", "--repeat", 2, "--json", "figures.json") == 0
+    assert run("bench", mini_bundle, "--batch-sizes", "1,2", "--repeat", 2, "--json", "figures.json") == 0
     figures = json.loads(Path("figures.json").read_text())
     rows = figures["bundles"][0]["rows"]
     assert [(row["name"], row["batch"]) for row in rows] == [

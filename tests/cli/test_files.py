@@ -14,8 +14,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tokenflow_sdk import Codes, Tokenizer
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.cli.files import image_files, output_paths, save_image
-from tokenflow_sdk.errors import ArgumentError, ImageReadError, OutputError
+from tokenflow_sdk.cli.files import code_files, image_files, output_paths, save_image
+from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, OutputError
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -244,11 +244,11 @@ def test_forbidden_directories_are_named(words: list[str], here: Path, capsys: p
 
 
 def test_a_directory_that_cannot_be_listed_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(path: Path) -> list[Path]:
-        raise PermissionError(13, "Permission denied")
+    def forbidden(path: object) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
 
     (here / "closed").mkdir()
-    monkeypatch.setattr(Path, "iterdir", forbidden)
+    monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(ImageReadError, match="closed cannot be read: Permission denied"):
         image_files([Path("closed")])
 
@@ -274,17 +274,18 @@ def test_endings_that_are_written(here: Path) -> None:
 
 def test_what_is_left_out_of_a_directory_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = here / "d"
-    (pictures / "deep").mkdir(parents=True)
-    for name in ("a.jfif", "c.heic", "e.jp2", "README", "._b.jpg"):
+    (pictures / ".git").mkdir(parents=True)
+    (pictures / "deep").mkdir()
+    for name in ("a.jfif", "c.heic", "e.jp2", "deep/README", "._b.jpg", "b.tfc", ".git/x.png"):
         (pictures / name).write_bytes(b"x")
     Image.new("RGB", (9, 9)).save(pictures / "b.jpg")
-    assert image_files([Path("d"), Path("d/a.jfif")]) == [Path("d/b.jpg"), Path("d/a.jfif")]
+    assert image_files([Path("d"), Path("d/a.jfif")]) == {Path("d/b.jpg"): Path(), Path("d/a.jfif"): Path()}
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "d: 4 left out (their endings are not those of pictures; name them to read them all the same): "
-        "README, a.jfif, c.heic, e.jp2",
+        "a.jfif, c.heic, e.jp2, deep/README",
         "d: 1 left out (metadata of macOS): ._b.jpg",
-        "d: 1 left out (directories in directories are not searched): deep",
+        "d: 1 left out (hidden directories): .git",
     ]
     (pictures / "b.jpg").unlink()
     with pytest.raises(ImageReadError, match="d holds no pictures"):
@@ -294,11 +295,63 @@ def test_what_is_left_out_of_a_directory_is_said(here: Path, capsys: pytest.Capt
         image_files([Path("d"), Path("d/b.jpg")])
 
 
+def test_directories_and_patterns_name_what_is_below_and_results_lie_likewise(here: Path) -> None:
+    for name in ("in/a.png", "in/one/a.png", "in/one/two/b.PNG", "in/x[1].png", "other.png"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(here / name)
+    below = {"in/a.png": ".", "in/x[1].png": ".", "in/one/a.png": "one", "in/one/two/b.PNG": "one/two"}
+
+    def found(*words: str) -> dict[str, str]:
+        return {str(path): str(place) for path, place in image_files([Path(word) for word in words]).items()}
+
+    assert found("in", "other.png") == {**below, "other.png": "."}
+    assert found("in/**/a.png") == {"in/a.png": ".", "in/one/a.png": "one"}
+    assert found("in/x[1].png", "in/o*/*.png", "missing*.png") == {
+        "in/x[1].png": ".",
+        "in/one/a.png": "one",
+        "missing*.png": ".",
+    }
+    assert output_paths(image_files([Path("in")]), Path("out"), ".tfc")[2:] == [
+        Path("out/one/a.tfc"),
+        Path("out/one/two/b.tfc"),
+    ]
+    assert (here / "out/one/two").is_dir()
+    Codes(np.zeros(1, int), (1, 2), 500, "x", "ab" * 8).save(here / "in" / "one" / "c.TFC")
+    assert code_files([Path("in")]) == {Path("in/one/c.TFC"): Path("one")}
+    with pytest.raises(CodesReadError, match="out holds no files of codes"):
+        code_files([Path("out")])
+
+
+def test_a_tree_is_encoded_and_decoded_and_what_is_done_is_skipped(
+    mini_bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "in" / "deep").mkdir(parents=True)
+    for name, color in (("a.png", "red"), ("deep/a.png", "blue")):
+        Image.new("RGB", (70, 70), color).save(here / "in" / name)
+    bundle = ["--bundle", str(mini_bundle)]
+    assert main(["encode", "in", "-o", "codes", *bundle]) == 0
+    assert main(["decode", "codes", "-o", "back", *bundle]) == 0
+    assert {str(path.relative_to(here)) for path in here.glob("back/**/*.png")} == {"back/a.png", "back/deep/a.png"}
+    before = (here / "back/a.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["decode", "codes/**/*.tfc", "-o", "back", *bundle]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, "2 of 2 skipped: their images are there" in captured.err) == ("", True)
+    assert (here / "back/a.png").stat().st_mtime_ns == before
+    assert main(["decode", "codes", "-o", "back", *bundle, "--scales", "2"]) == 0
+    assert capsys.readouterr().out.count("2 of 4 scales") == 2
+    shutil.copy("back/deep/a.png", "back/a.png")
+    assert main(["decode", "codes", "-o", "back", *bundle, "--scales", "2"]) == 0
+    assert capsys.readouterr().out == "codes/a.tfc -> back/a.png  2 of 4 scales\n"
+    assert main(["decode", "codes", "-o", "back", *bundle, "--force"]) == 0
+    assert capsys.readouterr().out.count("4 of 4 scales") == 2
+
+
 def test_codes_beside_their_pictures_are_not_reported_as_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (9, 9)).save("a.png")
     for name in ("a.tfc", "B.TFC"):
         (here / name).write_bytes(b"x")
-    assert image_files([Path()]) == [Path("a.png")]
+    assert image_files([Path()]) == {Path("a.png"): Path()}
     assert capsys.readouterr().err == ""
 
 
@@ -313,6 +366,7 @@ def test_many_files_are_checked_in_linear_time(here: Path) -> None:
         __hash__ = type(Path()).__hash__
 
     paths = [Counted(f"{i}.jpg") for i in range(2000)]
-    assert image_files(paths) == paths
-    assert len(output_paths(paths, Path("out"), ".tfc")) == 2000
+    found = image_files(paths)
+    assert list(found) == paths
+    assert len(output_paths(found, Path("out"), ".tfc")) == 2000
     assert Counted.compared < 20_000

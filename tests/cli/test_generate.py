@@ -9,8 +9,9 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.cli.generate import METADATA_KEY, read_metadata
+from tokenflow_sdk.cli.generate import read_metadata
 from tokenflow_sdk.generation.generator import Generator
+from tokenflow_sdk.generation.results import METADATA_KEY
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -80,7 +81,7 @@ def test_mistakes_get_a_sentence_and_status_2(
 
 
 def test_info_of_a_generator(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("info", bundle) == 0
+    assert run("info", bundle, "--graphs") == 0
     out = capsys.readouterr().out
     for part in (
         "TokenFlow generator",
@@ -104,7 +105,7 @@ def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture
 
 
 def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", bundle, "--batch", "1,2", "--repeat", 1, "--json", "figures.json") == 0
+    assert run("bench", bundle, "--batch-sizes", "1,2", "--repeat", 1, "--json", "figures.json") == 0
     figures = json.loads(Path("figures.json").read_text())
     rows = figures["bundles"][0]["rows"]
     names = [(row["name"], row["batch"]) for row in rows]

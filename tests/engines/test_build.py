@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -48,15 +48,28 @@ CLASSES = {
     "settings": "IRuntimeConfig",
     "cache": "IRuntimeCache",
 }
-RARE = ["sm121"]
-"""Targets that only the slow tests build for: DGX Spark."""
-TARGETS = ["sm80", "sm86", "sm89", "sm120", *(pytest.param(target, marks=pytest.mark.slow) for target in RARE)]
-EVERY_DAY = [("fp32", "sm86"), ("fp16", "sm120")]
-BUILDS = [
-    pytest.param(precision, target, marks=[] if (precision, target) in EVERY_DAY else pytest.mark.slow)
-    for precision in ("fp32", "fp16")
-    for target in ["sm80", "sm86", "sm89", "sm120", *RARE]
-]
+
+
+def everyday_or_slow(everyday: list[tuple[str, ...]], slow: list[tuple[str, ...]]) -> list[Any]:
+    return [*everyday, *(pytest.param(*values, marks=pytest.mark.slow) for values in slow)]
+
+
+# Every value is met in some build, not every combination: kernels are chosen by target and type, graphs differ by kind.
+# sm121 is a DGX Spark.
+TOKENIZERS = everyday_or_slow(
+    [("clip", "fp32", "sm86"), *((kind, "fp16", "sm120") for kind in ("clip", "vitamin", "siglip", "tiny"))],
+    [
+        *(("vitamin", "fp32", "sm80"), ("siglip", "fp32", "sm89"), ("tiny", "fp32", "sm120")),
+        *(("clip", "fp16", "sm121"), ("vitamin", "fp16", "sm80"), ("siglip", "fp16", "sm89"), ("tiny", "fp16", "sm86")),
+    ],
+)
+LANGUAGE_MODELS = everyday_or_slow(
+    [("fp16", "sm86"), ("fp32", "sm120")], [("fp16", "sm80"), ("fp32", "sm89"), ("fp16", "sm120"), ("fp16", "sm121")]
+)
+BUNDLED_DECODERS = everyday_or_slow(
+    [("int8", "sm86"), ("fp8", "sm86"), ("fp8", "sm120")],
+    [("int8", "sm80"), ("int8", "sm89"), ("int8", "sm121"), ("fp8", "sm89")],
+)
 RTX_ONLY = {
     ("IBuilderConfig", "num_compute_capabilities"),
     ("IBuilderConfig", "set_compute_capability"),
@@ -132,22 +145,19 @@ def test_turing_has_no_products_in_float32(trt, precision, mini_bundle: Path, tm
         build_all(trt, bundle, BuildConfig(targets=("sm75",), precision=precision), tmp_path)
 
 
-@pytest.mark.parametrize(("precision", "target"), BUILDS)
-@pytest.mark.parametrize("kind", ["clip", "vitamin", "siglip", "tiny"])
+@pytest.mark.parametrize(("kind", "precision", "target"), TOKENIZERS)
 def test_every_tokenizer_graph_builds(trt, kind: str, precision, target: str, mini_bundles, tmp_path: Path) -> None:
     bundle = Bundle.open(mini_bundles(kind), TokenizerConfig)
     build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, batch=(1, 2, 4)), tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "target"), LANGUAGE_MODELS)
 def test_every_generator_graph_builds(trt, precision, target: str, mini_generator: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(mini_generator, GeneratorConfig)
     build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, pages=64), tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "target"), LANGUAGE_MODELS)
 def test_every_understander_graph_builds(trt, precision, target: str, mini_understander: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(mini_understander, UnderstanderConfig)
     build_all(trt, bundle, BuildConfig(targets=(target,), precision=precision, pages=64), tmp_path)
@@ -169,9 +179,7 @@ def test_the_head_builds_with_a_whole_vocabulary(trt, dtype, tmp_path: Path) -> 
     assert len(build_engine(trt, graph, entry, [profile], ("sm89",)).plan) > vocabulary * width * 2
 
 
-@pytest.mark.parametrize(
-    "target", ["sm89", *(pytest.param(target, marks=pytest.mark.slow) for target in ["sm80", "sm86", "sm120", *RARE])]
-)
+@pytest.mark.parametrize("target", ["sm89", *(pytest.param(target, marks=pytest.mark.slow) for target in ["sm80", "sm121"])])
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -> None:
     """In float16, its int8 weights included."""
@@ -179,8 +187,7 @@ def test_the_bundled_model_builds(trt, kind: str, target: str, tmp_path: Path) -
     build_all(trt, bundle, BuildConfig(targets=(target,)), tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "target"), BUNDLED_DECODERS)
 def test_the_bundled_decoder_builds_in_8_bits(trt, target: str, dtype, tmp_path: Path) -> None:
     """int8 for every GPU; fp8 where there is such arithmetic, and elsewhere a refusal before anything is built."""
     path = tmp_path / "tiny"
@@ -309,7 +316,18 @@ def test_what_becomes_of_a_graph_has_a_revision(tmp_path: Path) -> None:
 
 
 def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["build", str(mini_bundle), "--target", "sm89", "--precision", "fp32", "--batch", "1,1,2", "--cache", str(tmp_path)]
+    words = [
+        "build",
+        str(mini_bundle),
+        "--target",
+        "sm89",
+        "--precision",
+        "fp32",
+        "--batch-limit",
+        "2",
+        "--cache",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     assert capsys.readouterr().out.count("built in") == 4
     assert main(words) == 0
@@ -321,8 +339,8 @@ def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest
     assert "0 engines" in capsys.readouterr().out
     assert main(["build", str(mini_bundle), "--target", "sm90"]) == 2
     assert "cannot build for 'sm90'" in capsys.readouterr().err
-    assert main(["build", str(mini_bundle), "--batch", "x"]) == 2
-    assert "no list of sizes" in capsys.readouterr().err
+    assert main(["build", str(mini_bundle), "--batch-limit", "0"]) == 2
+    assert "is not the least, usual and most images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["features", "decode"])

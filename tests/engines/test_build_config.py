@@ -63,7 +63,8 @@ def test_a_plan_names_the_command_that_builds_it() -> None:
     assert BuildConfig().command(Path("b")) == "tokenflow build b --backend tensorrt-rtx"
     build_config = BuildConfig("tensorrt", precision="bf16", decoder="fp8", batch=(1, 2, 4))
     assert (
-        build_config.command(Path("b")) == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch 1,2,4"
+        build_config.command(Path("b"))
+        == "tokenflow build b --backend tensorrt --precision bf16 --decoder fp8 --batch-limit 4 --batch-usual 2"
     )
     build_config = BuildConfig("tensorrt", pages=70, workspace_gb=1.5)
     assert build_config.command(Path("b")) == "tokenflow build b --backend tensorrt --pages 70 --workspace-gb 1.5"
@@ -140,3 +141,8 @@ def test_every_setting_is_checked(field: str) -> None:
             continue
         assert BuildConfig.from_json(json.loads(json.dumps(config.to_json()))) is not None
         assert isinstance(hash(config), int)
+
+
+@pytest.mark.parametrize("written", ["sm89", "sm_89", "SM_89", "8.9", "89", " sm89 "])
+def test_architectures_may_be_written_as_nvidia_does(written: str) -> None:
+    assert BuildConfig(targets=(written, "sm_120")).targets == ("sm89", "sm120")

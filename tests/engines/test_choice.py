@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import pytest
 from tests.support.fake_cuda import Status
 from tests.support.on_engines import FP32, IMAGES, on_engines
 from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
-from tokenflow_sdk.engines.choice import survey
+from tokenflow_sdk.engines.choice import suitable_batch_limit, survey
 from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import (
@@ -138,3 +141,22 @@ def test_the_survey_says_why(machine, mini_bundle: Path, monkeypatch: pytest.Mon
     machine[0].status = Status(35)
     assert "no usable GPU" in reasons()["tensorrt"][1]
     assert set(reasons("cpu")) == {"onnxruntime, OpenVINO", "onnxruntime, CPU"}
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 1), ("auto", 1), ("cuda:1", 8)])
+def test_the_batch_limit_suits_onnxruntime(device: str, limit: int) -> None:
+    assert suitable_batch_limit(open_onnxruntime, SessionOptions(device)) == limit
+    providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert suitable_batch_limit(open_onnxruntime, SessionOptions(device, providers)) == 8
+    assert suitable_batch_limit(open_onnxruntime, SessionOptions(device, ("CPUExecutionProvider",))) == 1
+
+
+def test_the_batch_limit_is_what_the_engines_were_built_for(machine, mini_bundle: Path) -> None:
+    config = BuildConfig("tensorrt", precision="fp32", batch=(1, 1, 3))
+    with Tokenizer.from_pretrained(mini_bundle, backend="tensorrt", build_config=config) as tokenizer:
+        assert tokenizer.batch_limit == 3
+    with Tokenizer.from_pretrained(mini_bundle, backend="tensorrt", build_config=config, batch_limit=1) as tokenizer:
+        assert tokenizer.batch_limit == 1
+    with Tokenizer.from_pretrained(mini_bundle, device="cpu") as tokenizer:
+        assert tokenizer.batch_limit == 1
+        assert pickle.loads(pickle.dumps(tokenizer)).batch_limit == 1  # noqa: S301 - what this test made

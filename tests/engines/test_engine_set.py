@@ -266,7 +266,7 @@ def rtx_tokenizer(bundle: Path, **options: object) -> Tokenizer:
 
 def test_one_engine_runs_on_a_whole_fleet(machine, mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Built once, found and compared on GPUs of each target, and on no other."""
-    words = ["--backend", "tensorrt-rtx", "--precision", "fp32", "--batch", "1,1,2"]
+    words = ["--backend", "tensorrt-rtx", "--precision", "fp32", "--batch-limit", "2"]
     for done in ("built in", "in the cache already"):
         assert main(["build", str(mini_bundle), "--target", "sm120,sm86,sm89,sm86", *words]) == 0
         out = capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_one_engine_runs_on_a_whole_fleet(machine, mini_bundle: Path, capsys: py
 
 def test_each_kind_of_gpu_compares_the_engine_itself(machine, mini_bundle: Path) -> None:
     """What passed on one may be refused on another; and what is refused there goes on here."""
-    assert main(["build", str(mini_bundle), *["--target", "sm86,sm89", "--precision", "fp32", "--batch", "1,1,2"]]) == 0
+    assert main(["build", str(mini_bundle), *["--target", "sm86,sm89", "--precision", "fp32", "--batch-limit", "2"]]) == 0
     sys.modules["tensorrt_rtx"].broken.add("decode")
     machine[0].capability = (8, 6)
     with pytest.raises(EngineRefusedError, match="on sm86 is refused"):

@@ -73,7 +73,7 @@ def test_build_configs_fit_the_released_model(name: str, images: int, seven_bill
 def test_a_plan_that_exceeds_the_gpu_is_refused_with_what_to_lower(seven_billion: Bundle[GeneratorConfig]) -> None:
     plan = plan_of(seven_billion, BuildConfig())
     with pytest.raises(
-        EngineBuildError, match=r"for sm89 take 2\d\.\d GB .*pages 5\.6.*the GPU has 24\.0 GB.*--pages.*--batch"
+        EngineBuildError, match=r"for sm89 take 2\d\.\d GB .*pages 5\.6.*the GPU has 24\.0 GB.*--pages.*--batch-limit"
     ):
         require_fit(plan, 24 * 10**9)
     with pytest.raises(EngineBuildError, match="GPU with more memory.*--weights int4"):
@@ -81,7 +81,7 @@ def test_a_plan_that_exceeds_the_gpu_is_refused_with_what_to_lower(seven_billion
     tokenizer = MemoryPlan("sm86", (GraphMemory("decode", 10**9, 10**9, 10**9, True),), 0)
     assert tokenizer.total == 3 * 10**9 + RESERVED
     require_fit(tokenizer, tokenizer.total)
-    with pytest.raises(EngineBuildError, match=r"4\.0 GB of GPU memory \(weights 1\.0 \+ scratch 1\.0.*Lower --batch\."):
+    with pytest.raises(EngineBuildError, match=r"4\.0 GB of GPU memory \(weights 1\.0 \+ scratch 1\.0.*Lower --batch-limit\."):
         require_fit(tokenizer, tokenizer.total - 1)
 
 

@@ -127,13 +127,13 @@ def test_the_cached_loop_is_the_uncached_one(geometry: str, checkpoints: Callabl
     with Generator.from_pretrained(path, page_size=5) as generator:
         codebook = TokenizerReference.load(generator.tokenizer.bundle).codebook
         oracle = UncachedGenerator(HfDirectory(checkpoint), generator.config, codebook)
-        for passes in ((Pass(1, 0.0),), (Pass(40, 0.9), Pass(5, 0.5)), (Pass(400, 0.8), Pass(20, 0.8), Pass(1, 0.0))):
-            for length in (1, 4, 126):
-                prompt, negative = rng.integers(2, 40, length).tolist(), rng.integers(2, 40, 9).tolist()
-                params = SamplingParams(passes, float(rng.uniform(0, 8)), int(rng.integers(1000)))
-                found = generator.generate(prompt, negative_prompt=negative, params=params, n=2)
-                for number in range(2):
-                    assert codes(found)[number] == oracle.generate(prompt, negative, params, number).tolist()
+        once, twice, thrice = (Pass(1, 0.0),), (Pass(40, 0.9), Pass(5, 0.5)), (Pass(400, 0.8), Pass(20, 0.8), Pass(1, 0.0))
+        for passes, length, count in ((once, 126, 1), (twice, 1, 1), (thrice, 4, 2)):
+            prompt, negative = rng.integers(2, 40, length).tolist(), rng.integers(2, 40, 9).tolist()
+            params = SamplingParams(passes, float(rng.uniform(0, 8)), int(rng.integers(1000)))
+            found = generator.generate(prompt, negative_prompt=negative, params=params, n=count)
+            for number in range(count):
+                assert codes(found)[number] == oracle.generate(prompt, negative, params, number).tolist()
 
 
 def test_pages_of_any_size_give_the_same_codes(bundle: Path) -> None:
@@ -163,7 +163,11 @@ def test_pictures_of_one_request_differ_and_decode(generator: Generator) -> None
     assert len(generation.timings) == 4
     assert list(generation.timings) == sorted(generation.timings)
     assert generator.generate("w5", preset="fast").seed != generator.generate("w5", preset="fast").seed
+    by_ids = generator.generate(np.array([5, 6]), n=3, params=params, negative_prompt=[7])
     assert codes(generator.generate([5, 6], n=3, params=params)) == codes(generation)
+    assert (generation.prompt, generation.negative_prompt) == ("w5 w6", None)
+    assert (by_ids.prompt, by_ids.negative_prompt) == ((5, 6), (7,))
+    assert [each.prompt for each in generator.generate_batch(["w5", [6]], preset="fast")] == ["w5", (6,)]
 
 
 def test_stream_yields_after_every_scale(generator: Generator) -> None:

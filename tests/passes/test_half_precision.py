@@ -43,7 +43,7 @@ def half(graph: Path, out: Path, pinned: tuple[str, ...] = ()) -> ir.Model:
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("half")
-    sizes = SMALLEST | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes = SMALLEST | {"hidden_size": 64, "intermediate_size": 96}
     checkpoint = write_checkpoint(directory / "hf", sizes, generator_shapes(sizes, 44, 500, (1, 2)), 40, 500)
     return export_quietly(checkpoint, tokenizer_bundle(directory / "tok", (1, 2), 500), directory / "bundle")
 

@@ -5,14 +5,16 @@ import io
 import os
 import pickle
 import stat
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.fakes import fake_bundle
 from tokenflow_sdk import Codes
 from tokenflow_sdk.errors import (
     ArgumentError,
@@ -301,3 +303,33 @@ def test_nothing_is_left_where_nothing_can_be_written(tmp_path: Path) -> None:
         make().save(tmp_path / "directory.tfc")
     assert os.listdir(tmp_path) == ["directory.tfc"]
     assert os.listdir(tmp_path / "directory.tfc") == []
+
+
+def test_pytorch_takes_codes_as_a_tensor_of_its_own(recwarn: pytest.WarningsRecorder) -> None:
+    codes = make()
+    for take in (torch.as_tensor, torch.tensor, torch.from_dlpack):
+        tensor = take(codes)
+        assert (tensor.dtype, tensor.tolist()) == (torch.int32, codes.indices.tolist())
+        tensor[0] = -1
+        assert codes.indices[0] >= 0
+    assert torch.tensor(codes.indices).tolist() == codes.indices.tolist()
+    assert len(recwarn) == 0
+
+
+def test_codes_become_ids_and_come_back() -> None:
+    codes, config = make(), fake_bundle().config
+    config = replace(config, variant="mini", patch_nums=PATCH_NUMS, codebook_size=500, codebook_sha256=ID + "0" * 48)
+    tokens = {"image_start": 7, "image_end": 600, "scale_end": 601}
+    for n in (1, 2, 3):
+        cut = codes.truncate(n)
+        expected = [7]
+        for i in range(n):
+            expected += [*(cut.scale(i).ravel() + 100).tolist(), 601]
+        ids = cut.to_ids(100, **tokens)
+        assert (ids.dtype, ids.tolist()) == (np.int64, [*expected, 600])
+        for again in (ids, ids.tolist(), torch.from_numpy(ids)):
+            assert Codes.from_ids(again, config, 100, **tokens) == cut
+        assert cut.to_ids(0).tolist() == cut.indices.tolist()
+        assert Codes.from_ids(cut.to_ids(2**40), config, 2**40) == cut
+    with pytest.raises(ArgumentError, match="config cannot be of type str"):
+        Codes.from_ids([1], "mini", 0)  # type: ignore[arg-type]

@@ -32,11 +32,12 @@ IDS = torch.arange(24) * 7 % 40
 
 
 def transformers_model(values: Mapping[str, Any], seed: int = 0) -> Any:
-    """transformers' model of a config.json, with random weights, biases and norms of order one."""
+    """transformers' model of a config.json without what is null, with random weights, biases and norms of order one."""
     import transformers
 
     name = FAMILIES[values["model_type"]].name
-    config = getattr(transformers, f"{name}Config")(**{key: value for key, value in values.items() if key != "model_type"})
+    given = {key: value for key, value in values.items() if key != "model_type" and value is not None}
+    config = getattr(transformers, f"{name}Config")(**given)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for key, value in model.named_parameters():
@@ -45,10 +46,12 @@ def transformers_model(values: Mapping[str, Any], seed: int = 0) -> Any:
 
 
 def write_directory(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> HfDirectory:
-    """A LLaVA directory without a text tokenizer; its projector is random."""
+    """A LLaVA directory without a text tokenizer; its projector is random, and the same for all models of one width."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(values)))
-    projector = {key: torch.randn(shape) for key, shape in projector_shapes(weights[EMBEDDING].shape[1], 40).items()}
+    random = torch.Generator().manual_seed(0)
+    shapes = projector_shapes(weights[EMBEDDING].shape[1], 40)
+    projector = {key: torch.randn(shape, generator=random) for key, shape in shapes.items()}
     save_file({key: value.contiguous().clone() for key, value in weights.items()} | projector, directory / "model.safetensors")
     return HfDirectory(directory)
 

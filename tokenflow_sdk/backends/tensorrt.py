@@ -108,7 +108,7 @@ class TensorRTSession(Session):
         if any(context is None for context in contexts):
             raise BackendError(
                 f"GPU {self._cuda.device} has no {memory / 1e6:,.0f} MB left that {self._name} works in.",
-                "Open fewer graphs or execution_contexts, build with a smaller --batch, or free memory of other processes.",
+                "Open fewer graphs or execution_contexts, build with a smaller --batch-limit, or free memory of others.",
             )
         # TensorRT-RTX records graphs for all shapes by itself.
         replay = create if self._graphs and not hasattr(trt, "CudaGraphStrategy") else None
@@ -196,7 +196,7 @@ class TensorRTSession(Session):
         dim, (low, high) = next(iter(nearest.items()))
         raise ArgumentError(
             f"The engine of {self._name} was built for {dim} from {low} to {high}, not {sizes[dim]}.",
-            f"Use a batch_limit= of at most {high}, or build another with `tokenflow build --batch`."
+            f"Use a batch_limit= of at most {high}, or build another with `tokenflow build --batch-limit`."
             if dim == "batch"
             else "Build it again with a profile that holds it (`tokenflow build`).",
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +17,12 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from tokenflow_sdk.arguments import file_path, instance, shown
 from tokenflow_sdk.bundle.external_data import check_external_data
+from tokenflow_sdk.bundle.hub import HubOptions, fetch, is_hub_id
 from tokenflow_sdk.bundle.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry, GraphEntry
 from tokenflow_sdk.bundle.signatures import check_graphs
-from tokenflow_sdk.errors import ArgumentError, BundleKindError, BundleNotFoundError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.errors import ArgumentError, BundleKindError, BundleNotFoundError, CorruptBundleError
 from tokenflow_sdk.files import file_sha256, file_status, packaged_data, reason, write_atomic
 
 __all__ = [
@@ -44,7 +44,6 @@ CONFIGS: tuple[type[TokenizerConfig] | type[GeneratorConfig] | type[Understander
 KINDS = tuple(config.kind for config in CONFIGS)
 TINY = "tiny"
 """Name of the trained model that is shipped with the SDK."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
 
@@ -155,7 +154,7 @@ class Bundle(Generic[C]):
     def portable_name(self, name: str | os.PathLike[str]) -> str | Path:
         """What another process finds this bundle by: the name by which it was found here, or if that is a path, all of it."""
         text = file_path("name", name)
-        return text if text == TINY or _is_on_hub(name) else self.path.absolute()
+        return text if text == TINY or is_hub_id(name) else self.path.absolute()
 
     def write_manifest(self) -> None:
         """Write `bundle.json`. The exporter does this last, because a directory without it is not a bundle.
@@ -263,15 +262,15 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle[Any]:
     return Bundle.open(path, next((config for config in CONFIGS if config.kind == kind), TokenizerConfig), sha256)
 
 
-def find_bundle(name: str | os.PathLike[str], kind: str | None = None, revision: str | None = None) -> Path:
+def find_bundle(name: str | os.PathLike[str], kind: str | None = None, hub: HubOptions | None = None) -> Path:
     """Resolve the name of a bundle to its directory.
 
     Args:
         name: a path; `tiny`, the trained model shipped with the SDK; or a Hugging Face hub id (`org/name`), which is downloaded
-            once and cached.
+            once and cached. What is written like a path, or may be one in a directory that exists, is never asked of the hub.
         kind: `tokenizer`, `generator` or `understander`. If `name` is not a bundle but has a bundle in a subdirectory of this
             name, that one is meant.
-        revision: branch, tag or commit of a hub id; None: the newest. Only a commit always gives the same files.
+        hub: what is fetched of a hub id, and how.
 
     Returns:
         The directory. A path that does not exist is returned unchanged; `Bundle.open` reports it.
@@ -281,12 +280,10 @@ def find_bundle(name: str | os.PathLike[str], kind: str | None = None, revision:
         BundleNotFoundError: a hub id that is not on the hub or cannot be downloaded.
         MissingPackageError: a hub id, and huggingface_hub is not installed.
     """
-    path = _locate(name, revision)
-    inside = path / (kind or "")
-    return inside if file_status(path / MANIFEST) is None and file_status(inside / MANIFEST) is not None else path
+    return _of_kind(_locate(name, hub), kind)
 
 
-def bundles_in(name: str | os.PathLike[str], revision: str | None = None) -> list[Path]:
+def bundles_in(name: str | os.PathLike[str], hub: HubOptions | None = None) -> list[Path]:
     """Directories of all bundles that a name resolves to, one or several kinds. Arguments as in `find_bundle`.
 
     If there is none, the list holds the path that `find_bundle` returns, so that opening it reports the error.
@@ -294,24 +291,27 @@ def bundles_in(name: str | os.PathLike[str], revision: str | None = None) -> lis
     Raises:
         As `find_bundle`.
     """
-    found = [find_bundle(name, kind, revision) for kind in KINDS]
+    path = _locate(name, hub)
+    found = [_of_kind(path, kind) for kind in KINDS]
     return [path for path in dict.fromkeys(found) if file_status(path / MANIFEST) is not None] or found[:1]
 
 
-def _locate(name: str | os.PathLike[str], revision: str | None) -> Path:
+def _of_kind(path: Path, kind: str | None) -> Path:
+    inside = path / (kind or "")
+    return inside if file_status(path / MANIFEST) is None and file_status(inside / MANIFEST) is not None else path
+
+
+def _locate(name: str | os.PathLike[str], hub: HubOptions | None) -> Path:
     path = _as_path(name)
-    if _is_on_hub(name):
-        return _from_hub(str(name), revision)
-    if revision is not None:
+    hub = HubOptions() if hub is None else instance("hub", hub, HubOptions, "Give HubOptions(...).")
+    if is_hub_id(name):
+        return fetch(str(name), hub)
+    if hub.revision is not None:
         raise ArgumentError(
-            f"revision={revision!r} is for models on the hub, and {name} is none.", "Leave it out; sha256= pins any bundle."
+            f"revision={hub.revision!r} is for models on the hub, and {name} is none.",
+            "Leave it out; sha256= pins any bundle.",
         )
     return path
-
-
-def _is_on_hub(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is an id of the hub: it looks like one, and no directory is there that it could be in."""
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not os.path.lexists(Path(name).parent)
 
 
 def _as_path(name: str | os.PathLike[str]) -> Path:
@@ -324,24 +324,3 @@ def _as_path(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise BundleNotFoundError(f"{name} cannot be found: {error}", "Write the path without ~.") from error
-
-
-def _from_hub(repo_id: str, revision: str | None) -> Path:
-    if revision is not None and (not isinstance(revision, str) or not revision):
-        raise ArgumentError(f"revision={revision!r} is none of {repo_id}.", "Give a branch, a tag or a commit.")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingPackageError(
-            f"{repo_id!r} is no directory here, and fetching it from the hub needs huggingface_hub.",
-            "Run `pip install 'tokenflow-sdk[hub]'`, or give the path of a bundle.",
-        ) from None
-    try:
-        patterns = ["*.onnx", "*.data", "*.npz", "*.npy", "*.json"]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # of the hub, its HTTP client, the file system, and ValueError for an invalid name
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise BundleNotFoundError(
-            f"{repo_id!r} is no directory here, and the hub did not deliver it: {why}",
-            "Check the name and the network, or give the path of a bundle.",
-        ) from error

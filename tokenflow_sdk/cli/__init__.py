@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted, 141
-        when the reader of the output went away (`tokenflow info | head -1`).
+        0 when all went well, 1 when some files of several failed, 2 for a mistake the user can mend, 130 when interrupted (129
+        by SIGHUP, 143 by SIGTERM), 141 when the reader of the output went away (`tokenflow info | head -1`).
     """
     try:
         _prepare_streams()
@@ -40,13 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     # Imported here, so that Ctrl-C meanwhile is handled.
-    from tokenflow_sdk.cli.exit_status import run
-    from tokenflow_sdk.cli.parser import make_parser
+    try:
+        from tokenflow_sdk.cli.exit_status import run
+        from tokenflow_sdk.cli.parser import make_parser
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        return _fail("error: The command line needs rich, which is not installed. Run `pip install rich`.", 2)
 
     if words[:1] == ["export"]:
         return _export(words[1:])
     arguments = make_parser().parse_args(words)
-    return run(lambda: int(arguments.run(arguments)))
+    return run(lambda: int(arguments.run(arguments)), arguments.verbosity)
 
 
 def _prepare_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 
 from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.opening import open_understander
@@ -20,7 +21,7 @@ def ask(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
+        seed=secrets.randbelow(2**63) if arguments.seed is None else arguments.seed,
     )
     with open_understander(arguments) as understander:
         preprocess = arguments.preprocess or understander.config.preprocess

@@ -14,14 +14,14 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import bundle_kind
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.opening import bundle_paths, open_generator, open_tokenizer, open_understander
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator
@@ -67,10 +67,10 @@ class _Subject:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time every bundle under a name for every batch size; print tables, and write the figures to --json."""
-    batches = _batches(arguments.batch)
+    batches = _batches(arguments.batch_sizes)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
-    arguments.batch_limit = max(arguments.batch_limit, *batches)
+    arguments.batch_limit = max(arguments.batch_limit or 1, *batches)
     results = [_bench_one(path, arguments, batches) for path in bundle_paths(arguments)]
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
@@ -97,8 +97,8 @@ def _bench_one(path: Path, arguments: argparse.Namespace, batches: Sequence[int]
 
 def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], repeat: int) -> list[_Row]:
     rows: list[_Row] = []
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("timing", total=len(batches) * len(calls) * (repeat + 1))
+    count = 0
+    with progress_bar("timing", len(batches) * len(calls) * (repeat + 1)) as done:
         for batch in batches:
             for name, call in calls.items():
                 seconds = []
@@ -107,7 +107,7 @@ def _time(calls: Mapping[str, Callable[[int], object]], batches: Sequence[int], 
                     call(batch)
                     # The first call is a warm-up and does not count.
                     seconds += [perf_counter() - began] if i else []
-                    progress.advance(task)
+                    done(count := count + 1)
                 rows.append(_Row(name, batch, median(seconds), max(seconds)))
     return rows
 
@@ -180,5 +180,5 @@ def _batches(text: str) -> list[int]:
     except ValueError:
         batches = []
     if not batches or min(batches) < 1:
-        raise ArgumentError(f"--batch {text!r} is no list of sizes.", "Write it as --batch 1,4,8.")
+        raise ArgumentError(f"--batch-sizes {text!r} is no list of sizes.", "Write it as --batch-sizes 1,4,8.")
     return batches

@@ -9,13 +9,14 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths
+from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
@@ -57,14 +58,7 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return 0
     rows = []
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with make_bars() as progress:
         whole = progress.add_task("building", total=len(jobs))
         for job in jobs:
             rows.append(_build_engine(job, trt, store, progress))
@@ -91,7 +85,7 @@ def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCac
     memory = int(build_config.memory_gb * 1e9) or (0 if here is None else here.memory)
     if not (memory or show):
         return
-    with stderr.status("planning memory"):
+    with stderr.step("planning memory"):
         plans = memory_plans(jobs, store)
     for plan in plans:
         if show:
@@ -126,7 +120,7 @@ def _certify(bundle: Bundle[Any], build_config: BuildConfig, store: EngineCache)
     if engines.missing():
         stdout.print("not compared with PyTorch yet: none is for the GPU here", soft_wrap=True)
         return
-    with stderr.status(f"comparing {bundle.path.name} with PyTorch"):
+    with stderr.step(f"comparing {bundle.path.name} with PyTorch"):
         certificate = engines.prepare(build=False)
     stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True)
 
@@ -169,17 +163,15 @@ def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress:
 def _build_config(arguments: argparse.Namespace) -> BuildConfig:
     """The build config named by --config, or the default, overridden by the other options."""
     base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
-    try:
-        batch = None if arguments.batch is None else tuple(int(size) for size in arguments.batch.split(","))
-    except ValueError as error:
-        raise ArgumentError(f"--batch {arguments.batch!r} is no list of sizes.", "Write it as --batch 1,8,32.") from error
+    most = base.batch[2] if arguments.batch_limit is None else arguments.batch_limit
+    usual = min(base.batch[1], most) if arguments.batch_usual is None else arguments.batch_usual
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
     return base.with_overrides(
         backend=arguments.backend,
         targets=targets,
         precision=arguments.precision,
         decoder=arguments.decoder,
-        batch=batch,
+        batch=(1, usual, most),
         pages=arguments.pages,
         workspace_gb=arguments.workspace_gb,
         memory_gb=arguments.memory_gb,

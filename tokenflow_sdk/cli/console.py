@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.status import Status
+from rich.console import Console
 from rich.text import Text
 
 from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.steps import StepLog
 
 __all__ = ["stderr", "stdout"]
 
@@ -18,8 +20,16 @@ __all__ = ["stderr", "stdout"]
 class _Console(Console):
     """Prints text as it is: names of files and bundles may look like rich's markup or emoji codes."""
 
+    silenced = False
+    """Whether the user asked for results and errors only."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether lines can be drawn again, and should be."""
+        return self.is_terminal and not self.is_dumb_terminal and not self.silenced
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As `Console.print`. On stderr, failures are ignored, because they could be told to nobody.
@@ -58,9 +68,13 @@ class _Console(Console):
         except OSError as error:
             raise _stdout_error(error) from error
 
-    def status(self, status: RenderableType, **options: Any) -> Status:
-        """As `Console.status`, which reads strings as markup whatever the console's options."""
-        return super().status(Text(status) if isinstance(status, str) else status, **options)
+    @contextmanager
+    def step(self, step: str, brief: bool = False) -> Iterator[None]:
+        """Show that something is done which takes a while: with a spinner on a terminal, and in the log (see `StepLog`)."""
+        # `Console.status` reads strings as markup, whatever the console's options.
+        with StepLog("tokenflow_sdk") as log, self.status(Text(step)) if self.shows_progress else nullcontext():
+            log.start(step, brief)
+            yield
 
     def on_broken_pipe(self) -> None:
         """Leave the error to `main`; rich would exit with status 1."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, image_files, input_bytes, output_paths, process_files, write
 from tokenflow_sdk.cli.opening import open_tokenizer
 from tokenflow_sdk.errors import CodesError, ImageReadError, TokenFlowError
-from tokenflow_sdk.files import file_status
+from tokenflow_sdk.files import is_regular
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.tokenizer import Tokenizer
@@ -24,51 +22,51 @@ __all__ = ["encode"]
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Encode image files in batches; write a .tfc file for each and print its size. Skip those whose codes are there."""
-    images = image_files(arguments.images)
-    outputs = dict(zip(images, output_paths(images, arguments.output, ".tfc"), strict=True))
+    """Encode image files; write a .tfc file for each and print its size. Skip those whose codes are there."""
+    found = image_files(arguments.images)
+    images = list(found)
+    outputs = dict(zip(images, output_paths(found, arguments.output, ".tfc"), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
         preparation = tokenizer.preparation(arguments.preprocess, arguments.color, arguments.fast)
         if not arguments.force:
             images = _to_do(outputs, tokenizer, preparation)
-        if images:
-            tokenizer.load("encode")
+        digests: dict[Path, str | None] = {}
+        unread: dict[Path, TokenFlowError] = {}
 
-        def encode_batch(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
-            arrays, prepared = {}, {}
+        def sources(paths: Sequence[Path]) -> Iterator[Path | bytes]:
             for path in paths:
+                # Before the image is read: a file that changes meanwhile is then encoded again.
+                digests[path] = _digest(path)
                 try:
-                    # Before the image is read: a file that changes meanwhile is then encoded again.
-                    prepared[path] = replace(preparation, source=_digest(path))
-                    source = input_bytes(ImageReadError) if path == STDIO else path
-                    arrays[path] = tokenizer.preprocess(
-                        source,
-                        preprocess=arguments.preprocess,
-                        color=arguments.color,
-                        fast=arguments.fast,
-                        max_pixels=arguments.max_pixels,
-                    )
+                    yield input_bytes(ImageReadError) if path == STDIO else path
                 except TokenFlowError as error:
-                    yield error
-            found = tokenizer.encode_array(np.stack(list(arrays.values()))) if arrays else ()
-            for path, row in zip(arrays, found, strict=True):
-                codes, output = tokenizer.codes(row, prepared[path]), outputs[path]
-                try:
-                    data = codes.to_bytes()
-                    write(data, output)
-                    yield f"{path} -> {output}  {len(codes)} codes, {len(data):,} bytes"
-                except TokenFlowError as error:
-                    yield error
+                    unread[path] = error
+                    yield b""
+
+        def encode_each(paths: Sequence[Path]) -> Iterator[str | TokenFlowError]:
+            options = {name: getattr(arguments, name) for name in ("preprocess", "color", "fast", "max_pixels")}
+            with closing(tokenizer.encode_iter(sources(paths), errors="yield", **options)) as results:
+                for path, found in zip(paths, results, strict=True):
+                    source, result = digests.pop(path), unread.get(path, found)
+                    if isinstance(result, TokenFlowError):
+                        yield result
+                        continue
+                    try:
+                        data = replace(result, preparation=replace(preparation, source=source)).to_bytes()
+                        write(data, outputs[path])
+                        yield f"{path} -> {outputs[path]}  {len(result)} codes, {len(data):,} bytes"
+                    except TokenFlowError as error:
+                        yield error
 
         lines = stderr if STDIO in outputs.values() else stdout
-        return process_files(images, encode_batch, "encoding", arguments.batch_limit, lines, several=len(outputs) > 1)
+        return process_files(images, encode_each, "encoding", lines, several=len(outputs) > 1) if images else 0
 
 
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:
     """The images, keys of `outputs`, that must be encoded. Prints how many others there are, and why they are skipped."""
     images = [path for path, output in outputs.items() if not _is_done(path, output, tokenizer, preparation)]
-    if skipped := len(outputs) - len(images):
+    if (skipped := len(outputs) - len(images)) and not stderr.silenced:
         stderr.print(
             f"{skipped} of {len(outputs)} skipped: their codes are there, made from the same files by this tokenizer "
             "with these options; --force encodes them again",
@@ -110,6 +108,4 @@ def _digest(path: Path) -> str | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file whose reading ends, unlike that of a pipe."""
-    status = file_status(path)
-    return path != STDIO and status is not None and stat.S_ISREG(status.st_mode)
+    return path != STDIO and is_regular(path)

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tokenflow_sdk.cli.console import stderr
+from tokenflow_sdk.cli.signals import Stopped, stopped_by_signals
 from tokenflow_sdk.errors import TokenFlowError
 
 __all__ = ["run"]
 
+_LOGGERS = ("tokenflow_sdk", "tokenflow_export")
 
-def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
+
+def run(command: Callable[[], int], verbosity: int = 0, interrupted: str = "interrupted") -> int:
     """Run a command, and print a mistake that the user can mend as one sentence instead of a traceback.
 
     Args:
         command: gives its exit status.
-        interrupted: printed on Ctrl-C.
+        verbosity: -1 prints results and errors only, 0 also progress and warnings, 1 also details.
+        interrupted: printed on Ctrl-C, SIGTERM and SIGHUP.
 
     Returns:
-        The status of the command, 2 after such a mistake, 130 after Ctrl-C.
+        The status of the command, 2 after such a mistake, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     try:
-        with warnings.catch_warnings():
+        with stopped_by_signals(), warnings.catch_warnings(), _logging(verbosity):
             warnings.showwarning = _print_warning
             return command()
     except TokenFlowError as error:
         stderr.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        stderr.print(interrupted, style="yellow")
-        return 130
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be gone
+            stderr.print(interrupted, style="yellow")
+        return stop.status if isinstance(stop, Stopped) else 130
+
+
+@contextmanager
+def _logging(verbosity: int) -> Iterator[None]:
+    """Print what the SDK and the exporter log. On a terminal bars show the steps instead, except with more verbosity."""
+    quiet_terminal = stderr.is_terminal and not stderr.is_dumb_terminal
+    level = {-1: logging.ERROR, 1: logging.DEBUG}.get(verbosity, logging.WARNING if quiet_terminal else logging.INFO)
+    handler, before = _Handler(), [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
+    stderr.silenced = verbosity < 0
+    for logger, _ in before:
+        logger.setLevel(level)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        stderr.silenced = False
+        for logger, former in before:
+            logger.removeHandler(handler)
+            logger.setLevel(former)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            stderr.print(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", soft_wrap=True)
+        else:
+            stderr.print(record.getMessage(), soft_wrap=True)
 
 
 def _print_warning(

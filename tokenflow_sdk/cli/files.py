@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import io
+import itertools
+import os
+import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.errors import ArgumentError, ImageReadError, OutputError, TokenFlowError
+from tokenflow_sdk.cli.progress import progress_bar
+from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, OutputError, TokenFlowError
 from tokenflow_sdk.files import file_status, is_directory, write_atomic
-from tokenflow_sdk.pictures.images import pictures_in
+from tokenflow_sdk.pictures.images import SUFFIXES
 from tokenflow_sdk.pictures.tfc import MAGIC
 
 __all__ = [
     "STDIO",
     "check_outputs",
+    "code_files",
     "image_files",
     "image_format",
     "input_bytes",
@@ -39,62 +44,100 @@ _SHOWN = 10
 """Most names in a message."""
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The paths, with each directory replaced by the image files in it. Prints which other files it has, and why not them.
+def image_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The image files that paths, directories and patterns name, as `_find`, and what else directories hold is printed."""
+    return _find(paths, SUFFIXES, "pictures", ImageReadError)
 
-    Of files of codes, which an earlier run may have written there, nothing is said.
+
+def code_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The files of codes that paths, directories and patterns name, as `_find`."""
+    return _find(paths, frozenset((".tfc",)), "files of codes (.tfc)", CodesReadError)
+
+
+def _find(paths: Sequence[Path], endings: frozenset[str], what: str, problem: type[TokenFlowError]) -> dict[Path, Path]:
+    """The files to read: a directory stands for the files in it and below it that have one of the endings.
+
+    Where no file has the name of a path, it is a pattern, as `photos/**/*.jpg`, which shells do not replace within quotes.
+
+    Returns:
+        For each file the directory of its result, relative to the output: as it lies in the directory or pattern that named it.
 
     Raises:
         ArgumentError: a file occurs twice.
-        ImageReadError: a directory cannot be read, or has no image files.
+        TokenFlowError: of the kind `problem`: a directory cannot be read, or has no such files.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in paths:
-        for image in _images_in(path) if is_directory(path) else [path]:
-            if image in found:
-                raise ArgumentError(f"{image} was given twice.", "Give each picture once.")
-            found[image] = None
-    return list(found)
+        if is_directory(path):
+            named = {file: file.parent.relative_to(path) for file in _files_below(path, endings, what, problem)}
+        elif path != STDIO and file_status(path) is None and glob.has_magic(str(path)):
+            named = _matches(path) or {path: Path()}
+        else:
+            named = {path: Path()}
+        for file, place in named.items():
+            if file in found:
+                raise ArgumentError(f"{file} was given twice.", "Give each file once.")
+            found[file] = place
+    return found
 
 
-def _images_in(directory: Path) -> list[Path]:
+def _matches(pattern: Path) -> dict[Path, Path]:
+    """The files that a pattern fits, and where they lie below the directories before its first `*`, `?` or `[`."""
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     try:
-        # Beside each file that macOS copies to another file system it writes its metadata, to a file with this prefix.
-        images = [path for path in pictures_in(directory) if not path.name.startswith("._")]
-        others = sorted(set(directory.iterdir()) - set(images))
-    except ImageReadError:
-        raise
-    except OSError as error:
-        raise ImageReadError(f"{directory} cannot be read: {error.strerror}.", "Check its permissions.") from error
-    if not images:
-        raise ImageReadError(f"{directory} holds no pictures.", "Those that begin with ._ are metadata of macOS.")
-    metadata = [path for path in others if path.name.startswith("._")]
-    directories = [path for path in others if is_directory(path)]
-    explained = {*metadata, *directories}
-    endings = [path for path in others if path not in explained and path.suffix.lower() != ".tfc"]
-    for left_out, why in (
-        (endings, "their endings are not those of pictures; name them to read them all the same"),
-        (metadata, "metadata of macOS"),
-        (directories, "directories in directories are not searched"),
-    ):
-        if left_out:
-            names = ", ".join(path.name for path in left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
-            stderr.print(f"{directory}: {len(left_out)} left out ({why}): {names}", soft_wrap=True)
-    return images
+        matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+        return {match: match.parent.relative_to(base) for match in matches if not is_directory(match)}
+    except (OSError, ValueError, re.error):  # no pattern after all, which reading it reports
+        return {}
 
 
-def output_paths(inputs: Sequence[Path], output: Path | None, suffix: str) -> list[Path]:
-    """The path of each input's result. Creates the output directory.
+def _files_below(directory: Path, endings: frozenset[str], what: str, problem: type[TokenFlowError]) -> list[Path]:
+    files: list[Path] = []
+    hidden: list[Path] = []
+
+    def failed(error: OSError) -> None:
+        raise problem(f"{error.filename or directory} cannot be read: {error.strerror}.", "Check its permissions.") from error
+
+    for place, inside, names in os.walk(directory, onerror=failed):
+        hidden += [Path(place, name) for name in inside if name.startswith(".")]
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        files += [Path(place, name) for name in sorted(names)]
+    # Beside each file that macOS copies to another file system it writes its metadata, to a file with this prefix.
+    metadata = [path for path in files if path.name.startswith("._")]
+    found = [path for path in files if path.suffix.lower() in endings and not path.name.startswith("._")]
+    if not found:
+        raise problem(
+            f"{directory} holds no {what}.", f"Known endings: {' '.join(sorted(endings))}. Hidden ones are not searched."
+        )
+    if endings == SUFFIXES:
+        left = {*files} - {*metadata, *found}
+        others = [path for path in files if path in left and path.suffix.lower() != ".tfc"]
+        _say_left_out(directory, others, "their endings are not those of pictures; name them to read them all the same")
+    _say_left_out(directory, metadata, "metadata of macOS")
+    _say_left_out(directory, hidden, "hidden directories")
+    return found
+
+
+def _say_left_out(directory: Path, paths: Sequence[Path], why: str) -> None:
+    if paths and not stderr.silenced:
+        names = ", ".join(str(path.relative_to(directory)) for path in paths[:_SHOWN]) + (
+            ", ..." if len(paths) > _SHOWN else ""
+        )
+        stderr.print(f"{directory}: {len(paths)} left out ({why}): {names}", soft_wrap=True)
+
+
+def output_paths(inputs: Mapping[Path, Path], output: Path | None, suffix: str) -> list[Path]:
+    """The path of each input's result. Creates the directories that they lie in.
 
     Args:
-        inputs: input files.
+        inputs: input files, and for each the directory of its result, relative to the output.
         output: a file name or `STDIO`, for a single input; otherwise a directory. None: `STDIO` if that is the input, else the
             current directory.
         suffix: ending of the results' names in a directory, e.g. `.tfc`.
 
     Raises:
         ArgumentError: two results would have the same path, or several inputs would go into one file.
-        OutputError: the directory cannot be created.
+        OutputError: a directory cannot be created.
     """
     if output is None and list(inputs) == [STDIO]:
         output = STDIO
@@ -104,14 +147,15 @@ def output_paths(inputs: Sequence[Path], output: Path | None, suffix: str) -> li
         return [output]
     directory = output or Path()
     paths: dict[Path, Path] = {}
-    for path in inputs:
-        result = directory / f"{'stdin' if path == STDIO else path.stem}{suffix}"
+    for path, place in inputs.items():
+        result = directory / place / f"{'stdin' if path == STDIO else path.stem}{suffix}"
         if result in paths:
             raise ArgumentError(
                 f"{paths[result]} and {path} would both be written to {result}.", "Encode them into two directories."
             )
         paths[result] = path
-    make_directory(directory)
+    for parent in dict.fromkeys([directory, *(result.parent for result in paths)]):
+        make_directory(parent)
     return list(paths)
 
 
@@ -186,19 +230,18 @@ def input_bytes(kind: type[TokenFlowError], limit: int = -1) -> bytes:
 
 def process_files(
     inputs: Sequence[Path],
-    process: Callable[[Sequence[Path]], Iterable[str | TokenFlowError]],
+    process: Callable[[Sequence[Path]], Iterable[str | TokenFlowError | None]],
     verb: str,
-    batch_limit: int = 1,
     lines: Console = stdout,
     several: bool | None = None,
 ) -> int:
-    """Process files in batches with a progress bar. A file that fails does not stop the others.
+    """Process files with a progress bar. A file that fails does not stop the others.
 
     Args:
         inputs: files to process.
-        process: takes a batch of files, and yields for each the line to print or the error that it failed with.
+        process: takes the files, and yields for each, in order, the line to print, the error that it failed with, or None if it
+            was skipped.
         verb: label of the progress bar, e.g. `encoding`.
-        batch_limit: most files in one call of `process`.
         lines: where the lines go.
         several: whether they are some of several; None: if they are more than one.
 
@@ -209,19 +252,20 @@ def process_files(
         TokenFlowError: the only input failed.
     """
     failed, several = 0, len(inputs) > 1 if several is None else several
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(verb, total=len(inputs))
-        for start in range(0, len(inputs), batch_limit):
-            for outcome in process(inputs[start : start + batch_limit]):
-                progress.advance(task)
-                if isinstance(outcome, str):
+    count = 0
+    with progress_bar(verb, len(inputs), brief=True) as done:
+        for outcome in process(inputs):
+            done(count := count + 1)
+            if outcome is None:
+                continue
+            if isinstance(outcome, str):
+                if not stderr.silenced:
                     lines.print(outcome, soft_wrap=True)
-                elif not several:
-                    raise outcome
-                else:
-                    failed += 1
-                    stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
+            elif not several:
+                raise outcome
+            else:
+                failed += 1
+                stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0
@@ -240,11 +284,14 @@ def image_format(output: Path) -> str:
     return found
 
 
-def save_image(image: Image.Image, output: Path) -> None:
-    """Write an image in the format that the file name's ending says. Raises as `image_format` and `write`."""
+def save_image(image: Image.Image, output: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write an image in the format that the file name's ending says, PNGs with `texts`. Raises as `image_format`, `write`."""
     buffer, chosen = io.BytesIO(), image_format(output)
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (texts or {}).items():
+        chunks.add_text(key, text)
     try:
-        image.save(buffer, chosen)
+        image.save(buffer, chosen, **({"pnginfo": chunks} if chosen == "PNG" else {}))
     except (OSError, ValueError) as error:
         raise OutputError(f"{output} cannot be written as {chosen}: {error}.", "Use .png.") from error
     write(buffer.getvalue(), output)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from PIL import Image, PngImagePlugin
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from PIL import Image
 
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
-from tokenflow_sdk.generation.generator import GeneratedScale, Generator
+from tokenflow_sdk.generation.generator import Generator, model_id
+from tokenflow_sdk.generation.results import METADATA_KEY, GeneratedScale, Generation, png
 from tokenflow_sdk.model.sampling import Pass, SamplingParams
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["generate"]
-
-METADATA_KEY = "tokenflow"
-"""Key of the PNG text chunk that holds, as JSON, the prompt and settings that an image was drawn with."""
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -42,7 +40,8 @@ def generate(arguments: argparse.Namespace) -> int:
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
-        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, arguments.seed)
+        seed = secrets.randbelow(2**63) if arguments.seed is None else arguments.seed
+        params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
     if output == STDIO:
         raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
     names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
@@ -52,36 +51,34 @@ def generate(arguments: argparse.Namespace) -> int:
         if metadata is None:
             own = generator.config
             guidance = own.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
-            params = SamplingParams.preset(arguments.preset or own.preset, guidance, arguments.seed)
+            params = SamplingParams.preset(arguments.preset or own.preset, guidance, params.seed)
         _require_same_model(metadata, generator.bundle)
         began = perf_counter()
-        steps = _draw(generator, arguments.prompt, arguments.n, negative, params)
+        steps, generation = _draw(generator, arguments.prompt, arguments.n, negative, params)
         seconds = perf_counter() - began
-        made_with = _metadata(generator, arguments.prompt, arguments.n, negative, params)
-        _save(steps, output, made_with, arguments.progressive)
+        _save(steps, generation, output, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
     stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
 
 
-def _draw(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> list[GeneratedScale]:
-    columns = (TextColumn("drawing, scale"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("", total=len(generator.config.patch_nums))
+def _draw(
+    generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams
+) -> tuple[list[GeneratedScale], Generation]:
+    with progress_bar("drawing, scale by scale", len(generator.config.patch_nums), brief=True) as done:
         steps = []
-        for step in generator.stream(prompt, n=n, negative_prompt=negative, params=params):
+        stream = generator.stream(prompt, n=n, negative_prompt=negative, params=params)
+        for step in stream:
             steps.append(step)
-            progress.advance(task)
-    return steps
+            done(step.scale)
+    return steps, stream.result()
 
 
-def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any], progressive: bool) -> None:
+def _save(steps: list[GeneratedScale], generation: Generation, output: Path, progressive: bool) -> None:
     make_directory(output)
-    for i, image in enumerate(steps[-1].preview()):
+    for i, image in enumerate(generation.images):
         path = output / f"{i + 1}.png"
-        chunk = PngImagePlugin.PngInfo()
-        chunk.add_itxt(METADATA_KEY, json.dumps({**metadata, "image": i}))
-        _write_png(path, image, chunk)
+        write_atomic(path, png(image, {**generation.metadata, "image": i}))
         stdout.print(str(path), soft_wrap=True)
     if progressive:
         sides = steps[-1].codes[0].patch_nums
@@ -90,38 +87,15 @@ def _save(steps: list[GeneratedScale], output: Path, metadata: Mapping[str, Any]
             for i in range(len(steps[0].codes))
             for side, image in zip(sides, (step.preview()[i] for step in steps), strict=True)
         ]
-        _write_png(output / "scales.png", contact_sheet(tiles, len(sides)))
+        write_atomic(output / "scales.png", png(contact_sheet(tiles, len(sides))))
         stdout.print(str(output / "scales.png"), soft_wrap=True)
-
-
-def _write_png(path: Path, image: Image.Image, chunk: PngImagePlugin.PngInfo | None = None) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunk)
-    write_atomic(path, buffer.getvalue())
-
-
-def _metadata(generator: Generator, prompt: str, n: int, negative: str | None, params: SamplingParams) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "n": n,
-        "seed": params.seed,
-        "cfg_scale": params.cfg_scale,
-        "passes": [[step.top_k, step.top_p] for step in params.passes],
-        "model": _model_id(generator.bundle),
-    }
-
-
-def _model_id(bundle: Bundle[GeneratorConfig]) -> str:
-    """The first 16 hex digits of the SHA-256 of the transformer's weights, or of its graph if that holds the weights."""
-    return bundle.graph("transformer").files[-1].sha256[:16]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata that `tokenflow generate` wrote into a PNG.
 
     Returns:
-        prompt, negative_prompt, n, seed, cfg_scale and passes as given; model: see `_model_id`; image: index among the n.
+        prompt, negative_prompt, n, seed, cfg_scale and passes as given; model: see `model_id`; image: index among the n.
 
     Raises:
         ImageReadError: the file cannot be read, or has no such metadata.
@@ -149,8 +123,8 @@ def _params_of(metadata: Mapping[str, Any]) -> SamplingParams:
 
 
 def _require_same_model(metadata: Mapping[str, Any] | None, bundle: Bundle[GeneratorConfig]) -> None:
-    if metadata is not None and metadata["model"] != _model_id(bundle):
+    if metadata is not None and metadata["model"] != model_id(bundle):
         raise CodebookMismatchError(
-            f"The picture was drawn by another model ({metadata['model']}) than {bundle.path} ({_model_id(bundle)}).",
+            f"The picture was drawn by another model ({metadata['model']}) than {bundle.path} ({model_id(bundle)}).",
             "Give --bundle the generator that drew it.",
         )

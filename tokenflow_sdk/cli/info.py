@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.cli.console import stdout
-from tokenflow_sdk.cli.opening import bundle_name, bundle_paths
+from tokenflow_sdk.cli.environment import environment, print_environment
+from tokenflow_sdk.cli.opening import bundle_name, bundle_paths, named_bundle
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
-from tokenflow_sdk.engines.choice import survey
+from tokenflow_sdk.engines.choice import Candidate, survey
 from tokenflow_sdk.engines.jobs import EngineJob
 from tokenflow_sdk.engines.memory_plan import memory_plans
 from tokenflow_sdk.engines.options import RuntimeOptions
@@ -32,30 +35,89 @@ __all__ = ["info"]
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Describe a file of codes, or every bundle under a name."""
+    """Describe a file of codes, or every bundle under a name; without one, what is installed here."""
     target = Path(bundle_name(arguments))
-    if target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
-        _codes_info(target)
-        return 0
-    for path in [target.parent] if target.name == MANIFEST else bundle_paths(arguments):
-        bundle = open_bundle(path, arguments.sha256)
-        if isinstance(bundle.config, GeneratorConfig):
-            _generator_info(bundle)
-        elif isinstance(bundle.config, UnderstanderConfig):
-            _understander_info(bundle)
-        else:
-            _tokenizer_info(bundle)
+    if named_bundle(arguments) is None:
+        found = environment()
+        _print_json(found) if arguments.json else print_environment(found)
+    elif target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
+        codes = Codes.load(target)
+        _print_json(_codes_facts(codes)) if arguments.json else _codes_info(codes)
+    else:
+        _bundles_info([target.parent] if target.name == MANIFEST else bundle_paths(arguments), arguments)
     return 0
 
 
-def _print_choice(bundle: Bundle[Any]) -> None:
-    """Print the backend that would run a bundle on this machine, and for all others why they would not."""
-    table, chosen = Table("backend", "here", "why"), None
-    for candidate in survey(bundle, RuntimeOptions()):
-        chosen = chosen or (candidate.title if candidate.usable else None)
-        table.add_row(candidate.title, "yes" if candidate.usable else "no", candidate.reason)
-    stdout.print(f"runs on {chosen or 'nothing that is installed'}", style="bold")
-    stdout.print(table)
+def _bundles_info(paths: Sequence[Path], arguments: argparse.Namespace) -> None:
+    bundles = [open_bundle(path, arguments.sha256) for path in paths]
+    ways = [list(survey(bundle, RuntimeOptions())) for bundle in bundles]
+    if arguments.json:
+        _print_json({"bundles": [_facts(*each) for each in zip(bundles, ways, strict=True)]})
+        return
+    for i, bundle in enumerate(bundles):
+        if i > 0:
+            stdout.print()
+        _bundle_info(bundle, arguments.graphs)
+        _print_choice(bundle, ways[i], explained=i > 0 and ways[i] == ways[i - 1])
+
+
+def _print_json(found: object) -> None:
+    stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+def _facts(bundle: Bundle[Any], ways: Sequence[Candidate]) -> dict[str, object]:
+    """What is printed of a bundle, and the rest of its bundle.json, for --json."""
+    return {
+        "path": str(bundle.path),
+        "kind": bundle.config.kind,
+        "sha256": bundle.sha256,
+        "license": bundle.provenance.get("license"),
+        "bytes": sum(file.size for file in bundle.files()),
+        "config": asdict(bundle.config),
+        "graphs": {
+            name: {
+                "bytes": sum(file.size for file in graph.files),
+                "inputs": [str(spec) for spec in graph.inputs],
+                "outputs": [str(spec) for spec in graph.outputs],
+            }
+            for name, graph in bundle.graphs.items()
+        },
+        "parity": dict(bundle.parity),
+        "provenance": dict(bundle.provenance),
+        "runs_on": next((way.title for way in ways if way.usable), None),
+        "backends": [{"backend": way.title, "usable": way.usable, "why": way.reason} for way in ways],
+    }
+
+
+def _bundle_info(bundle: Bundle[Any], graphs: bool) -> None:
+    """Print what a bundle is, its licence, sizes and parity; with `graphs` also its graphs and all of its provenance."""
+    if isinstance(bundle.config, GeneratorConfig):
+        _generator_info(bundle)
+    elif isinstance(bundle.config, UnderstanderConfig):
+        _understander_info(bundle)
+    else:
+        _tokenizer_info(bundle)
+    source = bundle.provenance
+    stdout.print(f"{_size(sum(file.size for file in bundle.files()))} in {len(bundle.graphs)} graphs")
+    license_name, checkpoint = (source.get(key, "not recorded") for key in ("license", "checkpoint"))
+    stdout.print(f"licence of the weights: {license_name}; checkpoint: {checkpoint}", soft_wrap=True)
+    if graphs:
+        _print_graphs(bundle.graphs)
+    for key, value in source.items():
+        if key == "draws" or (graphs and key not in ("license", "checkpoint")):
+            stdout.print(f"{key}: {value}", soft_wrap=True)
+    stdout.print(f"SHA-256 of bundle.json: {bundle.sha256}", soft_wrap=True)
+
+
+def _print_choice(bundle: Bundle[Any], ways: Sequence[Candidate], explained: bool) -> None:
+    """Print the backend that would run a bundle on this machine and, unless `explained` before, why the others would not."""
+    chosen = next((way for way in ways if way.usable), None)
+    what = "nothing that is installed" if chosen is None else f"{chosen.title}: {chosen.reason}"
+    stdout.print(f"runs on {what}", style="bold", soft_wrap=True)
+    for way in [] if explained else ways:
+        if way is not chosen:
+            verdict = "could run on" if way.usable else "not on"
+            stdout.print(f"  {verdict} {way.title}: {way.reason}", soft_wrap=True)
     _print_engines(bundle)
 
 
@@ -67,7 +129,7 @@ def _print_engines(bundle: Bundle[Any]) -> None:
         cache = EngineCache()
         cached = cache.entries()
     except OutputError:
-        # Without a home directory there is no cache; the table above says so where a GPU could use one.
+        # Without a home directory there is no cache; the lines above say so where a GPU could use one.
         return
     for engine in cached:
         config = BuildConfig.from_json(engine.build_config)
@@ -107,8 +169,20 @@ def _print_memory(
         stdout.print(f"{title}: {plan}", soft_wrap=True)
 
 
-def _codes_info(path: Path) -> None:
-    codes = Codes.load(path)
+def _codes_facts(codes: Codes) -> dict[str, object]:
+    return {
+        "variant": codes.variant,
+        "codebook_id": codes.codebook_id,
+        "codebook_size": codes.codebook_size,
+        "patch_nums": list(codes.patch_nums),
+        "codes": len(codes),
+        "scales": codes.n_scales,
+        "scale_ends": list(codes.scale_ends),
+        "preparation": None if codes.preparation is None else str(codes.preparation),
+    }
+
+
+def _codes_info(codes: Codes) -> None:
     stdout.print(repr(codes), soft_wrap=True)
     stdout.print(f"picture prepared by {codes.preparation or 'what is not known'}", soft_wrap=True)
     table = Table("scale", "codes", "file may end at byte", "first codes")
@@ -133,7 +207,6 @@ def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
         f"{c.codebook_sha256[:16]}; semantic features {c.semantic_width} wide",
         soft_wrap=True,
     )
-    _print_graphs(bundle.graphs)
     # The figures are informative and of any form; those of other forms are left out.
     with suppress(LookupError, TypeError, ValueError, OverflowError):
         decoded = bundle.parity["decode_psnr"]
@@ -142,8 +215,6 @@ def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
             f"decode {'identical' if decoded is None else f'{decoded:.1f} dB'} against PyTorch",
             soft_wrap=True,
         )
-    _print_provenance(bundle)
-    _print_choice(bundle)
 
 
 def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
@@ -175,11 +246,8 @@ def _print_language_model(
     stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
     stdout.print(sizes)
     stdout.print(f"{pairing} {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", soft_wrap=True)
-    _print_graphs(bundle.graphs)
     _print_pages(bundle, c.image_pages(), c.default_pages())
     _print_check(bundle.parity, choice)
-    _print_provenance(bundle)
-    _print_choice(bundle)
 
 
 def _print_pages(bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], taken: int, pages: int) -> None:
@@ -213,9 +281,3 @@ def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} KB"
-
-
-def _print_provenance(bundle: Bundle[Any]) -> None:
-    for key, value in bundle.provenance.items():
-        stdout.print(f"{key}: {value}", soft_wrap=True)
-    stdout.print(f"SHA-256 of bundle.json: {bundle.sha256}", soft_wrap=True)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tokenflow_sdk.bundle.bundle import TINY, bundles_in
+from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
@@ -13,7 +14,15 @@ from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.understanding.understander import Understander
 
-__all__ = ["bundle_name", "bundle_paths", "open_generator", "open_tokenizer", "open_understander", "runtime_options"]
+__all__ = [
+    "bundle_name",
+    "bundle_paths",
+    "named_bundle",
+    "open_generator",
+    "open_tokenizer",
+    "open_understander",
+    "runtime_options",
+]
 
 
 def bundle_name(arguments: argparse.Namespace) -> str:
@@ -22,7 +31,7 @@ def bundle_name(arguments: argparse.Namespace) -> str:
     Raises:
         ArgumentError: two bundles are named.
     """
-    name = _named_bundle(arguments)
+    name = named_bundle(arguments)
     return TINY if name is None else name
 
 
@@ -32,7 +41,7 @@ def bundle_paths(arguments: argparse.Namespace) -> list[Path]:
     Raises:
         ArgumentError: two bundles are named; or several are found, and --sha256 is that of one.
     """
-    paths = bundles_in(bundle_name(arguments), arguments.revision)
+    paths = bundles_in(bundle_name(arguments), HubOptions(arguments.revision))
     if arguments.sha256 is not None and len(paths) > 1:
         raise ArgumentError(
             f"--sha256 is that of one bundle, and {bundle_name(arguments)} has several.",
@@ -41,7 +50,7 @@ def bundle_paths(arguments: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def _named_bundle(arguments: argparse.Namespace) -> str | None:
+def named_bundle(arguments: argparse.Namespace) -> str | None:
     """As `bundle_name`, but None if no bundle is named."""
     named = [name for name in (getattr(arguments, "target", None), arguments.bundle) if name is not None]
     if len(named) > 1:
@@ -58,12 +67,12 @@ def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:
 
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
     """Open the tokenizer that the arguments name, and load `graphs` now; other graphs are loaded when first used."""
-    with stderr.status(f"opening {bundle_name(arguments)}"):
+    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
         tokenizer = Tokenizer.open(
             bundle_name(arguments),
             runtime_options(arguments),
             arguments.batch_limit,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
         return tokenizer.load(*graphs) if graphs else tokenizer
@@ -71,12 +80,12 @@ def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:
 
 def open_generator(arguments: argparse.Namespace) -> Generator:
     """Open the generator that the arguments name."""
-    with stderr.status(f"opening {bundle_name(arguments)}"):
+    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
         return Generator.open(
             bundle_name(arguments),
             runtime_options(arguments),
             arguments.tokenizer,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
 
@@ -87,18 +96,18 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
     Raises:
         ArgumentError: no bundle is named (none comes with the SDK), or two are.
     """
-    name = _named_bundle(arguments)
+    name = named_bundle(arguments)
     if name is None:
         raise ArgumentError(
             "No model that answers questions comes with the SDK, and --bundle names none.",
             "Export one with `tokenflow export understanding --checkpoint DIR --tokenizer bundles/siglip_384 "
             "--out bundles/chat` and give --bundle bundles/chat.",
         )
-    with stderr.status(f"opening {name}"):
+    with stderr.step(f"opening {name}", brief=True):
         return Understander.open(
             name,
             runtime_options(arguments),
             arguments.tokenizer,
-            revision=arguments.revision,
+            hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )

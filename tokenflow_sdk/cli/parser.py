@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.cli import ask, bench, build, decode, encode, files, generate, info, reconstruct, verify
+from tokenflow_sdk.cli.help import Parser, add_verbosity
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
@@ -17,65 +18,70 @@ from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.preparation import COLORS, PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
-
 __all__ = ["make_parser"]
 
-_Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
+_Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 _DESCRIPTION = """\
-Images to codes and back with TokenFlow tokenizers, images from text, and answers about images.
+Images to codes and back with TokenFlow tokenizers, images from text, and
+answers about images.
 
-  tokenflow encode photo.jpg                                     writes photo.tfc, about 1 KB
-  tokenflow decode photo.tfc                                     writes photo.png
-  tokenflow reconstruct photo.jpg                                writes side_by_side.png: what each scale adds
-  tokenflow generate "a red apple"                               writes 1.png
-  tokenflow ask photo.jpg "What is this?" --bundle bundles/chat  prints the answer
-  tokenflow encode photo.jpg --bundle bundles/clipb_256          uses a model other than the small one in the SDK
-  tokenflow info photo.tfc                                       prints what a file of codes or a bundle holds
+  tokenflow encode photo.jpg           writes photo.tfc, about 1 KB
+  tokenflow decode photo.tfc           writes photo.png
+  tokenflow reconstruct photo.jpg      writes side_by_side.png, scale by scale
+  tokenflow generate "a red apple"     writes 1.png
+  tokenflow ask photo.jpg "What is this?" --bundle bundles/chat
+                                       prints the answer
+  tokenflow encode photos -o codes --bundle bundles/clipb_256
+                                       another model than the one in the SDK
+  tokenflow info photo.tfc             what a file of codes or a bundle holds
+  tokenflow info                       what is installed and works here
 
-A bundle is a directory made by `tokenflow export`, a Hugging Face id (org/name), or `tiny`, the default, which comes
-with the SDK.
+A bundle is a directory made by `tokenflow export`, a Hugging Face id
+(org/name), or `tiny`, the default, which comes with the SDK.
 """
 
 _ASKING = """\
-Answer a question about one or more images, or about their codes. The answer is printed as it is generated.
+Answer a question about images, or about their codes. The answer is printed as
+it is generated.
 
   tokenflow ask photo.jpg "What is on the table?" --bundle bundles/chat
-  tokenflow ask photo.tfc "And the colour?" --bundle bundles/chat         from codes, without the encoder
-  tokenflow ask one.jpg two.jpg "What is different?" --bundle bundles/chat --temperature 0.7 --seed 1
+  tokenflow ask photo.tfc "And the colour?" --bundle bundles/chat
+  tokenflow ask one.jpg two.jpg "What is different?" --bundle bundles/chat \\
+      --temperature 0.7 --seed 1
 
-No model for this comes with the SDK. Export one from a released checkpoint, on a machine with PyTorch:
+No model for this comes with the SDK. Export one from a released checkpoint, on
+a machine with PyTorch:
 
-  tokenflow export understanding --checkpoint DIR --tokenizer bundles/siglip_384 --out bundles/chat --weights int8
+  tokenflow export understanding --checkpoint DIR --weights int8 \\
+      --tokenizer bundles/siglip_384 --out bundles/chat
 """
 
 _BUILDING = """\
 Build a bundle's TensorRT engines into the engine cache.
 
-  tokenflow build bundles/clipb_256 --config rtx4090             for an RTX 4090, on a machine without a GPU
-  tokenflow build bundles/clipb_256 --target sm86,sm89,sm120     for several GPU architectures, with TensorRT-RTX
-  tokenflow build bundles/clipb_256 --backend tensorrt           for the GPU in this machine
-  tokenflow build bundles/clipb_256 --decoder int8               decoder in 8 bits; run `tokenflow export calibrate` first
-  tokenflow build bundles/t2i --config l4 --plan                 memory that the engines will take; builds nothing
+  tokenflow build bundles/clipb_256 --config rtx4090
+      for an RTX 4090, on a machine without a GPU
+  tokenflow build bundles/clipb_256 --target sm86,sm89,sm120
+      for several GPU architectures, with TensorRT-RTX
+  tokenflow build bundles/clipb_256 --backend tensorrt
+      for the GPU in this machine
+  tokenflow build bundles/clipb_256 --decoder int8
+      decoder in 8 bits; run `tokenflow export calibrate` first
+  tokenflow build bundles/t2i --config l4 --plan
+      the memory that the engines will take; builds nothing
 
-An engine is used only with the TensorRT version and GPU architecture it was built for, and for an unchanged graph;
-otherwise it is built again.
+An engine is used only with the TensorRT version and GPU architecture it was
+built for, and for an unchanged graph; otherwise it is built again.
 """
 
-
-class _Parser(argparse.ArgumentParser):
-    """Lets `main` handle output that cannot be written; argparse ignores it."""
-
-    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        if file is not None:
-            file.write(message)
+_LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
+_SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser. Parsed arguments have the attribute `run`: a function that takes them and returns the exit status."""
-    parser = _Parser("tokenflow", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tokenflow", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -97,15 +103,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_info(subparsers: _Subparsers) -> None:
-    parser = _add_command(subparsers, "info", info.info, "print what a bundle or a .tfc file holds")
-    parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes (default: tiny)")
+    summary = "print what a bundle or a .tfc file holds; without one, what is installed and which backends work"
+    parser = _add_command(subparsers, "info", info.info, summary)
+    parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes")
     parser.add_argument("--bundle", metavar="PATH|NAME", help="the bundle, instead of the first argument")
+    parser.add_argument("--graphs", action="store_true", help="also print the graphs' inputs and outputs, and all provenance")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     _add_pins(parser)
 
 
 def _add_encode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "encode", encode.encode, "encode images to .tfc files of codes")
-    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or directories of them; -: stdin")
+    parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help=_SEVERAL.format("image files"))
     _add_output(
         parser,
         ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
@@ -117,10 +126,11 @@ def _add_encode(subparsers: _Subparsers) -> None:
 
 def _add_decode(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "decode", decode.decode, "decode .tfc files to PNG images")
-    parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help="files of codes; -: stdin")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help=_SEVERAL.format("files of codes"))
     _add_output(
         parser,
         "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
+        also_forced="; decode codes again whose PNGs are there",
     )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)
@@ -150,7 +160,7 @@ def _add_generate(subparsers: _Subparsers) -> None:
         "--preset", help="sampling passes for each scale: fast (1), balanced (2) or paper (3); default: the model's"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same images (default: %(default)s)"
+        "--seed", type=int, metavar="N", help="the same seed draws the same images (default: a random one, which is printed)"
     )
     parser.add_argument(
         "--cfg-scale", type=float, metavar="X", help="strength of classifier-free guidance; 0: none (default: the model's)"
@@ -164,7 +174,6 @@ def _add_generate(subparsers: _Subparsers) -> None:
 def _add_ask(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "ask", ask.ask, "answer a question about images")
     parser.description = _ASKING
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files, or .tfc files of their codes")
     parser.add_argument("question", metavar="QUESTION", help="in quotes")
     defaults = AnswerParams()
@@ -174,11 +183,11 @@ def _add_ask(subparsers: _Subparsers) -> None:
         ("top_p", float, "sample from the likeliest tokens that together have this probability"),
         ("top_k", int, "sample from this many of the likeliest tokens"),
         ("repetition_penalty", float, "above 1: repeat less"),
-        ("seed", int, "the same seed samples the same answer"),
     ):
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         shown = f"{DEFAULT_MAX_TOKENS}, or as many as the model still reads" if value is None else value
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed samples the same answer (default: a random one)")
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what="the understander", default="none")
     _add_image_options(parser)
@@ -195,7 +204,9 @@ def _add_bench(subparsers: _Subparsers) -> None:
     summary = "time a bundle on this machine: a tokenizer's graphs, a generator's presets, or an understander's answers"
     parser = _add_command(subparsers, "bench", bench.bench, summary)
     parser.add_argument("target", nargs="?", metavar="BUNDLE", help="default: tiny")
-    parser.add_argument("--batch", default="1", metavar="N,N..", help="batch sizes (default: %(default)s)")
+    parser.add_argument(
+        "--batch-sizes", default="1", metavar="N,N..", help="numbers of images in a call to time (default: %(default)s)"
+    )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
     _add_tokenizer_option(parser)
@@ -205,7 +216,6 @@ def _add_bench(subparsers: _Subparsers) -> None:
 def _add_build(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "build", build.build, "build a bundle's TensorRT engines into the engine cache")
     parser.description = _BUILDING
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
     _add_pins(parser)
     parser.add_argument(
@@ -225,7 +235,10 @@ def _add_build(subparsers: _Subparsers) -> None:
         help="8-bit type of a tokenizer's decoder; fp8 needs sm89 or newer; run `tokenflow export calibrate` first "
         "(default: as --precision)",
     )
-    parser.add_argument("--batch", metavar="N,N,N", help="least, usual and most images or answers in a call (default: 1,1,8)")
+    parser.add_argument("--batch-limit", type=int, metavar="N", help="most images or answers in one call (default: 8)")
+    parser.add_argument(
+        "--batch-usual", type=int, metavar="N", help="images or answers in a call that engines are tuned for (default: 1)"
+    )
     parser.add_argument(
         "--target",
         dest="architectures",
@@ -262,6 +275,7 @@ def _add_command(
 ) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.set_defaults(run=run)
+    add_verbosity(parser)
     return parser
 
 
@@ -308,11 +322,13 @@ def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokeni
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="auto takes the first that works without building engines: TensorRT, then onnxruntime (default: %(default)s)",
+        metavar="NAME",
+        help=f"one of {', '.join(BACKENDS)}; auto takes the first that works without building engines: TensorRT, then "
+        "onnxruntime (default: %(default)s)",
     )
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group.add_argument("--batch-limit", type=int, default=1, metavar="N", help="most images in one call (default: %(default)s)")
+    group.add_argument("--batch-limit", type=int, metavar="N", help=_LIMIT)
 
 
 def _add_pins(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

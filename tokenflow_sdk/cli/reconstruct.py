@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import Progress
 
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.files import STDIO, check_outputs, image_format, save_image
 from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
 
@@ -31,10 +31,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             fast=arguments.fast,
             max_pixels=arguments.max_pixels,
         )
-        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-            task = progress.add_task("encoding", total=1 + len(tokenizer.config.patch_nums))
+        with progress_bar("reconstructing", 1 + len(tokenizer.config.patch_nums), brief=True) as done:
             codes = tokenizer.codes(tokenizer.encode_array(original[None])[0])
-            progress.update(task, advance=1, description="decoding")
+            done(1)
             tiles = [(Image.fromarray(original), f"original, {original.shape[1]} px\n{_file_size(arguments.image)}")]
             for n in range(1, codes.n_scales + 1):
                 prefix = codes.truncate(n)
@@ -43,7 +42,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 side = codes.patch_nums[n - 1]
                 what = "final" if n == codes.n_scales else f"up to {side} x {side}"
                 tiles.append((image, f"{what}, {len(prefix)} codes\n{codes.scale_ends[n - 1]:,} bytes, {quality:.2f} dB"))
-                progress.advance(task)
+                done(1 + n)
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
     lines = stderr if output == STDIO else stdout

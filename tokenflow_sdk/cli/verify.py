@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
@@ -16,6 +15,7 @@ from tokenflow_sdk.bundle.bundle import open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths, runtime_options
+from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.engines.choice import Needs, engines_for
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
@@ -27,7 +27,7 @@ __all__ = ["verify", "verify_bundles"]
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify every bundle under a name."""
-    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit, arguments.sha256)
+    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit or 1, arguments.sha256)
     return 0
 
 
@@ -49,7 +49,7 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
         if options.backend in FLAVOURS:
             _verify_engines(path, options, batch_limit)
         elif isinstance(bundle.config, TokenizerConfig):
-            with stderr.status(f"opening {path}"):
+            with stderr.step(f"opening {path}"):
                 tokenizer = Tokenizer.open(path, options, batch_limit)
             with tokenizer:
                 _verify_tokenizer(tokenizer)
@@ -60,9 +60,8 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
 
 
 def _verify_tokenizer(tokenizer: Tokenizer) -> None:
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("comparing with PyTorch", total=1.0)
-        report = check_tokenizer(tokenizer.graphs, progress=lambda fraction: progress.update(task, completed=fraction))
+    with progress_bar("comparing with PyTorch", 100) as done:
+        report = check_tokenizer(tokenizer.graphs, progress=lambda fraction: done(round(100 * fraction)))
     title = f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced"
     table = Table("scale", "codes", "agreement", title=title)
     scales = tokenizer.config.scales
@@ -80,7 +79,7 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
     """Compare the graphs' results on onnxruntime here with those at export."""
     bundle = open_bundle(path)
     with ExitStack() as stack:
-        stack.enter_context(stderr.status(f"running {path}"))
+        stack.enter_context(stderr.step(f"running {path}"))
         bundle.verify()
         certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
     stdout.print(f"{path}: {certificate.summary}", soft_wrap=True)
@@ -90,7 +89,7 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
 def _verify_engines(path: Path, options: RuntimeOptions, batch_limit: int) -> None:
     bundle = open_bundle(path)
     engines = engines_for(bundle, options, Needs(batch_limit))
-    with stderr.status(f"running {path} on {options.backend}"):
+    with stderr.step(f"running {path} on {options.backend}"):
         bundle.verify()
         certificate = engines.recertify()
     stdout.print(f"{path} on {options.backend}: {certificate.summary}", soft_wrap=True)

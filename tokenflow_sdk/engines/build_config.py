@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ class BuildConfig:
             raise ArgumentError(
                 f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
-                "Write it as --batch 1,8,32.",
+                "Write it as batch=(1, 8, 32), or as --batch-usual 8 --batch-limit 32.",
             )
 
     def _take_types(self) -> None:
@@ -89,7 +90,8 @@ class BuildConfig:
         values = {
             "backend": instance("backend", self.backend, str, "Give a name."),
             "targets": tuple(
-                instance("targets", each, str, several) for each in instance("targets", self.targets, (list, tuple), several)
+                _architecture(instance("targets", each, str, several))
+                for each in instance("targets", self.targets, (list, tuple), several)
             ),
             "precision": instance("precision", self.precision, str, "Give a name."),
             "decoder": instance("decoder", self.decoder, (str, type(None)), "Give a name, or None."),
@@ -157,8 +159,10 @@ class BuildConfig:
             words.append(f"--precision {self.precision}")
         if self.decoder is not None:
             words.append(f"--decoder {self.decoder}")
-        if self.batch != BuildConfig.batch:
-            words.append(f"--batch {','.join(map(str, self.batch))}")
+        if self.batch[2] != BuildConfig.batch[2]:
+            words.append(f"--batch-limit {self.batch[2]}")
+        if self.batch[1] != BuildConfig.batch[1]:
+            words.append(f"--batch-usual {self.batch[1]}")
         if self.pages:
             words.append(f"--pages {self.pages}")
         if self.workspace_gb:
@@ -168,6 +172,12 @@ class BuildConfig:
     def with_overrides(self, **values: Any) -> BuildConfig:
         """A copy with the settings in `values` replaced, except those that are None."""
         return replace(self, **{key: value for key, value in values.items() if value is not None})
+
+
+def _architecture(target: str) -> str:
+    """The usual name of a GPU architecture, `sm89`, of which `sm_89`, `SM89` and `8.9` are other ways to write it."""
+    found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", target.strip().lower())
+    return f"sm{found[1]}{found[2]}" if found is not None else target
 
 
 def _is_file(path: Path) -> bool:

@@ -50,8 +50,13 @@ def default_directory() -> Path:
     """
     if named := os.environ.get("TOKENFLOW_CACHE"):
         return Path(named)
+    import platformdirs
+
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if not os.environ.get("XDG_CACHE_HOME"):
+            # Raises where there is none; platformdirs would take `~` for a directory.
+            Path.home()
+        base = platformdirs.user_cache_path()
     except RuntimeError as error:
         raise OutputError(
             "There is no directory for engines: this user has no home directory.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.onnxruntime import import_onnxruntime, open_onnxruntime
-from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO
+from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, select_providers
 from tokenflow_sdk.backends.session import OpenSession, SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
@@ -21,7 +22,11 @@ from tokenflow_sdk.engines.engine_set import Engines, progress_bar
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
 
-__all__ = ["Candidate", "Needs", "choose", "engines_for", "survey"]
+__all__ = ["Candidate", "Needs", "choose", "engines_for", "suitable_batch_limit", "survey"]
+
+_GPU_BATCH = 8
+"""Most images in a call on a GPU in onnxruntime, if nobody says."""
+_log = logging.getLogger("tokenflow_sdk")
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,12 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         return engines.open, session
     if options.providers is not None:
         return open_onnxruntime, session
-    best = next((candidate for candidate in survey(bundle, options, needs) if candidate.usable), None)
+    best = None
+    for candidate in survey(bundle, options, needs):
+        _log.debug("%s on %s: %s", "runs" if candidate.usable else "not", candidate.title, candidate.reason)
+        if candidate.usable:
+            best = candidate
+            break
     if best is None:
         # Opening a session raises an error that says what is missing.
         return open_onnxruntime, session
@@ -216,3 +226,25 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         best.engines.prepare(build=False)
         return best.engines.open, session
     return open_onnxruntime, replace(session, providers=best.providers) if best.providers else session
+
+
+def suitable_batch_limit(open_session: OpenSession, options: SessionOptions) -> int:
+    """The most images in one call that suit a backend: as many as engines were built for, 8 on other GPUs, 1 on a CPU.
+
+    Args:
+        open_session, options: what `choose` returned.
+    """
+    engines = getattr(open_session, "__self__", None)
+    if isinstance(engines, Engines):
+        return engines.build_config.batch[2]
+    if options.providers is not None:
+        on_gpu = bool({CUDA, TENSORRT} & set(options.providers))
+    elif options.device == "auto":
+        try:
+            available = import_onnxruntime().get_available_providers()
+        except MissingPackageError:  # which opening a session reports
+            return 1
+        on_gpu = any(name == CUDA for name, _ in select_providers(available, options))
+    else:
+        on_gpu = options.device != "cpu"
+    return _GPU_BATCH if on_gpu else 1

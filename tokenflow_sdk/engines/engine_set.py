@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tokenflow_sdk.engines.memory_plan import memory_plans, require_fit
 from tokenflow_sdk.engines.profiles import pool_pages
 from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate, certify
+from tokenflow_sdk.steps import StepLog
 
 __all__ = ["Engines", "progress_bar"]
 
@@ -166,7 +168,9 @@ class Engines:
             BackendError: an engine is missing, or cannot be loaded or run.
         """
         config = self.build_config
-        certificate = certify(self.bundle, self.open, config.precision, self.pages, decoder=config.decoder)
+        with StepLog("tokenflow_sdk") as log:
+            log.start(f"comparing the engines of {self.bundle.path.name} with its reference")
+            certificate = certify(self.bundle, self.open, config.precision, self.pages, decoder=config.decoder)
         try:
             for job in self.jobs.values():
                 engine = self._find(job)
@@ -273,7 +277,10 @@ def _with_title(progress: Progress, title: str) -> Progress:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show a progress bar on stderr if that is a terminal; yields the callback."""
+    """Show a progress bar on stderr if that is a terminal and rich is there; yields the callback."""
+    if importlib.util.find_spec("rich") is None:
+        yield lambda title, share: None
+        return
     bars = importlib.import_module("rich.progress")
     console = importlib.import_module("rich.console").Console(stderr=True)
     title = bars.TextColumn("{task.description}", markup=False)

@@ -21,6 +21,7 @@ from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, gr
 from tokenflow_sdk.engines.profiles import Profile, graph_profiles
 from tokenflow_sdk.errors import BackendError, EngineBuildError, OutputError
 from tokenflow_sdk.passes.quantize import ActivationRanges, EightBit
+from tokenflow_sdk.steps import StepLog
 
 __all__ = ["EngineJob", "engine_jobs"]
 
@@ -74,8 +75,15 @@ class EngineJob:
             if found is not None:
                 return found, False
             try:
-                with tempfile.TemporaryDirectory(prefix="tokenflow-") as work:
-                    engine = self._build(trt, Path(work), progress)
+                with tempfile.TemporaryDirectory(prefix="tokenflow-") as work, StepLog("tokenflow_sdk") as log:
+                    log.start(f"building {self.key.title}")
+
+                    def report(phase: str, share: float) -> None:
+                        log.fraction(share)
+                        if progress is not None:
+                            progress(phase, share)
+
+                    engine = self._build(trt, Path(work), report)
             except OSError as error:
                 raise OutputError(
                     f"The graph of {self.key.title} cannot be prepared: {error.strerror or error}.",

@@ -149,9 +149,9 @@ def require_fit(plan: MemoryPlan, memory: int) -> None:
     if plan.parts["weights"] + RESERVED > memory:
         hint = "Take a GPU with more memory, or export the model again with `--weights int4`."
     elif plan.pool:
-        hint = "Lower --pages (with it a generator's pictures at once), --batch, or both."
+        hint = "Lower --pages (with it a generator's pictures at once), --batch-limit, or both."
     else:
-        hint = "Lower --batch."
+        hint = "Lower --batch-limit."
     raise EngineBuildError(f"The engines for {plan.target} take {plan}; the GPU has {memory / 1e9:.1f} GB.", hint)
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Generator as Pieces
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
-from PIL import Image
 
-from tokenflow_sdk.arguments import instance, integer, items, shown
+from tokenflow_sdk.arguments import integer, items, shown
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.bundle.arrays import load_codebook
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.generation.prompt import Prompt, PromptEncoder
+from tokenflow_sdk.generation.results import GeneratedScale, Generation
 from tokenflow_sdk.generation.scale_loop import ScaleLoop
 from tokenflow_sdk.generation.scheduler import ImageRequest, ScaleScheduler
 from tokenflow_sdk.language_model import LanguageModel
@@ -25,50 +26,8 @@ from tokenflow_sdk.model.sampling import SamplingParams
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
-from tokenflow_sdk.tokenizer import Tokenizer
 
-__all__ = ["GeneratedScale", "Generation", "Generator"]
-
-
-@dataclass(frozen=True)
-class GeneratedScale:
-    """One scale of a request, as `Generator.stream` yields it: its number from 1, and the codes so far of each image."""
-
-    scale: int
-    codes: tuple[Codes, ...]
-    tokenizer: Tokenizer = field(compare=False)
-
-    def __post_init__(self) -> None:
-        instance("tokenizer", self.tokenizer, Tokenizer, "Take results from Generator.stream.")
-
-    def preview(self) -> list[Image.Image]:
-        """The images so far, decoded now, one for each of the request's images."""
-        return self.tokenizer.decode_batch(self.codes)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished request: its codes, one for each image, and `timings`, seconds from its start to the end of each scale."""
-
-    codes: tuple[Codes, ...]
-    params: SamplingParams
-    timings: tuple[float, ...]
-    tokenizer: Tokenizer = field(compare=False)
-
-    def __post_init__(self) -> None:
-        hint = "Take results from Generator.generate."
-        instance("tokenizer", self.tokenizer, Tokenizer, hint)
-        instance("params", self.params, SamplingParams, hint)
-
-    @property
-    def seed(self) -> int:
-        """The seed that was used; the same request with this seed gives the same codes."""
-        return self.params.seed
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The images, decoded each time this is read."""
-        return self.tokenizer.decode_batch(self.codes)
+__all__ = ["Generator", "model_id"]
 
 
 class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
@@ -112,7 +71,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         """
         params = self._params(preset, cfg_scale, seed, params)
         request = self._request(prompt, n, negative_prompt, params, strict, timeout)
-        return RequestStream(request, self._scales(request), partial(self._generation, request))
+        return RequestStream(request, self._scales(request), partial(self._generation, request, prompt, negative_prompt))
 
     def generate(
         self,
@@ -129,7 +88,9 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
     ) -> Generation:
         """Generate `n` images. Arguments and errors as in `stream`."""
         params = self._params(preset, cfg_scale, seed, params)
-        return self._generations([self._request(prompt, n, negative_prompt, params, strict, timeout)])[0]
+        request = self._request(prompt, n, negative_prompt, params, strict, timeout)
+        self._run([request])
+        return self._generation(request, prompt, negative_prompt)
 
     def generate_batch(
         self,
@@ -157,7 +118,9 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         if one or any(isinstance(prompt, (int, np.integer)) for prompt in prompts):
             raise ArgumentError("generate_batch takes several prompts, and this is one.", hint)
         params = self._params(preset, cfg_scale, seed, params)
-        return self._generations([self._request(prompt, n, negative_prompt, params, strict, timeout) for prompt in prompts])
+        requests = [self._request(prompt, n, negative_prompt, params, strict, timeout) for prompt in prompts]
+        self._run(requests)
+        return [self._generation(*made, negative_prompt) for made in zip(requests, prompts, strict=True)]
 
     def _params(
         self, preset: str | None, cfg_scale: float | None, seed: int | None, params: SamplingParams | None
@@ -199,16 +162,17 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
                 self._runner.advance(model, request, scale)
                 yield GeneratedScale(scale, self._codes(request, scale), self.tokenizer)
 
-    def _generations(self, requests: Sequence[ImageRequest]) -> list[Generation]:
+    def _run(self, requests: Sequence[ImageRequest]) -> None:
         """Run requests together to their ends."""
         with self._runner.submitted(requests) as model:
             for request in requests:
                 self._runner.advance(model, request, len(self.config.scales))
-        return [self._generation(request) for request in requests]
 
-    def _generation(self, request: ImageRequest) -> Generation:
-        codes = self._codes(request, len(self.config.scales))
-        return Generation(codes, request.params, tuple(request.timings), self.tokenizer)
+    def _generation(self, request: ImageRequest, prompt: Prompt, negative_prompt: Prompt | None) -> Generation:
+        codes, timings = self._codes(request, len(self.config.scales)), tuple(request.timings)
+        text = prompt if isinstance(prompt, str) else request.prompt
+        negative = negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else request.negative
+        return Generation(codes, request.params, timings, self.tokenizer, text, negative, model_id(self.bundle))
 
     def _codes(self, request: ImageRequest, scales: int) -> tuple[Codes, ...]:
         return tuple(self.tokenizer.codes(np.concatenate(image.codes[:scales])) for image in request.images)
@@ -219,3 +183,8 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
 
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> ScaleScheduler:
         return ScaleScheduler(ScaleLoop(self.config, sessions, transformer, load_codebook(self.bundle)))
+
+
+def model_id(bundle: Bundle[GeneratorConfig]) -> str:
+    """The first 16 hex digits of the SHA-256 of the transformer's weights, or of its graph if that holds the weights."""
+    return bundle.graph("transformer").files[-1].sha256[:16]

@@ -69,7 +69,7 @@ class Certificate:
                 f"{what} is refused: {'; '.join(self.failures)}.",
                 "Build with --precision fp32 and without --decoder, let `tokenflow export precision-search` find "
                 "what to keep in float32, or use backend='onnxruntime'. Where float16 overflows (nan), --precision bf16 does "
-                "not; engines that are wrong in batches only may do with --batch 1,1,1.",
+                "not; engines that are wrong in batches only may do with --batch-limit 1.",
             )
 
 

@@ -15,9 +15,10 @@ from tokenflow_sdk.arguments import file_path, instance, integer, items
 from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, CodesReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.pictures import tfc
-from tokenflow_sdk.pictures.images import describe
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
+from tokenflow_sdk.pictures.sources import describe
+from tokenflow_sdk.pictures.vocabulary import CodesConfig, Vocabulary
 
 __all__ = ["Codes"]
 
@@ -27,7 +28,8 @@ class Codes:
     """The code indices of one image: whole scales, coarse to fine, each in row-major order (docs/model.md, section 2).
 
     Immutable, including its array, and hashable. Two `Codes` are equal if their indices, variant, codebook and scales are.
-    NumPy functions take them as the array `indices`.
+    NumPy functions take them as the array `indices`, and `torch.as_tensor(codes)` as a tensor of its own: PyTorch has no
+    read-only tensors, and warns of one made from `indices` itself.
 
     Args:
         indices: 1-D integers in [0, codebook_size), the coarsest n >= 1 scales; stored as a read-only int32 array.
@@ -145,6 +147,56 @@ class Codes:
                 "Decode them with the bundle that encoded them; `tokenflow info` shows the codebook of files and bundles.",
             )
 
+    def to_ids(
+        self,
+        offset: int,
+        *,
+        image_start: int | None = None,
+        image_end: int | None = None,
+        scale_end: int | None = None,
+    ) -> NDArray[np.int64]:
+        """The codes as ids of a language model's vocabulary: code k becomes `offset + k`.
+
+        Args:
+            offset: id of code 0.
+            image_start, image_end: ids of the tokens before and after the picture; None: there is none.
+            scale_end: id of the token after each scale, also the last; None: there is none.
+
+        Returns:
+            A new int64 array [n].
+
+        Raises:
+            ArgumentError: an id is negative, stands for a code, or stands for two things.
+        """
+        return Vocabulary(self.codebook_size, offset, image_start, image_end, scale_end).write(self.indices, self.scales)
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: ArrayLike,
+        config: CodesConfig,
+        offset: int,
+        *,
+        image_start: int | None = None,
+        image_end: int | None = None,
+        scale_end: int | None = None,
+    ) -> Codes:
+        """The codes that `to_ids` gave as these ids; fewer whole scales are codes too.
+
+        Args:
+            ids: integers [n].
+            config: of the tokenizer: `tokenizer.config`.
+            offset, image_start, image_end, scale_end: as in `to_ids`.
+
+        Raises:
+            ArrayError: the ids are no 1-D integer array.
+            CodesRangeError: they are not what `to_ids` gives: a token is missing, out of its place, or no code.
+            ArgumentError: see `to_ids`.
+        """
+        c = instance("config", config, CodesConfig, "Give tokenizer.config.")
+        vocabulary = Vocabulary(c.codebook_size, offset, image_start, image_end, scale_end)
+        return cls(vocabulary.read(ids, Scales(c.patch_nums)), c.patch_nums, c.codebook_size, c.variant, c.codebook_sha256)
+
     def to_bytes(self) -> bytes:
         """Serialize to the content of a `.tfc` file (docs/reference/tfc-format.md)."""
         return tfc.pack(self.header, self.indices)
@@ -213,6 +265,13 @@ class Codes:
         if copy is False and wanted != self.indices.dtype:
             raise ValueError("a cast of codes needs a copy")
         return self.indices.astype(wanted, copy=bool(copy))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A copy for another library, such as PyTorch, which may write into it."""
+        return self.indices.copy().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.indices.__dlpack_device__()
 
     def __repr__(self) -> str:
         scales = f"{self.n_scales} scales" if self.complete else f"{self.n_scales} of {len(self.patch_nums)} scales"

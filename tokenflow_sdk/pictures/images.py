@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,11 @@ from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, Imag
 from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess, check_color
 from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
+from tokenflow_sdk.pictures.sources import ImageSource, describe, to_array
 
 __all__ = [
-    "ImageSource",
+    "SUFFIXES",
     "check_batch",
-    "describe",
     "fit",
     "load_image",
     "pictures_in",
@@ -30,13 +30,12 @@ __all__ = [
     "ssim",
 ]
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]"
 GREY = (127, 127, 127)
 """Fills the square of `pad-grey`, as in the released training."""
 _STRIP_PIXELS = 2**20
 _MAX_SQUARE = 2**28
 """Most pixels that `pad-grey` resizes; beyond it, seconds become minutes."""
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 def pictures_in(directory: Path) -> list[Path]:
@@ -45,11 +44,9 @@ def pictures_in(directory: Path) -> list[Path]:
     Raises:
         ImageReadError: the directory does not exist or has no image files.
     """
-    found = (
-        sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()) if directory.is_dir() else []
-    )
+    found = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) if directory.is_dir() else []
     if not found:
-        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(_SUFFIXES))}.")
+        raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(SUFFIXES))}.")
     return found
 
 
@@ -65,7 +62,8 @@ def preprocess(
     """Load an image and make it square: u8 RGB [size, size, 3].
 
     Args:
-        source: a path, bytes, binary file object, PIL image, or u8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        source: a path, bytes, binary file object, PIL image, or u8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], also of
+            another library, such as a PyTorch tensor in host memory.
         size: side of the result in pixels.
         mode: `crop`, `squash`, `pad` or `pad-grey`; see `fit`.
         color: `srgb` or `as-stored`; see `load_image`.
@@ -103,6 +101,7 @@ def load_image(
     """
     if isinstance(source, os.PathLike):
         source = file_path("image", source)
+    source = to_array(source)
     name = describe(source)
     check_color(color)
     max_pixels = integer("max_pixels", max_pixels, 1, None, "accepts no picture.", "Give an integer from 1 on.")
@@ -120,24 +119,6 @@ def load_image(
         f"A picture cannot be made from {type(source).__name__}.",
         "Give a path, bytes, a binary file, a PIL image or a u8 array.",
     )
-
-
-def describe(source: object) -> str:
-    """A short name of an image or file source for error messages.
-
-    Example:
-        >>> describe("photo.jpg"), describe(b"1234"), describe(np.zeros((480, 640, 3), np.uint8))
-        ('photo.jpg', '<4 bytes>', '<array uint8[480, 640, 3]>')
-    """
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<{len(source)} bytes>"
-    if isinstance(source, np.ndarray):
-        return f"<array {source.dtype}{list(source.shape)}>"
-    if isinstance(source, Image.Image):
-        return str(getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>")
-    return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
 
 def _from_path(path: str | os.PathLike[str], name: str, max_pixels: int, draft_size: int | None, color: Color) -> Image.Image:
@@ -234,13 +215,14 @@ def check_batch(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Check a batch of images for the encode graph, and return it C-contiguous.
 
     Args:
-        images: u8 [B, size, size, 3], B >= 1.
+        images: u8 [B, size, size, 3], B >= 1, of NumPy or another library.
         size: side in pixels that the tokenizer takes.
 
     Raises:
         ArrayError: not a u8 array of shape [B, H, W, 3] with B >= 1.
         ImageShapeError: the images have another size.
     """
+    images = to_array(images)
     if not isinstance(images, np.ndarray):
         raise ArrayError(
             f"Expected a NumPy array, got {type(images).__name__}.", "Use encode or encode_batch for files and images."

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.errors import ArgumentError, ArrayError, PreparationWarning
 from tokenflow_sdk.pictures.codes import Codes
-from tokenflow_sdk.pictures.images import ImageSource
 from tokenflow_sdk.pictures.preparation import Color, Preprocess
+from tokenflow_sdk.pictures.sources import ImageSource, to_array
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.understanding.prompt import ImageBlock
 
 __all__ = ["ImageFeatures", "ImageInput"]
 
 ImageInput: TypeAlias = "ImageSource | Codes | NDArray[Any]"
-"""An image as `Tokenizer.encode` takes it; its codes; or its features, float [N, C]."""
+"""An image as `Tokenizer.encode` takes it; its codes; or its features, float [N, C], of NumPy or another library."""
 
 _REMEMBERED = 64
 """Images whose features are kept, so that a second question about one does not encode it again."""
@@ -97,6 +97,7 @@ class ImageFeatures:
     def _of(self, image: Any, preprocess: Preprocess, color: Color) -> ImageBlock:
         if isinstance(image, Codes):
             return _own(self._tokenizer.features(image))
+        image = to_array(image)
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
             return self._checked(image)
         # A copy: the digest must be that of the pixels that are encoded, even if the caller fills the array again meanwhile.

@@ -1,7 +1,8 @@
 """Reads the architecture of a language model from config.json: every key is used, known to be harmless, or refused by name.
 
 A key that is passed over may change what the model computes, and the bundle would then work and be wrong. So the tables below
-list what is known, and a key in none of them is refused. `docs/write_config_keys.py` makes a page of them.
+list what is known, and a key in none of them is refused, unless it is null: transformers takes that as if it were absent.
+`docs/write_config_keys.py` makes a page of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "head_key",
     "read_architecture",
     "size",
+    "vocabulary_shapes",
 ]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,10 +159,12 @@ def read_architecture(
         )
     _require_known_keys(values, path, ignored_keys)
     _require_values(values, path, LIMITED | (LLAMA_LIMITED if family is _LLAMA else {}))
-    rows = directory.shapes.get(EMBEDDING, ())[:1]
-    if "vocab_size" in values and rows and size(directory, "vocab_size") != rows[0]:
+    table = directory.shapes.get(EMBEDDING, ())
+    if len(table) != 2:
+        raise CheckpointError(f"{directory.path} has no embedding table ({EMBEDDING}).", "Download all of the model's weights.")
+    if values.get("vocab_size") is not None and size(directory, "vocab_size") != table[0]:
         raise CheckpointError(
-            f"{path} gives vocab_size as {values['vocab_size']}, but {EMBEDDING} has {rows[0]} rows.",
+            f"{path} gives vocab_size as {values['vocab_size']}, but {EMBEDDING} has {table[0]} rows.",
             "Check that config.json and the weights are of the same model.",
         )
     if size(directory, "num_hidden_layers") > len(directory.shapes):  # so many keys would take long to list as missing
@@ -209,9 +213,14 @@ def head_key(directory: HfDirectory) -> str:
     """The key of the head's weight, which is the embedding table's where config.json ties them.
 
     Raises:
-        CheckpointError: they are tied, and the checkpoint has another head too.
+        CheckpointError: they are tied, and the checkpoint has another head too, or config.json does not say whether they are.
     """
-    if not directory.config.get("tie_word_embeddings"):
+    tied = directory.config.get("tie_word_embeddings")
+    if tied not in (True, False, None):
+        raise CheckpointError(
+            f"{directory.path / 'config.json'} gives tie_word_embeddings as {tied!r}.", "Set it to true or false."
+        )
+    if not tied:
         return HEAD
     if HEAD in directory.shapes and not torch.equal(directory.tensor(HEAD), directory.tensor(EMBEDDING)):
         raise CheckpointError(
@@ -219,6 +228,14 @@ def head_key(directory: HfDirectory) -> str:
             "Set tie_word_embeddings to false if the model was trained with a head of its own; else remove that tensor.",
         )
     return EMBEDDING
+
+
+def vocabulary_shapes(directory: HfDirectory, head: str, rows: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the embedding table and the head by their keys; `head` is the `head_key`.
+
+    Some checkpoints store a tied head too, as a copy of the table.
+    """
+    return dict.fromkeys([EMBEDDING, head, *([HEAD] if HEAD in directory.shapes else [])], (rows, width))
 
 
 def size(directory: HfDirectory, key: str) -> int:
@@ -245,7 +262,8 @@ def _positive(value: Any, key: str, path: Path) -> float:
 
 
 def _require_known_keys(values: Mapping[str, Any], path: Path, ignored_keys: Sequence[str]) -> None:
-    unknown = [key for key in values if key not in USED and key not in LIMITED and key not in HARMLESS]
+    known = {*USED, *LIMITED, *HARMLESS}
+    unknown = [key for key, value in values.items() if key not in known and value is not None]
     if surplus := [key for key in ignored_keys if key not in unknown]:
         raise ArgumentError(f"{surplus[0]!r} is not an unknown key of {path}.", "Leave that --ignore-key out.")
     if refused := [key for key in unknown if key not in ignored_keys]:
@@ -276,7 +294,7 @@ def _rope_theta(values: Mapping[str, Any], path: Path) -> float:
         problem = "rope_scaling and rope_parameters that differ"
     elif scaled := [rope[name] for name in ("rope_type", "type") if rope.get(name, "default") != "default"]:
         problem = f"{key} that scales positions by {scaled[0]!r}"
-    elif surplus := sorted(set(rope) - _ROPE_KEYS):
+    elif surplus := sorted(key for key, value in rope.items() if key not in _ROPE_KEYS and value is not None):
         problem = f"{key} with {', '.join(surplus)}"
     elif rope.get("partial_rotary_factor") not in (None, 1.0):
         problem = f"{key} with partial_rotary_factor {rope['partial_rotary_factor']!r}"

@@ -21,6 +21,7 @@ _EXTRA = (
     "tokenizers",
     "huggingface_hub",
     "jinja2",
+    "psutil",
     "filelock",
 )
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the exporter's command line.
 
     Returns:
-        0 when all went well, 2 for a mistake the user can mend, 130 when interrupted.
+        0 when all went well, 2 for a mistake the user can mend, 130 when interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
     arguments = make_parser().parse_args(argv)
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
         return 0
 
-    return run(command, interrupted="interrupted; nothing was written")
+    return run(command, arguments.verbosity, interrupted="interrupted; nothing was written")
 
 
 @contextmanager

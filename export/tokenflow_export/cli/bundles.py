@@ -17,6 +17,7 @@ __all__ = ["generator", "tokenizer", "understanding"]
 def tokenizer(arguments: argparse.Namespace) -> None:
     """Export a tokenizer."""
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
+    from tokenflow_export.model_card import checkpoint_source
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
     from tokenflow_sdk.files import file_sha256
@@ -31,7 +32,9 @@ def tokenizer(arguments: argparse.Namespace) -> None:
         config = recognise({key: tuple(value.shape) for key, value in state.items()}, arguments.variant, path.name)
         model = load_model(state, config, path.name)
         del state
-        source = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
+        source = checkpoint_source(path) | {"checkpoint_sha256": file_sha256(path)}
+        if arguments.license is not None:
+            source["license"] = arguments.license
         report = export_tokenizer(model, arguments.out, source, steps, arguments.force, images=images)
     agreement = " ".join(f"{side}:{share:.2%}" for side, share in zip(report.patch_nums, report.agreement, strict=True))
     print(f"{config.variant} -> {arguments.out} in {perf_counter() - began:.0f} s, checked on {report.pictures} pictures:")
@@ -77,6 +80,7 @@ def _language_model(arguments: argparse.Namespace, export: Callable[[ExportJob],
             precision,
             use_transformers=not getattr(arguments, "without_transformers", False),
             ignored_keys=tuple(arguments.ignore_key),
+            license=arguments.license,
         )
         found = export(job)
     print(f"{arguments.checkpoint} -> {arguments.out} in {perf_counter() - began:.0f} s, {precision.name}")

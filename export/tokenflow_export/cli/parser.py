@@ -8,38 +8,49 @@ from typing import TypeAlias
 
 from tokenflow_export.cli import bundles, precision, standin
 from tokenflow_export.models.config import VARIANTS
+from tokenflow_sdk.cli.help import Parser, add_verbosity
 
 __all__ = ["make_parser"]
 
-_Words: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Words: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 _DESCRIPTION = """\
-Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json that tokenflow_sdk runs without torch.
+Turn a released PyTorch checkpoint into a bundle: ONNX graphs and a bundle.json
+that tokenflow_sdk runs without torch.
 
-    tokenflow export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt --out bundles/clipb_256
-    tokenflow export generator --checkpoint TokenFlow-t2i/ --tokenizer bundles/clipb_256 --out bundles/t2i
-    tokenflow export understanding --checkpoint TokenFlow-llava/ --tokenizer bundles/siglip_384 --out bundles/chat
-    tokenflow export precision-search bundles/clipb_256 --images photos/
-    tokenflow export calibrate bundles/clipb_256 --images photos/
-    tokenflow export inspect bundles/clipb_256 decode
-    tokenflow export standin --variant clipb_256 --out checkpoints/clipb_256.pt
+  tokenflow export tokenizer --checkpoint tokenflow_clipb_32k_enhanced.pt \\
+      --out bundles/clipb_256
+  tokenflow export generator --checkpoint TokenFlow-t2i/ \\
+      --tokenizer bundles/clipb_256 --out bundles/t2i
+  tokenflow export understanding --checkpoint TokenFlow-llava/ \\
+      --tokenizer bundles/siglip_384 --out bundles/chat
+  tokenflow export precision-search bundles/clipb_256 --images photos/
+  tokenflow export calibrate bundles/clipb_256 --images photos/
+  tokenflow export inspect bundles/clipb_256 decode
+  tokenflow export standin --variant clipb_256 --out checkpoints/clipb_256.pt
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; each command's namespace carries its function as `run`."""
-    parser = argparse.ArgumentParser(
-        "tokenflow export", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("tokenflow export", description=_DESCRIPTION)
     words = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_exporting(words)
     _add_searching(words)
     _add_calibrating(words)
     _add_inspecting(words)
     made = words.add_parser("standin", help="a full-size checkpoint of stand-in weights, to try everything without a download")
-    made.add_argument("--variant", choices=list(VARIANTS), default="clipb_256", help="default: %(default)s")
+    made.add_argument(
+        "--variant",
+        choices=list(VARIANTS),
+        default="clipb_256",
+        metavar="NAME",
+        help=f"{', '.join(VARIANTS)} (default: %(default)s)",
+    )
     made.add_argument("--out", required=True, type=Path, help="the .pt file; must not exist yet")
     made.set_defaults(run=standin.standin)
+    for command in words.choices.values():
+        add_verbosity(command)
     return parser
 
 
@@ -47,7 +58,10 @@ def _add_exporting(words: _Words) -> None:
     tokenizer = words.add_parser("tokenizer", help="a tokenizer checkpoint to a bundle")
     tokenizer.add_argument("--checkpoint", required=True, help=".pt or .safetensors file, or hf://org/repo/file")
     tokenizer.add_argument(
-        "--variant", choices=list(VARIANTS), help="settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised"
+        "--variant",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help=f"{', '.join(VARIANTS)}: settles whether a CLIP tokenizer runs at 224 or 256 px; else recognised",
     )
     tokenizer.add_argument(
         "--images", type=Path, metavar="DIR", help="pictures to compare with PyTorch too; they are not stored in the bundle"
@@ -82,6 +96,11 @@ def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the bundle's directory; must not exist yet")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+    parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="licence of the weights, e.g. apache-2.0; stored in the bundle and its model card (default: not recorded)",
+    )
 
 
 def _add_searching(words: _Words) -> None:

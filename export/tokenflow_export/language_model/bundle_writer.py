@@ -16,6 +16,7 @@ import torch
 from tokenflow_export.atomic_directory import atomic_directory, versions
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
+from tokenflow_export.model_card import checkpoint_source, write_card
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
@@ -43,6 +44,7 @@ class ExportJob:
         compress: write smaller files that give the same numbers (`tokenflow_export.tracing.compress_weights`).
         use_transformers: compare with transformers' own classes where they are installed and know the model.
         ignored_keys: keys of config.json that this exporter does not know and that the user knows to be harmless.
+        license: of the weights, which is stored as provenance; None: not known.
     """
 
     directory: HfDirectory
@@ -54,6 +56,7 @@ class ExportJob:
     compress: bool = False
     use_transformers: bool = True
     ignored_keys: tuple[str, ...] = ()
+    license: str | None = None
 
     def tokenizer_path(self) -> str:
         """Where the written bundle looks for its tokenizer, relative to itself."""
@@ -108,10 +111,12 @@ def write_bundle(source: Source[Any]) -> Agreement:
             graphs[spec.name] = export_graph(spec, work, steps.fraction, job.compress)
         assets = source.write_assets(work)
         provenance = {
-            "checkpoint": job.directory.path.name,
+            **checkpoint_source(job.directory.path),
             "tokenizer": job.tokenizer.config.variant,
             "precision": job.precision.name,
         }
+        if job.license is not None:
+            provenance["license"] = job.license
         if job.ignored_keys:
             provenance["ignored_keys"] = ", ".join(job.ignored_keys)
         bundle = Bundle(work, source.config, graphs, assets, {}, provenance | versions())
@@ -121,5 +126,7 @@ def write_bundle(source: Source[Any]) -> Agreement:
         steps.start("finishing")
         np.savez(work / "reference.npz", allow_pickle=False, **vars(reference))
         assets["reference"] = file_entry(work / "reference.npz")
-        replace(bundle, parity=asdict(agreement)).write_manifest()
+        bundle = replace(bundle, parity=asdict(agreement))
+        write_card(bundle)
+        bundle.write_manifest()
     return agreement

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow_export.checkpoints.hf_directory import read_json
+from tokenflow_export.language_model.template_rendering import RenderingError, render
 from tokenflow_export.language_model.tokenizer_files import read_settings, special_token
 from tokenflow_sdk.bundle.model_config import ChatTemplate
 from tokenflow_sdk.errors import CheckpointError
@@ -77,15 +78,15 @@ def _as_in_directory(tokenizer: Tokenizer, directory: Path, make: Callable[[str]
     source = _source(directory)
     if source is None:
         return make(default)
-    rendered = [_render(source, turns, directory) for turns in _CONVERSATIONS]
     bos = _text(tokenizer, make(""))
-    rendered = [bos + text.removeprefix(bos) for text in rendered]  # templates write BOS or leave it to the tokenizer
+    # Templates write BOS, or leave it to the tokenizer.
+    rendered = [bos + text.removeprefix(bos) for text in _render(source, directory)]
     system = _system_prompt(rendered[0], tokenizer, make)
     template = make(system)
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     if rendered != [_text(tokenizer, template, turns) for turns in _CONVERSATIONS] or any(name in system for name in names):
         raise CheckpointError(
-            f"The chat template of {directory} writes a conversation as {rendered[1]!r}, "
+            f"The chat template of {directory} writes a conversation as {rendered[1][:2000]!r}, "
             f"and this exporter as {_text(tokenizer, make(default), _CONVERSATIONS[1])!r}.",
             "Give a model with ChatML or Vicuna's template; if it was not trained with this one, delete it from the directory.",
         )
@@ -129,33 +130,27 @@ def _source(directory: Path) -> str | None:
     return found
 
 
-def _render(source: str, turns: Sequence[tuple[str, str | None]], directory: Path) -> str:
-    """Render a chat template for a conversation, in a sandbox."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: object) -> None:
-        raise TemplateError(str(message))
-
+def _render(source: str, directory: Path) -> list[str]:
+    """The conversations as a chat template writes them."""
     settings = read_settings(directory)
+    tokens = {name: special_token(settings, name) for name in settings if name.endswith("_token")}
+    given = {name: token for name, token in tokens.items() if token is not None}
+    try:
+        return render(source, [_messages(turns) for turns in _CONVERSATIONS], given)
+    except RenderingError as error:
+        raise CheckpointError(
+            f"The chat template of {directory} cannot be rendered: {error}.",
+            "Download it again; if the model was not trained with it, delete it from the directory.",
+        ) from error
+
+
+def _messages(turns: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
     messages = []
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-    values = {name: special_token(settings, name) for name in settings if name.endswith("_token")}
-    try:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        template = environment.from_string(source)
-        return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **values)
-    except Exception as error:  # a template can raise any kind
-        raise CheckpointError(
-            f"The chat template of {directory} cannot be rendered: {error}.",
-            "Download it again; if the model was not trained with it, delete it from the directory.",
-        ) from error
+    return messages
 
 
 def stop_ids(template: ChatTemplate, config: dict[str, Any], directory: Path, vocabulary: int) -> tuple[int, ...]:

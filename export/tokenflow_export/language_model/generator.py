@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, head_key, read_architecture
+from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, head_key, read_architecture, vocabulary_shapes
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
@@ -63,8 +63,7 @@ def export_generator(
     directory, tokenizer = job.directory, job.tokenizer.config
     require_same_tokenizer(directory, job.tokenizer)
     model = read_architecture(directory, "output", job.ignored_keys)
-    head_key(directory)  # a head that differs from the table it is tied to is refused
-    rows = directory.shapes.get(EMBEDDING, (0,))[0]
+    rows, _ = directory.shapes[EMBEDDING]
     prompts = prompt_tokenizer(directory.path, tokenizer.codebook_size, rows, directory.config)
     config = GeneratorConfig(
         width=model.width,
@@ -85,14 +84,19 @@ def export_generator(
         tokenizer_variant=tokenizer.variant,
         tokenizer=job.tokenizer_path(),
     )
-    return write_bundle(_GeneratorSource(job, config, model, prompts.content, TokenizerReference.load(job.tokenizer).codebook))
+    codebook = TokenizerReference.load(job.tokenizer).codebook
+    return write_bundle(_GeneratorSource(job, config, model, head_key(directory), prompts.content, codebook))
 
 
 @dataclass(frozen=True)
 class _GeneratorSource(Source[GeneratorConfig]):
-    """A text-to-image checkpoint. `text` is the content of tokenizer.json, `codebook` is float32 [K, C]."""
+    """A text-to-image checkpoint.
+
+    `head_key` is the key of the head's weight, `text` the content of tokenizer.json, `codebook` is float32 [K, C].
+    """
 
     model: TransformerConfig
+    head_key: str
     text: dict[str, Any]
     codebook: NDArray[np.float32]
 
@@ -102,9 +106,8 @@ class _GeneratorSource(Source[GeneratorConfig]):
         return (
             transformer_shapes(self.model)
             | projector_shapes(width, self.codebook.shape[1])
+            | vocabulary_shapes(self.job.directory, self.head_key, vocabulary, width)
             | {
-                EMBEDDING: (vocabulary, width),
-                HEAD: (vocabulary, width),
                 "model.lvl_embed.weight": (len(config.scales) + 1, width),
                 "model.pos_1LC": (config.n_codes, width),
             }
@@ -116,7 +119,7 @@ class _GeneratorSource(Source[GeneratorConfig]):
         yield _embed_text_spec(directory, self.config, precision, dims)
         yield _embed_image_spec(directory, dims)
         yield transformer_spec(directory, self.model, precision)
-        yield _sample_spec(directory, self.config, precision, dims)
+        yield _sample_spec(self._image_head(), precision, dims)
 
     def write_assets(self, directory: Path) -> dict[str, FileEntry]:
         np.save(directory / "codebook.npy", self.codebook)
@@ -125,8 +128,13 @@ class _GeneratorSource(Source[GeneratorConfig]):
 
     def compare(self, bundle: Bundle[GeneratorConfig]) -> tuple[Agreement, LanguageModelReference]:
         directory, precision = self.job.directory, self.job.precision
-        head, text = image_head(directory, self.config), text_table(directory, self.config, precision)
-        return compare(bundle, directory, self.model, head, text, self.codebook, precision)
+        text = _text_table(directory, self.config, precision)
+        return compare(bundle, directory, self.model, self._image_head(), text, self.codebook, precision)
+
+    def _image_head(self) -> Tensor:
+        """The rows of the head that give the logits of image codes, float32 [K, H]."""
+        start = self.config.image_token_start
+        return self.job.directory.tensor(self.head_key)[start : start + self.config.codebook_size].clone()
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -143,7 +151,7 @@ def _embed_text_spec(
     rows = {0: dims["batch"], 1: dims["queries"]}
     return GraphSpec(
         "embed_text",
-        EmbedTextGraph(text_table(directory, config, precision), directory.tensor("model.pos_1LC")[0]),
+        EmbedTextGraph(_text_table(directory, config, precision), directory.tensor("model.pos_1LC")[0]),
         {"token_ids": (_counts(2, 3), rows), "starts": (_zeros(2, 3), rows)},
         ("embeddings",),
     )
@@ -164,11 +172,9 @@ def _embed_image_spec(directory: HfDirectory, dims: Mapping[str, Any]) -> GraphS
     )
 
 
-def _sample_spec(
-    directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision, dims: Mapping[str, Any]
-) -> GraphSpec:
+def _sample_spec(head: Tensor, precision: ExportPrecision, dims: Mapping[str, Any]) -> GraphSpec:
     rows, batch = {0: dims["batch"], 1: dims["queries"]}, {0: dims["batch"]}
-    head = precision.cast(image_head(directory, config), HEAD)
+    head = precision.cast(head, HEAD)
     return GraphSpec(
         "sample",
         SampleGraph(head),
@@ -185,13 +191,7 @@ def _sample_spec(
     )
 
 
-def image_head(directory: HfDirectory, config: GeneratorConfig) -> Tensor:
-    """The rows of the head that give the logits of image codes, float32 [K, H]."""
-    start = config.image_token_start
-    return directory.tensor(HEAD)[start : start + config.codebook_size].clone()
-
-
-def text_table(directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision) -> Tensor:
+def _text_table(directory: HfDirectory, config: GeneratorConfig, precision: ExportPrecision) -> Tensor:
     """The embeddings of text tokens with the level embedding of text, [text_size, H] in the dtype of the arithmetic."""
     start, stop = config.image_token_start, config.image_token_start + config.codebook_size
     table = directory.tensor(EMBEDDING)

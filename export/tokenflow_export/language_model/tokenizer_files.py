@@ -17,10 +17,9 @@ _JSON, _CONFIG, _TOKENS, _ADDED = "tokenizer.json", "tokenizer_config.json", "sp
 
 _USED = frozenset(("add_bos_token", "add_prefix_space", "added_tokens_decoder", "bos_token", "chat_template", "eos_token"))
 _FIXED: dict[str, tuple[object, ...]] = {
-    "add_eos_token": (False, None),
-    "auto_map": (None,),
-    "sp_model_kwargs": ({}, None),
-    "split_special_tokens": (False, None),
+    "add_eos_token": (False,),
+    "sp_model_kwargs": ({},),
+    "split_special_tokens": (False,),
 }
 """Keys that would change ids, with the values under which they do not."""
 _HARMLESS = frozenset(
@@ -46,12 +45,14 @@ _HARMLESS = frozenset(
 def read_settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, with the special tokens of special_tokens_map.json where it names none; either may be missing.
 
+    What is null is left out, as transformers does not tell it from what is absent.
+
     Raises:
         CheckpointError: a file is damaged.
     """
     files = [read_json(directory / name) if (directory / name).is_file() else {} for name in (_TOKENS, _CONFIG)]
-    tokens = {key: files[0].get(key) for key in ("bos_token", "eos_token")}
-    return {key: value for key, value in tokens.items() if value is not None} | files[1]
+    settings = {key: files[0].get(key) for key in ("bos_token", "eos_token")} | files[1]
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def special_token(settings: dict[str, Any], name: str) -> str | None:

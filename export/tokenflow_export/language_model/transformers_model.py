@@ -72,15 +72,17 @@ def _without_weights(directory: HfDirectory) -> Any:
     import transformers
 
     name = family_of(directory).name
-    values = directory.config | {"attn_implementation": "eager", "return_dict": True}
+    # Newer versions refuse null where older ones take it as absent. Only of this key Qwen2 makes something else of null.
+    values = {key: value for key, value in directory.config.items() if value is not None or key == "num_key_value_heads"}
+    values |= {"attn_implementation": "eager", "return_dict": True}
     place = next((key for key in ("rope_parameters", "rope_scaling") if "rope_theta" in (values.get(key) or {})), None)
     if place is not None and int(transformers.__version__.partition(".")[0]) < 5:
         raise ParityError(
             f"{installed_version()} does not read the rope_theta in {place} of {directory.path / 'config.json'}.",
             "Install transformers 5 or newer, or compare with the exporter's own model: add --without-transformers.",
         )
-    for key in ("model_type", "_attn_implementation", *(["head_dim"] if values.get("head_dim") is None else [])):
-        values.pop(key, None)  # a null head_dim of Qwen2 is taken as it is by transformers, which then fails
+    for key in ("model_type", "_attn_implementation"):
+        values.pop(key, None)
     config = getattr(transformers, f"{name}Config")(**values)
     with torch.device("meta"):
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from tokenflow_export.checkpoints.architecture import EMBEDDING, HEAD, head_key, read_architecture, size
+from tokenflow_export.checkpoints.architecture import EMBEDDING, head_key, read_architecture, size, vocabulary_shapes
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob, Source, write_bundle
@@ -84,13 +84,12 @@ class _UnderstanderSource(Source[UnderstanderConfig]):
     head_key: str
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        table = (self.config.vocabulary, self.model.width)
-        expected = transformer_shapes(self.model) | projector_shapes(self.model.width, self.config.code_dim)
-        expected |= {EMBEDDING: table}
-        # Some checkpoints store a tied head too, as a copy of the embedding table.
-        directory = self.job.directory
-        tied = self.head_key == EMBEDDING and HEAD not in directory.shapes
-        return expected if tied else expected | {HEAD: table}
+        width = self.model.width
+        return (
+            transformer_shapes(self.model)
+            | projector_shapes(width, self.config.code_dim)
+            | vocabulary_shapes(self.job.directory, self.head_key, self.config.vocabulary, width)
+        )
 
     def graphs(self) -> Iterator[GraphSpec]:
         directory, precision = self.job.directory, self.job.precision

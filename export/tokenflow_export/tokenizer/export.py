@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tokenflow_export.atomic_directory import atomic_directory, versions
+from tokenflow_export.model_card import write_card
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_unit_range
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
@@ -85,7 +86,9 @@ def export_tokenizer(
             report = check_tokenizer(tokenizer.graphs, compared, steps.fraction)
         report.require(f"The export of {model.config.variant}")
         steps.start("finishing")
-        replace(bundle, parity=report.to_json()).write_manifest()
+        bundle = replace(bundle, parity=report.to_json())
+        write_card(bundle)
+        bundle.write_manifest()
     return report
 
 

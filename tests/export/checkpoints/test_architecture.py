@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.support.small_language_model import IDS, SIZES, exporters_logits, state_of, transformers_model, write_directory
 from tokenflow_export.checkpoints.architecture import FAMILIES, HARMLESS, LIMITED, USED, head_key, read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.transformers_model import run_transformers
 from tokenflow_sdk.errors import ArgumentError, CheckpointError
 
 LLAMA, QWEN2 = SIZES | {"model_type": "llava_llama"}, SIZES | {"model_type": "llava_qwen"}
@@ -150,6 +152,21 @@ def test_each_key_of_transformers_configs_is_used_or_harmless_or_refused(kind: s
     assert refused >= 12
 
 
+@pytest.mark.parametrize("kind", ["llava_llama", "llava_qwen"])
+def test_null_is_as_good_as_absent(kind: str, tmp_path: Path) -> None:
+    """To the exporter, and to transformers as it is compared with. What a plain model must have is refused as null, below."""
+    values = SIZES | {"model_type": kind}
+    needed = {*SIZES, "model_type", "hidden_act"}
+    keys = {*keys_of(f"{FAMILIES[kind].name}Config"), *USED, *LIMITED, *HARMLESS, "auto_map", "text_config", "colour"} - needed
+    model = transformers_model(values)
+    rope = {"rope_type": "default", "factor": None}
+    directory = write_directory(tmp_path, dict.fromkeys(keys) | values | {"rope_scaling": rope}, state_of(model))
+    expected = model(IDS[None]).logits[0]
+    torch.testing.assert_close(exporters_logits(directory, IDS), expected, rtol=0, atol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(run_transformers(directory, IDS, lambda text: text)[1], expected, rtol=0, atol=1e-5)
+
+
 def test_a_key_stands_in_one_table() -> None:
     assert len({*USED, *LIMITED, *HARMLESS}) == len(USED) + len(LIMITED) + len(HARMLESS)
 
@@ -263,7 +280,7 @@ def test_ropes_that_contradict_each_other_are_refused(directory: HfDirectory) ->
 
 
 def test_an_unknown_key_can_be_declared_harmless(directory: HfDirectory) -> None:
-    (directory.path / "config.json").write_text(json.dumps(LLAMA | {"colour": "red", "shape": None}))
+    (directory.path / "config.json").write_text(json.dumps(LLAMA | {"colour": "red", "shape": "round"}))
     odd = HfDirectory(directory.path)
     with pytest.raises(CheckpointError, match="does not know: colour, shape.*--ignore-key colour --ignore-key shape"):
         read_architecture(odd, "pre")
@@ -289,3 +306,19 @@ def test_a_tied_head_is_the_embedding_table_or_refused(tmp_path: Path) -> None:
         head_key(other)
     own = write_directory(tmp_path / "own", LLAMA, state | {"lm_head.weight": head + 1e-3})
     assert head_key(own) == "lm_head.weight"
+    own.config["tie_word_embeddings"] = "false"
+    with pytest.raises(CheckpointError, match="gives tie_word_embeddings as 'false'"):
+        head_key(own)
+
+
+def test_a_table_that_is_missing_is_named(tmp_path: Path) -> None:
+    tied = LLAMA | {"tie_word_embeddings": True}
+    state = state_of(transformers_model(tied))
+    write_directory(tmp_path, tied, state)
+    for shape in (None, (), (40,)):
+        weights = {key: value for key, value in state.items() if key != "model.embed_tokens.weight"}
+        if shape is not None:
+            weights["model.embed_tokens.weight"] = torch.zeros(shape)
+        save_file(weights | {"lm_head.weight": torch.zeros(40, 16)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"has no embedding table \(model.embed_tokens.weight\)"):
+            read_architecture(HfDirectory(tmp_path), "pre")

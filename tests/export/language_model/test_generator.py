@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.cli import main
-from tokenflow_export.language_model import agreement
+from tokenflow_export.language_model import agreement, generator
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.errors import CheckpointError, ParityError
@@ -70,6 +73,23 @@ def test_the_sampling_graph_is_its_numpy_twin(bundle: Bundle[GeneratorConfig], w
     assert (codes[0] == logits[0].argmax(axis=-1)).all()
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_head_is_the_image_rows_of_the_embedding(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the graphs, which take long."""
+    config, shapes = SMALLEST | {"tie_word_embeddings": True}, generator_shapes(SMALLEST, 44, 500, SIDES)
+    del shapes["lm_head.weight"]
+    checkpoint = write_checkpoint(tmp_path / "hf", config, shapes, 40, 500)
+    table = HfDirectory(checkpoint).tensor("model.embed_tokens.weight")
+    if stored:
+        weights = load_file(checkpoint / "model.safetensors")
+        save_file(weights | {"lm_head.weight": table.clone()}, checkpoint / "model.safetensors")
+    written: list[Any] = []
+    monkeypatch.setattr(generator, "write_bundle", written.append)
+    export_quietly(checkpoint, tokenizer_bundle(tmp_path / "tok", SIDES, 500), tmp_path / "out")
+    written[0].job.directory.require(written[0].expected_shapes())
+    assert torch.equal(written[0]._image_head(), table[40:540])
+
+
 def test_shards_and_bins_are_the_same_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     sharded = HfDirectory(checkpoint)
     binary = tmp_path / "bin"
@@ -83,6 +103,14 @@ def test_shards_and_bins_are_the_same_checkpoint(checkpoint: Path, tmp_path: Pat
     assert single.tensor(key).dtype == torch.float32
 
 
+def without(directory: Path, key: str) -> None:
+    index = directory / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"]
+    path = directory / shards.pop(key)
+    save_file({name: value for name, value in load_file(path).items() if name != key}, path)
+    index.write_text(json.dumps({"weight_map": shards}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -94,6 +122,8 @@ def test_shards_and_bins_are_the_same_checkpoint(checkpoint: Path, tmp_path: Pat
         (lambda d: (d / "model.safetensors.index.json").unlink(), "holds no weights"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json cannot be read.*Download"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
+        (lambda d: without(d, "lm_head.weight"), r"1 missing \(first: lm_head.weight\)"),
+        (lambda d: without(d, "model.embed_tokens.weight"), r"has no embedding table \(model.embed_tokens.weight\)"),
         (
             lambda d: (d / "config.json").write_text(json.dumps(SMALLEST | {"num_hidden_layers": 2})),
             r"missing \(first: model.layers.1",
@@ -120,6 +150,24 @@ def test_a_graph_that_differs_is_not_written(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr(agreement, "MAX_ERROR", 0.0)
     with pytest.raises(ParityError, match="exported graphs differ from the exporter's own"):
         export_quietly(checkpoint, tokenizer_bundle(tmp_path / "tok", SIDES, 500), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
+
+
+def test_a_signal_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_bundle(tmp_path / "tok", SIDES, 500)
+    seen = []
+
+    def ended(*_: object) -> None:
+        seen.extend(os.listdir(tmp_path))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(generator, "_embed_text_spec", ended)
+    words = ["--checkpoint", checkpoint, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "out"]
+    assert main(["generator", *map(str, words)]) == 128 + signal.SIGTERM
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert any(name.startswith(".out.export-") for name in seen)
     assert sorted(os.listdir(tmp_path)) == ["hf", "tok"]
 
 

@@ -29,6 +29,9 @@ QWEN = {
     "split_special_tokens": False,
     "tokenizer_class": "Qwen2Tokenizer",
     "unk_token": None,
+    "auto_map": None,
+    "sp_model_kwargs": None,
+    "surprise": None,
 }
 
 

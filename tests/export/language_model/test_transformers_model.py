@@ -48,7 +48,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_what_transformers_computes_with_all_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more than one module has its weights at a time."""
-    model = transformers_model({key: value for key, value in KINDS[kind].items() if value is not None} | {"return_dict": True})
+    model = transformers_model(KINDS[kind] | {"return_dict": True})
     directory = write_directory(tmp_path, KINDS[kind], state_of(model))
     made: list[Any] = []
     real = module._without_weights
@@ -129,26 +129,47 @@ def test_a_transformers_that_cannot_be_imported_is_named(monkeypatch: pytest.Mon
         installed_version()
 
 
-@st.composite
-def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], torch.dtype, str, int]:
-    """A config.json, what weights are stored in, which head is stored, and a seed; some of each are not to be accepted."""
-    kv_heads, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6, 8]))
-    heads = kv_heads * groups
-    own_head_dim = draw(st.booleans())
-    values = {
-        "model_type": draw(st.sampled_from(list(FAMILIES))),
-        "hidden_size": heads * (draw(st.integers(2, 8)) if own_head_dim else head_dim),
-        "num_hidden_layers": draw(st.integers(1, 3)),
+def sizes(width: int, layers: int, heads: int, kv_heads: int, mlp: int, eps: float, head_dim: int | None = None) -> Any:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "intermediate_size": draw(st.integers(4, 40)),
-        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
-        "vocab_size": draw(st.integers(300, 320)),
+        "intermediate_size": mlp,
+        "rms_norm_eps": eps,
+        "vocab_size": 300 + width,
+    } | ({} if head_dim is None else {"head_dim": head_dim})
+
+
+@st.composite
+def any_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    kv_heads, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6, 8]))
+    own = draw(st.booleans())
+    return sizes(
+        kv_heads * groups * (2 * draw(st.integers(1, 4)) if own else head_dim),
+        draw(st.integers(1, 3)),
+        kv_heads * groups,
+        kv_heads,
+        draw(st.integers(4, 40)),
+        draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        head_dim if own else None,
+    )
+
+
+FEW_SIZES = st.sampled_from(
+    [sizes(16, 2, 4, 2, 24, 1e-5), sizes(18, 1, 3, 1, 7, 1e-2, 4), sizes(8, 3, 2, 2, 5, 1e-6), sizes(12, 1, 2, 1, 30, 1e-5, 8)]
+)
+"""For whole exports: of modules that differ in weights alone, the large ones are traced once."""
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn, of_sizes: st.SearchStrategy[dict[str, Any]]) -> tuple[dict[str, Any], torch.dtype, str, int]:
+    """A config.json, what weights are stored in, which head is stored, and a seed; some of each are not to be accepted."""
+    values = draw(of_sizes) | {
+        "model_type": draw(st.sampled_from(list(FAMILIES))),
         "max_position_embeddings": 64,
         "tie_word_embeddings": draw(st.booleans()),
     }
-    if own_head_dim:
-        values["head_dim"] = head_dim
     theta = st.sampled_from([10.0, 1e4, 1000000])
     rope = st.fixed_dictionaries({}, optional={"rope_theta": theta, "rope_type": st.just("default")})
     places = st.fixed_dictionaries({}, optional={"rope_theta": theta, "rope_scaling": rope, "rope_parameters": rope})
@@ -156,7 +177,9 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], torch.dtype, str, int]
         "sliding_window": st.sampled_from([None, 4]),
         "use_sliding_window": st.booleans(),
         "max_window_layers": st.integers(0, 2),
-        "attention_bias": st.booleans(),
+        "attention_bias": st.sampled_from([None, False, True]),
+        "auto_map": st.none(),
+        "head_dim": st.none(),
         "hidden_act": st.sampled_from(["silu", "swish", "gelu"]),
         "partial_rotary_factor": st.sampled_from([0.5, 1.0]),
         "rope_scaling": st.just({"rope_type": "linear", "factor": 2.0}),
@@ -207,7 +230,7 @@ def require_equal(found: Tensor, model: Any) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(checkpoints())
+@given(checkpoints(any_sizes()))
 def test_random_checkpoints_are_read_as_transformers_reads_them_or_refused(
     drawn: tuple[dict[str, Any], torch.dtype, str, int],
 ) -> None:
@@ -223,7 +246,7 @@ def test_random_checkpoints_are_read_as_transformers_reads_them_or_refused(
 @pytest.mark.slow
 @pytest.mark.fuzz
 @examples(20)
-@given(checkpoints())
+@given(checkpoints(FEW_SIZES))
 def test_bundles_of_random_checkpoints_compute_what_transformers_computes(
     drawn: tuple[dict[str, Any], torch.dtype, str, int],
 ) -> None:

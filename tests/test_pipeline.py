@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pipeline import Pipeline, Prepared, map_ahead
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tokenflow")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert own_threads() == []
+
+
+def test_order_is_kept_and_calls_run_at_once() -> None:
+    together = threading.Barrier(3)
+
+    def slow_first(i: int) -> int:
+        if i < 3:
+            together.wait(10)
+        time.sleep(0.02 if i % 3 == 0 else 0)
+        return i * i
+
+    assert list(map_ahead(slow_first, range(40), 3)) == [i * i for i in range(40)]
+    assert list(map_ahead(str, (), 3)) == []
+
+
+def test_items_are_read_when_results_are_asked_for_and_not_far_ahead() -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[int]:
+        while True:
+            read.append(len(read))
+            yield read[-1]
+
+    results = map_ahead(lambda i: i, endless(), 2)
+    assert read == []
+    for i in range(20):
+        assert next(results) == i
+        assert len(read) <= i + 4
+    results.close()
+    assert own_threads() == []
+
+
+def test_a_result_that_is_ready_does_not_wait_for_more_than_one_item() -> None:
+    asked = []
+
+    def camera() -> Iterator[int]:
+        for i in range(9):
+            asked.append(i)
+            if i:
+                time.sleep(0.05)
+            yield i
+
+    results = map_ahead(lambda i: i, camera(), 4)
+    for i in range(3):
+        assert next(results) == i
+        assert asked[-1] <= i + 1
+    results.close()
+
+
+def test_what_items_raise_comes_after_the_results_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("the disk is gone")
+
+    found = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        found.extend(map_ahead(lambda i: i, items(), 2))
+    assert found == [0, 1, 2]
+
+
+def test_an_interrupt_is_raised_at_once() -> None:
+    going = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(2)
+        raise KeyboardInterrupt
+
+    results = map_ahead(lambda i: going.wait(10), items(), 2)
+    threading.Timer(0.05, going.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert own_threads() == []
+
+
+def test_what_a_call_raises_comes_in_its_place_and_ends_the_rest() -> None:
+    def halve(i: int) -> float:
+        return 10 / (3 - i)
+
+    found = []
+    with pytest.raises(ZeroDivisionError):
+        found.extend(map_ahead(halve, range(100), 2))
+    assert found == [10 / 3, 5, 10]
+
+
+def test_a_thread_may_be_the_one_that_drops_the_last_reference() -> None:
+    second, holding, dropped = threading.Event(), threading.Event(), threading.Event()
+    unraisable: list[object] = []
+
+    def items() -> Iterator[int]:
+        yield 0
+        second.set()
+        yield 1
+
+    def drop(i: int) -> int:
+        if i == 0:
+            second.wait(10)
+        else:
+            holding.wait(10)
+            held.clear()
+            dropped.set()
+        return i
+
+    held = [map_ahead(drop, items(), 2)]
+    assert next(held[0]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.unraisablehook", unraisable.append)
+        holding.set()
+        assert dropped.wait(10)
+    assert unraisable == []
+    while own_threads():
+        time.sleep(0.01)
+
+
+def test_a_forked_child_is_told_to_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_in_child() -> str:
+        results = map_ahead(str, range(9), 1)
+        next(results)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            try:
+                next(results)
+            except ArgumentError as error:
+                return str(error)
+        return ""
+
+    assert "before this process was forked" in read_in_child()
+    while own_threads():  # here they are, and end when nobody has the iterator
+        time.sleep(0.01)
+
+
+def pipeline(lanes: int = 2, batch: int = 2) -> tuple[Pipeline, list[int]]:
+    sizes: list[int] = []
+    busy, most = [], []
+
+    def prepare(image: object) -> Prepared:
+        if not isinstance(image, str):
+            raise ArrayError(f"{image!r} is no picture.", "Give one.")
+        if image == "missing":
+            raise ImageReadError("missing cannot be read.", "Look for it.")
+        return Prepared(np.full((1, 1, 3), int(image), np.uint8), None)
+
+    def encode(pictures: object) -> list[Codes]:
+        busy.append(1)
+        most.append(len(busy))
+        assert len(busy) <= lanes
+        time.sleep(0.002)
+        sizes.append(len(pictures))
+        busy.pop()
+        return [Codes(picture.pixels[0, 0, :1], (1,), 256, "demo", "ab" * 32) for picture in pictures]
+
+    return Pipeline(prepare, encode, batch, 2, lanes), sizes
+
+
+def numbers(found: list[object]) -> list[object]:
+    return [int(each.indices[0]) if isinstance(each, Codes) else type(each).__name__ for each in found]
+
+
+def test_errors_of_pictures_stand_in_their_places() -> None:
+    made, sizes = pipeline()
+    images = ["1", "missing", "3", "4", 5, "missing", "7"]
+    found = list(made.codes(images, raising=False))
+    assert numbers(found) == [1, "ImageReadError", 3, 4, "ArrayError", "ImageReadError", 7]
+    assert sorted(sizes) == [1, 1, 2]
+    found = []
+    with pytest.raises(ImageReadError):
+        found.extend(made.codes(images, raising=True))
+    assert numbers(found) == [1]
+
+
+def test_the_engine_has_no_more_calls_at_once_than_lanes() -> None:
+    made, sizes = pipeline(lanes=1, batch=3)
+    assert numbers(list(made.codes(map(str, range(20)), raising=True))) == list(range(20))
+    assert sorted(sizes) == [2, *[3] * 6]
+
+
+def test_pictures_before_a_failing_source_are_encoded() -> None:
+    def images() -> Iterator[str]:
+        yield from ("1", "2", "3")
+        raise RuntimeError("the camera is gone")
+
+    found: list[object] = []
+    with pytest.raises(RuntimeError, match="camera"):
+        found.extend(pipeline()[0].codes(images(), raising=True))
+    assert numbers(found) == [1, 2, 3]
