@@ -22,7 +22,8 @@ import pytest
 from tests.conftest import DATA, ROOT
 from tests.support.mini_understander import features, pool_is_clean
 from tokenflow_sdk import AnswerParams, Generator, Tokenizer, Understander
-from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, DeviceBuffer, PinnedBuffer, Stream
+from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.backends.session import HostPages
 from tokenflow_sdk.backends.tensorrt import TensorRTSession
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS, import_tensorrt
@@ -127,9 +128,14 @@ def check_that_closing_frees(use: Callable[[], object]) -> None:
     assert before - free_memory() < 2**25
 
 
-def test_pages_on_the_gpu_are_host_pages() -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+def test_pages_on_the_gpu_are_host_pages(kernel: bool) -> None:
+    """Stored by the kernel, which every driver must take, and by copies."""
     cuda, shape, dtype = Cuda(), (3, 7, 16, 4, 32), np.dtype(np.float16)
     host, device = HostPages(shape, dtype), CudaPages(cuda, shape, dtype)
+    assert device._kernel is not None
+    if not kernel:
+        device._kernel = None
     stream = Stream(cuda)
     for _ in range(20):
         count = int(RNG.integers(1, 60))
@@ -139,8 +145,10 @@ def test_pages_on_the_gpu_are_host_pages() -> None:
         pinned.view(new.shape, new.dtype)[...] = new
         stream.to_device(buffer.pointer, pinned.pointer, new.nbytes)
         stream.synchronize()
-        host.write(new, 1, places // 16, places % 16)
-        device.write(CudaArray(cuda, buffer.pointer, new.shape, dtype, buffer), 1, places // 16, places % 16)
+        # Of two rows the second is stored.
+        both = np.stack([np.full(count, -1), places]).astype(np.int32)
+        host.write(new, both)
+        device.write(CudaArray(cuda, buffer.pointer, new.shape, dtype, buffer), both)
         host.copy_page(2, 5)
         device.copy_page(2, 5)
         np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import re
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from tests.support.fake_cuda import FakeCuda, Status
 from tests.support.fake_gpu import install
-from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages, DeviceBuffer, PinnedBuffer, Stream, driver_problem
-from tokenflow_sdk.backends.session import HostPages
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, DeviceBuffer, PinnedBuffer, Stream, driver_problem, joined
+from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
 
@@ -55,40 +55,20 @@ def test_arrays_go_there_and_back_and_their_memory_is_freed(gpu: FakeCuda) -> No
     assert (gpu.device_memory, gpu.host_memory, gpu.streams) == ({}, {}, set())
 
 
-@given(st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_pages_are_host_pages(gpu: FakeCuda, data: st.DataObject) -> None:
-    """Random writes and copies, in both."""
-    layers, pages, size = (data.draw(st.integers(1, 4)) for _ in range(3))
-    shape, dtype = (layers, pages, size, 2, 3), np.dtype(data.draw(st.sampled_from(["float32", "float16"])))
+def test_arrays_are_joined_there(gpu: FakeCuda) -> None:
+    """Each is copied before the next one is made, which may be in the same memory."""
     cuda = Cuda()
-    host, device = HostPages(shape, dtype), CudaPages(cuda, shape, dtype)
-    assert device.page_bytes == host.page_bytes == layers * size * 6 * dtype.itemsize
-    for _ in range(4):
-        if data.draw(st.booleans()):
-            source, target = (data.draw(st.integers(0, pages - 1)) for _ in range(2))
-            host.copy_page(source, target)
-            device.copy_page(source, target)
-        places = np.asarray(data.draw(st.lists(st.integers(0, pages * size - 1), min_size=1, unique=True)))
-        batch = data.draw(st.integers(1, 3))
-        new = np.random.default_rng(0).standard_normal((layers, batch, len(places), 2, 3)).astype(dtype)
-        row = data.draw(st.integers(0, batch - 1))
-        host.write(new, row, places // size, places % size)
-        device.write(on_device(cuda, new), row, places // size, places % size)
-        np.testing.assert_array_equal(np.asarray(device.slots), np.asarray(host.slots))
 
+    def parts() -> Iterator[CudaArray]:
+        there = on_device(cuda, np.zeros((1, 3, 2), np.float32))
+        for number in (1, 2):
+            ctypes.memmove(there.pointer, np.full(6, number, np.float32).tobytes(), 24)
+            yield there
 
-def test_closed_pages_are_given_back_whoever_holds_them(gpu: FakeCuda) -> None:
-    pages = CudaPages(Cuda(), (2, 3, 4, 1, 2), np.dtype(np.float32))
-    pages.write(on_device(Cuda(), np.ones((2, 1, 1, 1, 2), np.float32)), 0, np.array([1]), np.array([0]))
-    gc.collect()
-    # What a copy under way reads is held until it has been waited for.
-    assert len(gpu.device_memory) == 2
-    assert np.asarray(pages.slots).sum() == 4
-    gc.collect()
-    assert len(gpu.device_memory) == 1
-    for _ in range(2):
-        pages.close()
+    found = joined(cuda, parts(), 6)
+    np.testing.assert_array_equal(np.asarray(found)[0, :, 0], [1, 1, 1, 2, 2, 2])
+    np.testing.assert_array_equal(found.column(4), [[2, 2]])
+    del found
     gc.collect()
     assert (gpu.device_memory, gpu.streams) == ({}, set())
 
@@ -183,6 +163,7 @@ CALLS = {
     "cudaMalloc": (64,),
     "cudaMemGetInfo": (),
     "cudaMemcpy": (256, 512, 8, "cudaMemcpyDeviceToHost"),
+    "cudaMemcpy2D": (256, 8, 512, 8, 4, 2, "cudaMemcpyDeviceToHost"),
     "cudaMemcpy2DAsync": (256, 8, 512, 8, 4, 2, "cudaMemcpyDeviceToDevice", 0),
     "cudaMemcpyAsync": (256, 512, 8, "cudaMemcpyHostToDevice", 0),
     "cudaMemsetAsync": (256, 0, 8, 0),
@@ -203,7 +184,11 @@ def test_every_call_is_one_that_the_real_bindings_take() -> None:
         pytest.skip(
             "there is a GPU here, on which made-up addresses would be used; tests/test_on_gpu.py calls them with real ones"
         )
-    text = "".join((ROOT / "tokenflow_sdk" / "backends" / file).read_text() for file in ("cuda.py", "tensorrt_context.py"))
+    files = ("cuda.py", "cuda_pages.py", "tensorrt_context.py")
+    text = "".join((ROOT / "tokenflow_sdk" / "backends" / file).read_text() for file in files)
+    # Of the driver the names alone can be looked up.
+    driver = importlib.import_module("cuda.bindings.driver")
+    assert {name for name in re.findall(r"\"(cu[A-Z]\w+)\"", text) if not hasattr(driver, name)} == set()
     called = set(re.findall(r"\b(cuda[A-Z]\w+?)\b", text))
     constants = {name for name in called if name.startswith(("cudaMemcpyKind", "cudaStreamCaptureMode"))}
     constants |= {name for name in called if re.match("cudaMemcpy(Host|Device)To|cudaStreamNonBlocking|cudaError", name)}

@@ -100,23 +100,57 @@ def test_results_can_stay_and_be_fed_on(machine: Machine, mini_bundle: Path) -> 
         np.testing.assert_array_equal(decode.run({"code_indices": kept[1:]})["images"], expected[1:])
 
 
-def test_a_call_like_the_one_before_it_is_captured(machine: Machine, mini_bundle: Path) -> None:
+def test_calls_whose_shapes_repeat_are_captured_once(machine: Machine, mini_bundle: Path) -> None:
     """The GPU that is not there finds it out where a graph is recorded or launched after anything changed."""
-    cuda = machine[0]
+    cuda, codes = machine[0], RNG.integers(0, 500, (2, 30), np.int32)
     with session(machine, mini_bundle, "features", cuda_graphs=True) as engine:
-        codes = RNG.integers(0, 500, (2, 30), np.int32)
         first = engine.run({"code_indices": codes})["features"]
-        assert (cuda.launches, len(cuda.graphs)) == (0, 0)
-        for number in (1, 2):
+        # The second call gets a context, and the third a graph.
+        for launches in (0, 1, 2):
             np.testing.assert_array_equal(engine.run({"code_indices": codes})["features"], first)
-            assert (cuda.launches, len(cuda.graphs)) == (number, 1)
+            assert (cuda.launches, cuda.captures) == (launches, min(launches, 1))
         other = engine.run({"code_indices": codes[::-1]})["features"]
         np.testing.assert_array_equal(other, first[::-1])
         for batch in (1, 2, 1, 1, 2, 2, 2, 1):
             found = engine.run({"code_indices": codes[:batch]})["features"]
             np.testing.assert_array_equal(found, first[:batch])
-        assert cuda.launches == 6
+        assert (cuda.launches, cuda.captures, len(cuda.graphs)) == (3 + 4 + 2, 2, 2)
     assert cuda.graphs == {}
+
+
+def test_few_graphs_are_kept(machine: Machine, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were used last. Without memory for a context there is none."""
+    monkeypatch.setattr("tokenflow_sdk.backends.tensorrt_context.MOST_GRAPHS", 2)
+    cuda, trt = machine
+
+    def run(engine: TensorRTSession, *batches: int) -> int:
+        before = cuda.captures
+        for batch in batches:
+            np.testing.assert_array_equal(engine.run({"code_indices": codes[:batch]})["features"], expected[:batch])
+        return cuda.captures - before
+
+    codes = RNG.integers(0, 500, (8, 30), np.int32)
+    with session(machine, mini_bundle, "features", cuda_graphs=True) as engine:
+        expected = engine.run({"code_indices": codes})["features"]
+        assert run(engine, 1, 1, 1, 2, 2, 2) == 2
+        assert (run(engine, 1, 3), len(cuda.graphs)) == (0, 1)
+        assert run(engine, 1, 2, 1, 2, 2, 2) == 1
+        there = engine.run_resident({"code_indices": codes[:1]})["features"]
+        assert isinstance(there, CudaArray)
+        trt.contexts_left = 0
+        assert run(engine, 4, 4, 4, 4) == 0
+    assert cuda.graphs == {}
+
+
+def test_sizes_are_padded_to_few(machine: Machine, mini_understander: Path) -> None:
+    """Two sizes of rows and four of block tables from one power of two to the next; no more than the engine takes."""
+    profiles = [Profile({"batch": (1, 2, 11), "queries": (1, 1, 100)})]
+    with session(machine, mini_understander, "embed_text", profiles=profiles) as engine:
+        rows = [engine.padded("batch", size) for size in range(1, 13)]
+        assert rows == [1, 2, 3, 4, 6, 6, 8, 8, 11, 11, 11, 12]
+        queries = {size: engine.padded("queries", size) for size in (1, 7, 9, 16, 17, 33, 64, 65, 97, 100)}
+        assert queries == {1: 1, 7: 7, 9: 10, 16: 16, 17: 20, 33: 40, 64: 64, 65: 80, 97: 100, 100: 100}
+        assert engine.padded("table", 5) == 5
 
 
 @pytest.mark.parametrize("refused", ["enqueue", "cudaStreamEndCapture", "cudaGraphInstantiate"])
@@ -288,14 +322,16 @@ def test_tensorrt_rtx_replays_by_itself(machine: Machine, mini_bundle: Path) -> 
 
 
 def test_tensorrt_rtx_changes_no_kernels_behind_calls(machine: Machine, mini_bundle: Path, mini_understander: Path) -> None:
-    """What was certified is what runs. Batches are few enough for kernels of their own."""
+    """What was certified is what runs. Shapes get kernels of their own where they are few: not pieces of a prompt."""
     rtx = machine[0], sys.modules["tensorrt_rtx"]
-    many = Profile({"batch": (1, 1, 2), "queries": (1, 1, 9)})
+    answers, scales = Profile({"batch": (1, 1, 2), "queries": (1, 1, 1)}), Profile({"batch": (1, 1, 2), "queries": (1, 1, 9)})
+    pieces = Profile({"batch": (1, 1, 1), "queries": (1, 1, 9)})
     with session(rtx, mini_bundle, "features") as engine:  # type: ignore[arg-type]
         assert settings_of(engine).dynamic_shapes_kernel_specialization_strategy == "eager"
         assert settings_of(engine).cuda_graph_strategy == "disabled"
-    with session(rtx, mini_understander, "embed_text", profiles=[many]) as engine:  # type: ignore[arg-type]
-        assert settings_of(engine).dynamic_shapes_kernel_specialization_strategy == "none"
+    for profile, strategy in ((answers, "eager"), (scales, "eager"), (pieces, "none")):
+        with session(rtx, mini_understander, "embed_text", profiles=[profile]) as engine:  # type: ignore[arg-type]
+            assert settings_of(engine).dynamic_shapes_kernel_specialization_strategy == strategy
 
 
 def test_a_session_runs_on_its_gpu_and_leaves_the_callers_alone(machine: Machine, mini_bundle: Path) -> None:

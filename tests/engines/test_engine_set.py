@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from tokenflow_sdk.errors import (
     MissingPackageError,
     OutputError,
 )
+from tokenflow_sdk.generation.scale_loop import ImageState, ScaleLoop
 from tokenflow_sdk.parity.tokenizer import TokenizerReference
 from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 
@@ -136,6 +139,19 @@ def test_nothing_is_built_where_that_was_ruled_out(machine, mini_bundle: Path) -
     assert machine[1].builds == []
 
 
+def test_engines_that_do_not_fit_the_gpu_are_not_built(machine, mini_bundle: Path) -> None:
+    """By the memory of the GPU, or of the one that the build config names. A cache that has them is used."""
+    machine[0].memory = 1_050_000_000
+    with pytest.raises(EngineBuildError, match=r"The engines for .* take 1\.\d GB.*the GPU has 1\.1 GB\. Lower --batch"):
+        on_engines(mini_bundle)
+    machine[0].memory = 2**33
+    with pytest.raises(EngineBuildError, match=r"the GPU has 0\.5 GB"):
+        on_engines(mini_bundle, build_config=FP32.with_overrides(memory_gb=0.5))
+    assert machine[1].builds == []
+    on_engines(mini_bundle).close()
+    on_engines(mini_bundle, build_config=FP32.with_overrides(memory_gb=0.5)).close()
+
+
 @pytest.mark.parametrize("damage", ["cut", "foreign", "version"])
 def test_stale_engines_are_built_again_and_never_loaded(machine, damage: str, mini_bundle: Path) -> None:
     on_engines(mini_bundle).close()
@@ -160,14 +176,41 @@ def test_engines_are_built_on_the_gpu_that_they_are_for(machine, mini_bundle: Pa
     assert machine[0].current == 0
 
 
-def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path) -> None:
+def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And captures one CUDA graph for each shape; later requests like the first only launch them, in few calls a step."""
+    cuda, trt = machine
+    steps: list[dict[str, int]] = []
+
+    def counted(loop: ScaleLoop, images: Sequence[ImageState]) -> None:
+        cuda.calls.clear()
+        sample_pass(loop, images)
+        steps.append(dict(cuda.calls))
+
+    sample_pass = ScaleLoop.sample_pass
     with Generator.from_pretrained(mini_generator, backend="onnxruntime") as generator:
-        expected = generator.generate("w3 w5", seed=7, n=2)
+        expected = generator.generate("w3 w5", seed=7, n=3, preset="paper")
         single = generator.generate("w7", seed=1, preset="fast")
-    build_config = BuildConfig(precision="fp32", batch=(1, 1, 1), pages=70)
-    with Generator.from_pretrained(mini_generator, backend="tensorrt", build_config=build_config) as generator:
+    build_config = BuildConfig(precision="fp32", batch=(1, 1, 4), pages=70)
+    with Generator.from_pretrained(
+        mini_generator, backend="tensorrt", build_config=build_config, cuda_graphs=True
+    ) as generator:
         assert generator.device == "cuda:0"
-        found = generator.generate("w3 w5", seed=7, n=2)
+        cuda.captures = 0
+        for _ in range(4):
+            before, cuda.launches, trt.runs, steps[:] = cuda.captures, 0, Counter(), []
+            with monkeypatch.context() as patch:
+                patch.setattr(ScaleLoop, "sample_pass", counted)
+                found = generator.generate("w3 w5", seed=7, n=3, preset="paper")
+        scales = len(generator.bundle.config.patch_nums)
+        # The embeddings and the transformer's step of each scale and of the prompt, and each scale's passes.
+        assert before == 2 * scales + 3 * (scales - 1) + 1
+        assert (cuda.captures, cuda.launches) == (before, sum(trt.runs.values()))
+        # Six rows. Pages that images share with their prompt are copied one by one at the first scale that is stored.
+        copied = [step.pop("cudaMemcpy2DAsync", 0) for step in steps]
+        assert [sum(step.values()) < 20 for step in steps] == [True] * len(steps)
+        assert [step.get("cuLaunchKernel", 0) for step in steps].count(2) == scales - 2
+        assert max(copied) <= 2 * 6
+        assert sum(copied[2:]) == 0
         assert [codes.indices.tolist() for codes in found.codes] == [codes.indices.tolist() for codes in expected.codes]
         assert generator.generate("w7", seed=1, preset="fast").codes == single.codes
         assert found.images[0].size == (64, 64)

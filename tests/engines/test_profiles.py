@@ -62,10 +62,13 @@ def test_rows_are_no_more_than_the_pool_holds(mini_generator: Path) -> None:
     """Whatever the build config asks for: rows without pages would take working memory for nothing."""
     bundle = with_released_scales(mini_generator)
     config = bundle.config
+    prompt = pages_for(config.prefix_length + 1)
+    three = 3 * (config.image_pages() + prompt) + prompt
     for batch, pages, most in (
         ((1, 32, 128), 0, 8),
         ((1, 1, 2), 0, 2),
-        ((1, 8, 32), 3 * config.image_pages(), 3),
+        ((1, 8, 32), three, 3),
+        ((1, 8, 32), three - 1, 2),
         ((1, 1, 1), 1, 1),
     ):
         build_config = BuildConfig(batch=batch, pages=pages)

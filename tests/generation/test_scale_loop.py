@@ -404,3 +404,22 @@ def test_greedy_passes_take_the_first_of_the_largest_logits(older: bool) -> None
     assert [row.tolist() for row in drawn.codes] == plain_codes(0)
     assert [set(row.tolist()) for row in greedy.codes[1:]] == [{7}] * 3
     assert set(greedy.codes[0].tolist()) != {7}
+
+
+def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines take steps in few sizes: rows beyond the images' and queries beyond the prompt's are computed for nothing."""
+
+    def drawn() -> tuple[list[list[list[int]]], list[int], int, set[tuple[int, ...]]]:
+        loop, graphs = make()
+        images = [begin(loop, THREE, number, (2, 3 + number)) for number in range(3)]
+        run(loop, *images)
+        shapes = {feeds["embeddings"].shape[:2] for feeds in graphs["transformer"].feeds}
+        keys = stored(loop, images[2].unconditional)
+        return [[codes.tolist() for codes in image.codes] for image in images], keys, loop.transformer.pool.free, shapes
+
+    exact = drawn()
+    assert exact[3] == {(1, 3), (1, 4), (6, 4), (6, 9), (6, 16)}
+    monkeypatch.setattr(FakeGraph, "padded", lambda self, dim, size: -(-size // 8) * 8)
+    padded = drawn()
+    assert padded[:3] == exact[:3]
+    assert padded[3] == {(1, 8), (8, 4), (8, 9), (8, 16)}

@@ -1,4 +1,4 @@
-"""A GPU that is not there: device memory is host memory that is watched.
+"""A GPU that is not there: device memory is host memory that is watched, and kernels run in tests/support/ptx.py.
 
 Every address that is copied from or to must lie in memory that is allocated and large enough.
 """
@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
+from collections import Counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import numpy as np
+
+from tests.support.ptx import Kernel
 
 ALIGNMENT = 256
 KINDS = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
 
 
-NAMES = {0: "cudaSuccess", 2: "cudaErrorMemoryAllocation", 35: "cudaErrorInsufficientDriver", 100: "cudaErrorNoDevice"}
+NAMES = {
+    0: "cudaSuccess",
+    2: "cudaErrorMemoryAllocation",
+    35: "cudaErrorInsufficientDriver",
+    100: "cudaErrorNoDevice",
+    222: "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+}
 
 
 class Status(int):
@@ -46,8 +58,17 @@ class FakeCuda(ModuleType):
         self.streams: set[int] = set()
         self.graphs: dict[int, list[Any]] = {}
         self.capturing: dict[int, list[Any]] = {}
-        self.launches = 0
+        self.captures = self.launches = 0
+        self.modules: dict[int, Kernel] = {}
+        self.refuses_kernels = False
+        self.calls: Counter[str] = Counter()
+        """Calls that give the GPU work, move memory or wait, by name; those of TensorRT's `execute_async_v3` among them."""
         self._numbers = itertools.count(1)
+
+    def __getattribute__(self, name: str) -> Any:
+        if re.match("cuda(Memcpy(?!Kind)|Memset|StreamSynchronize|GraphLaunch|Malloc)|cuLaunch", name):
+            self.calls[name] += 1
+        return super().__getattribute__(name)
 
     def used(self) -> int:
         return sum(size for _, size in self.device_memory.values())
@@ -126,6 +147,55 @@ class FakeCuda(ModuleType):
             ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
         return (OK,)
 
+    def cudaMemcpy2D(self, target, target_pitch, source, source_pitch, width, rows, kind):  # noqa: N802
+        assert kind == KINDS.cudaMemcpyDeviceToHost
+        assert width <= min(target_pitch, source_pitch)
+        for row in range(rows):
+            self.check(source + row * source_pitch, width, device=True)
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        return (OK,)
+
+    def cuModuleLoadData(self, image: bytes):  # noqa: N802
+        if self.refuses_kernels:
+            return (Status(222), None)
+        self.modules[number := next(self._numbers)] = Kernel(image.rstrip(b"\0").decode())
+        return (OK, number)
+
+    def cuModuleGetFunction(self, module: int, name: bytes):  # noqa: N802
+        assert self.modules[module].name == name.decode()
+        return (OK, module)
+
+    def cuModuleUnload(self, module: int):  # noqa: N802
+        del self.modules[module]
+        return (OK,)
+
+    def cuLaunchKernel(self, function, x, y, z, threads, ty, tz, shared, stream, parameters, extra):  # noqa: N802
+        assert stream in self.streams
+        assert (z, ty, tz, shared, extra) == (1, 1, 1, 0, 0)
+        assert 1 <= threads <= 1024
+        values, types = parameters
+        self.modules[function].run(
+            (x, y), threads, [kind(value).value for value, kind in zip(values, types, strict=True)], self
+        )
+        return (OK,)
+
+    def read(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Bytes [n, size] of device memory at n addresses."""
+        self._check_all(addresses, size)
+        return np.stack([np.frombuffer(ctypes.string_at(int(address), size), np.uint8) for address in addresses])
+
+    def write(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        self._check_all(addresses, values.shape[1])
+        for address, row in zip(addresses, values, strict=True):
+            ctypes.memmove(int(address), row.tobytes(), values.shape[1])
+
+    def _check_all(self, addresses: np.ndarray, size: int) -> None:
+        assert not (addresses % size).any(), "a thread's address is not aligned"
+        starts = np.asarray(sorted(self.device_memory), np.uint64)
+        ends = np.asarray([start + self.device_memory[int(start)][1] for start in starts.tolist()], np.uint64)
+        found = np.searchsorted(starts, addresses, "right") - 1
+        assert (found >= 0).all() and (addresses + np.uint64(size) <= ends[found]).all(), "a thread is out of device memory"
+
     def cudaStreamCreateWithFlags(self, flags: int):  # noqa: N802
         self.streams.add(number := next(self._numbers))
         return (OK, number)
@@ -146,6 +216,7 @@ class FakeCuda(ModuleType):
         return (OK, self.capturing.pop(stream))
 
     def cudaGraphInstantiate(self, graph: list[Any], flags: int):  # noqa: N802
+        self.captures += 1
         self.graphs[number := next(self._numbers)] = graph
         return (OK, number)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,6 +51,8 @@ class FakeTensorRT(ModuleType):
         self.profiles_taken = 1000
         """Of an engine; others are refused."""
         self.binds = 0
+        self.runs: Counter[str] = Counter()
+        """Of each engine, launched graphs included."""
         self.pieces: list[list[int]] = []
         """Sizes of the pieces that each engine was read in."""
 
@@ -267,6 +270,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, work = self.engine.trt.cuda, self._work(dict(self.addresses), dict(self.shapes))
+        cuda.calls["execute_async_v3"] += 1
         assert self.memory[1] >= self.engine.device_memory_size_v2
         cuda.check(*self.memory, device=True)
         if self.settings is not None and self.settings.cache is not None:
@@ -286,6 +290,7 @@ class FakeContext:
 
         def run() -> None:
             assert self.state == state, "a CUDA graph of other shapes or addresses was launched"
+            self.engine.trt.runs[self.engine.name] += 1
             feeds = {node.name: self._view(addresses[node.name], shapes[node.name], node.name) for node in session.get_inputs()}
             for node, value in zip(session.get_outputs(), session.run(None, feeds), strict=True):
                 view = self._view(addresses[node.name], value.shape, node.name)

@@ -364,3 +364,24 @@ def test_what_is_cached_is_no_work() -> None:
     assert (bool(again.tokens), bool(fresh.tokens)) == (True, False)
     drain(queue, again, fresh)
     assert is_clean(queue)
+
+
+def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines take steps in few sizes: rows beyond the answers', wider block tables and longer lists change no answer."""
+
+    def answered() -> tuple[list[list[int]], int, list[tuple[int, ...]]]:
+        queue = scheduler(100)
+        turns = [turn(number, max_tokens=3 + number) for number in range(3)]
+        for each in turns:
+            queue.submit(each)
+        drain(queue, *turns)
+        steps = queue.loop.transformer._session.feeds  # type: ignore[attr-defined]
+        tables = [feeds["block_tables"].shape for feeds in steps]
+        return [each.tokens for each in turns], queue.loop.transformer.pool.free, tables
+
+    exact = answered()
+    monkeypatch.setattr(FakeGraph, "padded", lambda self, dim, size: -(-size // 8) * 8)
+    padded = answered()
+    assert padded[:2] == exact[:2]
+    assert {shape for shape in padded[2] if shape[0] > 1} == {(8, 8)}
+    assert {shape[1] for shape in exact[2]} != {8}

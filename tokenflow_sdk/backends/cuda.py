@@ -1,4 +1,4 @@
-"""GPU buffers, copies, streams and key/value pages with cuda-bindings; needs neither PyTorch nor custom kernels."""
+"""GPU buffers, copies and streams with cuda-bindings; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import ctypes
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenflow_sdk.backends.session import Array, DeviceArray, Pages, Tensor
+from tokenflow_sdk.backends.session import Array, DeviceArray, Tensor
 from tokenflow_sdk.errors import BackendError, MissingPackageError
 
-__all__ = ["Cuda", "CudaArray", "CudaPages", "DeviceBuffer", "PinnedBuffer", "Stream", "driver_problem"]
+__all__ = ["Cuda", "CudaArray", "DeviceBuffer", "PinnedBuffer", "Stream", "driver_problem", "joined"]
 
 
 class Cuda:
@@ -78,7 +77,14 @@ class Cuda:
         Raises:
             BackendError: the status is an error.
         """
-        status, *results = getattr(self.runtime, name)(*arguments)
+        return self._checked(name, getattr(self.runtime, name)(*arguments))
+
+    def call_driver(self, name: str, *arguments: Any) -> Any:
+        """As `call`, of the CUDA driver, e.g. `cuLaunchKernel`."""
+        return self._checked(name, getattr(self._driver, name)(*arguments))
+
+    def _checked(self, name: str, found: Sequence[Any]) -> Any:
+        status, *results = found
         if int(status) != 0:
             raise BackendError(
                 f"{name} failed on GPU {self.device} with {status.name}.",
@@ -109,6 +115,13 @@ class Cuda:
         with self.active():
             kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self.call("cudaMemcpy", array.ctypes.data, pointer, array.nbytes, kind)
+
+    def copy_rows_from_device(self, array: Array, pointer: int, pitch: int) -> None:
+        """Copy rows of GPU memory that begin `pitch` bytes apart into the rows of a host array, and wait for them."""
+        width = array.nbytes // len(array)
+        with self.active():
+            kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            self.call("cudaMemcpy2D", array.ctypes.data, width, pointer, pitch, width, len(array), kind)
 
     def free(self, name: str, pointer: Any) -> None:
         """Release a resource with the CUDA function `name`. Errors are ignored, because destructors call this."""
@@ -250,10 +263,10 @@ class PinnedBuffer:
         self._cuda, self.size, self.pointer = cuda, size, 0
         self.pointer = int(cuda.call("cudaHostAlloc", max(1, size), 0))
 
-    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The beginning of the buffer as an array that shares its memory. The buffer must outlive it."""
+    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any], start: int = 0) -> Array:
+        """The buffer from byte `start` on as an array that shares its memory. The buffer must outlive it."""
         count = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_uint8 * count).from_address(self.pointer)
+        memory = (ctypes.c_uint8 * count).from_address(self.pointer + start)
         found: Array = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
         return found
 
@@ -292,79 +305,34 @@ class CudaArray(DeviceArray):
         assert math.prod(shape) == math.prod(self.shape)
         return CudaArray(self.cuda, self.pointer, shape, self.dtype, self._owner)
 
+    def column(self, index: int) -> Array:
+        found: Array = np.empty((self.shape[0], *self.shape[2:]), self.dtype)
+        pitch = self.nbytes // self.shape[0]
+        self.cuda.copy_rows_from_device(found, self.pointer + index * (pitch // self.shape[1]), pitch)
+        return found
+
     def numpy(self) -> Array:
         found: Array = np.empty(self.shape, self.dtype)
         self.cuda.copy_from_device(found, self.pointer)
         return found
 
 
-class CudaPages(Pages):
-    """Pages in GPU memory. New keys and values are written by strided copies (`cudaMemcpy2DAsync`) on a stream of its own."""
-
-    def __init__(self, cuda: Cuda, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> None:
-        super().__init__(shape, dtype)
-        self._cuda = cuda
-        with cuda.active():
-            self._stream = Stream(cuda)
-            buffer = DeviceBuffer(cuda, int(np.prod(shape)) * dtype.itemsize)
-            self._stream.zero(buffer.pointer, buffer.size)
-        layers, pages, self._page_size, heads, dim = shape
-        self._token = heads * dim * dtype.itemsize
-        self._layer = pages * self._page_size * self._token
-        self._base = buffer.pointer
-        self._pending = True
-        self._sources: list[Tensor] = []
-        """Sources of copies that are not finished, kept alive."""
-        self._slots: CudaArray | None = CudaArray(cuda, buffer.pointer, (layers * pages, *shape[2:]), dtype, buffer)
-
-    @property
-    def slots(self) -> Tensor:
-        """As `Pages.slots`; waits for copies that are not finished."""
-        assert self._slots is not None
-        if self._pending:
-            with self._cuda.active():
-                self._stream.synchronize()
-            self._pending = False
-            self._sources.clear()
-        return self._slots
-
-    def copy_page(self, source: int, target: int) -> None:
-        page = self._page_size * self._token
-        places = self._base + target * page, self._base + source * page
-        with self._cuda.active():
-            self._stream.copy_rows(places[0], self._layer, places[1], self._layer, page, self.shape[0])
-        self._pending = True
-
-    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        assert isinstance(new, CudaArray)
-        _, batch, count, *_ = new.shape
-        with self._cuda.active():
-            for first, place, length in _runs(pages * self._page_size + offsets):
-                self._stream.copy_rows(
-                    self._base + place * self._token,
-                    self._layer,
-                    new.pointer + (row * count + first) * self._token,
-                    batch * count * self._token,
-                    length * self._token,
-                    self.shape[0],
-                )
-        self._sources.append(new)
-        self._pending = True
-
-    def close(self) -> None:
-        if self._slots is not None:
-            with suppress(BackendError), self._cuda.active():
-                self._stream.synchronize()
-            self._stream.close()
-            self._sources.clear()
-            self._slots = None
-
-
-def _runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """Split into runs of consecutive places: (index of the first, its place, length of the run)."""
-    starts = np.flatnonzero(np.diff(places, prepend=places[0] - 2) != 1)
-    for first, stop in zip(starts, [*starts[1:], len(places)], strict=True):
-        yield int(first), int(places[first]), int(stop - first)
+def joined(cuda: Cuda, parts: Iterable[Tensor], length: int) -> CudaArray:
+    """See `Session.joined`."""
+    with cuda.active():
+        stream, found, place = Stream(cuda), None, 0
+        for part in parts:
+            assert isinstance(part, CudaArray)
+            if found is None:
+                width = part.shape[2]
+                buffer = DeviceBuffer(cuda, length * width * part.dtype.itemsize)
+                found = CudaArray(cuda, buffer.pointer, (1, length, width), part.dtype, buffer)
+            stream.on_device(found.pointer + place, part.pointer, part.nbytes)
+            stream.synchronize()
+            place += part.nbytes
+        stream.close()
+    assert found is not None and place == found.nbytes
+    return found
 
 
 def _memory(cuda: Cuda) -> tuple[int, int]:

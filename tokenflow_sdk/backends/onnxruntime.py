@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tokenflow_sdk.backends.cores import available_cores
-from tokenflow_sdk.backends.cuda import Cuda, CudaArray, CudaPages
+from tokenflow_sdk.backends.cuda import Cuda, CudaArray, joined
+from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.backends.zero_points import refuse_aborting_graph
@@ -190,6 +191,9 @@ class OnnxRuntimeSession(Session):
 
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return super().make_pages(shape, dtype) if self._cuda is None else CudaPages(self._cuda, shape, dtype)
+
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        return super().joined(parts, length) if self._cuda is None else joined(self._cuda, parts, length)
 
     def _open_session(self) -> Any:
         """The session of onnxruntime; who has it may run it to the end although this is closed meanwhile.

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,10 @@ class DeviceArray(ABC):
         """A view of another shape. Every size must be given; -1 is not allowed."""
 
     @abstractmethod
+    def column(self, index: int) -> Array:
+        """Copy the part `[:, index]` to the host."""
+
+    @abstractmethod
     def numpy(self) -> Array:
         """Copy the array to the host."""
 
@@ -92,14 +96,13 @@ class Pages(ABC):
         """Copy page `source` to page `target` in all layers."""
 
     @abstractmethod
-    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        """Write the new keys or values of one row into pages.
+    def write(self, new: Tensor, places: NDArray[np.int32]) -> None:
+        """Write new keys or values into pages.
 
         Args:
             new: output of a step, [layers, B, Q, kv_heads, head_dim].
-            row: number of the row, 0 .. B - 1.
-            pages: page of each token, int64 [Q].
-            offsets: place of each token in its page, int64 [Q].
+            places: where each token goes in every layer, int32 [B, Q]: its page times the page size plus its place in the page;
+                below 0: nowhere.
         """
 
     @abstractmethod
@@ -133,8 +136,10 @@ class HostPages(Pages):
     def copy_page(self, source: int, target: int) -> None:
         self._array[:, target] = self._array[:, source]
 
-    def write(self, new: Tensor, row: int, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        self._array[:, pages, offsets] = np.asarray(new)[:, row]
+    def write(self, new: Tensor, places: NDArray[np.int32]) -> None:
+        layers, pages, size, *token = self.shape
+        kept = places >= 0
+        self._array.reshape(layers, pages * size, *token)[:, places[kept]] = np.asarray(new)[:, kept]
 
     def close(self) -> None:
         self._array = np.zeros((0, 0, *self.shape[2:]), self.dtype)
@@ -197,6 +202,13 @@ class Session(ABC):
         """Largest sizes of dynamic dimensions in each optimization profile; empty if only memory limits them."""
         return []
 
+    def padded(self, dim: str, size: int) -> int:
+        """The size to which a caller should pad a dynamic dimension of this size, so that calls have few distinct shapes.
+
+        It is `size` itself where new shapes cost nothing.
+        """
+        return size
+
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph.
 
@@ -252,6 +264,15 @@ class Session(ABC):
             )
             if not fits or array.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{spec} was given {array.dtype}{list(array.shape)}")
+
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        """Join arrays [1, Q, H] along Q, in the memory of the session's device.
+
+        Args:
+            parts: results of `run_resident`. Each is copied before the next is asked for, so they may be of the same session.
+            length: what their Q add up to.
+        """
+        return np.concatenate([np.array(part) for part in parts], axis=1)
 
     @abstractmethod
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:

@@ -5,15 +5,17 @@ A session has as many execution contexts as calls can run at once. Each has its 
 
 from __future__ import annotations
 
+import math
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tokenflow_sdk.backends.cuda import Cuda, CudaPages
+from tokenflow_sdk.backends.cuda import Cuda, joined
+from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.backends.engine_file import load_engine
 from tokenflow_sdk.backends.session import Array, Pages, Session, Tensor
 from tokenflow_sdk.backends.tensorrt_context import ExecutionContext, TensorRTCallError
@@ -25,6 +27,10 @@ from tokenflow_sdk.files import read_regular, write_atomic
 __all__ = ["TensorRTSession"]
 
 T = TypeVar("T")
+
+_SIZES_PER_DOUBLING = {"batch": 2, "queries": 4, "table": 4, "seen": 1, "window": 1}
+"""How many sizes of a dynamic dimension `padded` gives between one power of two and the next. It adds at most a half, a
+quarter or the whole of a size: little to what costs time, more to lists."""
 
 _REBUILD = "Build it again on this machine with `tokenflow build BUNDLE`; if memory ran out, free some first."
 
@@ -40,7 +46,8 @@ class TensorRTSession(Session):
         trt: the module, from `import_tensorrt`.
         cuda: the GPU.
         execution_contexts: number of calls that can run at once; each context has its own working memory.
-        cuda_graphs: run repeated calls of equal shapes as CUDA graphs, which saves launch time where calls are short.
+        cuda_graphs: run calls whose shapes repeat as CUDA graphs, which saves launch time where calls are short. Inputs and
+            outputs then have buffers for the engine's largest shapes from the first call on.
         kernels: file for the kernels that TensorRT-RTX compiles at run time, read now and written by `close`; None keeps none.
 
     Raises:
@@ -90,22 +97,40 @@ class TensorRTSession(Session):
         return engine
 
     def _make_context(self) -> ExecutionContext:
-        settings = _settings(self._trt, self._engine, self._graphs, self._kernels, self.inputs)
-        contexts = [self._engine.create_execution_context(settings) for _ in self._profiles]
-        memory = self._engine.device_memory_size_v2
+        trt, engine = self._trt, self._engine
+        settings = [_settings(trt, engine, self._graphs, self._kernels, profile) for profile in self._profiles]
+
+        def create(profile: int) -> Any:
+            return engine.create_execution_context(settings[profile])
+
+        contexts = [create(number) for number in range(len(self._profiles))]
+        memory = engine.device_memory_size_v2
         if any(context is None for context in contexts):
             raise BackendError(
                 f"GPU {self._cuda.device} has no {memory / 1e6:,.0f} MB left that {self._name} works in.",
                 "Open fewer graphs or execution_contexts, build with a smaller --batch-limit, or free memory of others.",
             )
-        replay = self._graphs and not hasattr(self._trt, "CudaGraphStrategy")
-        keep_alive = (settings, self._kernels, self._engine)
+        # TensorRT-RTX records graphs for all shapes by itself.
+        replay = create if self._graphs and not hasattr(trt, "CudaGraphStrategy") else None
+        largest = self._largest_sizes() if self._graphs else {}
+        keep_alive = (settings, self._kernels, engine)
         try:
-            return ExecutionContext(self._cuda, contexts, memory, self.inputs, self.outputs, replay, keep_alive)
+            return ExecutionContext(self._cuda, contexts, memory, self.inputs, self.outputs, replay, largest, keep_alive)
         except TensorRTCallError:
             raise BackendError(
                 f"TensorRT does not take the shapes that the engine of {self._name} was built for.", _REBUILD
             ) from None
+
+    def _largest_sizes(self) -> dict[str, int]:
+        """Most bytes of each input and output."""
+        return {
+            spec.name: max(
+                math.prod(dim if isinstance(dim, int) else profile.sizes[dim][1] for dim in spec.shape)
+                for profile in self._profiles
+            )
+            * np.dtype(spec.dtype).itemsize
+            for spec in (*self.inputs, *self.outputs)
+        }
 
     @property
     def device(self) -> str:
@@ -117,8 +142,18 @@ class TensorRTSession(Session):
     def limits(self, *dims: str) -> list[tuple[int, ...]]:
         return [tuple(profile.sizes[dim][1] for dim in dims) for profile in self._profiles]
 
+    def padded(self, dim: str, size: int) -> int:
+        per_doubling, most = _SIZES_PER_DOUBLING.get(dim), self.max_size(dim)
+        if per_doubling is None or most is None:
+            return size
+        step = max(1, (1 << max(0, (size - 1).bit_length() - 1)) // per_doubling)
+        return max(size, min(-(-size // step) * step, most))
+
     def make_pages(self, shape: tuple[int, int, int, int, int], dtype: np.dtype[Any]) -> Pages:
         return CudaPages(self._cuda, shape, dtype)
+
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        return joined(self._cuda, parts, length)
 
     def _infer(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Sequence[Array]:
         return self._run_on_context(feeds, lambda execution, profile: execution.run(profile, feeds, outputs))
@@ -193,6 +228,14 @@ class _Profile:
                     first = self.sizes.get(dim, (low, high))
                     self.sizes[dim] = max(low, first[0]), min(high, first[1])
 
+    @property
+    def has_few_shapes(self) -> bool:
+        """Whether calls have few distinct shapes: all but pieces of a prompt, which are one row of any number of queries.
+
+        A generator pads its prompts; see `Session.padded`.
+        """
+        return self.sizes.get("queries", (1, 1))[1] == 1 or self.sizes.get("batch", (1, 1))[1] > 1
+
 
 class _KernelCache:
     """Stores TensorRT-RTX's runtime cache, the kernels it compiled for this GPU, in a file for the next start.
@@ -225,7 +268,7 @@ class _KernelCache:
                 write_atomic(self._path, data)
 
 
-def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, inputs: Sequence[TensorSpec]) -> Any:
+def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | None, profile: _Profile) -> Any:
     """What `create_execution_context` is given: settings of TensorRT-RTX, or TensorRT's way of allocating memory.
 
     A context works in memory that it is given, so that those of several profiles can share it.
@@ -236,11 +279,9 @@ def _settings(trt: Any, engine: Any, cuda_graphs: bool, kernels: _KernelCache | 
     settings = engine.create_runtime_config()
     settings.set_execution_context_allocation_strategy(own_memory)
     # The default, lazy specialization, replaces kernels in the background: results would change between calls, and differ from
-    # the certified ones. Where only the batch varies there are few shapes, and each gets its own kernels. Language models have
-    # too many.
+    # the certified ones. Eager specialization compiles kernels at the first call of a shape, which pays where shapes repeat.
     strategies = trt.DynamicShapesKernelSpecializationStrategy
-    varying = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
-    settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if varying == {"batch"} else strategies.NONE
+    settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if profile.has_few_shapes else strategies.NONE
     if cuda_graphs:
         settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     if kernels is not None:

@@ -41,10 +41,11 @@ __all__ = [
     "rewrite_for_engine",
 ]
 
-REVISION = "4"
+REVISION = "5"
 """Version of what this module and `tokenflow_sdk.passes` make of a graph; part of every engine's key.
 
-Raise it when they build another engine from the same graph: all cached engines are then rebuilt.
+Raise it when they build another engine from the same graph, or when sessions run engines with other kernels than were compared:
+all cached engines are then rebuilt.
 """
 
 Progress = Callable[[str, float], None]

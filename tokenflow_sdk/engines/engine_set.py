@@ -20,6 +20,7 @@ from tokenflow_sdk.engines.build import REVISION, Progress
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest, join_targets
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
+from tokenflow_sdk.engines.memory_plan import memory_plans, require_fit
 from tokenflow_sdk.engines.profiles import pool_pages
 from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate, certify
@@ -127,7 +128,7 @@ class Engines:
 
         Raises:
             BackendError: an engine is missing and `build` is False, or TensorRT cannot load or run an engine.
-            EngineBuildError: TensorRT cannot build an engine.
+            EngineBuildError: TensorRT cannot build an engine, or the engines do not fit the GPU.
             EngineRefusedError: the engines do not reproduce the reference.
             OutputError, MissingPackageError: see `EngineJob.run`.
         """
@@ -138,12 +139,21 @@ class Engines:
                 f"{self.build_config.backend} has no engine yet for {', '.join(map(self._title_of_missing, missing))}.",
                 f"Run `{self.build_config.command(self.bundle.path)}`, or leave build=False out.",
             )
+        if missing:
+            self._require_fit()
         for number, job in enumerate(missing, 1):
             title = f"building {job.key.graph} ({number} of {len(missing)})"
             job.run(self._trt, self.cache, None if progress is None else _with_title(progress, title))
         certificate = self.certificate() or self.recertify()
         self._require_passed(certificate)
         return certificate
+
+    def _require_fit(self) -> None:
+        """Raise EngineBuildError if all engines together take more memory than the build config says, or the GPU has."""
+        memory = int(self.build_config.memory_gb * 1e9) or self._cuda.memory
+        if memory:
+            for plan in memory_plans(self.jobs.values(), self.cache):
+                require_fit(plan, memory)
 
     def _require_passed(self, certificate: Certificate) -> None:
         certificate.require(f"The {self.build_config.precision} engines of {self.bundle.path.name} on {self._architecture}")

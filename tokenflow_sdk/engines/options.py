@@ -33,7 +33,7 @@ class RuntimeOptions:
         build: whether missing TensorRT engines are built; False raises an error instead.
         serve_while_building: run on onnxruntime until the TensorRT engines are built and certified.
         execution_contexts: calls of one graph that may run on a GPU at once.
-        cuda_graphs: launch a call as a CUDA graph if it has the shapes of the call before it; saves launch time of short calls.
+        cuda_graphs: launch a call as a CUDA graph where its shapes were seen before; saves launch time of short calls.
 
     Raises:
         ArgumentError: there is no such device or backend, or options contradict each other.

@@ -89,8 +89,13 @@ def pool_pages(config: object, build_config: BuildConfig) -> int:
 
 
 def images_at_once(config: GeneratorConfig, build_config: BuildConfig) -> int:
-    """Most images that one step of a generator's engines takes: as many as the build config asks for and the pool holds."""
-    return max(1, min(build_config.batch[2], pool_pages(config, build_config) // config.image_pages()))
+    """Most images that one step of a generator's engines takes: as many as the build config asks for and the pool holds.
+
+    The pool also holds their prompts, each of any length, and a negative prompt.
+    """
+    prompt = pages_for(config.prefix_length + 1)
+    held = (pool_pages(config, build_config) - prompt) // (config.image_pages() + prompt)
+    return max(1, min(build_config.batch[2], held))
 
 
 def graph_profiles(bundle: Bundle[Any], build_config: BuildConfig) -> dict[str, tuple[Profile, ...]]:

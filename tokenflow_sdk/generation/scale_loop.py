@@ -19,7 +19,7 @@ from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
 from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, SamplingParams, guidance, run_sampling, uniform
-from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput, not_finite
+from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput, filled_up, not_finite
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
 __all__ = ["ImageState", "Prefix", "ScaleLoop"]
@@ -103,17 +103,21 @@ class ScaleLoop:
         ids = [c.bos_id, *prompt_ids][: c.max_prompt]
         count, total = len(ids), len(ids) + len(c.image_start_ids)
         rows = [i if i < c.image_token_start else i - c.codebook_size for i in (*ids, *c.image_start_ids)]
-        starts = np.zeros((1, total), np.float32)
-        starts[0, -1] = 1
+        # Attention is causal, so no token sees the padding behind it.
+        length = self.transformer.padded("queries", total)
+        rows = filled_up(rows, length)
+        starts = np.zeros((1, length), np.float32)
+        starts[0, total - 1] = 1
         feeds = {"token_ids": np.asarray([rows], np.int32), "starts": starts}
         embeddings = self._sessions["embed_text"].run_resident(feeds)["embeddings"]
-        positions = np.arange(c.max_prompt - count, c.max_prompt - count + total, dtype=np.int32)[None]
-        visible = np.arange(1, total + 1, dtype=np.int32)[None]
+        positions = np.arange(c.max_prompt - count, c.max_prompt - count + length, dtype=np.int32)[None]
+        visible = np.arange(1, length + 1, dtype=np.int32)[None]
         table = PageTable(self.transformer.pool)
         output = self.transformer.step(embeddings, positions, visible, [table], [0], width=1)
-        if not all(self.transformer.store(output, [table])):
+        if not all(self.transformer.store(output, [table], count=total)):
             raise not_finite()
-        return Prefix(table, np.asarray(output.hidden, np.float32)[0, -1].copy())
+        hidden = output.hidden.reshape(length, c.width)[total - 1 : total]
+        return Prefix(table, np.asarray(hidden, np.float32)[0].copy())
 
     def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> ImageState:
         """An image to sample, sharing the pages of both prefixes."""
@@ -133,13 +137,14 @@ class ScaleLoop:
         """
         scale, refinement = images[0].position
         assert all(image.position == (scale, refinement) for image in images)
+        padded = filled_up(images, self.transformer.padded("batch", 2 * len(images)) // 2)
         if scale == 0:
-            conditional = np.stack([image.conditional.hidden for image in images])
-            unconditional = np.stack([image.unconditional.hidden for image in images])
-            codes = self._sample(images, conditional[:, None], unconditional[:, None], 0)
+            conditional = np.stack([image.conditional.hidden for image in padded])
+            unconditional = np.stack([image.unconditional.hidden for image in padded])
+            codes = self._sample(padded, conditional[:, None], unconditional[:, None], 0)
         else:
-            codes = self._sample_later_scale(images, scale, refinement)
-        for image, row in zip(images, codes, strict=True):
+            codes = self._sample_later_scale(padded, len(images), scale, refinement)
+        for image, row in zip(images, codes, strict=False):
             if image.error is not None:
                 continue
             if scale and refinement + 1 < len(image.params.passes):
@@ -147,7 +152,8 @@ class ScaleLoop:
             else:
                 self._finish_scale(image, row)
 
-    def _sample_later_scale(self, images: Sequence[ImageState], scale: int, refinement: int) -> Int32:
+    def _sample_later_scale(self, images: Sequence[ImageState], count: int, scale: int, refinement: int) -> Int32:
+        """Codes of images of which those after the first `count` are padding."""
         inputs = [image.f_hat if image.draft is None else image.f_hat + self._rows(image.draft, scale) for image in images]
         tables = [image.conditional.table for image in images] + [image.unconditional.table for image in images]
         last = scale + 1 == len(self.config.patch_nums)
@@ -155,9 +161,10 @@ class ScaleLoop:
         own = self.config.scales.counts[scale] if refinement and not last else 0
         output = self._step(np.stack(inputs), scale, tables, [table.length - own for table in tables])
         if not (refinement or last):
-            stored = self.transformer.store(output, tables)
-            for row, image in enumerate(images):
-                if not (stored[row] and stored[row + len(images)]):
+            rows = [*range(count), *range(len(images), len(images) + count)]
+            stored = self.transformer.store(output, [tables[row] for row in rows], rows)
+            for row, image in enumerate(images[:count]):
+                if not (stored[row] and stored[row + count]):
                     image.error = not_finite()
         return self._sample(images, output.hidden[: len(images)], output.hidden[len(images) :], refinement)
 

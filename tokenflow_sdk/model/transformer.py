@@ -7,8 +7,9 @@ therefore gives the width of the block tables.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from tokenflow_sdk.bundle.model_config import LanguageModelConfig
 from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PagePool, PageTable
 
-__all__ = ["PREFILL_CHUNK", "PagedTransformer", "StepOutput", "not_finite"]
+__all__ = ["PREFILL_CHUNK", "PagedTransformer", "StepOutput", "filled_up", "not_finite"]
+
+T = TypeVar("T")
 
 PREFILL_CHUNK = 256
 """Largest number of prompt tokens in one prefill step, which bounds how long running answers wait for their next token."""
@@ -84,6 +87,14 @@ class PagedTransformer:
         """Size in bytes of one page: keys and values of all layers."""
         return 2 * self._k.page_bytes
 
+    def padded(self, dim: str, size: int) -> int:
+        """See `Session.padded`; rows are padded with `filled_up`."""
+        return self._session.padded(dim, size)
+
+    def joined(self, parts: Iterable[Tensor], length: int) -> Tensor:
+        """See `Session.joined`."""
+        return self._session.joined(parts, length)
+
     def step(
         self,
         embeddings: Tensor,
@@ -119,7 +130,9 @@ class PagedTransformer:
         )
         return StepOutput(found["hidden"], found["new_k"], found["new_v"])
 
-    def store(self, output: StepOutput, tables: Sequence[PageTable]) -> list[bool]:
+    def store(
+        self, output: StepOutput, tables: Sequence[PageTable], rows: Sequence[int] | None = None, count: int | None = None
+    ) -> list[bool]:
         """Append the keys and values of a step to the cache, except those of rows that are not finite.
 
         Pages are reused, and block tables are filled up with the pages of others. Attention multiplies what it masks by 0,
@@ -127,25 +140,38 @@ class PagedTransformer:
 
         Args:
             output: result of the last step.
-            tables: the tables that were given to it.
+            tables: the tables that were given to it, without those of padded rows.
+            rows: row of each table; None: in order.
+            count: how many tokens to store of each row; None: all.
 
         Returns:
-            For each row whether it was stored. The other tables are unchanged; their sequences cannot go on.
+            For each table whether its row was stored. The other tables are unchanged; their sequences cannot go on.
 
         Raises:
             PagesExhausted: the pool has too few free pages; rows before the failing one are stored.
         """
-        finite = _finite_rows(output)
-        for row, table in enumerate(tables):
-            if not finite[row]:
-                continue
-            append = table.append(output.new_k.shape[2])
-            for source, target in append.copies:
-                self._k.copy_page(source, target)
-                self._v.copy_page(source, target)
-            self._k.write(output.new_k, row, append.pages, append.offsets)
-            self._v.write(output.new_v, row, append.pages, append.offsets)
+        rows = range(len(tables)) if rows is None else rows
+        batch, length, _ = output.hidden.shape
+        count = length if count is None else count
+        finite = _finite_rows(output, rows, count)
+        places = np.full((batch, length), -1, np.int32)
+        try:
+            for row, table, stored in zip(rows, tables, finite, strict=True):
+                if stored:
+                    append = table.append(count)
+                    places[row, :count] = append.pages * self.pool.page_size + append.offsets
+                    for source, target in append.copies:
+                        self._k.copy_page(source, target)
+                        self._v.copy_page(source, target)
+        finally:
+            self._k.write(output.new_k, places)
+            self._v.write(output.new_v, places)
         return finite
+
+
+def filled_up(rows: Sequence[T], count: int) -> list[T]:
+    """A list of `count` rows: the given ones, then the last one again. What it computes is what that one computes."""
+    return [*rows, *[rows[-1]] * (count - len(rows))]
 
 
 def not_finite() -> NotFiniteError:
@@ -157,17 +183,16 @@ def not_finite() -> NotFiniteError:
     )
 
 
-def _finite_rows(output: StepOutput) -> list[bool]:
-    """For each row of a step whether its numbers are finite.
+def _finite_rows(output: StepOutput, rows: Sequence[int], count: int) -> list[bool]:
+    """Whether the numbers of rows of a step are finite, in their first `count` tokens.
 
     The last query sees all keys and values of its row, so NaN in any of them, and infinite values, reach its hidden state; it
     alone is fetched from a device. Keys that hide, because infinity of the right sign weighs nothing, are found in host memory;
     engines make them finite (`tokenflow_sdk.passes.finite_pages`).
     """
-    batch, length, width = output.hidden.shape
-    hidden = output.hidden.reshape(batch * length, width)
-    ends = [np.asarray(hidden[end - 1 : end]) for end in range(length, batch * length + 1, length)]
+    hidden, last = output.hidden, count - 1
+    ends = hidden[:, last] if isinstance(hidden, np.ndarray) else hidden.column(last)
     new = [array for array in (output.new_k, output.new_v) if isinstance(array, np.ndarray)]
     return [
-        bool(np.isfinite(end).all() and all(np.isfinite(array[:, row]).all() for array in new)) for row, end in enumerate(ends)
+        bool(np.isfinite(ends[row]).all() and all(np.isfinite(array[:, row, :count]).all() for array in new)) for row in rows
     ]

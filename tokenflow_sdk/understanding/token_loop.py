@@ -18,7 +18,7 @@ from tokenflow_sdk.bundle.model_config import UnderstanderConfig
 from tokenflow_sdk.loaded_model import Progress
 from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import TIES, run_sampling, uniform
-from tokenflow_sdk.model.transformer import PagedTransformer, not_finite
+from tokenflow_sdk.model.transformer import PagedTransformer, filled_up, not_finite
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams, sample_token
 from tokenflow_sdk.understanding.prompt import Block, ImageBlock, TokenPrompt, split_blocks
 
@@ -115,16 +115,16 @@ class TokenLoop:
         Raises:
             PagesExhausted: the pool has too few free pages; the requests must then be given up.
         """
-        ids = np.asarray([[request.tokens[-1]] for request in requests], np.int32)
+        rows = filled_up(requests, self.transformer.padded("batch", len(requests)))
+        ids = np.asarray([[request.tokens[-1]] for request in rows], np.int32)
         embeddings = self._sessions["embed_text"].run_resident({"token_ids": ids})["embeddings"]
         self._sample(requests, self._step(embeddings, requests))
 
     def _embed(self, blocks: Sequence[Block]) -> Tensor:
-        """Embeddings [1, Q, H] of a chunk: where the graph left them if it is one block, else joined on the host."""
+        """Embeddings [1, Q, H] of a chunk, in the memory of the transformer's device."""
         if len(blocks) == 1:
             return self._embed_block(blocks[0])
-        # Copied one by one: a session's result is valid until its next run, and two texts come from the same session.
-        return np.concatenate([np.array(self._embed_block(block)) for block in blocks], axis=1)
+        return self.transformer.joined(map(self._embed_block, blocks), sum(map(len, blocks)))
 
     def _embed_block(self, block: Block) -> Tensor:
         if isinstance(block, ImageBlock):
@@ -134,10 +134,11 @@ class TokenLoop:
     def _step(self, embeddings: Tensor, requests: Sequence[AnswerRequest]) -> Tensor:
         """Run embeddings [B, Q, H] after the tokens of each request, and store keys and values; hidden states [B * Q, H].
 
-        Requests whose numbers are not finite get an `error`.
+        Rows after the requests' are padding, the last one's again. Requests whose numbers are not finite get an `error`.
         """
         batch, length, width = embeddings.shape
-        tables = [request.table for request in requests if request.table is not None]
+        own_tables = [request.table for request in requests if request.table is not None]
+        tables = filled_up(own_tables, batch)
         context = [table.length for table in tables]
         own = np.arange(length, dtype=np.int32)
         output = self.transformer.step(
@@ -146,32 +147,35 @@ class TokenLoop:
             np.broadcast_to(own + np.int32(1), (batch, length)).copy(),
             tables,
             context,
-            width=max(1, *(len(table.pages) for table in tables)),
+            width=self.transformer.padded("table", max(1, *(len(table.pages) for table in tables))),
         )
-        for request, stored in zip(requests, self.transformer.store(output, tables), strict=True):
+        for request, stored in zip(requests, self.transformer.store(output, own_tables), strict=True):
             if not stored:
                 request.error = not_finite()
         return output.hidden.reshape(batch * length, width)
 
     def _sample(self, requests: Sequence[AnswerRequest], hidden: Tensor) -> None:
-        """Sample the next token of each answer from hidden states [B, H]."""
-        params = [request.params for request in requests]
+        """Sample the next token of each answer from hidden states [B, H], of which those after the answers' are padding."""
+        head = self._sessions["head"]
+        rows = filled_up(requests, hidden.shape[0])
+        params = [request.params for request in rows]
         # The repetition penalty is for the answer's own tokens. Shorter rows are filled with a token they have.
-        seen = [list(dict.fromkeys(t.tokens)) if t.tokens and t.params.repetition_penalty != 1 else [0] for t in requests]
-        longest = max(map(len, seen))
+        seen = [list(dict.fromkeys(t.tokens)) if t.tokens and t.params.repetition_penalty != 1 else [0] for t in rows]
+        longest = head.padded("seen", max(map(len, seen)))
         top_p = [0 if p.greedy else p.top_p for p in params]
         top_k = [1 if p.greedy else min(p.top_k, self.config.vocabulary) for p in params]
+        window = head.padded("window", min(max(top_k) + TIES, self.config.vocabulary))
         feeds: dict[str, Tensor] = {
             "hidden": hidden,
             "seen": np.asarray([ids + ids[:1] * (longest - len(ids)) for ids in seen], np.int32),
-            "penalty": np.asarray([t.params.repetition_penalty if t.tokens else 1 for t in requests], np.float32),
+            "penalty": np.asarray([t.params.repetition_penalty if t.tokens else 1 for t in rows], np.float32),
             "temperature": np.asarray([1 if p.greedy else p.temperature for p in params], np.float32),
             "top_k": np.asarray(top_k, np.int32),
             "top_p": np.asarray(top_p, np.float32),
-            "noise": np.asarray([uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in requests], np.float32),
-            "ranks": np.arange(min(max(top_k) + TIES, self.config.vocabulary), dtype=np.int32),
+            "noise": np.asarray([uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in rows], np.float32),
+            "ranks": np.arange(window, dtype=np.int32),
         }
-        found, logits = run_sampling(self._sessions["head"], feeds, "token_ids")
+        found, logits = run_sampling(head, feeds, "token_ids")
         for row, request in enumerate(requests):
             token = int(found[row])
             if logits is not None and not np.isfinite(logits[row]).all():
