@@ -29,7 +29,7 @@ def test_an_exported_bundle_opens_and_verifies(mini_bundle: Path) -> None:
     assert (bundle.config.variant, bundle.config.patch_nums) == (config.variant, config.patch_nums)
     assert (bundle.config.n_codes, bundle.config.grid, bundle.config.code_dim) == (30, 4, 40)
     assert set(bundle.graphs) == {"encode", "decode", "semantic", "features"}
-    assert {file.name for file in bundle.files()} | {MANIFEST} == set(os.listdir(mini_bundle))
+    assert {file.name for file in bundle.files()} | {MANIFEST, "README.md"} == set(os.listdir(mini_bundle))
     assert str(bundle.graph("decode").outputs[0]) == "images uint8[batch, 64, 64, 3]"
 
 

@@ -38,11 +38,10 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(number: signal.Signals, capsys: 
 
 
 def test_a_terminal_that_is_gone_changes_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone:
-        def print(self, *_: object, **__: object) -> None:
-            raise OSError(5, "Input/output error")
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("tokenflow_sdk.cli.exit_status.stderr", Gone())
+    monkeypatch.setattr("tokenflow_sdk.cli.exit_status.stderr.print", gone)
     assert run(lambda: signal.raise_signal(signal.SIGTERM) or 0) == 128 + signal.SIGTERM
 
 

@@ -276,7 +276,7 @@ def test_long_thin_pictures_are_refused(mode: Preprocess) -> None:
         (np.zeros((3, 8, 8), np.uint8), ArrayError, r"transpose\(1, 2, 0\)"),
         (np.zeros((1, 4, 4, 3), np.uint8), ArrayError, "encode_array"),
         (np.zeros((0, 4, 3), np.uint8), ImageShapeError, "no pixels"),
-        (np.float32(3), ArgumentError, "cannot be made from float32"),
+        (np.float32(3), ArrayError, "u8 array, not float32"),
         (3, ArgumentError, "cannot be made from int"),
         (None, ArgumentError, "NoneType"),
     ],
