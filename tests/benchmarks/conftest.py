@@ -18,7 +18,7 @@ def words(mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Options that measure a small tokenizer: checkpoint and bundle, few and short calls."""
     torch.save(mini_state("clip"), tmp_path / "mini.pt")
     monkeypatch.setattr(codecs, "recognise", lambda shapes, variant: MINI["clip"])
-    quick = ["--rounds", "2", "--seconds", "0.1", "--matmul", "32", "--threads", "1", "--batches", "2,1"]
+    quick = ["--rounds", "2", "--seconds", "0.02", "--matmul", "32", "--threads", "1", "--batches", "2,1"]
     return ["--checkpoint", str(tmp_path / "mini.pt"), "--bundle", str(mini_bundle), *quick, "--out", str(tmp_path / "made")]
 
 

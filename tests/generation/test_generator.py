@@ -46,8 +46,8 @@ GREEDY_TWICE = SamplingParams((Pass(1, 0.0),) * 2)
 
 # Grouped heads, and heads of another size than hidden_size / num_attention_heads.
 GEOMETRIES = {
-    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2},
-    "wide": {"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48, "num_hidden_layers": 1},
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
+    "wide": {"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48},
 }
 
 

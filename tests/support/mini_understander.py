@@ -29,10 +29,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     | {"model_type": "llava_qwen", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "rope_theta": 1e6, "vocab_size": 288, "tie_word_embeddings": False},
     "qwen_tied": BASE
-    | {"model_type": "llava_qwen", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+    | {"model_type": "llava_qwen", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6}
     | {"num_key_value_heads": 1, "rope_theta": 1e4, "vocab_size": 300, "tie_word_embeddings": True},
     "llama": BASE
-    | {"model_type": "llava_llama", "hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3}
+    | {"model_type": "llava_llama", "hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 3}
     | {"num_key_value_heads": 3, "rope_theta": 5e3, "vocab_size": 310, "tie_word_embeddings": False},
 }
 SMALLEST = GEOMETRIES["qwen"] | {"hidden_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 1024}

@@ -258,11 +258,11 @@ def test_features_that_overflow_fail_alone(understander: Understander) -> None:
 
 @pytest.mark.parametrize("precision", [FULL_PRECISION, ExportPrecision("fp16")], ids=str)
 def test_pages_of_what_overflowed_are_clean(
-    precision: ExportPrecision, reference: Reference, mini_bundle: Path, tmp_path: Path
+    precision: ExportPrecision, mini_understander: Path, mini_bundle: Path, tmp_path: Path
 ) -> None:
-    bundle = reference.bundle
+    bundle = mini_understander
     if precision != FULL_PRECISION:
-        checkpoint = reference.bundle.with_name("qwen_hf")
+        checkpoint = mini_understander.with_name("hf")
         bundle = export_quietly(checkpoint, Bundle.open(mini_bundle, TokenizerConfig), tmp_path / "bundle", precision)
     with Understander.from_pretrained(bundle, threads=1, pages=8) as understander:
         transformer = understander._runner.model.transformer
