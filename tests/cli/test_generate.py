@@ -58,6 +58,12 @@ def test_pictures_scales_and_replay(bundle: Path, capsys: pytest.CaptureFixture[
         (["w5", "--bundle", "{bundle}", "--tokenizer", "nowhere"], "is not at nowhere"),
         (["--replay", "plain.png", "--bundle", "{bundle}"], "does not say how it was made"),
         (["--replay", "text.png", "--bundle", "{bundle}"], "cannot be read"),
+        (["w5", "--replay", "other.png", "--bundle", "{bundle}"], "Leave PROMPT out"),
+        (["--replay", "other.png", "--bundle", "{bundle}", "-n", "1"], "Leave -n out"),
+        (["--replay", "other.png", "--bundle", "{bundle}", "--seed", "0"], "Leave --seed out"),
+        (["--replay", "other.png", "--bundle", "{bundle}", "--preset", "paper"], "Leave --preset out"),
+        (["--replay", "other.png", "--bundle", "{bundle}", "--negative-prompt", "w5"], "Leave --negative-prompt out"),
+        (["--replay", "other.png", "--bundle", "{bundle}", "--cfg-scale", "2"], "Leave --cfg-scale out"),
         (["--replay", "other.png", "--bundle", "{bundle}"], "drawn by another model (0000000000000000)"),
     ],
 )

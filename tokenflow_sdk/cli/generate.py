@@ -32,11 +32,13 @@ def generate(arguments: argparse.Namespace) -> int:
     """Draw images from a prompt, or again from a PNG's metadata; write them as PNG files."""
     output: Path = arguments.output or Path()
     if arguments.replay is not None:
+        _refuse_besides_replay(arguments)
         metadata = read_metadata(arguments.replay)
         arguments.prompt, arguments.n = metadata["prompt"], metadata["n"]
         params, negative = _params_of(metadata), metadata["negative_prompt"]
     else:
         metadata, negative = None, arguments.negative_prompt
+        arguments.n = 1 if arguments.n is None else arguments.n
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
@@ -60,6 +62,13 @@ def generate(arguments: argparse.Namespace) -> int:
     rate = f"{seconds / arguments.n:.2f} s a picture"
     stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
+
+
+def _refuse_besides_replay(arguments: argparse.Namespace) -> None:
+    for name in ("prompt", "negative_prompt", "n", "seed", "preset", "cfg_scale"):
+        if getattr(arguments, name) is not None:
+            shown = {"prompt": "PROMPT", "n": "-n"}.get(name, "--" + name.replace("_", "-"))
+            raise ArgumentError(f"--replay draws what its file says, and {shown} was given too.", f"Leave {shown} out.")
 
 
 def _draw(

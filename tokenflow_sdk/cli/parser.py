@@ -152,9 +152,9 @@ def _add_generate(subparsers: _Subparsers) -> None:
         "--replay",
         type=_path,
         metavar="FILE.png",
-        help="draw again with the prompt and settings in this image's metadata, instead of PROMPT",
+        help="draw again with the prompt and settings in this image's metadata; takes no PROMPT, -n or sampling option",
     )
-    parser.add_argument("-n", type=int, default=1, metavar="N", help="number of images (default: %(default)s)")
+    parser.add_argument("-n", type=int, metavar="N", help="number of images (default: 1)")
     _add_output(parser, "directory for 1.png, 2.png ... (default: the current one)")
     parser.add_argument(
         "--preset", help="sampling passes for each scale: fast (1), balanced (2) or paper (3); default: the model's"
