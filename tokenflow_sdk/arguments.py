@@ -9,13 +9,14 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.errors import ArgumentError, ArrayError
 
-__all__ = ["file_path", "flag", "instance", "integer", "items", "real", "seconds", "shown"]
+__all__ = ["file_path", "flag", "instance", "integer", "integer_row", "items", "real", "seconds", "shown"]
 
 T = TypeVar("T")
 
@@ -48,6 +49,26 @@ def integer(name: str, value: object, least: int, most: int | None, problem: str
     if found is None or found < least or (most is not None and found > most):
         raise ArgumentError(f"{name}={shown(value)} {problem}", hint)
     return found
+
+
+def integer_row(what: str, values: ArrayLike, hint: str) -> NDArray[np.integer[Any]]:
+    """An argument that must be a row of integers, as a 1-D array of any integer type.
+
+    Args:
+        what: the values are; begins the error's message.
+        values: what was given.
+        hint: of the error.
+
+    Raises:
+        ArrayError: they are none.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ArrayError(f"{what} cannot become an array: {error}.", hint) from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ArrayError(f"{what} must be a 1-D integer array, not {array.dtype}{list(array.shape)}.", hint)
+    return array
 
 
 def real(name: str, value: object, least: float, most: float, problem: str, hint: str) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 
 from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.opening import open_understander
+from tokenflow_sdk.model.sampling import random_seed
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.understanding.params import AnswerParams
 
@@ -21,7 +21,7 @@ def ask(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         repetition_penalty=arguments.repetition_penalty,
-        seed=secrets.randbelow(2**63) if arguments.seed is None else arguments.seed,
+        seed=random_seed() if arguments.seed is None else arguments.seed,
     )
     with open_understander(arguments) as understander:
         preprocess = arguments.preprocess or understander.config.preprocess

@@ -44,8 +44,7 @@ def run(command: Callable[[], int], verbosity: int = 0, interrupted: str = "inte
 @contextmanager
 def _logging(verbosity: int) -> Iterator[None]:
     """Print what the SDK and the exporter log. On a terminal bars show the steps instead, except with more verbosity."""
-    quiet_terminal = stderr.is_terminal and not stderr.is_dumb_terminal
-    level = {-1: logging.ERROR, 1: logging.DEBUG}.get(verbosity, logging.WARNING if quiet_terminal else logging.INFO)
+    level = {-1: logging.ERROR, 1: logging.DEBUG}.get(verbosity, logging.WARNING if stderr.shows_progress else logging.INFO)
     handler, before = _Handler(), [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
     stderr.silenced = verbosity < 0
     for logger, _ in before:

@@ -252,10 +252,9 @@ def process_files(
         TokenFlowError: the only input failed.
     """
     failed, several = 0, len(inputs) > 1 if several is None else several
-    count = 0
     with progress_bar(verb, len(inputs), brief=True) as done:
-        for outcome in process(inputs):
-            done(count := count + 1)
+        for count, outcome in enumerate(process(inputs), 1):
+            done(count)
             if outcome is None:
                 continue
             if isinstance(outcome, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +21,7 @@ from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageRead
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator, model_id
 from tokenflow_sdk.generation.results import METADATA_KEY, GeneratedScale, Generation, png
-from tokenflow_sdk.model.sampling import Pass, SamplingParams
+from tokenflow_sdk.model.sampling import Pass, SamplingParams, random_seed
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["generate"]
@@ -42,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> int:
         if arguments.prompt is None:
             raise ArgumentError("No prompt was given.", 'Write it in quotes: tokenflow generate "a red apple on a table".')
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
-        seed = secrets.randbelow(2**63) if arguments.seed is None else arguments.seed
+        seed = random_seed() if arguments.seed is None else arguments.seed
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
     if output == STDIO:
         raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
@@ -90,11 +89,11 @@ def _save(steps: list[GeneratedScale], generation: Generation, output: Path, pro
         write_atomic(path, png(image, {**generation.metadata, "image": i}))
         stdout.print(str(path), soft_wrap=True)
     if progressive:
-        sides = steps[-1].codes[0].patch_nums
+        sides, previews = steps[-1].codes[0].patch_nums, [step.preview() for step in steps]
         tiles = [
-            (image, f"up to {side} x {side}")
+            (images[i], f"up to {side} x {side}")
             for i in range(len(steps[0].codes))
-            for side, image in zip(sides, (step.preview()[i] for step in steps), strict=True)
+            for side, images in zip(sides, previews, strict=True)
         ]
         write_atomic(output / "scales.png", png(contact_sheet(tiles, len(sides))))
         stdout.print(str(output / "scales.png"), soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 from tokenflow_sdk.arguments import file_path, instance, integer, real, shown
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
-from tokenflow_sdk.files import file_status, packaged_data, read_regular
+from tokenflow_sdk.files import is_regular, packaged_data, read_regular
 from tokenflow_sdk.passes.quantize import EightBit
 
 __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
@@ -116,7 +115,7 @@ class BuildConfig:
             MissingPackageError: Python is older than 3.11 and tomli is not installed.
         """
         places = (Path(file_path("name", name)), packaged_data("engines/configs") / f"{name}.toml")
-        path = next((path for path in places if _is_file(path)), None)
+        path = next((path for path in places if is_regular(path)), None)
         if path is None:
             raise ArgumentError(
                 f"There is no build config {os.fspath(name)!r}.", f"Give a path, or one of: {', '.join(build_config_names())}."
@@ -178,11 +177,6 @@ def _architecture(target: str) -> str:
     """The usual name of a GPU architecture, `sm89`, of which `sm_89`, `SM89` and `8.9` are other ways to write it."""
     found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", target.strip().lower())
     return f"sm{found[1]}{found[2]}" if found is not None else target
-
-
-def _is_file(path: Path) -> bool:
-    status = file_status(path)
-    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def build_config_names() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Generator as Pieces
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from tokenflow_sdk.generation.scale_loop import ScaleLoop
 from tokenflow_sdk.generation.scheduler import ImageRequest, ScaleScheduler
 from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.loaded_model import Progress
-from tokenflow_sdk.model.sampling import SamplingParams
+from tokenflow_sdk.model.sampling import SamplingParams, random_seed
 from tokenflow_sdk.model.transformer import PagedTransformer
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
@@ -131,7 +130,7 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
             return params if seed is None else replace(params, seed=seed)
         chosen = self.config.cfg_scale if cfg_scale is None else cfg_scale
         return SamplingParams.preset(
-            self.config.preset if preset is None else preset, chosen, secrets.randbelow(2**63) if seed is None else seed
+            self.config.preset if preset is None else preset, chosen, random_seed() if seed is None else seed
         )
 
     def _request(

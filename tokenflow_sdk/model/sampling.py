@@ -6,6 +6,7 @@ same codes in any batch.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,7 @@ __all__ = [
     "checked_top_p",
     "guidance",
     "probabilities",
+    "random_seed",
     "run_sampling",
     "sample",
     "uniform",
@@ -49,6 +51,11 @@ def checked_top_k(value: object) -> int:
 def checked_top_p(value: object) -> float:
     """`top_p` as a float; ArgumentError if it is out of range."""
     return real("top_p", value, 0, 1, "is no share of probability.", "Give a number from 0 (greedy) to 1 (all).")
+
+
+def random_seed() -> int:
+    """A seed for who gives none."""
+    return secrets.randbelow(2**63)
 
 
 def checked_seed(value: object) -> int:

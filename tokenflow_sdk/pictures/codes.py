@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tokenflow_sdk.arguments import file_path, instance, integer, items
-from tokenflow_sdk.errors import ArgumentError, ArrayError, CodebookMismatchError, CodesRangeError, CodesReadError
+from tokenflow_sdk.arguments import file_path, instance, integer, integer_row, items
+from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, CodesRangeError, CodesReadError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.pictures import tfc
 from tokenflow_sdk.pictures.preparation import Preparation
@@ -313,12 +313,7 @@ def _checked_header(codes: Codes) -> tfc.Header:
 
 def _checked_indices(indices: ArrayLike, header: tfc.Header) -> NDArray[np.integer[Any]]:
     hint = "Give one row, e.g. indices[0].astype(np.int32)."
-    try:
-        array = np.asarray(indices)
-    except (TypeError, ValueError) as error:
-        raise ArrayError(f"Code indices cannot become an array: {error}.", hint) from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ArrayError(f"Code indices must be a 1-D integer array, not {array.dtype}{list(array.shape)}.", hint)
+    array = integer_row("Code indices", indices, hint)
     outside = np.flatnonzero((array < 0) | (array >= header.codebook_size))
     if len(outside):
         raise CodesRangeError(

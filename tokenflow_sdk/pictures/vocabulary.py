@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tokenflow_sdk.arguments import integer
-from tokenflow_sdk.errors import ArgumentError, ArrayError, CodesRangeError
+from tokenflow_sdk.arguments import integer, integer_row
+from tokenflow_sdk.errors import ArgumentError, CodesRangeError
 from tokenflow_sdk.pictures.scales import Scales
 
 __all__ = ["CodesConfig", "Vocabulary"]
@@ -75,12 +75,7 @@ class Vocabulary:
             CodesRangeError: they are not as `write` gives them.
         """
         hint = "Give the ids of one picture, from its first token to its last."
-        try:
-            given = np.asarray(ids)
-        except (TypeError, ValueError) as error:
-            raise ArrayError(f"Ids cannot become an array: {error}.", hint) from error
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise ArrayError(f"Ids must be a 1-D integer array, not {given.dtype}{list(given.shape)}.", hint)
+        given = integer_row("Ids", ids, hint)
         layouts = [self._layout(scales, n) for n in range(1, len(scales) + 1)]
         fitting = [layout for layout in layouts if len(layout[0]) == len(given)]
         if not fitting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokenflow_sdk.arguments import integer, items, real, shown
 from tokenflow_sdk.errors import ArgumentError
-from tokenflow_sdk.model.sampling import checked_seed, checked_top_k, checked_top_p, sample
+from tokenflow_sdk.model.sampling import checked_seed, checked_top_k, checked_top_p, random_seed, sample
 
 __all__ = ["DEFAULT_MAX_TOKENS", "AnswerParams", "sample_token", "within"]
 
@@ -69,7 +68,7 @@ class AnswerParams:
         Raises:
             ArgumentError: a value that cannot work.
         """
-        base = cls(seed=secrets.randbelow(2**63)) if params is None else params
+        base = cls(seed=random_seed()) if params is None else params
         if not isinstance(base, AnswerParams):
             raise ArgumentError(f"params={shown(params)} are no settings of an answer.", "Give AnswerParams(...).")
         return replace(
