@@ -107,7 +107,7 @@ def _not_found(path: Path) -> BundleNotFoundError:
     return BundleNotFoundError(
         f"There is no bundle at {path} (no {MANIFEST} there).",
         (f"Did you mean {close}? Else give" if close else "Give")
-        + " the directory that `tokenflow export` wrote, or a hub id like org/name.",
+        + " the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
     )
 
 
