@@ -290,7 +290,7 @@ class Tokenizer(Reopening):
         workers = available_cores() if workers is None else integer("workers", workers, 1, 1024, wrong, "Give 1 to 1024.")
         self.preparation(preprocess, color, fast)
         prepare = partial(self._prepare, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)
-        pipeline = Pipeline(prepare, self._encode, self.batch_limit, workers, self._lanes())
+        pipeline = Pipeline(prepare, self._encode, self.batch_limit, workers, self.lanes())
         return pipeline.codes(source, errors == "raise")
 
     def preparation(self, preprocess: Preprocess | None = None, color: Color = "srgb", fast: bool = False) -> Preparation:
@@ -426,6 +426,12 @@ class Tokenizer(Reopening):
         """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search, for checking engines."""
         return self.graphs.latent(check_batch(images, self.config.image_size))
 
+    def lanes(self) -> int:
+        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
+        cores = available_cores()
+        on_cpu = self.graphs.load("encode").device == "cpu"
+        return max(2, cores // (self._threads or cores)) if on_cpu else 2
+
     def close(self) -> None:
         """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""
         self._closed = True
@@ -476,12 +482,6 @@ class Tokenizer(Reopening):
         else:
             return np.zeros((0, width) if pooled else (0, self.config.grid**2, width), np.float32)
         return np.concatenate([run(indices[i : i + self.batch_limit]) for i in range(0, len(indices), self.batch_limit)])
-
-    def _lanes(self) -> int:
-        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
-        cores = available_cores()
-        on_cpu = self.graphs.load("encode").device == "cpu"
-        return max(2, cores // (self._threads or cores)) if on_cpu else 2
 
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         for item in codes:

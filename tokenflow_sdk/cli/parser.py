@@ -85,10 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    # Listed here for the help only: `tokenflow_sdk.cli.main` hands `export` to the exporter, which has its own parser.
+    # Listed here for the help only: `tokenflow_sdk.cli.main` hands `export` and `serve` to parsers of their own.
     subparsers.add_parser(
         "export", add_help=False, help="convert a released PyTorch checkpoint to a bundle; needs the extra `export`"
     )
+    subparsers.add_parser("serve", add_help=False, help="answer over HTTP, with a page to try it; needs the extra `serve`")
     _add_info(subparsers)
     _add_encode(subparsers)
     _add_decode(subparsers)
