@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.server import generations, images, operations
+from tokenflow_sdk.server import chat, generations, images, inference, operations
 from tokenflow_sdk.server.errors import ApiError, handlers
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
@@ -79,9 +79,10 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
     )
     app.include_router(operations.router(models))
     work = APIRouter(dependencies=[Depends(ready)])
-    for each in (images, generations):
+    for each in (images, generations, chat):
         work.include_router(each.router(models))
     app.include_router(work)
+    app.include_router(inference.router(models))
     return app
 
 

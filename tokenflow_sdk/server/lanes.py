@@ -102,9 +102,12 @@ class Lanes:
         try:
             results = await loop.run_in_executor(self._pool, operation.run, [each.item for each in batch])
         except Exception as error:
-            for each in batch:
-                if not each.result.done():
-                    each.result.set_exception(error)
+            if len(batch) > 1:
+                # Whatever it was, it must not fail those that only shared the call.
+                for each in batch:
+                    await self._call([each])
+            elif not batch[0].result.done():
+                batch[0].result.set_exception(error)
         else:
             for each, found in zip(batch, results, strict=True):
                 if not each.result.done():

@@ -119,7 +119,7 @@ class Models:
 
     async def decoded_array(self, row: NDArray[np.int32]) -> NDArray[np.uint8]:
         """Code indices int32 [L], -1 in absent scales -> u8 [H, W, 3]."""
-        found: NDArray[np.uint8] = await self._lanes.run(self._decode, row)
+        found: NDArray[np.uint8] = await self._lanes.run(self._decode, self._checked(row))
         return found
 
     async def features(self, codes: Codes) -> NDArray[np.float32]:
@@ -133,7 +133,7 @@ class Models:
 
     async def semantic_array(self, row: NDArray[np.int32]) -> NDArray[np.float32]:
         """Code indices int32 [L], -1 in absent scales -> float32 [g * g, W]."""
-        found: NDArray[np.float32] = await self._lanes.run(self._semantic, row)
+        found: NDArray[np.float32] = await self._lanes.run(self._semantic, self._checked(row))
         return found
 
     async def embedding(self, codes: Codes) -> NDArray[np.float32]:
@@ -175,6 +175,10 @@ class Models:
         except CodebookMismatchError:
             # Of another tokenizer than the one served: it brings its own.
             return kind.open(name, options, None, pages)
+
+    def _checked(self, row: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The row alone is refused if it is wrong, not the call that it shares with others."""
+        return self.tokenizer.check_indices(row[None])[0]
 
     def _row(self, codes: Codes) -> NDArray[np.int32]:
         self.tokenizer.require(codes)
