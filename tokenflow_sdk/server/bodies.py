@@ -169,15 +169,18 @@ async def _from_form(request: Request, most: int) -> Inputs:
     pictures: list[Read] = []
     codes: list[CodesJson | bytes] = []
     options: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if not isinstance(value, UploadFile):
-            options[name] = value
-            continue
-        if name not in _FIELDS:
-            raise ApiError(422, f"The form's file {name[:100]!r} is not known. Call it `image`.", param=name)
-        data = await value.read()
-        if name == "tfc" or data.startswith(MAGIC):
-            codes.append(data)
-        else:
-            pictures.append(partial(bytes, data))
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                options[name] = value
+                continue
+            if name not in _FIELDS:
+                raise ApiError(422, f"The form's file {name[:100]!r} is not known. Call it `image`.", param=name)
+            data = await value.read()
+            if name == "tfc" or data.startswith(MAGIC):
+                codes.append(data)
+            else:
+                pictures.append(partial(bytes, data))
+    finally:
+        await form.close()
     return Inputs(pictures, codes, options)

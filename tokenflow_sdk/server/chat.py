@@ -101,7 +101,7 @@ def router(models: Models) -> APIRouter:
 async def _begun(models: Models, body: ChatRequest) -> RequestStream[str, Answer]:
     """The request on the model: read, checked and with its pictures encoded."""
     talk = _conversation(body.messages, models.settings.max_images, models.settings.max_prompt_chars)
-    given = {
+    given: dict[str, Any] = {
         "max_tokens": body.max_completion_tokens or body.max_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,

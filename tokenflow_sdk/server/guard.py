@@ -23,8 +23,8 @@ __all__ = ["ClientGone", "Guard"]
 
 _ACCESS = logging.getLogger("tokenflow_sdk.server.access")
 _ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
-_OPEN = ("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-"""Paths that need no key: the page, which asks for one, and what supervisors ask."""
+_PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+"""What supervisors ask: without keys, and by the address instead of a name."""
 _WORK = ("/v1/images/", "/v1/embeddings", "/v1/chat/", "/v2/models/")
 
 
@@ -70,10 +70,12 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, request: _Request) -> None:
         path: str = scope["path"]
-        if self._keys and path not in _OPEN and not path.startswith("/page/"):
-            self._require_key(request.headers.get(b"authorization", b""))
-        self._require_host(request.headers)
-        self._require_same_origin(request.headers)
+        if path not in _PROBES:
+            # The page asks for a key itself.
+            if self._keys and path != "/" and not path.startswith("/page/"):
+                self._require_key(request.headers.get(b"authorization", b""))
+            self._require_host(request.headers)
+            self._require_same_origin(request.headers)
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, request.send)
             return

@@ -16,9 +16,7 @@ from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.bundle.bundle import TINY, Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import CodebookMismatchError
 from tokenflow_sdk.generation.generator import Generator
-from tokenflow_sdk.language_model import LanguageModel
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.server.errors import ApiError
@@ -31,7 +29,6 @@ from tokenflow_sdk.understanding.understander import Understander
 __all__ = ["Models"]
 
 T = TypeVar("T")
-M = TypeVar("M", bound=LanguageModel[Any, Any])
 
 
 class Models:
@@ -80,10 +77,10 @@ class Models:
         for warm in (tok.decode, tok.features, tok.semantic):
             warm(codes)
         if self.generator_name != NONE:
-            self.generator = self._opened(Generator, self.generator_name, options)
+            self.generator = Generator.open(self.generator_name, options, self.tokenizer, s.pages)
             self.generator.generate("a red apple", seed=0)
         if s.understander is not None:
-            self.understander = self._opened(Understander, s.understander, options)
+            self.understander = Understander.open(s.understander, options, self.tokenizer, s.pages)
             self.understander.answer(codes, "What is this?", max_tokens=2)
         self.ready = True
 
@@ -168,17 +165,10 @@ class Models:
             raise ApiError(404, f"There is no model {name!r} here; there is {able!r}.", "model_not_found", "model")
         return able
 
-    def _opened(self, kind: type[M], name: str, options: RuntimeOptions) -> M:
-        pages = self.settings.pages
-        try:
-            return kind.open(name, options, self.tokenizer, pages)
-        except CodebookMismatchError:
-            # Of another tokenizer than the one served: it brings its own.
-            return kind.open(name, options, None, pages)
-
     def _checked(self, row: NDArray[np.int32]) -> NDArray[np.int32]:
         """The row alone is refused if it is wrong, not the call that it shares with others."""
-        return self.tokenizer.check_indices(row[None])[0]
+        checked: NDArray[np.int32] = self.tokenizer.check_indices(row[None])[0]
+        return checked
 
     def _row(self, codes: Codes) -> NDArray[np.int32]:
         self.tokenizer.require(codes)
