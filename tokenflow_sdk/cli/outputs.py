@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -170,8 +171,10 @@ def _held(path: Path) -> str:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) == MAGIC:
                 return "codes"
-        with Image.open(path) as image:
-            return "result" if _is_marked(image) else "else"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about pixels that are not read
+            with Image.open(path) as image:
+                return "result" if _is_marked(image) else "else"
     except UnidentifiedImageError:
         return "codes" if path.suffix.lower() == ".tfc" else "else"
     except Exception:  # a damaged image, or a file that may not be read

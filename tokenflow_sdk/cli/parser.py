@@ -132,7 +132,7 @@ def _add_decode(subparsers: _Subparsers) -> None:
     parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help=_SEVERAL.format("files of codes"))
     _add_output(
         parser,
-        "FILE.png, another image's name, or - (stdout, PNG) for a single file of codes; any other name is a directory "
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG) for a single file of codes; any other name is a directory "
         "(default: the current one; stdout for -)",
         f"{_OVER_IMAGES}; decode codes again whose PNGs are there",
     )
@@ -146,7 +146,7 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
     parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
     _add_output(
         parser,
-        "FILE.png, another image's name, or - (stdout, PNG); any other name is a directory for side_by_side.png "
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG); any other name is a directory for side_by_side.png "
         "(default: the current one)",
     )
     _add_engine_options(parser)
