@@ -184,7 +184,8 @@ def _held(path: Path) -> str:
 def _is_marked(image: Image.Image) -> bool:
     if image.format != "PNG":
         return bool(image.getexif().get(ExifTags.Base.Software) == _SOFTWARE)
-    # `info` has the chunks before the pixels, which are not read. Generations have the key `tokenflow`, older images no other.
+    # `info` has the chunks before the pixels, which are not read. Earlier versions wrote only `tokenflow_decoded`, and
+    # `Generation` writes only `tokenflow`.
     return image.info.get("Software") == _SOFTWARE or any(str(key).startswith("tokenflow") for key in image.info)
 
 
