@@ -16,6 +16,7 @@ GUIDE = (ROOT / "docs" / "guides" / "serving.md").read_text()
 ADDRESS = "http://127.0.0.1:8080"
 
 
+@pytest.mark.filterwarnings("ignore::tokenflow_sdk.errors.PreparationWarning")
 def test_every_snippet_runs(serve: Serve, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
