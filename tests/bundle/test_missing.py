@@ -75,7 +75,7 @@ def test_a_misspelt_name_is_told_the_nearest(
 
 
 def test_a_name_of_other_kinds_says_which(mini_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleNotFoundError, match="tiny holds a tokenizer and a generator, and no understander. Make one by "):
+    with pytest.raises(BundleNotFoundError, match="^tiny holds a tokenizer and a generator, and no understander. Make one by "):
         Understander.from_pretrained("tiny")
     (tmp_path / "tokenizer").symlink_to(mini_bundle)
     with pytest.raises(

@@ -59,9 +59,9 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join((ONNXRUNTIME, *FLAVOURS))}."
             )
-        if not all(target.isalnum() for target in self.targets):
-            wrong = next(target for target in self.targets if not target.isalnum())
-            raise ArgumentError(f"There is no GPU architecture {shown(wrong)}.", "Give names such as sm86 and sm89.")
+        for target in self.targets:
+            if not target.isalnum():
+                raise ArgumentError(f"There is no GPU architecture {shown(target)}.", "Give names such as sm86 and sm89.")
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
                 "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",

@@ -232,7 +232,7 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         best.engines.prepare(build=False)
         return best.engines.open, session
     if options.build_config is not None:
-        why = "; ".join(f"{each.title}: {each.reason}" for each in passed_over if each.backend in FLAVOURS)
+        why = "; ".join(f"{each.title}: {each.reason.rstrip('.')}" for each in passed_over if each.backend in FLAVOURS)
         _log.warning("The build config is not used, because no TensorRT engines run here (%s). %s runs.", why, best.title)
     return open_onnxruntime, replace(session, providers=best.providers) if best.providers else session
 

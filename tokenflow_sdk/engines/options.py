@@ -110,14 +110,14 @@ class RuntimeOptions:
             raise ArgumentError(
                 f"The build config is for onnxruntime, not for {self.backend}.", "Leave backend= or build_config= out."
             )
-        without_engines = {
-            "backend='onnxruntime'": self.backend == ONNXRUNTIME,
-            "providers=": self.backend == "auto" and self.providers is not None,
-            "device='cpu'": self.backend == "auto" and self.device == "cpu",
-        }
-        if config is not None and not for_cpus and any(without_engines.values()):
-            why = next(option for option, given in without_engines.items() if given)
+        without_engines = (
+            ("backend='onnxruntime'", self.backend == ONNXRUNTIME),
+            ("providers=", self.backend == "auto" and self.providers is not None),
+            ("device='cpu'", self.backend == "auto" and self.device == "cpu"),
+        )
+        other = next((option for option, given in without_engines if given), None)
+        if other is not None and config is not None and not for_cpus:
             raise ArgumentError(
-                f"The build config is for TensorRT engines, and with {why} none run.", f"Leave build_config= or {why} out."
+                f"The build config is for TensorRT engines, and with {other} none run.", f"Leave build_config= or {other} out."
             )
         return self.backend == ONNXRUNTIME or for_cpus
