@@ -51,7 +51,7 @@ def test_a_picture_and_its_codes_get_the_same_answer(
         (["photo.png", "", "--bundle", "{bundle}"], "is no question"),
         (["nowhere.png", "what?", "--bundle", "{bundle}"], "nowhere.png"),
         (["nowhere.tfc", "what?", "--bundle", "{bundle}"], "nowhere.tfc"),
-        (["photo.png", "what?", "--bundle", "{bundle}", "--temperature", "-1"], "temperature=-1.0"),
+        (["photo.png", "what?", "--bundle", "{bundle}", "--temperature", "-1"], "--temperature -1.0"),
         (["photo.png", "what?", "--bundle", "{bundle}", "--max-tokens", "9999"], "this model reads 1024"),
         (["photo.png", "what?", "--bundle", "{bundle}", "--tokenizer", "nowhere"], "is not at nowhere"),
     ],

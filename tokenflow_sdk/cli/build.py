@@ -12,6 +12,7 @@ from typing import Any
 from rich.progress import Progress
 from rich.table import Table
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
 from tokenflow_sdk.cli.console import stderr, stdout
@@ -163,8 +164,12 @@ def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress:
 def _build_config(arguments: argparse.Namespace) -> BuildConfig:
     """The build config named by --config, or the default, overridden by the other options."""
     base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
-    most = base.batch[2] if arguments.batch_limit is None else arguments.batch_limit
-    usual = min(base.batch[1], most) if arguments.batch_usual is None else arguments.batch_usual
+    most, usual, problem = arguments.batch_limit, arguments.batch_usual, "is no number of images in a call."
+    most = base.batch[2] if most is None else integer("batch_limit", most, 1, 2**31 - 1, problem, "Give at least 1.")
+    hint = f"Give 1 to {most}, the most images in a call, or raise batch_limit=."
+    usual = min(base.batch[1], most) if usual is None else integer("batch_usual", usual, 1, most, problem, hint)
+    if arguments.pages is not None:
+        integer("--pages", arguments.pages, 0, 2**31 - 1, "is no number of pages.", "Give 0 or more.")
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
     return base.with_overrides(
         backend=arguments.backend,

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.option_names import as_options
 from tokenflow_sdk.cli.outputs import STDIO
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, TokenFlowError
@@ -179,7 +180,7 @@ def process_files(
                 raise outcome
             else:
                 failed += 1
-                stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
+                stderr.print(f"error: {as_options(outcome)}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0

@@ -113,7 +113,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get(METADATA_KEY)
         metadata = json.loads(text) if text else None
     except (OSError, ValueError, SyntaxError) as error:
-        raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageReadError(f"{path} cannot be read: {why}.", "Give a PNG made by `tokenflow generate`.") from error
     keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
     if not isinstance(metadata, dict) or set(metadata) != keys or type(metadata["n"]) is not int:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")

@@ -18,6 +18,7 @@ from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, Tokeni
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.environment import environment, print_environment
+from tokenflow_sdk.cli.generate import read_metadata
 from tokenflow_sdk.cli.opening import bundle_name, bundle_paths, named_bundle
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
@@ -27,7 +28,7 @@ from tokenflow_sdk.engines.memory_plan import memory_plans
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.engines.profiles import graph_profiles
 from tokenflow_sdk.errors import OutputError
-from tokenflow_sdk.files import file_status, is_directory
+from tokenflow_sdk.files import file_status, is_directory, is_regular
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.pictures.codes import Codes
 
@@ -35,11 +36,14 @@ __all__ = ["info"]
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Describe a file of codes, or every bundle under a name; without one, what is installed here."""
+    """Describe a file of codes, a drawn image, or every bundle under a name; without one, what is installed here."""
     target = Path(bundle_name(arguments))
     if named_bundle(arguments) is None:
         found = environment()
         _print_json(found) if arguments.json else print_environment(found)
+    elif target.suffix.lower() == ".png" and is_regular(target):
+        drawn = read_metadata(target)
+        _print_json(drawn) if arguments.json else stdout.print("\n".join(f"{key}: {value}" for key, value in drawn.items()))
     elif target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
         codes = Codes.load(target)
         _print_json(_codes_facts(codes)) if arguments.json else _codes_info(codes)

@@ -107,7 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_info(subparsers: _Subparsers) -> None:
     summary = "print what a bundle or a .tfc file holds; without one, what is installed and which backends work"
     parser = _add_command(subparsers, "info", info.info, summary)
-    parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes")
+    parser.add_argument(
+        "target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, a file of codes, or a PNG of `tokenflow generate`"
+    )
     parser.add_argument("--bundle", metavar="PATH|NAME", help="the bundle, instead of the first argument")
     parser.add_argument("--graphs", action="store_true", help="also print the graphs' inputs and outputs, and all provenance")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
