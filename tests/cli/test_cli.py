@@ -143,6 +143,7 @@ def test_info_of_bundles_and_codes(mini_bundle: Path, capsys: pytest.CaptureFixt
     assert run("info", "p.tfc") == 0
     out = capsys.readouterr().out
     assert "mini_clip: 30 codes of 9 bits in 4 scales" in out
+    assert "its picture was fitted by crop; colours were converted to sRGB; the SHA-256 of its file begins with " in out
     first_end = int(re.findall(r"1 x 1\s*│\s*1\s*│\s*(\d+)", out)[0])
     Path("preview.tfc").write_bytes(Path("p.tfc").read_bytes()[:first_end])
     assert run("info", "preview.tfc") == 0
