@@ -121,6 +121,8 @@ def test_mistakes_get_a_sentence_and_status_2(
 def test_reconstruct_shows_every_scale(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("reconstruct", PHOTO, "--bundle", mini_bundle, "-o", "sheet.png") == 0
     assert re.search(r"PSNR \d+\.\d\d dB, 30 codes", capsys.readouterr().out)
+    assert run("reconstruct", PHOTO, "--bundle", mini_bundle, "-o", "sheet.png", "--quiet") == 0
+    assert capsys.readouterr().out == ""
     sheet = np.asarray(Image.open("sheet.png"))
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         codes = tokenizer.encode(PHOTO)
