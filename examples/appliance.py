@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("outbox", type=Path)
     parser.add_argument("--bundle", default="tiny")
     parser.add_argument("--scales", type=int, default=4, help="of a preview")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds; what does not change meanwhile is whole")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between looks; files unchanged by then are whole")
     arguments = parser.parse_args()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,7 +47,7 @@ def main() -> None:
                         print(f"{path.name}  {len(data):,} bytes", flush=True)
                 except TokenFlowError as error:
                     print(error, flush=True)
-                    bad[path] = now[path] if isinstance(error, errors.ImageError) else None  # others, as a full disk, pass
+                    bad[path] = now[path] if isinstance(error, errors.ImageError) else None  # others may pass, as a full disk
             before = now
     print("ended")
 

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("found.jpg"))
     arguments = parser.parse_args()
-    if arguments.out.suffix not in (".jpg", ".png") or not arguments.out.parent.is_dir():
+    if arguments.out.suffix.lower() not in (".jpg", ".png") or not arguments.out.parent.is_dir():
         parser.error(f"--out {arguments.out} is no .jpg or .png in a folder that exists")
     pictures = pictures_in(arguments.folder, below=True)
     with Tokenizer.from_pretrained(arguments.bundle) as tokenizer:
@@ -55,5 +55,5 @@ def nearest(vectors: np.ndarray, query: np.ndarray, count: int) -> tuple[np.ndar
 if __name__ == "__main__":
     try:
         main()
-    except TokenFlowError as error:
+    except (TokenFlowError, OSError) as error:
         sys.exit(f"error: {error}")

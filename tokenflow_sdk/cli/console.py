@@ -106,7 +106,7 @@ def make_table(*headers: str, title: str | None = None) -> Table:
 def _width() -> int | None:
     """Columns of stdout; None: rich asks $COLUMNS or the terminal. Piped output has none: 160 keep lines of tables whole."""
     columns = os.environ.get("COLUMNS", "")
-    known = (columns.isdigit() and int(columns) > 0) or (sys.stdout is not None and sys.stdout.isatty())
+    known = (columns.isdecimal() and int(columns) > 0) or (sys.stdout is not None and sys.stdout.isatty())
     return None if known else 160
 
 

@@ -141,9 +141,7 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
     summary = "write an image, its reconstruction from every number of scales, and their sizes and PSNR into one image"
     parser = _add_command(subparsers, "reconstruct", reconstruct.reconstruct, summary)
     parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
-    _add_output(
-        parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png", "write over a file of codes too"
-    )
+    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png", "write over codes too")
     _add_engine_options(parser)
     _add_image_options(parser)
 
