@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-__all__ = ["Parser", "add_command"]
+__all__ = ["Parser", "add_command", "add_verbosity"]
 
 _CHOICE = re.compile(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)")
 
@@ -72,17 +72,15 @@ def _nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def add_command(subparsers: argparse._SubParsersAction[Parser], name: str, summary: str) -> Parser:
-    """Add a command whose help begins with its summary. It has -q and -v, which set `verbosity` to -1 and 1; else it is 0."""
+    """Add a command with -q and -v, whose help begins with its summary."""
     parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "-q",
-        "--quiet",
-        dest="verbosity",
-        action="store_const",
-        const=-1,
-        default=0,
-        help="print results and errors only: no progress, and no lines about files that were written",
-    )
-    group.add_argument("-v", "--verbose", dest="verbosity", action="store_const", const=1, default=0, help="also print details")
+    add_verbosity(parser)
     return parser
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add -q and -v, which set `verbosity` to -1 and 1; else it is 0. The exporter's commands have them too."""
+    group = parser.add_mutually_exclusive_group()
+    quiet = "print results and errors only: no progress, and no lines about files that were written"
+    group.add_argument("-q", "--quiet", dest="verbosity", action="store_const", const=-1, default=0, help=quiet)
+    group.add_argument("-v", "--verbose", dest="verbosity", action="store_const", const=1, default=0, help="also print details")

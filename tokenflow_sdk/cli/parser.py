@@ -119,7 +119,7 @@ def _add_encode(subparsers: _Subparsers) -> None:
     _add_output(
         parser,
         ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
-        "write over images too, and encode images again whose codes are there",
+        also_forced="; encode images again whose codes are there",
     )
     _add_engine_options(parser)
     _add_image_options(parser)
@@ -131,7 +131,7 @@ def _add_decode(subparsers: _Subparsers) -> None:
     _add_output(
         parser,
         "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
-        "write over codes too, and decode codes again whose PNGs are there",
+        also_forced="; decode codes again whose PNGs are there",
     )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)
@@ -141,7 +141,7 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
     summary = "write an image, its reconstruction from every number of scales, and their sizes and PSNR into one image"
     parser = _add_command(subparsers, "reconstruct", reconstruct.reconstruct, summary)
     parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
-    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png", "write over codes too")
+    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png")
     _add_engine_options(parser)
     _add_image_options(parser)
 
@@ -156,7 +156,7 @@ def _add_generate(subparsers: _Subparsers) -> None:
         help="draw again with the prompt and settings in this image's metadata; takes no PROMPT, -n or sampling option",
     )
     parser.add_argument("-n", type=int, metavar="N", help="number of images (default: 1)")
-    _add_output(parser, "directory for 1.png, 2.png ... (default: the current one)", "write over codes too")
+    _add_output(parser, "directory for 1.png, 2.png ... (default: the current one)")
     parser.add_argument(
         "--preset", help="sampling passes for each scale: fast (1), balanced (2) or paper (3); default: the model's"
     )
@@ -288,9 +288,13 @@ def _path(text: str) -> Path:
     return path.absolute() if path == files.STDIO and text != str(path) else path
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, forced: str) -> None:
+def _add_output(parser: argparse.ArgumentParser, text: str, also_forced: str = "") -> None:
     parser.add_argument("-o", "--output", type=_path, metavar="PATH", help=text)
-    parser.add_argument("--force", action="store_true", help=f"{forced}; an input is never written over")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write codes over images and images over codes, but never over an input" + also_forced,
+    )
 
 
 def _add_cache_option(parser: argparse.ArgumentParser) -> None:
