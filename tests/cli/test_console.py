@@ -49,7 +49,7 @@ def test_names_are_printed_as_they_are(mini_bundle: Path, here: Path, capsys: py
     assert main(["info", "[/x]:smile:"]) == 0
     assert "[/x]:smile:" in capsys.readouterr().out
     assert main(["encode", "[/y]:cat:.png"]) == 2
-    assert "error: [/y]:cat:.png cannot be read" in capsys.readouterr().err
+    assert "error: No file matches [/y]:cat:.png." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", None), ("", 160), ("0", 160), ("wide", 160)])

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.cli.console import stdout
-from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
+from tokenflow_sdk.cli.outputs import check_outputs, make_directory, output_file, save_image
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
@@ -29,7 +29,9 @@ __all__ = ["generate"]
 
 def generate(arguments: argparse.Namespace) -> int:
     """Draw images from a prompt, or again from a PNG's metadata; write them as PNG files."""
-    output: Path = arguments.output or Path()
+    output = Path() if arguments.output is None else arguments.output.path
+    if arguments.output is not None and output_file(arguments.output, codes=False) is not None:
+        raise ArgumentError(f"Pictures are drawn into a directory, and {output} is not one.", "Give -o a directory: -o drawn.")
     if arguments.replay is not None:
         _refuse_besides_replay(arguments)
         metadata = read_metadata(arguments.replay)
@@ -43,11 +45,10 @@ def generate(arguments: argparse.Namespace) -> int:
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
         seed = random_seed() if arguments.seed is None else arguments.seed
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
-    if output == STDIO:
-        raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
     names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
     inputs = [] if arguments.replay is None else [arguments.replay]
     check_outputs(inputs, (output / name for name in names), codes=False, force=arguments.force)
+    make_directory(output)
     with open_generator(arguments) as generator:
         if metadata is None:
             own = generator.config
@@ -83,7 +84,6 @@ def _draw(
 
 
 def _save(steps: list[GeneratedScale], generation: Generation, output: Path, progressive: bool) -> None:
-    make_directory(output)
     for i, image in enumerate(generation.images):
         path = output / f"{i + 1}.png"
         write_atomic(path, png(image, {**generation.metadata, "image": i}))
@@ -95,7 +95,7 @@ def _save(steps: list[GeneratedScale], generation: Generation, output: Path, pro
             for i in range(len(steps[0].codes))
             for side, images in zip(sides, previews, strict=True)
         ]
-        write_atomic(output / "scales.png", png(contact_sheet(tiles, len(sides))))
+        save_image(contact_sheet(tiles, len(sides)), output / "scales.png")
         stdout.note(str(output / "scales.png"), soft_wrap=True)
 
 

@@ -9,8 +9,9 @@ from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.cli import ask, bench, build, decode, encode, files, generate, info, reconstruct, verify
+from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, verify
 from tokenflow_sdk.cli.help import Parser, add_command
+from tokenflow_sdk.cli.outputs import STDIO, Output
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
@@ -77,6 +78,7 @@ built for, and for an unchanged graph; otherwise it is built again.
 
 _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
 _INSTEAD = "the bundle, instead of the first argument"
+_OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
 
@@ -118,8 +120,9 @@ def _add_encode(subparsers: _Subparsers) -> None:
     parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help=_SEVERAL.format("image files"))
     _add_output(
         parser,
-        ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
-        also_forced="; encode images again whose codes are there",
+        "FILE.tfc or - (stdout) for a single image; any other name is a directory (default: the current one; stdout for -). "
+        "In it the codes of b.jpg are b.tfc, and those of a.jpg and a.png, if both are given, a.jpg.tfc and a.png.tfc",
+        "replace files that are no codes, but never an input; encode images again whose codes are there",
     )
     _add_engine_options(parser)
     _add_image_options(parser)
@@ -130,8 +133,9 @@ def _add_decode(subparsers: _Subparsers) -> None:
     parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help=_SEVERAL.format("files of codes"))
     _add_output(
         parser,
-        "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
-        also_forced="; decode codes again whose PNGs are there",
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG) for a single file of codes; any other name is a directory "
+        "(default: the current one; stdout for -)",
+        f"{_OVER_IMAGES}; decode codes again whose PNGs are there",
     )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)
@@ -141,7 +145,11 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
     summary = "write an image, its reconstruction from every number of scales, and their sizes and PSNR into one image"
     parser = _add_command(subparsers, "reconstruct", reconstruct.reconstruct, summary)
     parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
-    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png")
+    _add_output(
+        parser,
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG); any other name is a directory for side_by_side.png "
+        "(default: the current one)",
+    )
     _add_engine_options(parser)
     _add_image_options(parser)
 
@@ -285,16 +293,16 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("a file has an empty name")
     path = Path(text)
-    return path.absolute() if path == files.STDIO and text != str(path) else path
+    return path.absolute() if path == STDIO and text != str(path) else path
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, also_forced: str = "") -> None:
-    parser.add_argument("-o", "--output", type=_path, metavar="PATH", help=text)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="write codes over images and images over codes, but never over an input" + also_forced,
-    )
+def _output(text: str) -> Output:
+    return Output.of(_path(text), text)
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str, forced: str = _OVER_IMAGES) -> None:
+    parser.add_argument("-o", "--output", type=_output, metavar="PATH", help=text)
+    parser.add_argument("--force", action="store_true", help=forced)
 
 
 def _add_cache_option(parser: argparse.ArgumentParser) -> None:
