@@ -16,10 +16,10 @@ from rich.text import Text
 from tokenflow_sdk.errors import OutputError
 from tokenflow_sdk.steps import StepLog
 
-__all__ = ["make_table", "stderr", "stdout"]
+__all__ = ["PlainConsole", "make_table", "stderr", "stdout"]
 
 
-class _Console(Console):
+class PlainConsole(Console):
     """Prints text as it is: names of files and bundles may look like rich's markup or emoji codes."""
 
     silenced = False
@@ -49,7 +49,7 @@ class _Console(Console):
                 raise _stdout_error(error) from error
 
     def note(self, *objects: Any, **options: Any) -> None:
-        """Print what was written where, unless the console is silenced. Raises as `print`."""
+        """Print what was written, skipped or left out, unless the console is silenced. Raises as `print`."""
         if not self.silenced:
             self.print(*objects, **options)
 
@@ -110,5 +110,5 @@ def _width() -> int | None:
     return None if known else 160
 
 
-stdout = _Console(width=_width())
-stderr = _Console(stderr=True)
+stdout = PlainConsole(width=_width())
+stderr = PlainConsole(stderr=True)
