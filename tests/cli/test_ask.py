@@ -48,6 +48,7 @@ def test_a_picture_and_its_codes_get_the_same_answer(
         (["photo.png", "what?"], "No model that answers questions comes with the SDK"),
         (["photo.png", "what?"], "tokenflow export understanding --checkpoint DIR"),
         (["photo.png", "what?", "--bundle", "nowhere"], "There is no bundle at nowhere"),
+        (["photo.png", "What", "is", "this?"], "There is no image at What. Check the path, and put the question in quotes."),
         (["photo.png", "", "--bundle", "{bundle}"], "is no question"),
         (["nowhere.png", "what?", "--bundle", "{bundle}"], "nowhere.png"),
         (["nowhere.tfc", "what?", "--bundle", "{bundle}"], "nowhere.tfc"),

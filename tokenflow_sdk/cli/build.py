@@ -15,7 +15,7 @@ from rich.table import Table
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import make_table, stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.cli.verify import verify_bundles
@@ -64,7 +64,7 @@ def build(arguments: argparse.Namespace) -> int:
         for job in jobs:
             rows.append(_build_engine(job, trt, store, progress))
             progress.advance(whole)
-    table = Table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
+    table = make_table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
     for row in rows:
         done = "in the cache already" if row.seconds is None else f"built in {row.seconds:.1f} s"
         key = row.engine.key
@@ -98,7 +98,7 @@ def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCac
 
 
 def _plan_table(plan: MemoryPlan) -> Table:
-    table = Table(
+    table = make_table(
         "graph", "weights", "scratch", "inputs and outputs", "weights and scratch are", title=f"memory, {plan.target}"
     )
     for graph in plan.graphs:
@@ -133,7 +133,7 @@ def cache(arguments: argparse.Namespace) -> int:
         stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", soft_wrap=True)
         return 0
     entries = store.entries()
-    table = Table("graph", "target", "precision", "engine", "size", "comparison", "file")
+    table = make_table("graph", "target", "precision", "engine", "size", "comparison", "file")
     for entry in entries:
         key = entry.key
         names = (key.graph, key.target, key.precision, f"{key.flavour} {key.version}")

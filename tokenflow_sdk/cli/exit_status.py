@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from tokenflow_sdk.cli.console import stderr
+from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.option_names import as_options
 from tokenflow_sdk.cli.signals import Stopped, stopped_by_signals
 from tokenflow_sdk.errors import TokenFlowError
@@ -47,14 +47,14 @@ def _logging(verbosity: int) -> Iterator[None]:
     """Print what the SDK and the exporter log. On a terminal bars show the steps instead, except with more verbosity."""
     level = {-1: logging.ERROR, 1: logging.DEBUG}.get(verbosity, logging.WARNING if stderr.shows_progress else logging.INFO)
     handler, before = _Handler(), [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
-    stderr.silenced = verbosity < 0
+    stdout.silenced = stderr.silenced = verbosity < 0
     for logger, _ in before:
         logger.setLevel(level)
         logger.addHandler(handler)
     try:
         yield
     finally:
-        stderr.silenced = False
+        stdout.silenced = stderr.silenced = False
         for logger, former in before:
             logger.removeHandler(handler)
             logger.setLevel(former)
