@@ -41,9 +41,7 @@ def running(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def failure(*options: str, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [*COMMAND, *options], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
-    )
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
