@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenflow_export.cli.parser import make_parser as make_export_parser
 from tokenflow_sdk.cli.parser import make_parser
+from tokenflow_sdk.cli.serve import make_parser as make_serve_parser
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 
@@ -27,25 +28,23 @@ SIGTERM, 129 after SIGHUP.
 
 def page() -> str:
     """The whole page."""
-    return _HEAD + "\n".join([*_section(make_parser(), ()), *_section(make_export_parser(), ())])
+    parsers = make_parser(), make_serve_parser(), make_export_parser()
+    return _HEAD + "\n".join(line for parser in parsers for line in _section(parser))
 
 
-def _section(parser: argparse.ArgumentParser, summary: tuple[str, ...]) -> Iterator[str]:
+def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
     """A parser and what is below it."""
     commands = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
     yield f"## {parser.prog}\n"
-    for text in filter(None, summary):
-        yield f"{text[0].upper()}{text[1:]}.\n"
-    first, _, rest = (parser.description or "").partition("\n\n")
-    if examples := rest.strip("\n"):
-        yield f"{' '.join(first.split())}\n"
-        yield f"```text\n{examples}\n```\n"
+    first, _, examples = (parser.description or "").partition("\n\n")
+    yield f"{' '.join(first.split())}\n"
+    if examples:
+        yield "```text\n{}\n```\n".format(examples.strip("\n"))
     if commands is not None:
-        helps = {choice.dest: choice.help for choice in commands._choices_actions}
         for name, command in commands.choices.items():
-            # `export` is a parser of its own, which follows.
-            if name != "export":
-                yield from _section(command, (helps[name],))
+            # These are parsers of their own, which follow.
+            if name not in ("export", "serve"):
+                yield from _section(command)
         return
     yield f"```text\n{_usage(parser)}\n```\n"
     yield "| argument | what |"

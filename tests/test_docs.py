@@ -6,7 +6,7 @@ released ones. `console` blocks show what cannot run here (released checkpoints,
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import runpy
@@ -37,7 +37,9 @@ DOCUMENTS = sorted(
         *ROOT.glob("models/**/*.md"),
     }
 )
-RUN = [page for page in PAGES if re.search(r"^```(python|bash)$", page.read_text(), re.MULTILINE)]
+SERVED = ROOT / "docs" / "guides" / "serving.md"
+"""Its snippets ask a server: tests/server/test_guide.py runs them."""
+RUN = [page for page in PAGES if page != SERVED and re.search(r"^```(python|bash)$", page.read_text(), re.MULTILINE)]
 SHOWN = [document for document in DOCUMENTS if re.search(r"^```console$", document.read_text(), re.MULTILINE)]
 
 
@@ -62,10 +64,10 @@ def console_commands(document: Path) -> list[list[str]]:
 def refusal(words: list[str]) -> str | None:
     """Why a command cannot be typed; None: it can."""
     if words[0] == "tokenflow":
-        export = words[1] == "export"
-        parser = importlib.import_module("tokenflow_export.cli.parser").make_parser() if export else make_parser()
+        own = {"export": "tokenflow_export.cli.parser", "serve": "tokenflow_sdk.cli.serve"}.get(words[1])
+        parser = importlib.import_module(own).make_parser() if own else make_parser()
         try:
-            parser.parse_args(words[2:] if export else words[1:])
+            parser.parse_args(words[2:] if own else words[1:])
         except SystemExit as error:
             return f"the parser exits with {error.code}"
         return None
@@ -76,9 +78,11 @@ def refusal(words: list[str]) -> str | None:
         extras = re.findall(r"^([a-z-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         found = re.fullmatch(r"tokenflow-sdk\[([a-z,-]+)\]", words[2])
         return None if found and set(found[1].split(",")) <= set(extras) else "there is no such extra"
+    if words[:2] == ["python", "-m"]:
+        return None if importlib.util.find_spec(words[2]) else "there is no such module"
     if words[0] == "python":
         return None if (ROOT / words[1]).is_file() else "there is no such script"
-    return None if words[0] in ("cp", "git", "cd", "hf") else "it is none of the project's commands"
+    return None if words[0] in ("cp", "git", "cd", "hf", "uvicorn") else "it is none of the project's commands"
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from PIL import Image
 from tests.conftest import ROOT
 from tokenflow_sdk import Codes, Tokenizer
 from tokenflow_sdk.cli import main
-from tokenflow_sdk.cli.files import code_files, image_files, output_paths, save_image
-from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, OutputError
+from tokenflow_sdk.cli.files import code_files, image_files
+from tokenflow_sdk.cli.outputs import Output, output_paths
+from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 
@@ -25,87 +26,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "export")]))
     return tmp_path
-
-
-@pytest.fixture
-def codes(mini_bundle: Path) -> Codes:
-    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
-        return tokenizer.codes(np.zeros(30, int))
-
-
-def contents() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["encode", "photo.png", "-o", "photo.png"],
-        ["encode", "photo.png", "-o", "photo.png", "--force"],
-        ["encode", "photo.png", "-o", "link.tfc"],
-        ["encode", "photo.png", "-o", "hard.tfc", "--force"],
-        ["encode", "photo.png", "-o", "sub/../photo.png"],
-        ["encode", "link.tfc", "-o", "photo.png", "--force"],
-        ["encode", "photo.png", "-o", "other.png"],
-        ["encode", "photo.png", "-o", "picture.tfc"],
-        ["encode", "photo.png", "-o", "cut.jpg"],
-        ["encode", "photo.png", "-o", "notes.txt"],
-        ["encode", "photo.tfc/../photo.png", "picture.tfc", "-o", "."],
-        ["decode", "codes.tfc", "-o", "codes.tfc", "--force"],
-        ["decode", "codes.png", "-o", "codes.png", "--force"],
-        ["decode", "codes.tfc", "-o", "codes.png"],
-        ["decode", "codes.png", "-o", "."],
-        ["reconstruct", "photo.png", "-o", "photo.png", "--force"],
-        ["reconstruct", "photo.png", "-o", "codes.png"],
-        ["reconstruct", "photo.png", "-o", "codes.tfc"],
-    ],
-)
-def test_nothing_of_value_is_replaced(
-    words: list[str], mini_bundle: Path, here: Path, codes: Codes, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("photo.png", "other.png"):
-        Image.new("RGB", (70, 70), "red").save(name)
-    (here / "link.tfc").symlink_to("photo.png")
-    os.link("photo.png", "hard.tfc")
-    (here / "sub").mkdir()
-    shutil.copy("other.png", "picture.tfc")
-    (here / "cut.jpg").write_bytes(PHOTO.read_bytes()[:3000])
-    (here / "notes.txt").write_text("kept")
-    codes.save("codes.tfc")
-    codes.save("codes.png")
-    before = contents()
-    assert main([*words, "--bundle", str(mini_bundle)]) == 2
-    assert contents() == before
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_force_replaces_the_other_kind(mini_bundle: Path, here: Path, codes: Codes) -> None:
-    Image.new("RGB", (70, 70), "red").save("other.png")
-    codes.save("codes.png")
-    (here / "empty.png").write_bytes(b"")
-    bundle = ["--bundle", str(mini_bundle)]
-    assert main(["encode", str(PHOTO), "-o", "other.png", "--force", *bundle]) == 0
-    assert main(["encode", str(PHOTO), "-o", "empty.png", *bundle]) == 0
-    assert main(["encode", str(PHOTO), "-o", "empty.png", *bundle]) == 0
-    assert Codes.load("other.png") == Codes.load("empty.png")
-    assert main(["decode", "empty.png", "-o", "codes.png", "--force", *bundle]) == 0
-    assert main(["reconstruct", str(PHOTO), "-o", "codes.png", *bundle]) == 0
-    with Image.open("codes.png") as image:
-        assert image.format == "PNG"
-
-
-def test_a_replay_is_not_replaced_by_what_it_draws(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "a red apple", "--preset", "fast", "-o", "out"]) == 0
-    before = (here / "out/1.png").read_bytes()
-    assert main(["generate", "--replay", "out/1.png", "-o", "out", "--force"]) == 2
-    assert "out/1.png is an input" in capsys.readouterr().err
-    assert (here / "out/1.png").read_bytes() == before
-    shutil.copy("out/1.png", "out/replay.png")
-    Codes(np.zeros(1, int), (1, 2), 500, "x", "ab" * 8).save("out/1.png")
-    assert main(["generate", "--replay", "out/replay.png", "-o", "out"]) == 2
-    assert "out/1.png exists and is a file of codes" in capsys.readouterr().err
-    assert main(["generate", "a red apple", "-o", "-"]) == 2
-    assert sorted(os.listdir()) == ["out"]
 
 
 def piped(*words: str, data: bytes | None = b"") -> subprocess.CompletedProcess[bytes]:
@@ -253,25 +173,6 @@ def test_a_directory_that_cannot_be_listed_is_named(here: Path, monkeypatch: pyt
         image_files([Path("closed")])
 
 
-def test_endings_that_are_written(here: Path) -> None:
-    image = Image.new("RGB", (300, 200), "red")
-    Image.init()
-    for ending in sorted(Image.EXTENSION):
-        output = here / f"x{ending}"
-        try:
-            save_image(image, output)
-        except ArgumentError as error:
-            assert "no ending of a picture format" in str(error)
-            assert not output.exists()
-            continue
-        with Image.open(output) as written:
-            assert written.size == image.size
-            assert np.abs(np.asarray(written.convert("RGB"), int) - np.asarray(image, int)).max() < 8
-    assert {"x.png", "x.jpg", "x.webp", "x.tif", "x.bmp"} <= set(os.listdir())
-    with pytest.raises(OutputError, match="cannot be written as WEBP"):
-        save_image(Image.new("RGB", (20000, 1)), here / "wide.webp")
-
-
 def test_what_is_left_out_of_a_directory_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = here / "d"
     (pictures / ".git").mkdir(parents=True)
@@ -311,7 +212,7 @@ def test_directories_and_patterns_name_what_is_below_and_results_lie_likewise(he
         "in/one/a.png": "one",
         "missing*.png": ".",
     }
-    assert output_paths(image_files([Path("in")]), Path("out"), ".tfc")[2:] == [
+    assert output_paths(image_files([Path("in")]), Output(Path("out")), codes=True)[2:] == [
         Path("out/one/a.tfc"),
         Path("out/one/two/b.tfc"),
     ]
@@ -365,8 +266,8 @@ def test_many_files_are_checked_in_linear_time(here: Path) -> None:
 
         __hash__ = type(Path()).__hash__
 
-    paths = [Counted(f"{i}.jpg") for i in range(2000)]
+    paths = [Counted(f"{i}{ending}") for i in range(1000) for ending in (".jpg", ".png")]
     found = image_files(paths)
     assert list(found) == paths
-    assert len(output_paths(found, Path("out"), ".tfc")) == 2000
+    assert len(output_paths(found, Output(Path("out")), codes=True)) == 2000
     assert Counted.compared < 20_000

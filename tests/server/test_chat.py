@@ -51,8 +51,9 @@ def test_openais_client_gets_the_answer_of_the_sdk(client: openai.OpenAI, unders
 
 def test_stored_codes_are_a_part_of_their_own(client: openai.OpenAI, understander: Understander, codes: Codes) -> None:
     part = {"type": "image_codes", "image_codes": {"tfc": base64.b64encode(codes.to_bytes()).decode()}}
-    wanted = understander.answer([codes, codes], "Same?", params=AnswerParams(max_tokens=4, temperature=1.0, top_p=0.9, seed=3))
-    found = ask(client, [user(part, PICTURE, {"type": "text", "text": "Same?"})], max_completion_tokens=4, temperature=1.0, top_p=0.9, seed=3)  # fmt: skip
+    drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    wanted = understander.answer([codes, codes], "Same?", params=AnswerParams(max_tokens=4, **drawn))  # type: ignore[arg-type]
+    found = ask(client, [user(part, PICTURE, {"type": "text", "text": "Same?"})], max_completion_tokens=4, **drawn)
     assert found.choices[0].message.content == wanted.text
 
 

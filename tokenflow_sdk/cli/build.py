@@ -13,11 +13,12 @@ from typing import Any
 from rich.progress import Progress
 from rich.table import Table
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle, open_bundle
 from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import make_table, stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_name, bundle_paths
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.cli.verify import verify_bundles
@@ -75,7 +76,7 @@ def build(arguments: argparse.Namespace) -> int:
         for job in jobs:
             rows.append(_build_engine(job, trt, store, progress))
             progress.advance(whole)
-    table = Table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
+    table = make_table("graph", "target", "precision", "size", "", title=f"{build_config.backend} {trt.__version__}")
     for row in rows:
         done = "in the cache already" if row.seconds is None else f"built in {row.seconds:.1f} s"
         key = row.engine.key
@@ -141,7 +142,7 @@ def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCac
 
 
 def _plan_table(plan: MemoryPlan) -> Table:
-    table = Table(
+    table = make_table(
         "graph", "weights", "scratch", "inputs and outputs", "weights and scratch are", title=f"memory, {plan.target}"
     )
     for graph in plan.graphs:
@@ -176,7 +177,7 @@ def cache(arguments: argparse.Namespace) -> int:
         stdout.print(f"{store.clear() / 1e6:,.1f} MB freed in {store.directory}", soft_wrap=True)
         return 0
     entries = store.entries()
-    table = Table("graph", "target", "precision", "engine", "size", "comparison", "file")
+    table = make_table("graph", "target", "precision", "engine", "size", "comparison", "file")
     for entry in entries:
         key = entry.key
         names = (key.graph, key.target, key.precision, f"{key.flavour} {key.version}")
@@ -212,8 +213,12 @@ def _build_config(arguments: argparse.Namespace) -> BuildConfig:
         base = BuildConfig(backend=ONNXRUNTIME, precision="fp32")
     else:
         base = BuildConfig()
-    most = base.batch[2] if arguments.batch_limit is None else arguments.batch_limit
-    usual = min(base.batch[1], most) if arguments.batch_usual is None else arguments.batch_usual
+    most, usual, problem = arguments.batch_limit, arguments.batch_usual, "is no number of images in a call."
+    most = base.batch[2] if most is None else integer("batch_limit", most, 1, 2**31 - 1, problem, "Give at least 1.")
+    hint = f"Give 1 to {most}, the most images in a call, or raise batch_limit=."
+    usual = min(base.batch[1], most) if usual is None else integer("batch_usual", usual, 1, most, problem, hint)
+    if arguments.pages is not None:
+        integer("--pages", arguments.pages, 0, 2**31 - 1, "is no number of pages.", "Give 0 or more.")
     targets = None if arguments.architectures is None else tuple(arguments.architectures.split(","))
     return base.with_overrides(
         backend=arguments.backend,

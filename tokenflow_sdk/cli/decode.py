@@ -10,17 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.files import (
-    STDIO,
-    check_outputs,
-    code_files,
-    image_format,
-    input_bytes,
-    output_paths,
-    process_files,
-    save_image,
-)
+from tokenflow_sdk.cli.files import check_match, code_files, input_bytes, process_files
 from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.cli.outputs import STDIO, check_outputs, image_format, output_paths, save_image
 from tokenflow_sdk.errors import CodesReadError, TokenFlowError
 from tokenflow_sdk.files import is_regular
 from tokenflow_sdk.pictures.codes import Codes
@@ -37,7 +29,7 @@ MADE_FROM = "tokenflow_decoded"
 def decode(arguments: argparse.Namespace) -> int:
     """Decode .tfc files, all scales or the coarsest ones only; write an image file for each. Skip PNGs that are there."""
     found = code_files(arguments.files)
-    outputs = dict(zip(found, output_paths(found, arguments.output, ".png"), strict=True))
+    outputs = dict(zip(found, output_paths(found, arguments.output, codes=False), strict=True))
     for output in outputs.values():
         image_format(output)
     check_outputs(outputs, outputs.values(), codes=False, force=arguments.force)
@@ -48,6 +40,7 @@ def decode(arguments: argparse.Namespace) -> int:
             nonlocal skipped
             for path in paths:
                 try:
+                    check_match(path, CodesReadError)
                     codes = Codes.from_bytes(input_bytes(CodesReadError, MAX_BYTES + 1)) if path == STDIO else Codes.load(path)
                     if arguments.scales is not None:
                         codes = codes.truncate(arguments.scales)
@@ -69,8 +62,8 @@ def decode(arguments: argparse.Namespace) -> int:
 
         lines = stderr if STDIO in outputs.values() else stdout
         status = process_files(list(found), decode_each, "decoding", lines=lines)
-    if skipped and not stderr.silenced:
-        stderr.print(
+    if skipped:
+        stderr.note(
             f"{skipped} of {len(outputs)} skipped: their images are there, decoded from the same codes by this tokenizer; "
             "--force decodes them again",
             soft_wrap=True,

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.files import STDIO, check_outputs, image_files, input_bytes, output_paths, process_files, write
+from tokenflow_sdk.cli.files import check_match, image_files, input_bytes, process_files
 from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.cli.outputs import STDIO, check_outputs, output_paths, write
 from tokenflow_sdk.errors import CodesError, ImageReadError, TokenFlowError
 from tokenflow_sdk.files import is_regular
 from tokenflow_sdk.pictures.codes import Codes
@@ -25,7 +26,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Encode image files; write a .tfc file for each and print its size. Skip those whose codes are there."""
     found = image_files(arguments.images)
     images = list(found)
-    outputs = dict(zip(images, output_paths(found, arguments.output, ".tfc"), strict=True))
+    outputs = dict(zip(images, output_paths(found, arguments.output, codes=True), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
         preparation = tokenizer.preparation(arguments.preprocess, arguments.color, arguments.fast)
@@ -39,6 +40,7 @@ def encode(arguments: argparse.Namespace) -> int:
                 # Before the image is read: a file that changes meanwhile is then encoded again.
                 digests[path] = _digest(path)
                 try:
+                    check_match(path, ImageReadError)
                     yield input_bytes(ImageReadError) if path == STDIO else path
                 except TokenFlowError as error:
                     unread[path] = error
@@ -66,8 +68,8 @@ def encode(arguments: argparse.Namespace) -> int:
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:
     """The images, keys of `outputs`, that must be encoded. Prints how many others there are, and why they are skipped."""
     images = [path for path, output in outputs.items() if not _is_done(path, output, tokenizer, preparation)]
-    if (skipped := len(outputs) - len(images)) and not stderr.silenced:
-        stderr.print(
+    if skipped := len(outputs) - len(images):
+        stderr.note(
             f"{skipped} of {len(outputs)} skipped: their codes are there, made from the same files by this tokenizer "
             "with these options; --force encodes them again",
             soft_wrap=True,

@@ -1,45 +1,31 @@
-"""Input and output files of the commands: which files to read, where results go, and processing file by file."""
+"""Input files of the commands: which files to read, and processing file by file."""
 
 from __future__ import annotations
 
 import glob
-import io
 import itertools
 import os
 import re
-import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from rich.console import Console
-
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import PlainConsole, stderr, stdout
+from tokenflow_sdk.cli.option_names import as_options
+from tokenflow_sdk.cli.outputs import STDIO
 from tokenflow_sdk.cli.progress import progress_bar
-from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, OutputError, TokenFlowError
-from tokenflow_sdk.files import file_status, is_directory, write_atomic
+from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, TokenFlowError
+from tokenflow_sdk.files import file_status, is_directory
 from tokenflow_sdk.pictures.images import SUFFIXES
-from tokenflow_sdk.pictures.tfc import MAGIC
 
 __all__ = [
-    "STDIO",
-    "check_outputs",
+    "check_match",
     "code_files",
     "image_files",
-    "image_format",
     "input_bytes",
-    "make_directory",
-    "output_paths",
     "process_files",
-    "save_image",
-    "write",
 ]
 
-STDIO = Path("-")
-"""Names stdin as an input, and stdout as an output."""
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".tga")
-"""Endings of images that are written. In its other formats Pillow cannot write RGB, changes the size, or writes a document."""
 _SHOWN = 10
 """Most names in a message."""
 
@@ -58,6 +44,7 @@ def _find(paths: Sequence[Path], endings: frozenset[str], what: str, problem: ty
     """The files to read: a directory stands for the files in it and below it that have one of the endings.
 
     Where no file has the name of a path, it is a pattern, as `photos/**/*.jpg`, which shells do not replace within quotes.
+    One that fits nothing stays, for `check_match`, as a file that cannot be read: the others are processed.
 
     Returns:
         For each file the directory of its result, relative to the output: as it lies in the directory or pattern that named it.
@@ -70,7 +57,7 @@ def _find(paths: Sequence[Path], endings: frozenset[str], what: str, problem: ty
     for path in paths:
         if is_directory(path):
             named = {file: file.parent.relative_to(path) for file in _files_below(path, endings, what, problem)}
-        elif path != STDIO and file_status(path) is None and glob.has_magic(str(path)):
+        elif _is_pattern(path):
             named = _matches(path) or {path: Path()}
         else:
             named = {path: Path()}
@@ -79,6 +66,16 @@ def _find(paths: Sequence[Path], endings: frozenset[str], what: str, problem: ty
                 raise ArgumentError(f"{file} was given twice.", "Give each file once.")
             found[file] = place
     return found
+
+
+def check_match(path: Path, problem: type[TokenFlowError]) -> None:
+    """Refuse a pattern that fits no file, left by `image_files` and `code_files` in the place of files. Raises `problem`."""
+    if _is_pattern(path):
+        raise problem(f"No file matches {path}.", "Check the pattern and the directory that it begins with.")
+
+
+def _is_pattern(path: Path) -> bool:
+    return path != STDIO and file_status(path) is None and glob.has_magic(str(path))
 
 
 def _matches(pattern: Path) -> dict[Path, Path]:
@@ -119,94 +116,11 @@ def _files_below(directory: Path, endings: frozenset[str], what: str, problem: t
 
 
 def _say_left_out(directory: Path, paths: Sequence[Path], why: str) -> None:
-    if paths and not stderr.silenced:
+    if paths:
         names = ", ".join(str(path.relative_to(directory)) for path in paths[:_SHOWN]) + (
             ", ..." if len(paths) > _SHOWN else ""
         )
-        stderr.print(f"{directory}: {len(paths)} left out ({why}): {names}", soft_wrap=True)
-
-
-def output_paths(inputs: Mapping[Path, Path], output: Path | None, suffix: str) -> list[Path]:
-    """The path of each input's result. Creates the directories that they lie in.
-
-    Args:
-        inputs: input files, and for each the directory of its result, relative to the output.
-        output: a file name or `STDIO`, for a single input; otherwise a directory. None: `STDIO` if that is the input, else the
-            current directory.
-        suffix: ending of the results' names in a directory, e.g. `.tfc`.
-
-    Raises:
-        ArgumentError: two results would have the same path, or several inputs would go into one file.
-        OutputError: a directory cannot be created.
-    """
-    if output is None and list(inputs) == [STDIO]:
-        output = STDIO
-    if output is not None and (output == STDIO or (output.suffix and not is_directory(output))):
-        if len(inputs) > 1:
-            raise ArgumentError(f"{len(inputs)} results cannot go into the one file {output}.", "Give -o a directory.")
-        return [output]
-    directory = output or Path()
-    paths: dict[Path, Path] = {}
-    for path, place in inputs.items():
-        result = directory / place / f"{'stdin' if path == STDIO else path.stem}{suffix}"
-        if result in paths:
-            raise ArgumentError(
-                f"{paths[result]} and {path} would both be written to {result}.", "Encode them into two directories."
-            )
-        paths[result] = path
-    for parent in dict.fromkeys([directory, *(result.parent for result in paths)]):
-        make_directory(parent)
-    return list(paths)
-
-
-def make_directory(directory: Path) -> None:
-    """Create an output directory, and those above it.
-
-    Raises:
-        OutputError: it cannot be created.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise OutputError(f"{directory} cannot be made: {why}.", "Choose another -o.") from error
-
-
-def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path], *, codes: bool, force: bool) -> None:
-    """Refuse to write results over files that may be wanted still.
-
-    Args:
-        inputs: files that are read. None of them is ever replaced, under whatever name.
-        outputs: files to be written.
-        codes: whether codes are written, which replace only codes and empty files; images replace everything but codes.
-        force: replace files of the other kind too.
-
-    Raises:
-        OutputError: an output is one of the inputs, or a file of the other kind.
-    """
-    read = {(status.st_dev, status.st_ino) for path in inputs if (status := file_status(path)) is not None}
-    for output in outputs:
-        status = file_status(output)
-        if output == STDIO or status is None:
-            continue
-        if (status.st_dev, status.st_ino) in read:
-            raise OutputError(f"{output} is an input, which would be replaced.", "Choose another -o.")
-        if not force and stat.S_ISREG(status.st_mode) and status.st_size and _holds_codes(output) != codes:
-            what = "not a file of codes" if codes else "a file of codes"
-            raise OutputError(f"{output} exists and is {what}.", "Choose another -o, or replace it with --force.")
-
-
-def _holds_codes(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                return True
-        with Image.open(path):
-            return False
-    except UnidentifiedImageError:
-        return path.suffix.lower() == ".tfc"
-    except Exception:  # a damaged image, or a file that may not be read
-        return False
+        stderr.note(f"{directory}: {len(paths)} left out ({why}): {names}", soft_wrap=True)
 
 
 def input_bytes(kind: type[TokenFlowError], limit: int = -1) -> bytes:
@@ -232,7 +146,7 @@ def process_files(
     inputs: Sequence[Path],
     process: Callable[[Sequence[Path]], Iterable[str | TokenFlowError | None]],
     verb: str,
-    lines: Console = stdout,
+    lines: PlainConsole = stdout,
     several: bool | None = None,
 ) -> int:
     """Process files with a progress bar. A file that fails does not stop the others.
@@ -258,54 +172,12 @@ def process_files(
             if outcome is None:
                 continue
             if isinstance(outcome, str):
-                if not stderr.silenced:
-                    lines.print(outcome, soft_wrap=True)
+                lines.note(outcome, soft_wrap=True)
             elif not several:
                 raise outcome
             else:
                 failed += 1
-                stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
+                stderr.print(f"error: {as_options(outcome)}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0
-
-
-def image_format(output: Path) -> str:
-    """Pillow's name of the format that an output's ending says; PNG for `STDIO`.
-
-    Raises:
-        ArgumentError: the ending is that of no image format, or of one that is not written.
-    """
-    Image.init()
-    found = "PNG" if output == STDIO else Image.EXTENSION.get(output.suffix.lower(), "")
-    if found not in Image.SAVE or output.suffix.lower() not in ("", *_ENDINGS):
-        raise ArgumentError(f"{output} has no ending of a picture format.", "Use .png, .jpg or .webp.")
-    return found
-
-
-def save_image(image: Image.Image, output: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write an image in the format that the file name's ending says, PNGs with `texts`. Raises as `image_format`, `write`."""
-    buffer, chosen = io.BytesIO(), image_format(output)
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in (texts or {}).items():
-        chunks.add_text(key, text)
-    try:
-        image.save(buffer, chosen, **({"pnginfo": chunks} if chosen == "PNG" else {}))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{output} cannot be written as {chosen}: {error}.", "Use .png.") from error
-    write(buffer.getvalue(), output)
-
-
-def write(data: bytes, output: Path) -> None:
-    """Write a result to a file or, for `STDIO`, to stdout.
-
-    Raises:
-        OutputError: it cannot be written.
-        ArgumentError: stdout is a terminal.
-    """
-    if output != STDIO:
-        write_atomic(output, data)
-        return
-    if stdout.is_terminal:
-        raise ArgumentError("The result is no text to show on a terminal.", "Redirect the output, or give -o a file.")
-    stdout.write_bytes(data)

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
 from tokenflow_sdk.cli.console import stdout
-from tokenflow_sdk.cli.files import STDIO, check_outputs, make_directory
 from tokenflow_sdk.cli.opening import open_generator
+from tokenflow_sdk.cli.outputs import check_outputs, make_directory, output_file, save_image
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodebookMismatchError, ImageReadError
 from tokenflow_sdk.files import write_atomic
@@ -29,7 +29,9 @@ __all__ = ["generate"]
 
 def generate(arguments: argparse.Namespace) -> int:
     """Draw images from a prompt, or again from a PNG's metadata; write them as PNG files."""
-    output: Path = arguments.output or Path()
+    output = Path() if arguments.output is None else arguments.output.path
+    if arguments.output is not None and output_file(arguments.output, codes=False) is not None:
+        raise ArgumentError(f"Pictures are drawn into a directory, and {output} is not one.", "Give -o a directory: -o drawn.")
     if arguments.replay is not None:
         _refuse_besides_replay(arguments)
         metadata = read_metadata(arguments.replay)
@@ -43,11 +45,10 @@ def generate(arguments: argparse.Namespace) -> int:
         # Checks the options before the model is loaded; the model's own defaults are filled in below.
         seed = random_seed() if arguments.seed is None else arguments.seed
         params = SamplingParams.preset(arguments.preset or "paper", arguments.cfg_scale or 0.0, seed)
-    if output == STDIO:
-        raise ArgumentError("Drawn pictures are not written to stdout.", "Give -o a directory.")
     names = [f"{i + 1}.png" for i in range(arguments.n)] + ["scales.png"] * arguments.progressive
     inputs = [] if arguments.replay is None else [arguments.replay]
     check_outputs(inputs, (output / name for name in names), codes=False, force=arguments.force)
+    make_directory(output)
     with open_generator(arguments) as generator:
         if metadata is None:
             own = generator.config
@@ -59,7 +60,7 @@ def generate(arguments: argparse.Namespace) -> int:
         seconds = perf_counter() - began
         _save(steps, generation, output, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
-    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
+    stdout.note(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
 
 
@@ -83,11 +84,10 @@ def _draw(
 
 
 def _save(steps: list[GeneratedScale], generation: Generation, output: Path, progressive: bool) -> None:
-    make_directory(output)
     for i, image in enumerate(generation.images):
         path = output / f"{i + 1}.png"
         write_atomic(path, png(image, {**generation.metadata, "image": i}))
-        stdout.print(str(path), soft_wrap=True)
+        stdout.note(str(path), soft_wrap=True)
     if progressive:
         sides, previews = steps[-1].codes[0].patch_nums, [step.preview() for step in steps]
         tiles = [
@@ -95,8 +95,8 @@ def _save(steps: list[GeneratedScale], generation: Generation, output: Path, pro
             for i in range(len(steps[0].codes))
             for side, images in zip(sides, previews, strict=True)
         ]
-        write_atomic(output / "scales.png", png(contact_sheet(tiles, len(sides))))
-        stdout.print(str(output / "scales.png"), soft_wrap=True)
+        save_image(contact_sheet(tiles, len(sides)), output / "scales.png")
+        stdout.note(str(output / "scales.png"), soft_wrap=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get(METADATA_KEY)
         metadata = json.loads(text) if text else None
     except (OSError, ValueError, SyntaxError) as error:
-        raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageReadError(f"{path} cannot be read: {why}.", "Give a PNG made by `tokenflow generate`.") from error
     keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
     if not isinstance(metadata, dict) or set(metadata) != keys or type(metadata["n"]) is not int:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")

@@ -9,8 +9,9 @@ from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.cli import ask, bench, build, decode, encode, files, generate, info, reconstruct, verify
-from tokenflow_sdk.cli.help import Parser, add_verbosity
+from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, verify
+from tokenflow_sdk.cli.help import Parser, add_command
+from tokenflow_sdk.cli.outputs import STDIO, Output
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
@@ -78,6 +79,8 @@ built for, and for an unchanged graph; otherwise it is built again.
 """
 
 _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
+_INSTEAD = "the bundle, instead of the first argument"
+_OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
 
@@ -108,8 +111,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_info(subparsers: _Subparsers) -> None:
     summary = "print what a bundle or a .tfc file holds; without one, what is installed and which backends work"
     parser = _add_command(subparsers, "info", info.info, summary)
-    parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes")
-    parser.add_argument("--bundle", metavar="PATH|NAME", help="the bundle, instead of the first argument")
+    parser.add_argument(
+        "target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, a file of codes, or a PNG of `tokenflow generate`"
+    )
+    parser.add_argument("--bundle", metavar="PATH|NAME", help=f"{_INSTEAD}: a directory or a Hugging Face id")
     parser.add_argument("--graphs", action="store_true", help="also print the graphs' inputs and outputs, and all provenance")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     _add_pins(parser)
@@ -120,8 +125,9 @@ def _add_encode(subparsers: _Subparsers) -> None:
     parser.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help=_SEVERAL.format("image files"))
     _add_output(
         parser,
-        ".tfc file or - (stdout) for a single image, else a directory (default: the current one; stdout for -)",
-        also_forced="; encode images again whose codes are there",
+        "FILE.tfc or - (stdout) for a single image; any other name is a directory (default: the current one; stdout for -). "
+        "In it the codes of b.jpg are b.tfc, and those of a.jpg and a.png, if both are given, a.jpg.tfc and a.png.tfc",
+        "replace files that are no codes, but never an input; encode images again whose codes are there",
     )
     _add_engine_options(parser)
     _add_image_options(parser)
@@ -132,8 +138,9 @@ def _add_decode(subparsers: _Subparsers) -> None:
     parser.add_argument("files", nargs="+", type=_path, metavar="FILE.tfc", help=_SEVERAL.format("files of codes"))
     _add_output(
         parser,
-        "image file or - (stdout, PNG) for a single file of codes, else a directory (default: the current one; stdout for -)",
-        also_forced="; decode codes again whose PNGs are there",
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG) for a single file of codes; any other name is a directory "
+        "(default: the current one; stdout for -)",
+        f"{_OVER_IMAGES}; decode codes again whose PNGs are there",
     )
     parser.add_argument("--scales", type=int, metavar="N", help="decode only the N coarsest scales (default: all)")
     _add_engine_options(parser)
@@ -143,7 +150,11 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
     summary = "write an image, its reconstruction from every number of scales, and their sizes and PSNR into one image"
     parser = _add_command(subparsers, "reconstruct", reconstruct.reconstruct, summary)
     parser.add_argument("image", type=_path, metavar="IMAGE", help="an image file")
-    _add_output(parser, "the image file to write, or - (stdout, PNG); default: side_by_side.png")
+    _add_output(
+        parser,
+        "FILE.png, .jpg, .webp ... or - (stdout, PNG); any other name is a directory for side_by_side.png "
+        "(default: the current one)",
+    )
     _add_engine_options(parser)
     _add_image_options(parser)
 
@@ -200,7 +211,7 @@ def _add_verify(subparsers: _Subparsers) -> None:
     summary = "check a bundle's files against their hashes, and its results on this machine against its reference"
     parser = _add_command(subparsers, "verify", verify.verify, summary)
     parser.add_argument("target", nargs="?", metavar="BUNDLE", help="default: tiny")
-    _add_engine_options(parser)
+    _add_engine_options(parser, what=_INSTEAD)
 
 
 def _add_bench(subparsers: _Subparsers) -> None:
@@ -213,7 +224,7 @@ def _add_bench(subparsers: _Subparsers) -> None:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser)
+    _add_engine_options(parser, what=_INSTEAD)
 
 
 def _add_build(subparsers: _Subparsers) -> None:
@@ -278,16 +289,16 @@ def _add_build(subparsers: _Subparsers) -> None:
 
 def _add_cache(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "cache", build.cache, "list or remove the engines in the engine cache")
-    parser.add_argument("action", choices=("list", "clear"))
+    what = "list prints the engines, their sizes and how their comparisons ended; clear removes them all"
+    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear", help=what)
     _add_cache_option(parser)
 
 
 def _add_command(
     subparsers: _Subparsers, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser = add_command(subparsers, name, summary)
     parser.set_defaults(run=run)
-    add_verbosity(parser)
     return parser
 
 
@@ -296,16 +307,16 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("a file has an empty name")
     path = Path(text)
-    return path.absolute() if path == files.STDIO and text != str(path) else path
+    return path.absolute() if path == STDIO and text != str(path) else path
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, also_forced: str = "") -> None:
-    parser.add_argument("-o", "--output", type=_path, metavar="PATH", help=text)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="write codes over images and images over codes, but never over an input" + also_forced,
-    )
+def _output(text: str) -> Output:
+    return Output.of(_path(text), text)
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str, forced: str = _OVER_IMAGES) -> None:
+    parser.add_argument("-o", "--output", type=_output, metavar="PATH", help=text)
+    parser.add_argument("--force", action="store_true", help=forced)
 
 
 def _add_cache_option(parser: argparse.ArgumentParser) -> None:

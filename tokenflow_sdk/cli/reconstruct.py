@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.files import STDIO, check_outputs, image_format, save_image
 from tokenflow_sdk.cli.opening import open_tokenizer
+from tokenflow_sdk.cli.outputs import STDIO, check_outputs, image_format, output_paths, save_image
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
@@ -20,7 +20,7 @@ __all__ = ["reconstruct"]
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Encode an image, decode every prefix of its scales, and write a contact sheet with sizes and PSNR."""
-    output = arguments.output or Path("side_by_side.png")
+    (output,) = output_paths({Path("side_by_side"): Path()}, arguments.output, codes=False)
     image_format(output)
     check_outputs([arguments.image], [output], codes=False, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:
@@ -46,7 +46,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
     lines = stderr if output == STDIO else stdout
-    lines.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
+    lines.note(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
     return 0
 
 

@@ -74,7 +74,6 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         lifespan=lifespan,
         middleware=middleware,
         exception_handlers=handlers(),
-        docs_url=None,
         redoc_url=None,
     )
     app.state.models = models
