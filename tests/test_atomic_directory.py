@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenflow_sdk.atomic_directory import atomic_directory
+from tokenflow_sdk.atomic_directory import DirectoryKind, atomic_directory
 from tokenflow_sdk.bundle.bundle import MANIFEST
-from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.errors import MissingPackageError, OutputError
 
 
 def write(out: Path, text: str = "new", force: bool = False) -> None:
@@ -88,3 +88,21 @@ def test_places_that_cannot_be_written_are_named(name: str, tmp_path: Path) -> N
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=f"Writing .*{name} failed"):
         write(tmp_path / name)
+
+
+def test_without_filelock_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with pytest.raises(MissingPackageError, match="Writing a bundle needs filelock"):
+        write(tmp_path / "b")
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_kind_of_directory_is_told_by_its_own_rule(tmp_path: Path) -> None:
+    notes = DirectoryKind("notebook", lambda path: (path / "notes").exists(), "--notes")
+    write(tmp_path / "b")
+    with (
+        pytest.raises(OutputError, match="b is not a notebook, so it is not replaced. Choose another --notes"),
+        atomic_directory(tmp_path / "b", True, 10, notes),
+    ):
+        pass
+    assert (tmp_path / "b" / MANIFEST).read_text() == "new"

@@ -90,12 +90,12 @@ def _checked(out: Path, force: bool, kind: DirectoryKind) -> Path:
 
 @contextmanager
 def _locked(out: Path, kind: DirectoryKind) -> Iterator[None]:
-    """Let no other process begin to write `out`, and delete what killed ones left. The system releases the lock of a dead process."""
+    """Let no other process begin to write `out`, and delete what killed ones left. The lock of a dead process is free."""
     try:
         from filelock import FileLock, Timeout
     except ImportError as error:
         raise MissingPackageError(
-            f"Writing a {kind.name} needs filelock, which is not installed.", "Run `pip install filelock`."
+            f"Writing a {kind.name} needs filelock, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
         ) from error
     path = out.with_name(f".{out.name}.lock")
     try:

@@ -22,7 +22,7 @@ from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import TensorSpec
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.triton_repository import write_triton_repository
-from tokenflow_sdk.errors import CorruptBundleError, OutputError
+from tokenflow_sdk.errors import BackendError, CorruptBundleError, OutputError
 
 GRAPHS = ["decode", "encode", "features", "semantic"]
 TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_INT32": "tensor(int32)", "TYPE_FP32": "tensor(float)"}
@@ -122,6 +122,13 @@ def test_a_damaged_bundle_leaves_nothing(bundle_copy: Path, tmp_path: Path) -> N
     with pytest.raises(CorruptBundleError, match="damaged"):
         write_triton_repository(bundle, tmp_path / "out" / "models", 8)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_is_gone_is_named(mini_bundle: Path, tmp_path: Path) -> None:
+    engines = {name: tmp_path / f"{name}.engine" for name in GRAPHS}
+    with pytest.raises(BackendError, match=r"decode\.engine is gone|encode\.engine is gone"):
+        write_triton_repository(Bundle.open(mini_bundle, TokenizerConfig), tmp_path / "models", 8, engines)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_joined_is_refused(mini_bundle: Path, tmp_path: Path) -> None:

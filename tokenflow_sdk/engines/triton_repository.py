@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenflow_sdk import __version__
 from tokenflow_sdk.atomic_directory import DirectoryKind, atomic_directory
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec, require
+from tokenflow_sdk.errors import BackendError
 from tokenflow_sdk.files import read_regular
 
 __all__ = ["write_triton_repository"]
@@ -45,6 +45,7 @@ def write_triton_repository(
 
     Raises:
         CorruptBundleError: a file is damaged or missing.
+        BackendError: an engine is gone.
         OutputError: `out` exists or cannot be written.
         MissingPackageError: filelock is not installed.
     """
@@ -53,17 +54,22 @@ def write_triton_repository(
         name: _graph_files(bundle.path, entry) if engines is None else {"model.plan": engines[name]}
         for name, entry in bundle.graphs.items()
     }
-    needed = sum(path.stat().st_size for files in sources.values() for path in files.values())
-    with atomic_directory(out, force, needed, DirectoryKind("Triton repository", _was_written_here, "--triton")) as staging:
-        for name, files in sources.items():
-            version = staging / name / "1"
-            version.mkdir(parents=True)
-            for file, source in files.items():
-                shutil.copyfile(source, version / file)
-            config = _config(name, bundle.graphs[name], "onnxruntime" if engines is None else "tensorrt", batch)
-            said = f"{_WRITTEN} {__version__} from a bundle whose bundle.json has the SHA-256 {bundle.sha256}.\n"
-            (staging / name / _CONFIG).write_text(said + config, encoding="utf-8")
-    return list(sources)
+    backend = "onnxruntime" if engines is None else "tensorrt"
+    said = f"{_WRITTEN} from a bundle whose bundle.json has the SHA-256 {bundle.sha256}.\n"
+    configs = {name: said + _config(name, entry, backend, batch) for name, entry in bundle.graphs.items()}
+    try:
+        needed = sum(path.stat().st_size for files in sources.values() for path in files.values())
+        with atomic_directory(out, force, needed, _REPOSITORY) as staging:
+            for name, config in configs.items():
+                version = staging / name / "1"
+                version.mkdir(parents=True)
+                for file, source in sources[name].items():
+                    shutil.copyfile(source, version / file)
+                (staging / name / _CONFIG).write_text(config, encoding="utf-8")
+    except FileNotFoundError as error:
+        # The cache of engines may be cleared at any time.
+        raise BackendError(f"{error.filename} is gone.", "Run the command again.") from error
+    return list(configs)
 
 
 def _graph_files(directory: Path, entry: GraphEntry) -> dict[str, Path]:
@@ -100,3 +106,6 @@ def _is_written(model: Path) -> bool:
         return read_regular(model / _CONFIG, _MOST_CONFIG_BYTES).startswith(_WRITTEN.encode())
     except OSError:
         return False
+
+
+_REPOSITORY = DirectoryKind("Triton repository", _was_written_here, "--triton")
