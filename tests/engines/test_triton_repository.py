@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from tests.conftest import DATA, ROOT
 from tokenflow_export.tracing.onnx_export import file_entry
 from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.backends.providers import CUDA, SETTINGS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import TensorSpec
@@ -52,6 +53,9 @@ def test_what_is_written_is_in_tritons_schema_and_is_what_the_files_say(
         config = config_of(out / name, schema)
         assert (config.name, config.backend, config.max_batch_size) == (name, "onnxruntime", 8)
         assert config.HasField("dynamic_batching")
+        (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+        assert (cuda.name, dict(cuda.parameters)) == ("cuda", SETTINGS[CUDA])
+        assert cuda.parameters["use_tf32"] == "0"
         session = onnxruntime.InferenceSession(out / name / "1" / "model.onnx", providers=["CPUExecutionProvider"])
         for written, tensors in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
             types = [
@@ -99,6 +103,7 @@ def test_engines_are_those_that_were_built(mini_bundle: Path, tmp_path: Path, sc
     assert {(tmp_path / "models" / name / "1" / "model.plan").read_bytes() for name in GRAPHS} == built
     configs = [config_of(tmp_path / "models" / name, schema) for name in GRAPHS]
     assert {(config.backend, config.max_batch_size) for config in configs} == {("tensorrt", 4)}
+    assert not any(config.HasField("optimization") for config in configs)
 
 
 def test_only_what_was_written_here_is_replaced(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenflow_sdk.atomic_directory import DirectoryKind, atomic_directory
+from tokenflow_sdk.backends.providers import CUDA, SETTINGS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec, require
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME
 from tokenflow_sdk.errors import BackendError
 from tokenflow_sdk.files import read_regular
 
@@ -54,7 +56,7 @@ def write_triton_repository(
         name: _graph_files(bundle.path, entry) if engines is None else {"model.plan": engines[name]}
         for name, entry in bundle.graphs.items()
     }
-    backend = "onnxruntime" if engines is None else "tensorrt"
+    backend = ONNXRUNTIME if engines is None else "tensorrt"
     said = f"{_WRITTEN} from a bundle whose bundle.json has the SHA-256 {bundle.sha256}.\n"
     configs = {name: said + _config(name, entry, backend, batch) for name, entry in bundle.graphs.items()}
     try:
@@ -88,6 +90,11 @@ def _config(name: str, entry: GraphEntry, backend: str, batch: int) -> str:
         lines += [f"{field} [", ",\n".join(map(_tensor, specs)), "]"]
     if batch > 1:
         lines.append("dynamic_batching { }")
+    if backend == ONNXRUNTIME:
+        # On a GPU Triton leaves onnxruntime's defaults, among them TF32, which changes codes.
+        settings = (f'parameters {{ key: "{key}" value: "{value}" }}' for key, value in SETTINGS[CUDA].items())
+        accelerator = f'{{ name: "cuda" {" ".join(settings)} }}'
+        lines.append(f"optimization {{ execution_accelerators {{ gpu_execution_accelerator [ {accelerator} ] }} }}")
     return "\n".join(lines) + "\n"
 
 
