@@ -42,7 +42,6 @@ COVERED_BY = {
     ]
     + ["tokenflow_export/tokenizer/reference_images", "tokenflow_export/versions"],
     "export/precision/test_search.py": ["tokenflow_export/cli/precision"],
-    "export/tracing/test_weight_quantization.py": ["tokenflow_export/tracing/onnx_export"],
     "generation/test_generator.py": [
         "tokenflow_export/models/llama",
         "tokenflow_export/language_model/generator_graphs",

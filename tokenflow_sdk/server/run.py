@@ -32,6 +32,8 @@ def serve(settings: Settings) -> None:
     app = create_app(settings, failed)
     listener = _listener(settings.host, settings.port)
     _access_log()
+    # It warns of each damaged form, whose sender is told already.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     if settings.host not in LOOPBACK and settings.api_key_file is None:
         _LOG.warning("everybody who reaches %s may use this server; --api-key-file asks for keys", settings.host)
     config = uvicorn.Config(
