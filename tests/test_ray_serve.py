@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -55,7 +56,8 @@ def ray_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil
     # Ray's sockets are below it, and the name of a socket must be short.
     directory = tempfile.mkdtemp(prefix="ray")
     path = os.pathsep.join([str(EXAMPLE), *filter(None, sys.path)])
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory, "PYTHONPATH": path}
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = os.environ | own | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(tmp_path / "config.yaml")]
     with (tmp_path / "log").open("w") as log:
         process = psutil.Popen(command, env=environment, stdout=log, stderr=log)
