@@ -40,7 +40,7 @@ COVERED_BY = {
     "export/tokenizer/test_export.py": [
         f"tokenflow_export/{name}" for name in ("cli/bundles", "cli/parser", "cli/standin", "progress", "tokenizer/graphs")
     ]
-    + ["tokenflow_export/tokenizer/reference_images"],
+    + ["tokenflow_export/tokenizer/reference_images", "tokenflow_export/versions"],
     "export/precision/test_search.py": ["tokenflow_export/cli/precision"],
     "generation/test_generator.py": [
         "tokenflow_export/models/llama",

@@ -71,6 +71,8 @@ Build a bundle's TensorRT engines into the engine cache.
       decoder in 8 bits; run `tokenflow export calibrate` first
   tokenflow build bundles/t2i --config l4 --plan
       the memory that the engines will take; builds nothing
+  tokenflow build bundles/clipb_256 --triton models
+      no engines: a model repository of Triton, whose onnxruntime runs it
 
 An engine is used only with the TensorRT version and GPU architecture it was
 built for, and for an unchanged graph; otherwise it is built again.
@@ -272,7 +274,16 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="X",
         help="memory of the GPU in GB (10^9 bytes); engines that need more are not built (default: that of the GPU here)",
     )
-    parser.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results = parser.add_mutually_exclusive_group()
+    results.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results.add_argument(
+        "--triton",
+        type=_path,
+        metavar="DIR",
+        help="write a tokenizer's graphs as a model repository of NVIDIA's Triton: with --backend tensorrt the engines, "
+        "without --backend and --config the ONNX files",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a repository that --triton wrote")
     _add_cache_option(parser)
 
 

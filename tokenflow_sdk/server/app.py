@@ -77,6 +77,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         exception_handlers=handlers(),
         redoc_url=None,
     )
+    app.state.models = models
     app.include_router(operations.router(models))
     work = APIRouter(dependencies=[Depends(ready)])
     for each in (images, generations, chat):
