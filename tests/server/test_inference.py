@@ -61,11 +61,15 @@ def test_health_and_metadata(client: httpx.Client, tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize("binary", [True, False])
 def test_models_give_what_the_sdk_gives(client: httpx.Client, tokenizer: Tokenizer, binary: bool) -> None:
     pixels = np.stack([tokenizer.preprocess(PHOTO), 255 - tokenizer.preprocess(PHOTO)])
-    codes = infer(client, "encode", "images", pixels, "codes", binary).copy()
+    codes = infer(client, "encode", "images", pixels, "code_indices", binary).copy()
     np.testing.assert_array_equal(codes, tokenizer.encode_array(pixels))
     codes[1, 5:] = -1
-    np.testing.assert_array_equal(infer(client, "decode", "codes", codes, "images", binary), tokenizer.decode_array(codes))
-    np.testing.assert_array_equal(infer(client, "semantic", "codes", codes, "features", binary), tokenizer.semantic(codes))
+    np.testing.assert_array_equal(
+        infer(client, "decode", "code_indices", codes, "images", binary), tokenizer.decode_array(codes)
+    )
+    np.testing.assert_array_equal(
+        infer(client, "semantic", "code_indices", codes, "features", binary), tokenizer.semantic(codes)
+    )
 
 
 NVIDIAS_CLIENT = """
@@ -81,7 +85,7 @@ assert client.is_model_ready("encode") and client.is_model_ready("encode", "1") 
 assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
 assert client.get_model_metadata("encode", "1")["name"] == "encode"
 for binary in (True, False):
-    for model, name, kind, output in (("encode", "images", "UINT8", "codes"), ("decode", "codes", "INT32", "images")):
+    for model, name, kind, output in (("encode", "images", "UINT8", "code_indices"), ("decode", "code_indices", "INT32", "images")):
         tensor = triton.InferInput(name, list(arrays[name].shape), kind)
         tensor.set_data_from_numpy(arrays[name], binary_data=binary)
         wanted = arrays["decoded" if model == "decode" else output]
@@ -98,7 +102,7 @@ def test_nvidias_client_works(url: str, tokenizer: Tokenizer, tmp_path: Path) ->
     """In an environment of its own, because it wants other versions of packages."""
     pixels = tokenizer.preprocess(PHOTO)[None]
     codes = tokenizer.encode_array(pixels)
-    np.savez(tmp_path / "arrays.npz", images=pixels, codes=codes, decoded=tokenizer.decode_array(codes))
+    np.savez(tmp_path / "arrays.npz", images=pixels, code_indices=codes, decoded=tokenizer.decode_array(codes))
     command = [sys.executable, "-m", "uv", "run", "--quiet", "--no-project", "--with", "tritonclient[http]", "python", "-c"]
     arguments = [NVIDIAS_CLIENT, url.removeprefix("http://"), str(tmp_path / "arrays.npz")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=600)
@@ -106,7 +110,7 @@ def test_nvidias_client_works(url: str, tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 def tensor(**changes: object) -> dict[str, object]:
-    return {"name": "codes", "shape": [1, 30], "datatype": "INT32", "data": [0] * 30} | changes
+    return {"name": "code_indices", "shape": [1, 30], "datatype": "INT32", "data": [0] * 30} | changes
 
 
 @pytest.mark.parametrize(
