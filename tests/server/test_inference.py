@@ -85,7 +85,8 @@ assert client.is_model_ready("encode") and client.is_model_ready("encode", "1") 
 assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
 assert client.get_model_metadata("encode", "1")["name"] == "encode"
 for binary in (True, False):
-    for model, name, kind, output in (("encode", "images", "UINT8", "code_indices"), ("decode", "code_indices", "INT32", "images")):
+    models = ("encode", "images", "UINT8", "code_indices"), ("decode", "code_indices", "INT32", "images")
+    for model, name, kind, output in models:
         tensor = triton.InferInput(name, list(arrays[name].shape), kind)
         tensor.set_data_from_numpy(arrays[name], binary_data=binary)
         wanted = arrays["decoded" if model == "decode" else output]
