@@ -13,6 +13,8 @@ async function start() {
     server.textContent = "The models are being opened…";
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
+  // All at once, so that nothing moves.
+  for (const part of document.querySelectorAll("main, footer")) part.hidden = false;
   const able = (ability) => models.find((model) => model.abilities.includes(ability));
   const asking = able("chat") && new Asking();
   new Picture(able("tokens"), (tfc) => asking?.about("picture", tfc));
