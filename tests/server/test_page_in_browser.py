@@ -111,7 +111,8 @@ def test_a_dropped_picture_is_shown_with_its_reconstructions_and_codes(url: str,
     page = visit(url)
     script = """(data) => {
         const files = new DataTransfer();
-        files.items.add(new File([Uint8Array.from(atob(data), (each) => each.charCodeAt(0))], "cat.jpg", { type: "image/jpeg" }));
+        const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+        files.items.add(new File([bytes], "cat.jpg", { type: "image/jpeg" }));
         return files;
     }"""
     files = page.evaluate_handle(script, base64.b64encode(PHOTO.read_bytes()).decode())
