@@ -70,13 +70,13 @@ demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, wi
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the everyday tests, minutes
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-one: $(VENV)/.dev ## one file or test: make test-one T=tests/pictures/test_codes.py
 	@$(BIN)/python -m pytest $(T)
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(VENV)/.dev ## random inputs and calls, ten times as many as in make test and new ones each time
 	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -n 2

@@ -29,25 +29,22 @@ SIGTERM, 129 after SIGHUP.
 def page() -> str:
     """The whole page."""
     parsers = make_parser(), make_serve_parser(), make_export_parser()
-    return _HEAD + "\n".join(line for parser in parsers for line in _section(parser, ()))
+    return _HEAD + "\n".join(line for parser in parsers for line in _section(parser))
 
 
-def _section(parser: argparse.ArgumentParser, summary: tuple[str, ...]) -> Iterator[str]:
+def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
     """A parser and what is below it."""
     commands = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
     yield f"## {parser.prog}\n"
-    for text in filter(None, summary):
-        yield f"{text[0].upper()}{text[1:]}.\n"
-    first, _, rest = (parser.description or "").partition("\n\n")
-    if examples := rest.strip("\n"):
-        yield f"{' '.join(first.split())}\n"
-        yield f"```text\n{examples}\n```\n"
+    first, _, examples = (parser.description or "").partition("\n\n")
+    yield f"{' '.join(first.split())}\n"
+    if examples:
+        yield "```text\n{}\n```\n".format(examples.strip("\n"))
     if commands is not None:
-        helps = {choice.dest: choice.help for choice in commands._choices_actions}
         for name, command in commands.choices.items():
             # These are parsers of their own, which follow.
             if name not in ("export", "serve"):
-                yield from _section(command, (helps[name],))
+                yield from _section(command)
         return
     yield f"```text\n{_usage(parser)}\n```\n"
     yield "| argument | what |"

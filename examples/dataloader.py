@@ -1,29 +1,29 @@
-"""Reads a folder of `.tfc` files as batches of codes for training in PyTorch.
+"""Reads a folder of `.tfc` files as batches of codes for training in PyTorch (`pip install torch`).
 
     tokenflow encode photos -o codes
     python examples/dataloader.py codes
 
-Files are checksummed and say which codebook their codes are of, so that codes of two tokenizers are never mixed.
+Each file says which codebook its codes are of, so that codes of two tokenizers are never mixed.
 """
 
-from __future__ import annotations
-
 import argparse
+import sys
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from tokenflow_sdk import Codes, TokenFlowError
 
-from tokenflow_sdk import Codes
+try:
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+except ModuleNotFoundError:
+    sys.exit("error: PyTorch is not installed. Run `pip install torch`.")
 
 
 class CodesFolder(Dataset[torch.Tensor]):
     """The files of a folder: int64 [L] each, all with every scale of one tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = sorted(folder.rglob("*.tfc"))
-        if not self.paths:
-            raise SystemExit(f"{folder} holds no .tfc files; `tokenflow encode` writes them")
+        self.paths = sorted(folder.rglob("*.tfc")) or sys.exit(f"error: {folder} has no .tfc; `tokenflow encode` writes them")
         self.first = Codes.load(self.paths[0])
 
     def __len__(self) -> int:
@@ -53,4 +53,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (TokenFlowError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {str(error).splitlines()[-1]}")  # those of other processes are tracebacks, with it as last line

@@ -8,12 +8,13 @@ A photo to codes and back, then four pictures from text, scale by scale. Any oth
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
 
-from tokenflow_sdk import Codes, Generator, Tokenizer
+from tokenflow_sdk import Codes, Generator, TokenFlowError, Tokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 HERE = Path(__file__).resolve().parent
@@ -76,4 +77,7 @@ def draw(generator: Generator, prompts: list[str] | tuple[str, ...], seed: int, 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (TokenFlowError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Groups the pictures of a folder that are copies of one another: compressed again, resized, cut a little at the edges.
+"""Groups the pictures in and below a folder that are copies of one another: compressed again, resized, cut a little.
 
     python examples/near_duplicates.py FOLDER
 
@@ -8,11 +8,12 @@ Copies share most codes of the coarsest scales, and other pictures hardly any. O
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from tokenflow_sdk import Codes, Tokenizer
+from tokenflow_sdk import Codes, TokenFlowError, Tokenizer
 from tokenflow_sdk.pictures.images import pictures_in
 
 SCALES = 3  # 1 + 4 + 16 codes
@@ -25,16 +26,18 @@ def main() -> None:
     parser.add_argument("--bundle", default="tiny")
     arguments = parser.parse_args()
     paths, rows = list[Path](), list[np.ndarray]()
+    pictures = pictures_in(arguments.folder, below=True)
     with Tokenizer.from_pretrained(arguments.bundle) as tokenizer:
-        pictures = pictures_in(arguments.folder)
-        for path, found in zip(pictures, tokenizer.encode_iter(pictures, errors="yield"), strict=True):
-            if isinstance(found, Codes):
+        for path, codes in zip(pictures, tokenizer.encode_iter(pictures, errors="yield"), strict=True):
+            if isinstance(codes, Codes):
                 paths.append(path)
-                rows.append(found.truncate(SCALES).indices)
+                rows.append(codes.truncate(SCALES).indices)
             else:
-                print(f"left out: {found}")
-    for group in groups(np.array(rows)):
+                print(f"left out: {codes}")
+    found = groups(np.array(rows))
+    for group in found:
         print("  ".join(str(paths[i]) for i in group))
+    print(f"pictures: {len(paths)}, groups of copies: {len(found)}")
 
 
 def groups(rows: np.ndarray) -> list[list[int]]:
@@ -49,4 +52,7 @@ def groups(rows: np.ndarray) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TokenFlowError as error:
+        sys.exit(f"error: {error}")

@@ -23,6 +23,20 @@ ROOT = Path(__file__).parent.parent
 settings.register_profile("fuzz", max_examples=1000)
 
 
+LONGEST = (
+    *("export/test_full_size.py", "understanding/test_understander.py", "test_docs.py", "generation/test_generator.py"),
+    *("fuzz/test_public_api.py", "test_tokenizer.py", "engines/test_build.py", "passes/test_attention.py", "test_versions.py"),
+    *("cli/test_files.py", "benchmarks/test_on_gpu.py", "export/language_model/test_understanding.py"),
+)
+"""Files that take long, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first, so that no process of several works alone at the end."""
+    ranks = {DATA.parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Each module is traced once by whichever test process exports it first. The directory of traces."""

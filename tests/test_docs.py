@@ -24,6 +24,7 @@ from tests.conftest import ROOT
 from tokenflow_sdk import cli, errors
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.cli.parser import make_parser
+from tokenflow_sdk.server import Settings
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
@@ -32,7 +33,8 @@ DOCUMENTS = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob(".github/**/*.md"),
         *PAGES,
-        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("deploy/*.md"),
+        *ROOT.glob("examples/**/*.md"),
         *ROOT.glob("benchmarks/**/*.md"),
         *ROOT.glob("models/**/*.md"),
     }
@@ -63,6 +65,7 @@ def console_commands(document: Path) -> list[list[str]]:
 
 def refusal(words: list[str]) -> str | None:
     """Why a command cannot be typed; None: it can."""
+    words = words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]
     if words[0] == "tokenflow":
         own = {"export": "tokenflow_export.cli.parser", "serve": "tokenflow_sdk.cli.serve"}.get(words[1])
         parser = importlib.import_module(own).make_parser() if own else make_parser()
@@ -82,7 +85,10 @@ def refusal(words: list[str]) -> str | None:
         return None if importlib.util.find_spec(words[2]) else "there is no such module"
     if words[0] == "python":
         return None if (ROOT / words[1]).is_file() else "there is no such script"
-    return None if words[0] in ("cp", "git", "cd", "hf", "uvicorn") else "it is none of the project's commands"
+    if absent := [word for word in words if re.match(r"(deploy|examples)/", word) and not (ROOT / word).exists()]:
+        return f"there is no {absent[0]}"
+    others = ("cp", "git", "cd", "hf", "uvicorn", "docker", "kubectl", "openssl", "serve", "systemctl")
+    return None if words[0] in others else "it is none of the project's commands"
 
 
 @pytest.fixture
@@ -177,6 +183,7 @@ def test_what_cannot_run_here_can_be_typed(document: Path) -> None:
         "pip install 'tokenflow-sdk[tensor]'",
         "python docs/no_such_script.py",
         "apt install tokenflow",
+        "docker build -f deploy/Dockerfile.none .",
     ],
 )
 def test_what_cannot_be_typed_is_noticed(line: str) -> None:
@@ -280,4 +287,6 @@ def test_every_environment_variable_is_in_the_table() -> None:
     }
     assert {"TOKENFLOW_CACHE", "OMP_NUM_THREADS"} <= used | read
     table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/reference/environment.md").read_text()))
-    assert used | read <= table
+    # The server's settings are in the table as one line; its flags have the same names.
+    settings = {f"TOKENFLOW_SERVE_{name.upper()}" for name in Settings.model_fields}
+    assert (used | read) - settings <= table

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """`a` and `copy` are the same picture, `copy` smaller and compressed harder."""
-    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "below").mkdir(parents=True)
     photo = Image.open(ROOT / "examples" / "chelsea.jpg").convert("RGB")
     photo.save(tmp_path / "photos" / "a.png")
     photo.resize((250, 166)).save(tmp_path / "photos" / "copy.jpg", quality=60)
-    photo.crop((0, 0, 200, 200)).save(tmp_path / "photos" / "ear.jpg")
+    photo.crop((0, 0, 200, 200)).save(tmp_path / "photos" / "below" / "ear.jpg")
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).resize((256, 256)).save(tmp_path / "photos" / "noise.png")
     (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
@@ -53,6 +53,7 @@ def test_an_example_is_short(path: Path) -> None:
 def test_search(run: Callable[..., str], photos: Path, tmp_path: Path) -> None:
     out = run("search.py", photos, ROOT / "examples" / "chelsea.jpg", "--count", 3)
     left_out, *found = out.splitlines()
+    assert len(found) == 4
     assert left_out.startswith(f"left out: {photos / 'bad.jpg'}")
     assert [Path(line.split()[1]).name for line in found][:3] == ["chelsea.jpg", "a.png", "copy.jpg"]
     assert found[0].startswith("1.000")
@@ -63,18 +64,20 @@ def test_search(run: Callable[..., str], photos: Path, tmp_path: Path) -> None:
 def test_search_with_faiss_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss", reason="`pip install faiss-cpu` runs this")
     search = runpy.run_path(str(ROOT / "examples" / "search.py"))
-    vectors = search["unit"](np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32))
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     scores, rows = search["nearest"](vectors, vectors[7:8], 5)
-    monkeypatch.setitem(search["nearest"].__globals__, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     exact, expected = search["nearest"](vectors, vectors[7:8], 5)
     assert rows.tolist() == expected.tolist()
     assert np.allclose(scores, exact, atol=1e-6)
 
 
 def test_near_duplicates(run: Callable[..., str], photos: Path) -> None:
-    left_out, copies = run("near_duplicates.py", photos).splitlines()
+    left_out, copies, count = run("near_duplicates.py", photos).splitlines()
     assert left_out.startswith(f"left out: {photos / 'bad.jpg'}")
     assert [Path(word).name for word in copies.split()] == ["a.png", "copy.jpg"]
+    assert count == "pictures: 4, groups of copies: 1"
+    assert run("near_duplicates.py", photos / "below") == "pictures: 1, groups of copies: 0\n"
 
 
 def test_groups_of_near_duplicates_do_not_overlap() -> None:
@@ -93,25 +96,69 @@ def test_dataloader(run: Callable[..., str], tmp_path: Path) -> None:
     assert out.splitlines()[-1] == "5 pictures use 5 of 256 codes"
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Gives the handlers back that the appliance replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
 def test_appliance(run: Callable[..., str], photos: Path, tmp_path: Path) -> None:
     outbox = tmp_path / "outbox"
 
     def end() -> None:
-        while len(list(outbox.glob("*.tfc"))) < 4:
+        while len(list(outbox.glob("*.tfc"))) < 3:
             time.sleep(0.01)
         signal.raise_signal(signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     thread = threading.Thread(target=end)
     thread.start()
-    try:
-        out = run("appliance.py", photos, outbox, "--interval", 0.05)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    out = run("appliance.py", photos, outbox, "--interval", 0.05)
     thread.join()
+    first, *_, last = out.splitlines()
+    assert (first, last) == (f"watching {photos}", "ended")
     assert out.count("bad.jpg") == 1
+    assert "below" not in out
     with Tokenizer.from_pretrained("tiny") as tokenizer:
         codes = tokenizer.encode(photos / "a.png")
     assert Codes.load(outbox / "a.png.tfc") == codes
     assert Codes.load(outbox / "previews" / "a.png.tfc") == codes.truncate(4)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("search.py nowhere {photo}", "error: nowhere is no directory"),
+        ("search.py photos nowhere.jpg", "error: nowhere.jpg cannot be read"),
+        ("search.py photos {photo} --bundle nowhere", "error: There is no bundle at nowhere"),
+        ("search.py nowhere {photo} --out x.xyz", "--out x.xyz is no .jpg or .png"),
+        ("search.py nowhere {photo} --out nowhere/x.jpg", "in a folder that exists"),
+        ("near_duplicates.py nowhere", "error: nowhere is no directory"),
+        ("near_duplicates.py photos --bundle nowhere", "error: There is no bundle at nowhere"),
+        ("dataloader.py nowhere", "error: nowhere has no .tfc"),
+        ("dataloader.py . --workers 0", "error: "),
+        ("demo.py --photo nowhere.jpg", "error: nowhere.jpg cannot be read"),
+        ("demo.py --out photos/bad.jpg", "photos/bad.jpg"),
+        ("appliance.py nowhere outbox", "INBOX must be a folder"),
+        ("appliance.py photos photos/bad.jpg", "error: "),
+        ("appliance.py photos outbox --scales 20", "--scales 1 to 9"),
+        ("appliance.py photos outbox --interval -1", "--interval above 0"),
+    ],
+)
+@pytest.mark.usefixtures("photos", "signals")
+def test_mistakes_end_in_a_sentence(
+    line: str, sentence: str, run: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged.tfc").write_bytes(b"TFC")
+    with pytest.raises(SystemExit) as ended:
+        run(*line.format(photo=ROOT / "examples" / "chelsea.jpg").split())
+    assert sentence in f"{capsys.readouterr().err}{ended.value}"
+
+
+def test_a_missing_pytorch_is_named(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="pip install torch"):
+        run("dataloader.py", ".")

@@ -4,6 +4,7 @@ test_understander_engines.py."""
 from __future__ import annotations
 
 import gc
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -144,3 +145,18 @@ def test_sizes_of_pools_may_be_numbers_of_other_libraries(kind: Any, bundle: Bun
     with kind(bundle, tokenizer, SessionOptions("cpu"), pages=np.int64(150), page_size=np.int32(8)) as model:
         pool = model._runner.model.transformer.pool
         assert (pool.pages, pool.page_size) == (150, 8)
+
+
+def test_a_model_says_what_it_is(kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer) -> None:
+    with kind.from_pretrained(bundle.path, tokenizer=tokenizer) as model:
+        said = repr(model)
+        copy = pickle.loads(pickle.dumps(model))  # noqa: S301 - what this test made
+        assert repr(copy) == f"{kind.__name__}(a copy that opens when it is used)"
+    reach = "4 scales, 30 codes of 500" if kind is Generator else "16 tokens a picture, 1024 in all"
+    assert said == f"{kind.__name__}(mini_clip: {reach}, 1 layers of width 32, on cpu)"
+
+
+def test_an_argument_that_python_refuses_is_that_of_the_class(kind: Any) -> None:
+    for options in ({}, {"name": "tiny", "devcie": "cpu"}):
+        with pytest.raises(TypeError, match=rf"^{kind.__name__}\.from_pretrained\(\)"):
+            kind.from_pretrained(**options)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -151,7 +152,9 @@ def test_a_forked_child_is_told_to_begin_again(monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.01)
 
 
-def pipeline(lanes: int = 2, batch: int = 2) -> tuple[Pipeline, list[int]]:
+def pipeline(
+    lanes: int = 2, batch: int = 2, workers: int = 2, reading: Callable[[int], object] = id
+) -> tuple[Pipeline, list[int]]:
     sizes: list[int] = []
     busy, most = [], []
 
@@ -160,6 +163,7 @@ def pipeline(lanes: int = 2, batch: int = 2) -> tuple[Pipeline, list[int]]:
             raise ArrayError(f"{image!r} is no picture.", "Give one.")
         if image == "missing":
             raise ImageReadError("missing cannot be read.", "Look for it.")
+        reading(int(image))
         return Prepared(np.full((1, 1, 3), int(image), np.uint8), None)
 
     def encode(pictures: object) -> list[Codes]:
@@ -171,7 +175,7 @@ def pipeline(lanes: int = 2, batch: int = 2) -> tuple[Pipeline, list[int]]:
         busy.pop()
         return [Codes(picture.pixels[0, 0, :1], (1,), 256, "demo", "ab" * 32) for picture in pictures]
 
-    return Pipeline(prepare, encode, batch, 2, lanes), sizes
+    return Pipeline(prepare, encode, batch, workers, lanes), sizes
 
 
 def numbers(found: list[object]) -> list[object]:
@@ -190,6 +194,15 @@ def test_errors_of_pictures_stand_in_their_places() -> None:
     assert numbers(found) == [1]
 
 
+def test_an_array_that_cannot_be_taken_is_an_error_in_its_place() -> None:
+    class OnGpu:
+        def __array__(self) -> object:
+            raise TypeError("copy it to the host first")
+
+    images = ["1", OnGpu(), "3"]
+    assert numbers(list(pipeline()[0].codes(images, raising=False))) == [1, "ArrayError", 3]
+
+
 def test_the_engine_has_no_more_calls_at_once_than_lanes() -> None:
     made, sizes = pipeline(lanes=1, batch=3)
     assert numbers(list(made.codes(map(str, range(20)), raising=True))) == list(range(20))
@@ -205,3 +218,88 @@ def test_pictures_before_a_failing_source_are_encoded() -> None:
     with pytest.raises(RuntimeError, match="camera"):
         found.extend(pipeline()[0].codes(images(), raising=True))
     assert numbers(found) == [1, 2, 3]
+
+
+def test_the_first_batch_is_read_side_by_side_and_before_the_others() -> None:
+    together, first, begun = threading.Barrier(2), threading.Event(), []
+
+    def reading(i: int) -> None:
+        begun.append(i)
+        (together if i < 4 else first).wait(10)
+
+    results = pipeline(batch=4, reading=reading)[0].codes(map(str, range(40)), raising=True)
+    found = [next(results)]
+    assert set(begun) <= set(range(6))  # the batch, and a picture of the next for each worker
+    first.set()
+    assert numbers(found + list(results)) == list(range(40))
+
+
+def test_a_slow_picture_holds_up_no_other_batch() -> None:
+    others, waited = threading.Event(), []
+    made, sizes = pipeline(lanes=1, batch=2, reading=lambda i: None if i else waited.append(others.wait(10)))
+
+    def encode(pictures: list[Prepared]) -> list[Codes]:
+        found = made.encode(pictures)
+        if len(sizes) == 2:
+            others.set()
+        return found
+
+    results = made._replace(encode=encode).codes(map(str, range(8)), raising=True)
+    assert numbers(list(results)) == list(range(8))
+    assert waited == [True]
+
+
+def test_no_more_pictures_are_read_ahead_than_a_few_batches_hold() -> None:
+    asked: list[int] = []
+
+    def endless() -> Iterator[str]:
+        while True:
+            asked.append(len(asked))
+            yield str(asked[-1] % 256)
+
+    results = pipeline(batch=4)[0].codes(endless(), raising=True)
+    for i in range(30):
+        assert numbers([next(results)]) == [i]
+        assert len(asked) <= i + 7 * 4  # six batches, and the one that is given out
+    results.close()
+
+
+def test_closing_drops_pictures_whose_reading_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, begun, shutdown = threading.Event(), [], ThreadPoolExecutor.shutdown
+
+    def reading(i: int) -> None:
+        begun.append(i)
+        if i >= 4:
+            closed.wait(10)
+
+    def drop_then_wait(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        closed.set()
+        shutdown(pool, wait=wait)
+
+    results = pipeline(batch=4, workers=1, reading=reading)[0].codes(map(str, range(40)), raising=True)
+    next(results)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", drop_then_wait)
+    results.close()
+    assert max(begun) <= 4
+
+
+def test_a_thread_that_reads_a_picture_may_drop_the_last_reference() -> None:
+    holding, dropped = threading.Event(), threading.Event()
+    unraisable: list[object] = []
+
+    def reading(i: int) -> None:
+        if i == 4:
+            holding.wait(10)
+            held.clear()
+            dropped.set()
+
+    held = [pipeline(batch=4, workers=1, reading=reading)[0].codes(map(str, range(40)), raising=True)]
+    assert numbers([next(held[0])]) == [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.unraisablehook", unraisable.append)
+        holding.set()
+        assert dropped.wait(10)
+    assert unraisable == []
+    while own_threads():
+        time.sleep(0.01)

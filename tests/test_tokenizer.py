@@ -155,7 +155,6 @@ def test_a_cpu_has_as_many_calls_at_once_as_fill_its_cores(fake: Tokenizer, monk
         (b"1234", "<4 bytes>"),
         (io.BytesIO(b"1234"), "<BytesIO>"),
         (Image.new("RGB", (9, 8)), "<RGB image 9x8>"),
-        (None, "<NoneType>"),
     ],
 )
 def test_one_picture_is_not_taken_for_several(fake: Tokenizer, one: object, name: str) -> None:
@@ -227,6 +226,7 @@ def test_features_of_what_are_no_codes(fake: Tokenizer) -> None:
     for wrong, error, words in (
         ([fake.codes(row), row], ArgumentError, "Expected Codes, got ndarray"),
         ("p.tfc", ArgumentError, "Expected Codes, got str"),
+        ([[fake.codes(row)]], ArgumentError, "Expected Codes, got list.*decode_batch for lists of Codes"),
         (7, ArgumentError, "codes cannot be of type int"),
         (row, ArrayError, r"codes\[None\]"),
         (row[None] * 99, CodesRangeError, "outside the codebook"),

@@ -6,9 +6,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import update_wrapper
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tokenflow_sdk.arguments import instance, integer, seconds
@@ -76,6 +77,14 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         self._text_tokenizer = bundle.asset_path("tokenizer")
         self._swap: EngineSwap | None = None
         self._runner: RequestRunner[R] = RequestRunner(type(self).__name__, self._load(open_session))
+
+    def __init_subclass__(cls) -> None:
+        """Let Python's errors about arguments of `from_pretrained` name the class that was called, not this one."""
+        shared: Any = vars(LanguageModel)["from_pretrained"].__func__
+        own: Any = FunctionType(shared.__code__, shared.__globals__, shared.__name__)
+        update_wrapper(own, shared)
+        own.__kwdefaults__, own.__qualname__ = shared.__kwdefaults__, f"{cls.__qualname__}.from_pretrained"
+        cls.from_pretrained = classmethod(own)  # type: ignore[assignment]
 
     @classmethod
     def from_pretrained(
@@ -164,6 +173,17 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
             *(bundle.portable_name(name), options.portable(), paired, pages, page_size, portable_hub, bundle.sha256),
         )
         return model
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self._unopened is not None:
+            return f"{name}(a copy that opens when it is used)"
+        c = self.config
+        return f"{name}({c.tokenizer_variant}: {self._reach()}, {c.layers} layers of width {c.width}, on {self.device})"
+
+    @abstractmethod
+    def _reach(self) -> str:
+        """What it draws or reads at once, in words."""
 
     @abstractmethod
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> Scheduler[R]:

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from threading import BoundedSemaphore, get_ident
+from functools import partial
+from math import ceil
+from threading import BoundedSemaphore, local
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -52,16 +54,21 @@ class Pipeline(NamedTuple):
         """The codes of each picture, in order; or the error of one that cannot be used, which is raised if `raising`."""
         lanes = BoundedSemaphore(self.lanes)
 
-        def run(batch: list[ImageSource | Prepared | TokenFlowError]) -> list[Codes | TokenFlowError]:
-            # A batch is read by the thread that encodes it, so as many are read at once as there are workers.
-            read = [self._read(image) for image in batch]
+        def run(batch: list[Future[Prepared | TokenFlowError]]) -> list[Codes | TokenFlowError]:
+            read = [each.result() for each in batch]
             good = [each for each in read if isinstance(each, Prepared)]
             with lanes:
                 found = iter(self.encode(good) if good else ())
             return [next(found) if isinstance(each, Prepared) else each for each in read]
 
-        batches = _batches(map(self._taken, images), self.batch)
-        with closing(map_ahead(run, batches, self.workers + self.lanes)) as results:
+        # Pictures of a batch are read side by side, and earlier batches first, so that the engine soon has one.
+        readers = _Pool(self.workers)
+        reading = (readers.submit(self._read, self._taken(image)) for image in images)
+        # Calls for the batches that the engine takes, and for those that wait for a picture: a slow one holds up no others.
+        calls = self.lanes + ceil(self.workers / self.batch)
+        results = map_ahead(run, _batches(reading, self.batch), calls)
+        # The readers end first, so that no batch waits for pictures that nobody wants any more.
+        with closing(results), readers:
             for codes in (each for batch in results for each in batch):
                 if raising and isinstance(codes, TokenFlowError):
                     raise codes
@@ -69,7 +76,10 @@ class Pipeline(NamedTuple):
 
     def _taken(self, image: ImageSource) -> ImageSource | Prepared | TokenFlowError:
         """What a thread can use later, whatever the caller does with the picture meanwhile."""
-        own = kept(image)
+        try:
+            own = kept(image)
+        except TokenFlowError as error:
+            return error
         return self._read(image) if own is None else own
 
     def _read(self, image: ImageSource | Prepared | TokenFlowError) -> Prepared | TokenFlowError:
@@ -98,9 +108,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
     """
     source, failure, ended = iter(items), None, False
     pending: deque[Future[R]] = deque()
-    process, own = os.getpid(), set[int]()
-    pool = ThreadPoolExecutor(threads, "tokenflow", lambda: own.add(get_ident()))
-    try:
+    process = os.getpid()
+    with _Pool(threads) as pool:
         while True:
             _require_process(process)
             asked = False
@@ -116,12 +125,24 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
             if not pending:
                 break
             yield pending.popleft().result()
-    finally:
-        if os.getpid() == process:
-            # The garbage collector may close this in one of the threads, which cannot wait for itself.
-            pool.shutdown(wait=get_ident() not in own, cancel_futures=True)
     if failure is not None:
         raise failure
+
+
+_thread = local()
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that end with a `with` block: calls that have not begun are dropped, and those that have are waited for."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads, "tokenflow", partial(setattr, _thread, "in_pool", True))
+        self._made_in = os.getpid()
+
+    def __exit__(self, *error: object) -> None:
+        if os.getpid() == self._made_in:
+            # The garbage collector may end the block in a thread of a pool, for which nothing may wait there.
+            self.shutdown(wait=not getattr(_thread, "in_pool", False), cancel_futures=True)
 
 
 def _require_process(process: int) -> None:

@@ -347,7 +347,8 @@ class Tokenizer(Reopening):
         c = self.config
         if not isinstance(codes, Codes):
             raise ArgumentError(
-                f"Expected Codes, got {type(codes).__name__}.", "Use Codes.load(path) for files and decode_array for arrays."
+                f"Expected Codes, got {type(codes).__name__}.",
+                "Use Codes.load(path) for files, decode_batch for lists of Codes and decode_array for arrays.",
             )
         codes.require(c.variant, c.codebook_sha256, c.codebook_size, c.patch_nums)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.mini import MINI
-from tokenflow_sdk import Tokenizer, Understander
+from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import MANIFEST, SCHEMA_VERSION, Bundle, bundle_kind, bundles_in, find_bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.errors import BundleKindError, BundleNotFoundError, BundleVersionError, CorruptBundleError
@@ -133,44 +133,6 @@ def test_no_bundle_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing", tmp_path / "file", "./no/such"):
         with pytest.raises(BundleNotFoundError, match="no bundle at.*tokenflow export tokenizer"):
             Tokenizer.from_pretrained(path)
-
-
-def test_a_checkpoint_is_told_how_it_becomes_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my x.pt").write_bytes(b"PK")
-    (tmp_path / "llava").mkdir()
-    (tmp_path / "llava" / "config.json").write_text("{}")
-    command = r"`tokenflow export tokenizer --checkpoint 'my x.pt' --out bundles/'my x'` on a machine with PyTorch"
-    with pytest.raises(BundleNotFoundError, match=f"my x.pt is a PyTorch checkpoint, not a bundle. Run {command}"):
-        Tokenizer.from_pretrained("my x.pt")
-    for name in ("gone.safetensors", "checkpoints/gone.pt"):
-        with pytest.raises(BundleNotFoundError, match=f"export tokenizer --checkpoint {name}"):
-            Tokenizer.from_pretrained(name)
-    with pytest.raises(
-        BundleNotFoundError, match="llava is a PyTorch checkpoint.*`tokenflow export understanding --checkpoint"
-    ):
-        Understander.from_pretrained("llava")
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("Tiny", "tiny"),
-        ("tniy", "tiny"),
-        ("clipb_256", "bundles/clipb_256"),
-        ("bundles/CLIPB-256", "bundles/clipb_256"),
-        ("x", ""),
-    ],
-)
-def test_a_misspelt_name_is_told_the_nearest(
-    name: str, meant: str, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bundles").mkdir()
-    (tmp_path / "bundles" / "clipb_256").symlink_to(mini_bundle)
-    with pytest.raises(BundleNotFoundError) as raised:
-        Tokenizer.from_pretrained(name)
-    assert raised.value.hint.startswith(f"Did you mean {meant}? Else give the directory" if meant else "Give the directory")
 
 
 def test_a_directory_may_hold_a_bundle_of_each_kind(mini_bundle: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_hub_id_is_fetched_once_as_a_bundle(mini_bundle: Path, tmp_path: Path,
 def test_every_model_takes_the_options(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, OSError("no network\nand more"))
     options = {"revision": "v1", "token": False, "cache_dir": Path("here"), "local_files_only": True}
-    with pytest.raises(BundleNotFoundError, match="not deliver it: no network Fetch it once with local_files_only=False, or"):
+    with pytest.raises(BundleNotFoundError, match="not deliver it: no network. Fetch it once with local_files_only=False, or"):
         model.from_pretrained("org/name", **options)
     assert hub.asked == [("org/name", options)]
     wrong: list[dict[str, Any]] = [{"revision": ""}, {"token": b"hf_secret"}, {"cache_dir": 5}, {"local_files_only": "no"}]
@@ -123,8 +123,23 @@ def test_ids_that_the_hub_refuses_name_no_bundle(name: str) -> None:
         open_bundle(find_bundle(name))
 
 
-@pytest.mark.parametrize("error", [OSError(), ValueError("odd id"), TimeoutError("too slow")])
+@pytest.mark.parametrize("error", [OSError(), ValueError("odd id."), TimeoutError("Got: OSError: too slow\nand more")])
 def test_whatever_the_hub_raises_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, error)
-    with pytest.raises(BundleNotFoundError, match=f"did not deliver it: {str(error) or 'OSError'} Check"):
+    why = {"": "OSError", "odd id.": "odd id"}.get(str(error), "OSError: too slow")
+    with pytest.raises(BundleNotFoundError, match=f"did not deliver it: {why}. Check the name and the network, or give"):
         find_bundle("org/name")
+
+
+def test_a_misspelt_path_that_looks_like_an_id_is_told_the_nearest(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "chat").symlink_to(mini_bundle)
+    Hub(monkeypatch, OSError())
+    with pytest.raises(BundleNotFoundError, match=r"give the path of a bundle. Did you mean bundles/chat\?$"):
+        find_bundle("bundels/chat")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingPackageError, match=r"Did you mean bundles/chat\?$"):
+        find_bundle("bundels/chat")

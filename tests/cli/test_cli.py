@@ -88,10 +88,10 @@ def test_one_bad_file_of_several_does_not_stop_the_others(
         (["encode", PHOTO, "b.png", "--bundle", "{bundle}", "-o", "one.tfc"], "2 results cannot go into the one file"),
         (["encode", PHOTO, "--bundle", "{bundle}", "-o", "no/such/p.tfc"], "no/such/p.tfc cannot be written"),
         (["encode", PHOTO, "--bundle", "{bundle}", "--device", "tpu"], "no device 'tpu'"),
-        (["encode", PHOTO, "--bundle", "{bundle}", "--batch-limit", "0"], "batch_limit=0"),
+        (["encode", PHOTO, "--bundle", "{bundle}", "--batch-limit", "0"], "--batch-limit 0"),
         (["encode", "empty", "--bundle", "{bundle}"], "empty holds no pictures"),
         (["decode", PHOTO, "--bundle", "{bundle}"], "not a file of TokenFlow codes"),
-        (["decode", "p.tfc", "--bundle", "{bundle}", "--scales", "9"], "n_scales=9 is no number of scales"),
+        (["decode", "p.tfc", "--bundle", "{bundle}", "--scales", "9"], "--scales 9 is no number of scales"),
         (["decode", "p.tfc", "--bundle", "{bundle}", "-o", "p.jp2"], "does not end as the name of an image"),
         (["decode", "other.tfc", "--bundle", "{bundle}"], "made by other"),
         (["info", "nowhere"], "no bundle at nowhere"),
@@ -123,6 +123,8 @@ def test_mistakes_get_a_sentence_and_status_2(
 def test_reconstruct_shows_every_scale(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("reconstruct", PHOTO, "--bundle", mini_bundle, "-o", "sheet.png") == 0
     assert re.search(r"PSNR \d+\.\d\d dB, 30 codes", capsys.readouterr().out)
+    assert run("reconstruct", PHOTO, "--bundle", mini_bundle, "-o", "sheet.png", "--quiet") == 0
+    assert capsys.readouterr().out == ""
     sheet = np.asarray(Image.open("sheet.png"))
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         codes = tokenizer.encode(PHOTO)
@@ -145,6 +147,7 @@ def test_info_of_bundles_and_codes(mini_bundle: Path, capsys: pytest.CaptureFixt
     assert run("info", "p.tfc") == 0
     out = capsys.readouterr().out
     assert "mini_clip: 30 codes of 9 bits in 4 scales" in out
+    assert "its picture was fitted by crop; colours were converted to sRGB; the SHA-256 of its file begins with " in out
     first_end = int(re.findall(r"1 x 1\s*│\s*1\s*│\s*(\d+)", out)[0])
     Path("preview.tfc").write_bytes(Path("p.tfc").read_bytes()[:first_end])
     assert run("info", "preview.tfc") == 0

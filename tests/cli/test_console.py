@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tokenflow_sdk.cli import main
+from tokenflow_sdk.cli import console, main
 
 COMMAND = [sys.executable, "-m", "tokenflow_sdk.cli"]
 
@@ -50,6 +50,21 @@ def test_names_are_printed_as_they_are(mini_bundle: Path, here: Path, capsys: py
     assert "[/x]:smile:" in capsys.readouterr().out
     assert main(["encode", "[/y]:cat:.png"]) == 2
     assert "error: No file matches [/y]:cat:.png." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", None), ("", 160), ("0", 160), ("wide", 160)])
+def test_piped_output_is_as_wide_as_columns_says(columns: str, width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert console._width() == width
+
+
+def test_a_narrow_console_breaks_what_tables_hold_and_cuts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    table = console.make_table("a", "b")
+    table.add_row("tokenflow-sdk[tensorrt-rtx]", "x" * 50)
+    console.stdout.print(table, width=20)
+    out = capsys.readouterr().out
+    assert out.count("x") == 51
+    assert "…" not in out
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])

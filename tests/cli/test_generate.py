@@ -37,11 +37,16 @@ def test_pictures_scales_and_replay(bundle: Path, capsys: pytest.CaptureFixture[
     assert sorted(path.name for path in Path("out").iterdir()) == ["1.png", "2.png", "scales.png"]
     assert "seed 7" in capsys.readouterr().out
     metadata = read_metadata(Path("out/2.png"))
+    assert run("info", "out/2.png") == 0
+    assert "prompt: w5 w6\n" in capsys.readouterr().out
+    assert run("info", "out/2.png", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == metadata
     assert (metadata["prompt"], metadata["seed"], metadata["n"], metadata["image"]) == ("w5 w6", 7, 2, 1)
     with Generator.from_pretrained(bundle) as generator:
         expected = generator.generate("w5 w6", seed=7, n=2).images
     assert np.array_equal(np.asarray(Image.open("out/2.png")), np.asarray(expected[1]))
-    assert run("generate", "--replay", "out/2.png", "--bundle", bundle, "-o", "again") == 0
+    assert run("generate", "--replay", "out/2.png", "--bundle", bundle, "-o", "again", "-q") == 0
+    assert capsys.readouterr().out == ""
     for name in ("1.png", "2.png"):
         assert (Path("out") / name).read_bytes() == (Path("again") / name).read_bytes()
 
@@ -52,12 +57,13 @@ def test_pictures_scales_and_replay(bundle: Path, capsys: pytest.CaptureFixture[
         (["--bundle", "{bundle}"], "No prompt was given"),
         (["", "--bundle", "{bundle}"], "The prompt is empty"),
         (["w5", "--bundle", "{bundle}", "--preset", "best"], "no preset 'best'"),
-        (["w5", "--bundle", "{bundle}", "-n", "0"], "n=0"),
+        (["w5", "--bundle", "{bundle}", "-n", "0"], "-n 0"),
         (["w5", "--bundle", "{bundle}", "-n", "500"], "key/value pages are needed"),
-        (["w5", "--bundle", "{bundle}", "--cfg-scale", "-1"], "cfg_scale=-1.0"),
+        (["w5", "--bundle", "{bundle}", "--cfg-scale", "-1"], "--cfg-scale -1.0"),
         (["w5", "--bundle", "{bundle}", "--tokenizer", "nowhere"], "is not at nowhere"),
         (["--replay", "plain.png", "--bundle", "{bundle}"], "does not say how it was made"),
         (["--replay", "text.png", "--bundle", "{bundle}"], "cannot be read"),
+        (["--replay", "nope.png", "--bundle", "{bundle}"], "nope.png cannot be read: No such file or directory. Give a PNG"),
         (["w5", "--replay", "other.png", "--bundle", "{bundle}"], "Leave PROMPT out"),
         (["--replay", "other.png", "--bundle", "{bundle}", "-n", "1"], "Leave -n out"),
         (["--replay", "other.png", "--bundle", "{bundle}", "--seed", "0"], "Leave --seed out"),
@@ -117,4 +123,6 @@ def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[st
     names = [(row["name"], row["batch"]) for row in rows]
     assert names == [(preset, batch) for batch in (1, 2) for preset in ("fast", "balanced", "paper")]
     assert all(0 < row["median_s"] <= row["worst_s"] for row in rows)
-    assert "codes a picture" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "codes a picture" in out
+    assert "; 1 timed call each after one to warm up" in out

@@ -49,9 +49,43 @@ def test_misspelt_words_are_told_the_nearest(line: str, meant: str, capsys: pyte
     assert f"; did you mean {meant}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "command", "remedy"),
+    [
+        ("encode x.png --bundel tiny", "tokenflow encode", "--bundel tiny; did you mean --bundle?"),
+        ("verify --bundel=tiny", "tokenflow verify", "--bundel=tiny; did you mean --bundle?"),
+        ("export standin --out x --varient y", "tokenflow export standin", "--varient y; did you mean --variant?"),
+        ("generate a red apple", "tokenflow generate", "red apple; put words that belong together in quotes"),
+        ("reconstruct my photo.jpg", "tokenflow reconstruct", "photo.jpg; put words that belong together in quotes"),
+        ("-q encode x.png", "tokenflow", "-q is no option of tokenflow; options of a command come after it"),
+        ("--bundle tiny encode x.png", "tokenflow", "--bundle is no option of tokenflow; options of a command come after it"),
+        ("export -v standin", "tokenflow export", "-v is no option of tokenflow export; options of a command come after it"),
+    ],
+)
+def test_words_that_a_command_does_not_know_get_its_usage_and_a_remedy(
+    line: str, command: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith(f"usage: {command} [-h]")
+    assert error.startswith(f"{command}: error: ")
+    assert error.endswith(remedy)
+
+
+def test_every_command_and_argument_is_described() -> None:
+    for parser in [*parsers(make_parser()), *parsers(make_export_parser())]:
+        # What is handed on by its name alone has no help here.
+        assert parser.description or not parser.add_help, parser.prog
+        arguments = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
+        assert [action.dest for action in arguments if not action.help] == [], parser.prog
+
+
 def test_a_word_like_no_other_is_told_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["xyzzy"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["encode", "x.png", "--xyzzy", "-p"])
     assert "did you mean" not in capsys.readouterr().err
 
 

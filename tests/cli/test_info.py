@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 from tokenflow_sdk import Tokenizer, __version__
 from tokenflow_sdk.cli import main
+from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.environment import environment
 
 
@@ -26,6 +27,9 @@ def test_without_a_bundle_it_says_what_works_here(
         assert part in out
     assert f"TOKENFLOW_CACHE={tmp_path}" in out
     assert "secret" not in out
+    monkeypatch.setattr(stdout, "width", 80)
+    assert main(["info"]) == 0
+    assert "│ tokenflow-sdk[tensorrt-rtx] │" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == environment()
@@ -54,6 +58,11 @@ def test_tiny_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert part in out
     assert "onnxruntime: 1" not in out
+    assert [line.partition(",")[0] for line in out.splitlines() if line.startswith("tiny")] == [
+        "tiny (tokenizer): TokenFlow tokenizer tiny",
+        "tiny (generator): TokenFlow generator",
+    ]
+    assert "prompts of up to 127 tokens" in out  # as the error of a longer one says
     assert main(["info", "tiny", "--graphs"]) == 0
     out = capsys.readouterr().out
     assert "images uint8[batch, 256, 256, 3]" in out

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,9 @@ from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import (
     ArgumentError,
+    BackendError,
     EngineRefusedError,
+    MissingPackageError,
     OutputError,
 )
 
@@ -38,9 +42,52 @@ def test_auto_never_builds_and_uses_what_is_there(machine, mini_bundle: Path) ->
     with Tokenizer.from_pretrained(mini_bundle, build_config=build_config) as tokenizer:
         tokenizer.load("features")
         assert tokenizer.device == "cuda:0"
-    with Tokenizer.from_pretrained(mini_bundle, build_config=build_config, device="cpu") as tokenizer:
+    with Tokenizer.from_pretrained(mini_bundle, device="cpu") as tokenizer:
         tokenizer.load("features")
         assert tokenizer.device == "cpu"
+
+
+def test_a_build_config_without_engines_is_said_to_be_unused(
+    machine, mini_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        Tokenizer.from_pretrained(mini_bundle).close()
+        assert caplog.text == ""
+        Tokenizer.from_pretrained(mini_bundle, build_config=FP32).close()
+    assert "The build config is not used, because no TensorRT engines run here (tensorrt: no engine built yet" in caplog.text
+    assert caplog.text.endswith("). onnxruntime, CPU runs.\n")
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"device": "cuda"}, BackendError, "device='cuda', but there is no GPU"),
+        ({"providers": ["CUDAExecutionProvider"]}, BackendError, "but there is no GPU"),
+        ({"providers": ["RocketExecutionProvider"]}, ArgumentError, "no provider RocketExecutionProvider"),
+    ],
+)
+def test_what_cannot_start_fails_when_it_is_opened(
+    backend: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    mini_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr("tokenflow_sdk.backends.providers.driver_problem", lambda: "there is no GPU")
+    with pytest.raises(error, match=words):
+        Tokenizer.from_pretrained(mini_bundle, backend=backend, **options)
+
+
+def test_without_onnxruntime_nothing_is_opened(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(MissingPackageError, match=r"pip install 'tokenflow-sdk\[cpu\]'"):
+            Tokenizer.from_pretrained(mini_bundle, backend=backend)
 
 
 def test_engines_are_found_however_they_were_built(machine, mini_bundle: Path) -> None:

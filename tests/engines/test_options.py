@@ -81,5 +81,22 @@ def test_onnxruntime_is_wanted_by_name_or_by_a_build_config_for_cpus(
     if for_cpus and backend.startswith("tensorrt"):
         with pytest.raises(ArgumentError, match=f"for onnxruntime, not for {backend}. Leave backend= or build_config= out"):
             options.wants_onnxruntime()
+    elif build_config == BuildConfig() and backend == "onnxruntime":
+        with pytest.raises(
+            ArgumentError, match="with backend='onnxruntime' none run. Leave build_config= or backend='onnxruntime'"
+        ):
+            options.wants_onnxruntime()
     else:
         assert options.wants_onnxruntime() == (for_cpus or backend == "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [({"device": "cpu"}, "device='cpu'"), ({"providers": ["CPUExecutionProvider"]}, "providers=")]
+)
+def test_a_build_config_is_refused_where_no_engine_can_run(values: dict, words: str) -> None:
+    assert not RuntimeOptions(**values).wants_onnxruntime()
+    with pytest.raises(
+        ArgumentError, match=f"for TensorRT engines, and with {words} none run. Leave build_config= or {words} out"
+    ):
+        RuntimeOptions(build_config="rtx4090", **values).wants_onnxruntime()
+    assert RuntimeOptions(build_config="cpu", **values).wants_onnxruntime()

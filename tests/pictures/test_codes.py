@@ -289,6 +289,8 @@ def test_unusable_file_objects_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(CodesReadError, match="closed file"):
         Codes.load(closed)
+    with pytest.raises(CodesReadError, match=r"No such file or directory. Check the path and its permissions.$"):
+        Codes.load("nope.tfc")
     with path.open("ab") as append, pytest.raises(CodesReadError, match=r"cannot be read: (?!None)"):
         Codes.load(append)
     with pytest.raises(ArgumentError, match="cannot be loaded from ndarray"):

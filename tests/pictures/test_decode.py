@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -302,6 +303,14 @@ def test_named_formats_are_opened(picture_format: str) -> None:
     Image.new("RGB", (32, 16), (10, 200, 30)).save(buffer, picture_format)
     assert picture_format in FORMATS
     assert load_image(buffer.getvalue()).getpixel((5, 5)) == pytest.approx((10, 200, 30), abs=4)
+
+
+@pytest.mark.parametrize("start", [b"hi\n", b"h", b"\n", b"\n\5", b"BM", b"\1\xda", b"II*\0", b"\x89PNG", b"GIF89a"])
+def test_a_file_of_few_bytes_is_no_picture(start: bytes, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(start)
+    with pytest.raises(CorruptImageError, match=r"photo\.jpg is not a picture in a known format") as raised:
+        load_image(tmp_path / "photo.jpg")
+    assert not re.search("unpack|buffer|index|struct", str(raised.value))
 
 
 def test_a_tiff_that_pillow_does_not_know_says_so() -> None:

@@ -21,7 +21,7 @@ from tokenflow_sdk.errors import (
     TokenFlowError,
 )
 from tokenflow_sdk.pictures import images
-from tokenflow_sdk.pictures.images import check_batch, fit, load_image, preprocess, psnr, ssim
+from tokenflow_sdk.pictures.images import check_batch, fit, load_image, pictures_in, preprocess, psnr, ssim
 from tokenflow_sdk.pictures.preparation import PREPROCESS_MODES, Preprocess
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
@@ -325,6 +325,20 @@ def test_damaged_bytes_give_a_picture_or_a_named_error(picture_format: str, data
 def test_any_bytes_give_a_picture_or_a_named_error(content: bytes) -> None:
     with pytest.raises(TokenFlowError):
         preprocess(content, 16, "crop")
+
+
+def test_pictures_in_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("b.PNG", "a.jpg", "notes.txt", "below/c.webp"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.png").mkdir()
+    assert pictures_in(tmp_path) == [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert pictures_in(tmp_path, below=True) == [tmp_path / "a.jpg", tmp_path / "b.PNG", tmp_path / "below" / "c.webp"]
+    with pytest.raises(ImageReadError, match=r"d\.png holds no pictures"):
+        pictures_in(tmp_path / "d.png")
+    for path in (tmp_path / "missing", tmp_path / "a.jpg"):
+        with pytest.raises(ImageReadError, match=f"{path.name} is no directory"):
+            pictures_in(path)
 
 
 def test_check_batch() -> None:

@@ -67,8 +67,17 @@ def test_several_pictures_are_told_from_one() -> None:
     for one in (torch.from_numpy(PIXELS), OnlyArray(), "p.png", io.BytesIO()):
         with pytest.raises(ArgumentError, match=r"is one. Use encode\(image\), or give a list: encode_batch\(\[image\]\)"):
             several("encode_batch", one)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="images cannot be of type int"):
-        several("encode_batch", 3)  # type: ignore[arg-type]
+    for none, name in ((3, "int"), (None, "NoneType")):
+        with pytest.raises(ArgumentError, match=f"images cannot be of type {name}"):
+            several("encode_batch", none)  # type: ignore[arg-type]
+
+
+def test_a_directory_is_told_how_its_pictures_are_given(tmp_path: Path) -> None:
+    for directory in (tmp_path, str(tmp_path)):
+        with pytest.raises(
+            ArgumentError, match=rf"is a directory. .*encode_iter\(pathlib.Path\('{tmp_path}'\).glob\('\*.jpg'\)\)"
+        ):
+            several("encode_iter", directory)  # type: ignore[arg-type]
 
 
 def test_what_is_kept_is_not_changed_by_the_caller() -> None:

@@ -15,6 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tests.conftest import ROOT
 from tests.server.conftest import Serve
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.server import guard
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.settings import Settings
@@ -162,8 +164,6 @@ def test_every_answer_has_an_id_and_a_line_in_the_access_log(serve: Serve, caplo
 
 
 def test_a_failure_here_is_told_without_its_details(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenflow_sdk.tokenizer import Tokenizer
-
     with serve(generator="none", understander=None) as url:
 
         def fail(*_: object) -> None:
@@ -175,6 +175,16 @@ def test_a_failure_here_is_told_without_its_details(serve: Serve, monkeypatch: p
         assert "secret" not in answer.text and "Traceback" not in answer.text
         monkeypatch.undo()
         assert httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers=JPEG).status_code == 200
+
+
+def test_work_that_takes_too_long_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_GRACE", 0.0)
+    with serve(generator="none", understander=None, timeout=0.5) as url:
+        stuck = threading.Event()
+        monkeypatch.setattr(Tokenizer, "encode_array", lambda *_: stuck.wait(30))
+        answer = httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers=JPEG, timeout=30)
+        stuck.set()
+        assert code(answer) == (504, "timeout")
 
 
 def test_a_client_that_never_reads_is_given_up() -> None:
@@ -195,10 +205,10 @@ def test_a_client_that_never_reads_is_given_up() -> None:
     async def main() -> None:
         settings = Settings(body_timeout=0.1, access_log=False)
         metrics = Metrics()
-        guard = Guard(app, settings, metrics, [])
+        layer = Guard(app, settings, metrics, [])
         scope = {"type": "http", "method": "POST", "path": "/v1/images/tokens", "headers": [(b"host", b"localhost")]}
         with anyio.fail_after(10):
-            await guard(scope, receive, send)
+            await layer(scope, receive, send)
         assert b"tokenflow_requests_under_way 0.0" in metrics.text()
         assert b'status="499"' in metrics.text()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_every_snippet_runs(serve: Serve, mini_bundle: Path, tmp_path: Path, mon
         for language, block in re.findall(r"^```(sh|python|js)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE):
             languages.append(language)
             text = block.replace(ADDRESS, url).replace(ADDRESS[7:], url[7:])
+            if "tritonclient" in text and find_spec("tritonclient") is None:
+                continue  # it wants other versions of packages; test_inference.py runs it in an environment of its own
             if language == "python":
                 # The small tokenizer has another size than the bundled one.
                 text = text.replace('from_pretrained("tiny")', f"from_pretrained({str(mini_bundle)!r})")

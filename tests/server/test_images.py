@@ -133,6 +133,7 @@ def test_embeddings_work_with_openais_client(url: str, tokenizer: Tokenizer, cod
     assert len(client.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)
 
 
+FORM = {"Content-Type": "multipart/form-data; boundary=y"}
 WRONG = {
     "no body": ({"content": b"", "headers": {"Content-Type": "image/png"}}, 422),
     "no picture": ({"content": b"abc", "headers": {"Content-Type": "image/png"}}, 422),
@@ -148,7 +149,11 @@ WRONG = {
     "unknown field": ({"json": {"image": "AA==", "colour": "srgb"}}, 422),
     "unknown model": ({"json": {"image": "AA==", "model": "x"}}, 404),
     "unknown file": ({"files": {"picture": b"x"}}, 422),
-    "no form": ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, 400),
+    "no form": ({"content": b"--x", "headers": FORM}, 400),
+    "cut form": (
+        {"content": b'--y\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nabc', "headers": FORM},
+        400,
+    ),
     "no boundary": ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
     "codes": ({"content": b"TFC0", "headers": {"Content-Type": TFC}}, 422),
     "too many scales": ({"content": PHOTO, "headers": {"Content-Type": "image/jpeg"}, "params": {"scales": 9}}, 422),

@@ -45,6 +45,8 @@ def test_metrics_count(client: httpx.Client) -> None:
     before = [value(name) for name in names]
     client.post("/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"})
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1] * len(names)
+    for name in ("tokenizer", "generator", "understander"):
+        assert value(f'tokenflow_engines_ready{{model="{name}"}}') == 1
     assert value("tokenflow_queue_depth") == 0
     assert value("tokenflow_requests_under_way") == 0
 

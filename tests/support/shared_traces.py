@@ -7,7 +7,6 @@ it, but make another class.
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import io
 import pickle
@@ -57,26 +56,18 @@ class SharedTraces:
 
     def __call__(self, spec: GraphSpec) -> torch.onnx.ONNXProgram:
         if spec.read is None and sum(value.nbytes for value in spec.module.state_dict().values()) > LARGEST:
-            return self._capture(spec)
+            return self.capture(spec)
         path = self.directory / f"{_digest(spec)}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 unfinished = path.with_suffix(".part")
-                ir.save(_storable(self._capture(spec).model, spec), unfinished)
+                ir.save(_storable(self.capture(spec).model, spec), unfinished)
                 unfinished.replace(path)
         model = ir.load(path)
         for value in list(model.graph.inputs[len(spec.inputs) :]):
             model.graph.inputs.remove(value)
             model.graph.initializers[value.name] = value
         return torch.onnx.ONNXProgram(model, None)
-
-    def _capture(self, spec: GraphSpec) -> Any:
-        # A third of the time goes into looking for garbage among the many objects that torch makes and keeps.
-        gc.disable()
-        try:
-            return self.capture(spec)
-        finally:
-            gc.enable()
 
 
 def keep_registry(patch: pytest.MonkeyPatch) -> None:

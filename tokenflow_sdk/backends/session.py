@@ -174,7 +174,7 @@ class SessionOptions:
         if not (isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device)):
             raise ArgumentError(f"There is no device {shown(self.device)}.", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
         if self.threads is not None:
-            hint = "Give at least 1, or None for all cores."
+            hint = "Give at least 1, or leave threads= out for all cores."
             object.__setattr__(self, "threads", integer("threads", self.threads, 1, _MOST, "cannot run anything.", hint))
 
 

@@ -123,7 +123,7 @@ class Bundle(Generic[C]):
         kind: object = config
         if not (isinstance(kind, type) and issubclass(kind, CONFIGS)):
             raise ArgumentError("config is no class of a bundle's config.", "Give TokenizerConfig, say.")
-        data, digest = read_manifest(path, sha256)
+        data, digest = read_manifest(path, sha256, config.kind)
         for key in ("kind", "config", "graphs", "assets", "parity", "provenance"):
             if key not in data:
                 raise CorruptBundleError(f"{path / MANIFEST} has no {key!r}.", _AGAIN)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenflow_sdk.arguments import file_path, flag, shown
-from tokenflow_sdk.bundle.manifest import MANIFEST, WEIGHT_ENDINGS
+from tokenflow_sdk.bundle.missing import WEIGHT_ENDINGS, nearest
+from tokenflow_sdk.bundle.schema import MANIFEST
 from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, MissingPackageError
 
 __all__ = ["HubOptions", "fetch", "is_hub_id"]
@@ -77,7 +78,7 @@ def fetch(repo_id: str, options: HubOptions) -> Path:
     except ImportError:
         raise MissingPackageError(
             f"{repo_id!r} is no directory here, and fetching it from the hub needs huggingface_hub.",
-            "Run `pip install 'tokenflow-sdk[hub]'`, or give the path of a bundle.",
+            f"Run `pip install 'tokenflow-sdk[hub]'`, or give the path of a bundle.{_meant(repo_id)}",
         ) from None
     try:
         fetched = snapshot_download(
@@ -90,11 +91,11 @@ def fetch(repo_id: str, options: HubOptions) -> Path:
         )
         found = Path(fetched)
     except Exception as error:  # of the hub, its HTTP client, the file system, and ValueError for an invalid name
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = (str(error) or type(error).__name__).splitlines()[0].removeprefix("Got: ").rstrip(".")
         again = "Fetch it once with local_files_only=False" if options.local_files_only else "Check the name and the network"
         raise BundleNotFoundError(
-            f"{repo_id!r} is no directory here, and the hub did not deliver it: {why}",
-            f"{again}, or give the path of a bundle.",
+            f"{repo_id!r} is no directory here, and the hub did not deliver it: {why}.",
+            f"{again}, or give the path of a bundle.{_meant(repo_id)}",
         ) from error
     if next(found.rglob(MANIFEST), None) is None:
         raise BundleNotFoundError(
@@ -102,3 +103,8 @@ def fetch(repo_id: str, options: HubOptions) -> Path:
             f"A checkpoint in it becomes one by `tokenflow export tokenizer --checkpoint hf://{repo_id}/FILE --out DIR`.",
         )
     return found
+
+
+def _meant(repo_id: str) -> str:
+    close = nearest(Path(repo_id))
+    return f" Did you mean {close}?" if close else ""

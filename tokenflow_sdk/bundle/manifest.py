@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
-import itertools
 import json
 import re
-import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tokenflow_sdk.bundle.missing import not_found
+from tokenflow_sdk.bundle.schema import MANIFEST
 from tokenflow_sdk.errors import ArgumentError, BundleNotFoundError, BundleVersionError, CorruptBundleError
-from tokenflow_sdk.files import file_status, read_regular, reason
+from tokenflow_sdk.files import read_regular, reason
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "WEIGHT_ENDINGS", "read_manifest"]
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "read_manifest"]
 
-MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
-WEIGHT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-"""Of files of PyTorch weights."""
 _MOST_BYTES = 16 * 2**20
 _MOST_LEVELS = 32
-_MOST_NAMES = 1000
-"""Of a directory that are looked at for one like a misspelt name."""
 _AGAIN = "Export the bundle again with `tokenflow export`, or fetch it again."
 
 
-def read_manifest(path: Path, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+def read_manifest(path: Path, sha256: str | None = None, kind: str | None = None) -> tuple[dict[str, Any], str]:
     """Read the `bundle.json` of the bundle at `path`.
 
     Args:
         path: the bundle's directory.
         sha256: SHA-256 that bundle.json must have, in hex; None: any.
+        kind: that is looked for, which the error names where there is no bundle; None: any. It is not compared.
 
     Returns:
         The parsed object, of a schema version that this SDK reads, and the SHA-256 of the file.
@@ -47,7 +41,7 @@ def read_manifest(path: Path, sha256: str | None = None) -> tuple[dict[str, Any]
     """
     wanted = _checked_digest(sha256)
     manifest = path / MANIFEST
-    content = _read(path)
+    content = _read(path, kind)
     digest = hashlib.sha256(content).hexdigest()
     if wanted not in (None, digest):
         raise CorruptBundleError(
@@ -79,47 +73,16 @@ def _checked_digest(sha256: object) -> str | None:
     return sha256.lower()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, kind: str | None) -> bytes:
     manifest = path / MANIFEST
     try:
         return read_regular(manifest, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise _not_found(path) from None
+        raise not_found(path, kind) from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise CorruptBundleError(f"{manifest} is no manifest: it is {reason(error)}.", _AGAIN) from None
         raise BundleNotFoundError(f"{manifest} cannot be read: {reason(error)}.", "Check its name and permissions.") from None
-
-
-def _not_found(path: Path) -> BundleNotFoundError:
-    """What to say where there is no bundle.json. A checkpoint is told how it becomes a bundle."""
-    machine = "on a machine with PyTorch (`pip install 'tokenflow-sdk[cpu,export]'`), and give the bundle"
-    if path.suffix in WEIGHT_ENDINGS:
-        command = f"tokenflow export tokenizer --checkpoint {shlex.quote(str(path))} --out bundles/{shlex.quote(path.stem)}"
-        return BundleNotFoundError(f"{path} is a PyTorch checkpoint, not a bundle.", f"Run `{command}` {machine}.")
-    if file_status(path / "config.json") is not None:
-        command = f"--checkpoint {shlex.quote(str(path))} --tokenizer BUNDLE --out DIR"
-        return BundleNotFoundError(
-            f"{path} is a PyTorch checkpoint (it has a config.json and no {MANIFEST}), not a bundle.",
-            f"Run `tokenflow export understanding {command}`, or `generator` for text-to-image, {machine}.",
-        )
-    close = _nearest(path)
-    return BundleNotFoundError(
-        f"There is no bundle at {path} (no {MANIFEST} there).",
-        (f"Did you mean {close}? Else give" if close else "Give")
-        + " the directory that `tokenflow export tokenizer --out DIR` wrote, or a hub id like org/name.",
-    )
-
-
-def _nearest(path: Path) -> str | None:
-    """The bundle whose name is most like the last part of a path: `tiny`, or one beside it or in `bundles`."""
-    names = {"tiny": "tiny"} if len(path.parts) == 1 else {}
-    for directory in (path.parent, Path("bundles")):
-        with suppress(OSError, ValueError):
-            beside = itertools.islice(directory.iterdir(), _MOST_NAMES)
-            names |= {entry.name.lower(): str(entry) for entry in beside if file_status(entry / MANIFEST) is not None}
-    close = difflib.get_close_matches(path.name.lower(), names, 1)
-    return names[close[0]] if close else None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 from tokenflow_sdk.errors import CorruptBundleError
 
-__all__ = ["FileEntry", "GraphEntry", "TensorSpec", "checked_fields", "require"]
+__all__ = ["MANIFEST", "FileEntry", "GraphEntry", "TensorSpec", "checked_fields", "require"]
 
+MANIFEST = "bundle.json"
 _REBUILD = "Export the bundle again with `tokenflow export`, or fetch it again."
 DType = Literal["uint8", "int32", "int64", "float16", "float32"]
 

@@ -6,6 +6,8 @@ import argparse
 
 from tokenflow_sdk.cli.console import stdout
 from tokenflow_sdk.cli.opening import open_understander
+from tokenflow_sdk.errors import ImageReadError
+from tokenflow_sdk.files import file_status
 from tokenflow_sdk.model.sampling import random_seed
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.understanding.params import AnswerParams
@@ -23,6 +25,10 @@ def ask(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         seed=random_seed() if arguments.seed is None else arguments.seed,
     )
+    # Before the model is opened, which may take a minute.
+    for path in arguments.images:
+        if file_status(path) is None:
+            raise ImageReadError(f"There is no image at {path}.", "Check the path, and put the question in quotes.")
     with open_understander(arguments) as understander:
         preprocess = arguments.preprocess or understander.config.preprocess
         images = [

@@ -14,12 +14,11 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-from rich.table import Table
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import bundle_kind
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.console import make_table, stdout
 from tokenflow_sdk.cli.opening import bundle_paths, open_generator, open_tokenizer, open_understander
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError
@@ -86,12 +85,13 @@ def _bench_one(path: Path, arguments: argparse.Namespace, batches: Sequence[int]
         subject = opener(arguments, stack)
         loading = perf_counter() - began
         rows = _time(subject.calls, batches, arguments.repeat)
-    table = Table(subject.unit, "batch", "median ms", "worst ms", f"{subject.made}/s", title=subject.title)
+    table = make_table(subject.unit, "batch", "median ms", "worst ms", f"{subject.made}/s", title=subject.title)
     for row in rows:
         figures = (f"{row.median_s * 1e3:.1f}", f"{row.worst_s * 1e3:.1f}", f"{row.batch / row.median_s:.2f}")
         table.add_row(row.name, str(row.batch), *figures)
     stdout.print(table)
-    stdout.print(f"opened in {loading:.2f} s; {arguments.repeat} timed calls each after one to warm up")
+    calls = "1 timed call" if arguments.repeat == 1 else f"{arguments.repeat} timed calls"
+    stdout.print(f"opened in {loading:.2f} s; {calls} each after one to warm up")
     return {"bundle": str(path), "device": subject.device, "load_s": loading, "rows": [asdict(row) for row in rows]}
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from tokenflow_sdk.errors import OutputError
 from tokenflow_sdk.steps import StepLog
 
-__all__ = ["stderr", "stdout"]
+__all__ = ["PlainConsole", "make_table", "stderr", "stdout"]
 
 
-class _Console(Console):
+class PlainConsole(Console):
     """Prints text as it is: names of files and bundles may look like rich's markup or emoji codes."""
 
     silenced = False
@@ -45,6 +47,11 @@ class _Console(Console):
         except OSError as error:
             if not self.stderr:
                 raise _stdout_error(error) from error
+
+    def note(self, *objects: Any, **options: Any) -> None:
+        """Print what was written, skipped or left out, unless the console is silenced. Raises as `print`."""
+        if not self.silenced:
+            self.print(*objects, **options)
 
     def write(self, text: str) -> None:
         """Write text at once, without wrapping it or replacing tabs. Raises as `print`."""
@@ -88,6 +95,20 @@ def _stdout_error(error: OSError) -> OutputError:
     return OutputError(f"The standard output cannot be written: {error.strerror}.", "Check where it is redirected to.")
 
 
-# Piped output has no width of its own: 160 columns keep the lines of tables from wrapping.
-stdout = _Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
-stderr = _Console(stderr=True)
+def make_table(*headers: str, title: str | None = None) -> Table:
+    """A table that shows all that its cells hold: where it is wider than the console, lines and long words are broken."""
+    table = Table(title=title)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def _width() -> int | None:
+    """Columns of stdout; None: rich asks $COLUMNS or the terminal. Piped output has none: 160 keep lines of tables whole."""
+    columns = os.environ.get("COLUMNS", "")
+    known = (columns.isdecimal() and int(columns) > 0) or (sys.stdout is not None and sys.stdout.isatty())
+    return None if known else 160
+
+
+stdout = PlainConsole(width=_width())
+stderr = PlainConsole(stderr=True)

@@ -62,8 +62,8 @@ def decode(arguments: argparse.Namespace) -> int:
 
         lines = stderr if STDIO in outputs.values() else stdout
         status = process_files(list(found), decode_each, "decoding", lines=lines)
-    if skipped and not stderr.silenced:
-        stderr.print(
+    if skipped:
+        stderr.note(
             f"{skipped} of {len(outputs)} skipped: their images are there, decoded from the same codes by this tokenizer; "
             "--force decodes them again",
             soft_wrap=True,

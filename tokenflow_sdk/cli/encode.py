@@ -68,8 +68,8 @@ def encode(arguments: argparse.Namespace) -> int:
 def _to_do(outputs: Mapping[Path, Path], tokenizer: Tokenizer, preparation: Preparation) -> list[Path]:
     """The images, keys of `outputs`, that must be encoded. Prints how many others there are, and why they are skipped."""
     images = [path for path, output in outputs.items() if not _is_done(path, output, tokenizer, preparation)]
-    if (skipped := len(outputs) - len(images)) and not stderr.silenced:
-        stderr.print(
+    if skipped := len(outputs) - len(images):
+        stderr.note(
             f"{skipped} of {len(outputs)} skipped: their codes are there, made from the same files by this tokenizer "
             "with these options; --force encodes them again",
             soft_wrap=True,

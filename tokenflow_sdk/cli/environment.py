@@ -8,13 +8,11 @@ import platform
 import re
 from typing import Any
 
-from rich.table import Table
-
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.bundle.bundle import TINY, find_bundle, open_bundle
-from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.console import make_table, stdout
 from tokenflow_sdk.engines.choice import survey
 from tokenflow_sdk.engines.options import RuntimeOptions
 
@@ -84,11 +82,12 @@ def print_environment(found: dict[str, Any]) -> None:
     stdout.print(f"GPU: {found['gpu']}", soft_wrap=True)
     for name, value in found["variables"].items():
         stdout.print(f"{name}={value}", soft_wrap=True)
-    table = Table("extra", "packages")
+    table = make_table("extra", "packages")
     for extra, packages in found["packages"].items():
         table.add_row(extra, ", ".join(f"{name} {version or '(missing)'}" for name, version in packages.items()))
     stdout.print(table)
-    table = Table("backend", "here", "why", "comes with")
+    table = make_table("backend", "here", "why", "comes with")
+    table.columns[-1].no_wrap = True
     for way in found["backends"]:
         table.add_row(way["backend"], "yes" if way["works"] else "no", way["why"], way["install"])
     stdout.print(table)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from tokenflow_sdk.cli.console import stderr
+from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.option_names import as_options
 from tokenflow_sdk.cli.signals import Stopped, stopped_by_signals
 from tokenflow_sdk.errors import TokenFlowError
 
@@ -33,7 +34,7 @@ def run(command: Callable[[], int], verbosity: int = 0, interrupted: str = "inte
             warnings.showwarning = _print_warning
             return command()
     except TokenFlowError as error:
-        stderr.print(f"error: {error}", style="red", soft_wrap=True)
+        stderr.print(f"error: {as_options(error)}", style="red", soft_wrap=True)
         return 2
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # the terminal may be gone
@@ -46,14 +47,14 @@ def _logging(verbosity: int) -> Iterator[None]:
     """Print what the SDK and the exporter log. On a terminal bars show the steps instead, except with more verbosity."""
     level = {-1: logging.ERROR, 1: logging.DEBUG}.get(verbosity, logging.WARNING if stderr.shows_progress else logging.INFO)
     handler, before = _Handler(), [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
-    stderr.silenced = verbosity < 0
+    stdout.silenced = stderr.silenced = verbosity < 0
     for logger, _ in before:
         logger.setLevel(level)
         logger.addHandler(handler)
     try:
         yield
     finally:
-        stderr.silenced = False
+        stdout.silenced = stderr.silenced = False
         for logger, former in before:
             logger.removeHandler(handler)
             logger.setLevel(former)
@@ -61,10 +62,11 @@ def _logging(verbosity: int) -> Iterator[None]:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        text = as_options(record.getMessage())
         if record.levelno >= logging.WARNING:
-            stderr.print(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", soft_wrap=True)
+            stderr.print(f"{record.levelname.lower()}: {text}", style="yellow", soft_wrap=True)
         else:
-            stderr.print(record.getMessage(), soft_wrap=True)
+            stderr.print(text, soft_wrap=True)
 
 
 def _print_warning(
@@ -75,4 +77,4 @@ def _print_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
+    stderr.print(f"warning: {as_options(message)}", style="yellow", soft_wrap=True)

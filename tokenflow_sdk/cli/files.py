@@ -10,9 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from tokenflow_sdk.cli.console import stderr, stdout
+from tokenflow_sdk.cli.console import PlainConsole, stderr, stdout
+from tokenflow_sdk.cli.option_names import as_options
 from tokenflow_sdk.cli.outputs import STDIO
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.errors import ArgumentError, CodesReadError, ImageReadError, TokenFlowError
@@ -117,11 +116,11 @@ def _files_below(directory: Path, endings: frozenset[str], what: str, problem: t
 
 
 def _say_left_out(directory: Path, paths: Sequence[Path], why: str) -> None:
-    if paths and not stderr.silenced:
+    if paths:
         names = ", ".join(str(path.relative_to(directory)) for path in paths[:_SHOWN]) + (
             ", ..." if len(paths) > _SHOWN else ""
         )
-        stderr.print(f"{directory}: {len(paths)} left out ({why}): {names}", soft_wrap=True)
+        stderr.note(f"{directory}: {len(paths)} left out ({why}): {names}", soft_wrap=True)
 
 
 def input_bytes(kind: type[TokenFlowError], limit: int = -1) -> bytes:
@@ -147,7 +146,7 @@ def process_files(
     inputs: Sequence[Path],
     process: Callable[[Sequence[Path]], Iterable[str | TokenFlowError | None]],
     verb: str,
-    lines: Console = stdout,
+    lines: PlainConsole = stdout,
     several: bool | None = None,
 ) -> int:
     """Process files with a progress bar. A file that fails does not stop the others.
@@ -173,13 +172,12 @@ def process_files(
             if outcome is None:
                 continue
             if isinstance(outcome, str):
-                if not stderr.silenced:
-                    lines.print(outcome, soft_wrap=True)
+                lines.note(outcome, soft_wrap=True)
             elif not several:
                 raise outcome
             else:
                 failed += 1
-                stderr.print(f"error: {outcome}", style="red", soft_wrap=True)
+                stderr.print(f"error: {as_options(outcome)}", style="red", soft_wrap=True)
     if failed:
         stderr.print(f"{failed} of {len(inputs)} failed", style="red")
     return 1 if failed else 0

@@ -60,7 +60,7 @@ def generate(arguments: argparse.Namespace) -> int:
         seconds = perf_counter() - began
         _save(steps, generation, output, arguments.progressive)
     rate = f"{seconds / arguments.n:.2f} s a picture"
-    stdout.print(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
+    stdout.note(f"{arguments.n} drawn in {seconds:.2f} s ({rate}), seed {params.seed}")
     return 0
 
 
@@ -87,7 +87,7 @@ def _save(steps: list[GeneratedScale], generation: Generation, output: Path, pro
     for i, image in enumerate(generation.images):
         path = output / f"{i + 1}.png"
         write_atomic(path, png(image, {**generation.metadata, "image": i}))
-        stdout.print(str(path), soft_wrap=True)
+        stdout.note(str(path), soft_wrap=True)
     if progressive:
         sides, previews = steps[-1].codes[0].patch_nums, [step.preview() for step in steps]
         tiles = [
@@ -96,7 +96,7 @@ def _save(steps: list[GeneratedScale], generation: Generation, output: Path, pro
             for side, images in zip(sides, previews, strict=True)
         ]
         save_image(contact_sheet(tiles, len(sides)), output / "scales.png")
-        stdout.print(str(output / "scales.png"), soft_wrap=True)
+        stdout.note(str(output / "scales.png"), soft_wrap=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get(METADATA_KEY)
         metadata = json.loads(text) if text else None
     except (OSError, ValueError, SyntaxError) as error:
-        raise ImageReadError(f"{path} cannot be read: {error}.", "Give a PNG made by `tokenflow generate`.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageReadError(f"{path} cannot be read: {why}.", "Give a PNG made by `tokenflow generate`.") from error
     keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
     if not isinstance(metadata, dict) or set(metadata) != keys or type(metadata["n"]) is not int:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")

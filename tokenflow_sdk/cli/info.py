@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from tokenflow_sdk.bundle.bundle import MANIFEST, Bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.cli.console import stdout
+from tokenflow_sdk.cli.console import make_table, stdout
 from tokenflow_sdk.cli.environment import environment, print_environment
-from tokenflow_sdk.cli.opening import bundle_name, bundle_paths, named_bundle
+from tokenflow_sdk.cli.generate import read_metadata
+from tokenflow_sdk.cli.opening import bundle_name, bundle_paths, named_bundle, shown_path
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, graph_digest
 from tokenflow_sdk.engines.choice import Candidate, survey
@@ -27,19 +27,23 @@ from tokenflow_sdk.engines.memory_plan import memory_plans
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.engines.profiles import graph_profiles
 from tokenflow_sdk.errors import OutputError
-from tokenflow_sdk.files import file_status, is_directory
+from tokenflow_sdk.files import file_status, is_directory, is_regular
 from tokenflow_sdk.parity.certificate import Certificate
 from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.pictures.preparation import Preparation
 
 __all__ = ["info"]
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Describe a file of codes, or every bundle under a name; without one, what is installed here."""
+    """Describe a file of codes, a drawn image, or every bundle under a name; without one, what is installed here."""
     target = Path(bundle_name(arguments))
     if named_bundle(arguments) is None:
         found = environment()
         _print_json(found) if arguments.json else print_environment(found)
+    elif target.suffix.lower() == ".png" and is_regular(target):
+        drawn = read_metadata(target)
+        _print_json(drawn) if arguments.json else stdout.print("\n".join(f"{key}: {value}" for key, value in drawn.items()))
     elif target.name != MANIFEST and file_status(target) is not None and not is_directory(target):
         codes = Codes.load(target)
         _print_json(_codes_facts(codes)) if arguments.json else _codes_info(codes)
@@ -137,7 +141,7 @@ def _print_engines(bundle: Bundle[Any]) -> None:
             sets.setdefault((f"{config.backend} {engine.key.version}", engine.key.target, config), []).append(engine)
     if not sets:
         return
-    table = Table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
+    table = make_table("engines", "for", "precision", "batch", "graphs", "size", "compared with the reference")
     for (title, target, config), engines in sets.items():
         certificates = [
             Certificate.from_json(engine.certificates.get(architecture, {}))
@@ -184,8 +188,8 @@ def _codes_facts(codes: Codes) -> dict[str, object]:
 
 def _codes_info(codes: Codes) -> None:
     stdout.print(repr(codes), soft_wrap=True)
-    stdout.print(f"picture prepared by {codes.preparation or 'what is not known'}", soft_wrap=True)
-    table = Table("scale", "codes", "file may end at byte", "first codes")
+    stdout.print(_prepared(codes.preparation), soft_wrap=True)
+    table = make_table("scale", "codes", "file may end at byte", "first codes")
     for i, (side, count) in enumerate(zip(codes.scales.sides, codes.scales.counts, strict=True)):
         if i == codes.n_scales:
             break
@@ -194,10 +198,22 @@ def _codes_info(codes: Codes) -> None:
     stdout.print(table)
 
 
+def _prepared(preparation: Preparation | None) -> str:
+    if preparation is None:
+        return "how its picture was prepared is not known"
+    parts = [
+        f"its picture was fitted by {preparation.preprocess}",
+        "colours were converted to sRGB" if preparation.color == "srgb" else "colours were read as stored",
+        "the JPEG was decoded at reduced size" if preparation.fast else "",
+        "" if preparation.source is None else f"the SHA-256 of its file begins with {preparation.source}",
+    ]
+    return "; ".join(filter(None, parts))
+
+
 def _tokenizer_info(bundle: Bundle[TokenizerConfig]) -> None:
     c = bundle.config
     bits = (c.codebook_size - 1).bit_length()
-    stdout.print(f"{bundle.path}: TokenFlow tokenizer {c.variant}", style="bold", soft_wrap=True)
+    stdout.print(f"{shown_path(bundle.path)}: TokenFlow tokenizer {c.variant}", style="bold", soft_wrap=True)
     stdout.print(f"{c.image_size} x {c.image_size} px, pictures are fitted by {c.preprocess}")
     stdout.print(
         f"{len(c.patch_nums)} scales ({' '.join(map(str, c.patch_nums))}): {c.n_codes} codes of {bits} bits", soft_wrap=True
@@ -221,7 +237,7 @@ def _generator_info(bundle: Bundle[GeneratorConfig]) -> None:
     c = bundle.config
     _print_language_model(
         bundle,
-        f"prompts of up to {c.max_prompt} tokens; pictures of {c.n_codes} codes in {len(c.scales)} scales",
+        f"prompts of up to {c.max_prompt - 1} tokens; pictures of {c.n_codes} codes in {len(c.scales)} scales",
         "drawn for",
         "code",
     )
@@ -242,7 +258,7 @@ def _print_language_model(
     bundle: Bundle[GeneratorConfig] | Bundle[UnderstanderConfig], sizes: str, pairing: str, choice: str
 ) -> None:
     c = bundle.config
-    stdout.print(f"{bundle.path}: TokenFlow {c.kind}", style="bold", soft_wrap=True)
+    stdout.print(f"{shown_path(bundle.path)}: TokenFlow {c.kind}", style="bold", soft_wrap=True)
     stdout.print(f"transformer of {c.layers} layers, width {c.width}, {c.kv_heads} key/value heads of {c.head_dim}")
     stdout.print(sizes)
     stdout.print(f"{pairing} {c.tokenizer_variant} (codebook {c.codebook_sha256[:16]}) at {c.tokenizer}", soft_wrap=True)
@@ -272,7 +288,7 @@ def _print_check(parity: Mapping[str, Any], choice: str) -> None:
 
 
 def _print_graphs(graphs: Mapping[str, GraphEntry]) -> None:
-    table = Table("graph", "size", "inputs", "outputs")
+    table = make_table("graph", "size", "inputs", "outputs")
     for name, graph in graphs.items():
         tensors = ("\n".join(map(str, specs)) for specs in (graph.inputs, graph.outputs))
         table.add_row(name, _size(sum(file.size for file in graph.files)), *tensors)

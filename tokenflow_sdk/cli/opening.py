@@ -10,6 +10,7 @@ from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.files import packaged_data
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.tokenizer import Tokenizer
 from tokenflow_sdk.understanding.understander import Understander
@@ -22,6 +23,7 @@ __all__ = [
     "open_tokenizer",
     "open_understander",
     "runtime_options",
+    "shown_path",
 ]
 
 
@@ -56,6 +58,11 @@ def named_bundle(arguments: argparse.Namespace) -> str | None:
     if len(named) > 1:
         raise ArgumentError("Two bundles were given.", "Name one.")
     return named[0] if named else None
+
+
+def shown_path(path: Path) -> str:
+    """How a bundle's directory is shown: those that come with the SDK by name, others by their path."""
+    return f"{TINY} ({path.name})" if path.parent == packaged_data(f"models/{TINY}") else str(path)
 
 
 def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:

@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, verify
-from tokenflow_sdk.cli.help import Parser, add_verbosity
+from tokenflow_sdk.cli.help import Parser, add_command
 from tokenflow_sdk.cli.outputs import STDIO, Output
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
@@ -71,12 +71,15 @@ Build a bundle's TensorRT engines into the engine cache.
       decoder in 8 bits; run `tokenflow export calibrate` first
   tokenflow build bundles/t2i --config l4 --plan
       the memory that the engines will take; builds nothing
+  tokenflow build bundles/clipb_256 --triton models
+      no engines: a model repository of Triton, whose onnxruntime runs it
 
 An engine is used only with the TensorRT version and GPU architecture it was
 built for, and for an unchanged graph; otherwise it is built again.
 """
 
 _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
+_INSTEAD = "the bundle, instead of the first argument"
 _OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
@@ -108,8 +111,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_info(subparsers: _Subparsers) -> None:
     summary = "print what a bundle or a .tfc file holds; without one, what is installed and which backends work"
     parser = _add_command(subparsers, "info", info.info, summary)
-    parser.add_argument("target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle or a file of codes")
-    parser.add_argument("--bundle", metavar="PATH|NAME", help="the bundle, instead of the first argument")
+    parser.add_argument(
+        "target", nargs="?", metavar="BUNDLE|FILE.tfc", help="a bundle, a file of codes, or a PNG of `tokenflow generate`"
+    )
+    parser.add_argument("--bundle", metavar="PATH|NAME", help=f"{_INSTEAD}: a directory or a Hugging Face id")
     parser.add_argument("--graphs", action="store_true", help="also print the graphs' inputs and outputs, and all provenance")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     _add_pins(parser)
@@ -206,7 +211,7 @@ def _add_verify(subparsers: _Subparsers) -> None:
     summary = "check a bundle's files against their hashes, and its results on this machine against its reference"
     parser = _add_command(subparsers, "verify", verify.verify, summary)
     parser.add_argument("target", nargs="?", metavar="BUNDLE", help="default: tiny")
-    _add_engine_options(parser)
+    _add_engine_options(parser, what=_INSTEAD)
 
 
 def _add_bench(subparsers: _Subparsers) -> None:
@@ -219,7 +224,7 @@ def _add_bench(subparsers: _Subparsers) -> None:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser)
+    _add_engine_options(parser, what=_INSTEAD)
 
 
 def _add_build(subparsers: _Subparsers) -> None:
@@ -269,22 +274,31 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="X",
         help="memory of the GPU in GB (10^9 bytes); engines that need more are not built (default: that of the GPU here)",
     )
-    parser.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results = parser.add_mutually_exclusive_group()
+    results.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results.add_argument(
+        "--triton",
+        type=_path,
+        metavar="DIR",
+        help="write a tokenizer's graphs as a model repository of NVIDIA's Triton: with --backend tensorrt the engines, "
+        "without --backend and --config the ONNX files",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a repository that --triton wrote")
     _add_cache_option(parser)
 
 
 def _add_cache(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "cache", build.cache, "list or remove the engines in the engine cache")
-    parser.add_argument("action", choices=("list", "clear"))
+    what = "list prints the engines, their sizes and how their comparisons ended; clear removes them all"
+    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear", help=what)
     _add_cache_option(parser)
 
 
 def _add_command(
     subparsers: _Subparsers, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser = add_command(subparsers, name, summary)
     parser.set_defaults(run=run)
-    add_verbosity(parser)
     return parser
 
 

@@ -46,7 +46,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     columns = -(-len(tiles) // 2) if len(tiles) > 6 else len(tiles)
     save_image(contact_sheet(tiles, columns), output)
     lines = stderr if output == STDIO else stdout
-    lines.print(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
+    lines.note(f"{arguments.image} -> {output}  PSNR {quality:.2f} dB, {len(codes)} codes", soft_wrap=True)
     return 0
 
 

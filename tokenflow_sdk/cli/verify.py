@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.table import Table
-
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.cli.console import stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_paths, runtime_options
+from tokenflow_sdk.cli.console import make_table, stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_paths, runtime_options, shown_path
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.engines.choice import Needs, engines_for
 from tokenflow_sdk.engines.options import RuntimeOptions
@@ -49,13 +47,13 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
         if options.backend in FLAVOURS:
             _verify_engines(path, options, batch_limit)
         elif isinstance(bundle.config, TokenizerConfig):
-            with stderr.step(f"opening {path}"):
+            with stderr.step(f"opening {shown_path(path)}"):
                 tokenizer = Tokenizer.open(path, options, batch_limit)
             with tokenizer:
                 _verify_tokenizer(tokenizer)
         else:
             _verify_language_model(path, options)
-        stdout.print(f"{path}: bundle.json has the SHA-256 {bundle.sha256}", soft_wrap=True)
+        stdout.print(f"{shown_path(path)}: bundle.json has the SHA-256 {bundle.sha256}", soft_wrap=True)
     stdout.print("files and numbers are right", style="green")
 
 
@@ -63,7 +61,7 @@ def _verify_tokenizer(tokenizer: Tokenizer) -> None:
     with progress_bar("comparing with PyTorch", 100) as done:
         report = check_tokenizer(tokenizer.graphs, progress=lambda fraction: done(round(100 * fraction)))
     title = f"{tokenizer.config.variant}: {report.pictures} pictures, teacher-forced"
-    table = Table("scale", "codes", "agreement", title=title)
+    table = make_table("scale", "codes", "agreement", title=title)
     scales = tokenizer.config.scales
     for side, count, share in zip(scales.sides, scales.counts, report.agreement, strict=True):
         table.add_row(f"{side} x {side}", str(count * report.pictures), f"{share:.2%}")
@@ -79,19 +77,19 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
     """Compare the graphs' results on onnxruntime here with those at export."""
     bundle = open_bundle(path)
     with ExitStack() as stack:
-        stack.enter_context(stderr.step(f"running {path}"))
+        stack.enter_context(stderr.step(f"running {shown_path(path)}"))
         bundle.verify()
         certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
-    stdout.print(f"{path}: {certificate.summary}", soft_wrap=True)
+    stdout.print(f"{shown_path(path)}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
 
 
 def _verify_engines(path: Path, options: RuntimeOptions, batch_limit: int) -> None:
     bundle = open_bundle(path)
     engines = engines_for(bundle, options, Needs(batch_limit))
-    with stderr.step(f"running {path} on {options.backend}"):
+    with stderr.step(f"running {shown_path(path)} on {options.backend}"):
         bundle.verify()
         certificate = engines.recertify()
-    stdout.print(f"{path} on {options.backend}: {certificate.summary}", soft_wrap=True)
+    stdout.print(f"{shown_path(path)} on {options.backend}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
     stdout.print("certified", style="green")

@@ -59,8 +59,9 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join((ONNXRUNTIME, *FLAVOURS))}."
             )
-        if not all(target.isalnum() for target in self.targets):
-            raise ArgumentError(f"targets={self.targets!r} are no GPU architectures.", 'Give them like ("sm86", "sm89").')
+        for target in self.targets:
+            if not target.isalnum():
+                raise ArgumentError(f"There is no GPU architecture {shown(target)}.", "Give names such as sm86 and sm89.")
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
                 "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
@@ -78,7 +79,7 @@ class BuildConfig:
             raise ArgumentError(
                 f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
-                "Write it as batch=(1, 8, 32), or as --batch-usual 8 --batch-limit 32.",
+                "Write it as batch=(1, 8, 32).",
             )
 
     def _take_types(self) -> None:

@@ -169,12 +169,17 @@ def _provider_problem(
     problem = hardware_problem() if built_in else "this onnxruntime was built without it"
     if problem is not None:
         return problem
-    entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
     try:
-        open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
+        _open_smallest(bundle, options)
     except TokenFlowError as error:
         return error.message
     return None
+
+
+def _open_smallest(bundle: Bundle[Any], options: SessionOptions) -> None:
+    """Open the bundle's smallest graph in onnxruntime, and close it. Raises as `OnnxRuntimeSession`."""
+    entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
+    open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
 
 
 def _processor_problem() -> str | None:
@@ -205,27 +210,42 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     if options.wants_onnxruntime():
         # With backend="auto" it is a build config for CPUs that asks for onnxruntime: run on the CPU unless told otherwise.
         cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
-        return open_onnxruntime, replace(session, device="cpu") if cpu else session
+        return _onnxruntime(bundle, replace(session, device="cpu") if cpu else session)
     if options.backend in FLAVOURS:
         engines = engines_for(bundle, options, needs)
         with progress_bar() as progress:
             engines.prepare(options.build, progress)
         return engines.open, session
     if options.providers is not None:
-        return open_onnxruntime, session
-    best = None
+        return _onnxruntime(bundle, session)
+    best, passed_over = None, list[Candidate]()
     for candidate in survey(bundle, options, needs):
         _log.debug("%s on %s: %s", "runs" if candidate.usable else "not", candidate.title, candidate.reason)
         if candidate.usable:
             best = candidate
             break
+        passed_over.append(candidate)
     if best is None:
         # Opening a session raises an error that says what is missing.
-        return open_onnxruntime, session
+        return _onnxruntime(bundle, session)
     if best.engines is not None:
         best.engines.prepare(build=False)
         return best.engines.open, session
+    if options.build_config is not None:
+        why = "; ".join(f"{each.title}: {each.reason.rstrip('.')}" for each in passed_over if each.backend in FLAVOURS)
+        _log.warning("The build config is not used, because no TensorRT engines run here (%s). %s runs.", why, best.title)
     return open_onnxruntime, replace(session, providers=best.providers) if best.providers else session
+
+
+def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> tuple[OpenSession, SessionOptions]:
+    """onnxruntime, tried on the smallest graph where it was asked for more than the CPU.
+
+    Graphs may be loaded at their first use only, and a service should not start where that will fail.
+    """
+    import_onnxruntime()
+    if options.providers is not None or options.device.startswith("cuda"):
+        _open_smallest(bundle, options)
+    return open_onnxruntime, options
 
 
 def suitable_batch_limit(open_session: OpenSession, options: SessionOptions) -> int:

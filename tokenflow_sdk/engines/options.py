@@ -29,7 +29,8 @@ class RuntimeOptions:
             that works on this machine: TensorRT with engines in the cache that did not fail certification, onnxruntime with
             CUDA, onnxruntime with OpenVINO, onnxruntime on the CPU.
         build_config: how TensorRT engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a
-            TOML file. None: use cached engines if any fit, else build by `BuildConfig()`.
+            TOML file. None: use cached engines if any fit, else build by `BuildConfig()`. Where `auto` finds that none
+            run, a warning says that it is not used.
         build: whether missing TensorRT engines are built; False raises an error instead.
         serve_while_building: run on onnxruntime until the TensorRT engines are built and certified.
         execution_contexts: calls of one graph that may run on a GPU at once.
@@ -101,12 +102,22 @@ class RuntimeOptions:
         """Whether the backend is onnxruntime, or the build config is for CPUs.
 
         Raises:
-            ArgumentError: the backend is TensorRT and the build config is for CPUs, or the build config cannot be read.
+            ArgumentError: the build config is for another backend than the options leave, or cannot be read.
         """
         config = self.loaded_build_config()
         for_cpus = config is not None and config.backend == ONNXRUNTIME
         if for_cpus and self.backend in FLAVOURS:
             raise ArgumentError(
                 f"The build config is for onnxruntime, not for {self.backend}.", "Leave backend= or build_config= out."
+            )
+        without_engines = (
+            ("backend='onnxruntime'", self.backend == ONNXRUNTIME),
+            ("providers=", self.backend == "auto" and self.providers is not None),
+            ("device='cpu'", self.backend == "auto" and self.device == "cpu"),
+        )
+        other = next((option for option, given in without_engines if given), None)
+        if other is not None and config is not None and not for_cpus:
+            raise ArgumentError(
+                f"The build config is for TensorRT engines, and with {other} none run.", f"Leave build_config= or {other} out."
             )
         return self.backend == ONNXRUNTIME or for_cpus

@@ -182,6 +182,9 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
     def _prompts(self) -> PromptEncoder:
         return PromptEncoder(self._text_tokenizer, self.config)
 
+    def _reach(self) -> str:
+        return f"{len(self.config.patch_nums)} scales, {self.config.n_codes} codes of {self.config.codebook_size}"
+
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> ScaleScheduler:
         return ScaleScheduler(ScaleLoop(self.config, sessions, transformer, load_codebook(self.bundle)))
 

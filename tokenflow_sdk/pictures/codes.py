@@ -355,8 +355,7 @@ def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
             data += part
         return bytes(data)
     except (OSError, ValueError, TypeError) as error:
+        named = isinstance(source, (str, os.PathLike))
+        hint = "Check the path and its permissions." if named else "Give a file that is open in binary mode ('rb')."
         why = getattr(error, "strerror", None) or error
-        raise CodesReadError(
-            f"{describe(source)} cannot be read: {why}.",
-            "Check the path and its permissions; an open file must be in binary mode ('rb').",
-        ) from error
+        raise CodesReadError(f"{describe(source)} cannot be read: {why}.", hint) from error

@@ -56,7 +56,7 @@ def srgb_conversion(profile: object, mode: str, name: str) -> Conversion | None:
     except ImportError as error:
         raise MissingPackageError(
             f"{name} has a colour profile, and this Pillow was built without LittleCMS: {error}.",
-            "Run `pip install --force-reinstall pillow`, or choose color='as-stored' (--color as-stored).",
+            "Run `pip install --force-reinstall pillow`, or choose color='as-stored'.",
         ) from error
     except ImageCms.PyCMSError as error:
         raise ValueError(str(error)) from error

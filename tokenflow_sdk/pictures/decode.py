@@ -141,7 +141,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}.",
-            "Shrink it first, or raise max_pixels if you trust its source.",
+            "Shrink it first, or raise max_pixels= if you trust its source.",
         )
     if max(size) > MAX_ASPECT * min(size):
         raise ImageShapeError(
@@ -232,7 +232,10 @@ def _open(file: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
         if picture_format not in Image.OPEN:
             Image.init()
         factory, accept = Image.OPEN.get(picture_format, (None, None))
-        accepted = factory is not None and (accept is None or accept(prefix))
+        try:
+            accepted = factory is not None and (accept is None or accept(prefix))
+        except (struct.error, IndexError):  # it looks at more bytes than there are
+            continue
         if isinstance(accepted, str):
             why = f" Pillow says: {accepted}."
         elif accepted:
@@ -244,7 +247,8 @@ def _open(file: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 if raised_elsewhere(error):
                     raise
-                if accept is not None:
+                # With a cause it is an exception of Python's on too few bytes, which tells nobody anything.
+                if accept is not None and isinstance(error, SyntaxError) and error.__cause__ is None:
                     why = f" Pillow says: {error}."
     raise CorruptImageError(
         f"{name} is not a picture in a known format, or its beginning is damaged.{why}",

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tokenflow_sdk.arguments import file_path, flag, integer
 from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError, ImageShapeError
+from tokenflow_sdk.files import is_directory, is_regular
 from tokenflow_sdk.pictures.decode import MAX_PIXELS, check_size, decode_file, decode_image, raised_elsewhere
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess, check_color
 from tokenflow_sdk.pictures.rgb import WHITE, to_rgb
@@ -38,13 +39,19 @@ _MAX_SQUARE = 2**28
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
-def pictures_in(directory: Path) -> list[Path]:
-    """The image files of a directory, chosen by their suffix and sorted by name.
+def pictures_in(directory: Path, below: bool = False) -> list[Path]:
+    """The image files of a directory, chosen by their suffix and sorted; with `below` also those of directories in it.
 
     Raises:
-        ImageReadError: the directory does not exist or has no image files.
+        ImageReadError: the directory does not exist, cannot be read, or has no image files.
     """
-    found = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) if directory.is_dir() else []
+    if not is_directory(directory):
+        raise ImageReadError(f"{directory} is no directory.", "Give one that holds pictures.")
+    try:
+        files = directory.rglob("*") if below else directory.iterdir()
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES and is_regular(path))
+    except OSError as error:
+        raise ImageReadError(f"{directory} cannot be read: {error.strerror}.", "Check its permissions.") from error
     if not found:
         raise ImageReadError(f"{directory} holds no pictures.", f"Known endings: {' '.join(sorted(SUFFIXES))}.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tokenflow_sdk.arguments import items
 from tokenflow_sdk.errors import ArgumentError, ArrayError
+from tokenflow_sdk.files import is_directory
 
 __all__ = ["ImageSource", "describe", "kept", "several", "to_array"]
 
@@ -70,8 +72,14 @@ def several(method: str, images: Iterable[ImageSource]) -> Iterator[ImageSource]
     """
     given: Any = to_array(images)
     stack = isinstance(given, np.ndarray) and (given.ndim == 4 or given.dtype == object)
-    one = isinstance(given, (np.ndarray, Image.Image, type(None), *_FILES)) or hasattr(given, "read")
+    one = isinstance(given, (np.ndarray, Image.Image, *_FILES)) or hasattr(given, "read")
     hint = f"Use encode(image), or give a list: {method}([image])."
+    name = describe(given) if isinstance(given, (str, os.PathLike)) else None
+    if isinstance(name, str) and is_directory(Path(name)):
+        raise ArgumentError(
+            f"{method} takes several pictures, and {name} is a directory.",
+            f"Give the pictures in it: {method}(pathlib.Path({name!r}).glob('*.jpg')).",
+        )
     if one and not stack:
         raise ArgumentError(f"{method} takes several pictures, and {describe(given)} is one.", hint)
     return items("images", given, hint)

@@ -87,7 +87,9 @@ class Vocabulary:
         codes, at_codes = given[is_code], np.flatnonzero(is_code)
         for at in np.flatnonzero((codes < self.offset) | (codes >= self.offset + self.codebook_size)):
             end = self.offset + self.codebook_size - 1
-            raise CodesRangeError(f"Id {codes[at]} at {at_codes[at]} is no code.", f"Codes are {self.offset} .. {end}.")
+            raise CodesRangeError(
+                f"Id {codes[at]} at {at_codes[at]} is no code with offset={self.offset}.", f"Codes are {self.offset} .. {end}."
+            )
         return (codes.astype(np.int64) - self.offset).astype(np.int32)
 
     def _layout(self, scales: Scales, n: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[int, str]]:

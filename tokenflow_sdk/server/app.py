@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from tokenflow_sdk import __version__
+from tokenflow_sdk import Generator, TokenFlowError, Tokenizer, Understander, __version__
 from tokenflow_sdk.server import chat, generations, images, inference, operations, page
 from tokenflow_sdk.server.errors import ApiError, handlers
 from tokenflow_sdk.server.guard import Guard
@@ -76,6 +77,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         exception_handlers=handlers(),
         redoc_url=None,
     )
+    app.state.models = models
     app.include_router(page.router())
     app.include_router(operations.router(models))
     work = APIRouter(dependencies=[Depends(ready)])
@@ -87,9 +89,19 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
 
 
 def _watch(models: Models) -> None:
-    """Let the metrics ask the language models for their pages."""
+    """Let the metrics ask the models for their pages, and whether their engines are built."""
+    engines = "Whether a model runs on what it was asked to; 0 while its engines are being built."
+    for name, each in models.opened().items():
+        models.metrics.gauge("tokenflow_engines_ready", engines, partial(_engines_ready, each), model=name)
     for name, model in (("generator", models.generator), ("understander", models.understander)):
         if model is not None:
             total, free = "Key/value pages.", "Key/value pages that nothing holds."
             models.metrics.gauge("tokenflow_pages", total, lambda m=model: m.total_pages, model=name)  # type: ignore[misc]
             models.metrics.gauge("tokenflow_pages_free", free, lambda m=model: m.free_pages, model=name)  # type: ignore[misc]
+
+
+def _engines_ready(model: Tokenizer | Generator | Understander) -> float:
+    try:
+        return float(model.wait_for_engines(0))
+    except TokenFlowError:
+        return 0.0  # they cannot be built, and the model goes on without; the log says why

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from tokenflow_sdk.pictures.codes import Codes
@@ -70,7 +71,8 @@ async def read_inputs(request: Request, models: Models) -> Inputs:
     if kind == "application/json":
         found = _from_json(await request.body())
     elif kind == "multipart/form-data":
-        found = await _from_form(request, models.settings.max_images)
+        form, most = await request.body(), models.settings.max_images
+        found = await models.in_thread(lambda: _from_form(request.headers["content-type"], form, most))
     elif kind.startswith("image/") or kind in (TFC, "application/octet-stream", "binary/octet-stream"):
         data = await request.body()
         is_codes = kind == TFC or (not kind.startswith("image/") and data.startswith(MAGIC))
@@ -150,37 +152,45 @@ def _from_json(body: bytes) -> Inputs:
     return Inputs([partial(picture_bytes, each) for each in pictures], [CodesJson.model_validate(each) for each in codes], data)
 
 
-class _InMemory(MultiPartParser):
-    """Keeps files in memory, whose size is limited, instead of writing them to a disk."""
-
-    spool_max_size = 2**40
-
-
-async def _from_form(request: Request, most: int) -> Inputs:
-    body = await request.body()
-
-    async def whole() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    try:
-        form = await _InMemory(request.headers, whole(), max_files=4 * most, max_fields=64).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise ApiError(400, f"The form cannot be read: {getattr(error, 'message', error)}.") from None
-    pictures: list[Read] = []
-    codes: list[CodesJson | bytes] = []
+def _from_form(kind: str, body: bytes, most: int) -> Inputs:
+    """Parts of a form; they stay in memory, whose size the body's limit bounds."""
+    files: list[tuple[str, bytes]] = []
     options: dict[str, Any] = {}
+    ended: list[bool] = []
+
+    def on_field(field: Any) -> None:
+        options[_text(field.field_name)] = _text(field.value or b"")
+        _require_few(len(options), 64)
+
+    def on_file(file: Any) -> None:
+        file.file_object.seek(0)
+        files.append((_text(file.field_name), file.file_object.read()))
+        _require_few(len(files), 4 * most)
+
+    boundary = parse_options_header(kind)[1].get(b"boundary")
     try:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                options[name] = value
-                continue
-            if name not in _FIELDS:
-                raise ApiError(422, f"The form's file {name[:100]!r} is not known. Call it `image`.", param=name)
-            data = await value.read()
-            if name == "tfc" or data.startswith(MAGIC):
-                codes.append(data)
-            else:
-                pictures.append(partial(bytes, data))
-    finally:
-        await form.close()
-    return Inputs(pictures, codes, options)
+        config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+        parser = FormParser("multipart/form-data", on_field, on_file, lambda: ended.append(True), boundary, config=config)
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise ApiError(400, f"The form cannot be read: {str(error).rstrip('.')[:200]}.") from None
+    if not ended:
+        raise ApiError(400, "The form ends before its last boundary.")
+    if unknown := [name for name, _ in files if name not in _FIELDS]:
+        raise ApiError(422, f"The form's file {unknown[0][:100]!r} is not known. Call it `image`.", param=unknown[0][:100])
+    codes: list[CodesJson | bytes] = [data for name, data in files if _is_codes(name, data)]
+    return Inputs([partial(bytes, data) for name, data in files if not _is_codes(name, data)], codes, options)
+
+
+def _is_codes(name: str, data: bytes) -> bool:
+    return name == "tfc" or data.startswith(MAGIC)
+
+
+def _text(data: bytes | None) -> str:
+    return (data or b"").decode("utf-8", "replace")
+
+
+def _require_few(count: int, most: int) -> None:
+    if count > most:
+        raise ApiError(422, "The form has too many parts.", "too_many_images", "image")

@@ -19,6 +19,7 @@ from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.bodies import CodesJson, picture_bytes, read_codes
 from tokenflow_sdk.server.errors import ApiError
+from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.models import Models
 from tokenflow_sdk.server.streams import EventStream, event, pieces_of, unless_gone
 from tokenflow_sdk.understanding.answering import Answer
@@ -90,7 +91,7 @@ def router(models: Models) -> APIRouter:
     @routes.post("/chat/completions", summary="An answer about pictures, in OpenAI's shape", response_model=None)
     async def completions(body: ChatRequest, request: Request) -> Response:
         name = models.require(body.model, "chat")
-        answering = _Answering(name, body, await _begun(models, body))
+        answering = _Answering(name, body, await _begun(models, body), models.metrics)
         if body.stream:
             return EventStream(answering.events())
         return JSONResponse(await unless_gone(request, answering.answer()))
@@ -177,8 +178,8 @@ def _parts(message: Message, where: str) -> tuple[str, list[Part]]:
 class _Answering:
     """One answer on its way; `answer` or `events` runs it."""
 
-    def __init__(self, model: str, body: ChatRequest, stream: RequestStream[str, Answer]) -> None:
-        self._stream = stream
+    def __init__(self, model: str, body: ChatRequest, stream: RequestStream[str, Answer], metrics: Metrics) -> None:
+        self._stream, self._metrics = stream, metrics
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time()), "model": model}
 
@@ -186,7 +187,7 @@ class _Answering:
         """The answer, when it is finished."""
         async for _ in pieces_of(self._stream):
             pass
-        found = self._stream.result()
+        found = self._result()
         message = {"role": "assistant", "content": found.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": found.finish, "logprobs": None}
         return self._common | {"object": "chat.completion", "choices": [choice], "usage": _usage(found)}
@@ -196,11 +197,16 @@ class _Answering:
         yield self._chunk({"role": "assistant", "content": ""})
         async for piece in pieces_of(self._stream):
             yield self._chunk({"content": piece})
-        found = self._stream.result()
+        found = self._result()
         yield self._chunk({}, found.finish)
         if self._with_usage:
             yield event(self._common | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(found)})
         yield "data: [DONE]\n\n"
+
+    def _result(self) -> Answer:
+        found = self._stream.result()
+        self._metrics.observe_steps("token", found.timings)
+        return found
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}

@@ -106,7 +106,7 @@ class _Drawing:
         """The pictures, when all are drawn."""
         async for _ in pieces_of(self._stream):
             pass
-        drawn = self._stream.result()
+        drawn = self._result()
         files = await asyncio.gather(*(self._file(codes, drawn, i) for i, codes in enumerate(drawn.codes)))
         field = "url" if self._body.response_format == "url" else "b64_json"
         data = [
@@ -125,12 +125,17 @@ class _Drawing:
                     found = {"type": name, "partial_image_index": index, "image_index": i, "scale": scale.scale}
                     yield event(found | self._common(True) | {"b64_json": self._text(await self._file(codes))}, name)
                 index += 1
-        drawn = self._stream.result()
+        drawn = self._result()
         for i, codes in enumerate(drawn.codes):
             name = "image_generation.completed"
             found = {"type": name, "image_index": i, "seed": drawn.seed, "usage": _usage(drawn)}
             own = {"tfc": base64.b64encode(codes.to_bytes()).decode()}
             yield event(found | own | self._common(True) | {"b64_json": self._text(await self._file(codes, drawn, i))}, name)
+
+    def _result(self) -> Generation:
+        drawn = self._stream.result()
+        self._models.metrics.observe_steps("scale", drawn.timings)
+        return drawn
 
     async def _file(self, codes: Codes, drawn: Generation | None = None, image: int = 0) -> bytes:
         """The picture of codes; a PNG of a finished request says how it was drawn."""

@@ -25,6 +25,8 @@ _ACCESS = logging.getLogger("tokenflow_sdk.server.access")
 _ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """What supervisors ask: without keys, and by the address instead of a name."""
+_GRACE = 1.0
+"""Seconds after `timeout` in which a stream can say that it was given up."""
 _WORK = ("/v1/images/", "/v1/embeddings", "/v1/chat/", "/v2/models/")
 
 
@@ -90,9 +92,13 @@ class Guard:
                 raise ApiError(429, f"{self._working} requests are under way, which is the most. Try again in a moment.")
             self._working += 1
             try:
-                await self._app(scope, _replayed(bytes(body), receive), request.send)
+                # Models give up what they work for themselves; this is for all else, a moment later.
+                with anyio.move_on_after(self._settings.timeout + _GRACE) as waiting:
+                    await self._app(scope, _replayed(bytes(body), receive), request.send)
             finally:
                 self._working -= 1
+            if waiting.cancelled_caught:
+                raise ApiError(504, f"The request was not finished within {self._settings.timeout:g} s.")
         finally:
             self._held -= len(body)
 

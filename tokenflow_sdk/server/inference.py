@@ -169,7 +169,7 @@ def router(models: Models) -> APIRouter:
 def _served(models: Models) -> dict[str, _Model]:
     c = models.tokenizer.config
     images = _Tensor("images", "UINT8", (c.image_size, c.image_size, 3))
-    codes = _Tensor("codes", "INT32", (c.n_codes,))
+    codes = _Tensor("code_indices", "INT32", (c.n_codes,))
     features = _Tensor("features", "FP32", (c.grid**2, c.semantic_width))
     return {
         "encode": _Model(images, codes, models.encoded),

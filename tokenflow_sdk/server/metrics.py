@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -53,6 +54,11 @@ class Metrics:
     def observe(self, stage: str, seconds: float) -> None:
         """Note how long a stage took."""
         self._stages.labels(stage).observe(seconds)
+
+    def observe_steps(self, stage: str, times: Iterable[float]) -> None:
+        """Note how long each step took, from the seconds from the start to each one's end."""
+        for began, ended in pairwise((0.0, *times)):
+            self.observe(stage, ended - began)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -63,7 +63,13 @@ class Models:
             TokenFlowError: a model cannot be opened.
         """
         s = self.settings
-        options = RuntimeOptions(device=s.device, backend=s.backend, build_config=s.build_config, threads=s.threads)
+        options = RuntimeOptions(
+            device=s.device,
+            backend=s.backend,
+            build_config=s.build_config,
+            threads=s.threads,
+            serve_while_building=s.serve_while_building,
+        )
         self.tokenizer = Tokenizer.open(s.tokenizer, options, s.batch_limit).load()
         self._lanes = Lanes(self.tokenizer.lanes(), self.tokenizer.batch_limit, s.batch_wait_ms / 1000, self.metrics)
         tok = self.tokenizer
@@ -146,6 +152,11 @@ class Models:
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Run what takes a while, such as reading or writing a picture file, in a thread for pictures."""
         return await asyncio.get_running_loop().run_in_executor(self._pictures, function)
+
+    def opened(self) -> dict[str, Tokenizer | Generator | Understander]:
+        """The models that are open, by what they are."""
+        found = {"tokenizer": self.tokenizer, "generator": self.generator, "understander": self.understander}
+        return {name: model for name, model in found.items() if model is not None}
 
     def names(self) -> dict[str, list[str]]:
         """Names of the models, and what each can do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+from contextlib import suppress
 
 import uvicorn
 
@@ -18,7 +19,7 @@ _LOG = logging.getLogger("tokenflow_sdk.server")
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what was accepted.
+    """Serve until SIGTERM or Ctrl-C; then finish what was accepted, and return.
 
     Raises:
         TokenFlowError: the port is taken, or a bundle, the key file or a setting cannot be used.
@@ -32,6 +33,8 @@ def serve(settings: Settings) -> None:
     app = create_app(settings, failed)
     listener = _listener(settings.host, settings.port)
     _access_log()
+    # It warns of each damaged form, whose sender is told already.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     if settings.host not in LOOPBACK and settings.api_key_file is None:
         _LOG.warning("everybody who reaches %s may use this server; --api-key-file asks for keys", settings.host)
     config = uvicorn.Config(
@@ -47,7 +50,8 @@ def serve(settings: Settings) -> None:
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     _LOG.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    with listener:
+    # uvicorn raises the signal that ended it again afterwards, and this was the orderly end.
+    with listener, suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if failures:
         raise failures[0]

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     backend: str = Field(default="auto", description="`auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`")
     build_config: str | None = Field(default=None, description="build config of TensorRT engines, as for `tokenflow build`")
+    serve_while_building: bool = Field(
+        default=False, description="answer by onnxruntime until the TensorRT engines are built and certified"
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of one call (default: all cores)")
     batch_limit: int | None = Field(default=None, ge=1, description="most pictures in one call (default: by the backend)")
     batch_wait_ms: float = Field(

@@ -85,7 +85,7 @@ class ImageFeatures:
             if wanted is not None and known is not None and known.preprocess != wanted:
                 warnings.warn(
                     f"Codes of a picture prepared by {known.preprocess!r} are given to a model that reads pictures prepared by "
-                    f"{wanted!r}, so its answers may be worse. Encode with preprocess={wanted!r} (--preprocess {wanted}).",
+                    f"{wanted!r}, so its answers may be worse. Encode with preprocess={wanted!r}.",
                     PreparationWarning,
                     stacklevel=stacklevel,
                 )

@@ -157,5 +157,8 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         blocks = self._answering.images(images, preprocess, color)
         return self._answering.first(blocks, question, params, False, began, timeout)
 
+    def _reach(self) -> str:
+        return f"{self.config.image_tokens} tokens a picture, {self.config.context} in all"
+
     def _schedule(self, sessions: Mapping[str, Session], transformer: PagedTransformer) -> TokenScheduler:
         return TokenScheduler(TokenLoop(self.config, sessions, transformer))

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from tokenflow_export.cli import bundles, precision, standin
 from tokenflow_export.models.config import VARIANTS
-from tokenflow_sdk.cli.help import Parser, add_verbosity
+from tokenflow_sdk.cli.help import Parser, add_command
 
 __all__ = ["make_parser"]
 
@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_searching(words)
     _add_calibrating(words)
     _add_inspecting(words)
-    made = words.add_parser("standin", help="a full-size checkpoint of stand-in weights, to try everything without a download")
+    made = add_command(
+        words, "standin", "write a full-size checkpoint of stand-in weights, to try everything without a download"
+    )
     made.add_argument(
         "--variant",
         choices=list(VARIANTS),
@@ -49,13 +51,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, type=Path, help="the .pt file; must not exist yet")
     made.set_defaults(run=standin.standin)
-    for command in words.choices.values():
-        add_verbosity(command)
     return parser
 
 
 def _add_exporting(words: _Words) -> None:
-    tokenizer = words.add_parser("tokenizer", help="a tokenizer checkpoint to a bundle")
+    tokenizer = add_command(words, "tokenizer", "convert a tokenizer checkpoint to a bundle")
     tokenizer.add_argument("--checkpoint", required=True, help=".pt or .safetensors file, or hf://org/repo/file")
     tokenizer.add_argument(
         "--variant",
@@ -68,10 +68,10 @@ def _add_exporting(words: _Words) -> None:
     )
     _add_output(tokenizer)
     tokenizer.set_defaults(run=bundles.tokenizer)
-    generator = words.add_parser("generator", help="a text-to-image directory to a bundle")
+    generator = add_command(words, "generator", "convert a text-to-image directory to a bundle")
     _add_language_model(generator, "the bundle of the tokenizer that decodes its codes")
     generator.set_defaults(run=bundles.generator)
-    understanding = words.add_parser("understanding", help="a LLaVA directory (Qwen2 or Llama layout) to a bundle")
+    understanding = add_command(words, "understanding", "convert a LLaVA directory (Qwen2 or Llama layout) to a bundle")
     _add_language_model(understanding, "the bundle of the tokenizer whose codes it reads")
     without = "compare with the exporter's own model, not with transformers, which reads the checkpoint by itself"
     understanding.add_argument("--without-transformers", action="store_true", help=without)
@@ -104,8 +104,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_searching(words: _Words) -> None:
-    parser = words.add_parser(
-        "precision-search", help="what half precision costs, and which nodes must stay in float32 for engines in it"
+    parser = add_command(
+        words, "precision-search", "measure what half precision costs, and find the nodes that must stay in float32 in engines"
     )
     bundle = "of a tokenizer or a generator; the nodes to pin and the figures are stored in it"
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
@@ -122,8 +122,8 @@ def _add_searching(words: _Words) -> None:
 
 
 def _add_calibrating(words: _Words) -> None:
-    parser = words.add_parser(
-        "calibrate", help="the ranges that engines with a decoder in int8 or fp8 need, and what 8 bits cost"
+    parser = add_command(
+        words, "calibrate", "take the ranges that engines with a decoder in int8 or fp8 need, and measure what 8 bits cost"
     )
     bundle = "of a tokenizer; the ranges and the figures are stored in it"
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
@@ -139,11 +139,11 @@ def _add_calibrating(words: _Words) -> None:
 
 
 def _add_inspecting(words: _Words) -> None:
-    parser = words.add_parser(
-        "inspect", help="where a graph in half precision, or in TensorRT, differs from float32 in onnxruntime, by tensor"
+    parser = add_command(
+        words, "inspect", "print which tensors of a graph in half precision, or in TensorRT, differ from float32 in onnxruntime"
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="of a tokenizer")
-    parser.add_argument("graph", choices=("encode", "decode", "semantic", "features"))
+    parser.add_argument("graph", choices=("encode", "decode", "semantic", "features"), help="one of its graphs")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: %(default)s")
     parser.add_argument(
         "--backend", choices=("onnxruntime", "tensorrt", "tensorrt-rtx"), default="onnxruntime", help="default: %(default)s"
