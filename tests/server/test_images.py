@@ -52,6 +52,13 @@ def test_a_picture_in_any_form_gives_the_codes_of_the_sdk(client: httpx.Client, 
     assert answer["usage"]["total_tokens"] == len(codes)
 
 
+def test_a_picture_comes_back_as_it_was_encoded_where_that_is_asked(client: httpx.Client, tokenizer: Tokenizer) -> None:
+    form = client.post("/v1/images/tokens", data={"prepared": "true", "preprocess": "pad"}, files={"image": PHOTO}).json()
+    found = picture(base64.b64decode(form["data"][0]["prepared"]))
+    assert np.array_equal(found, tokenizer.preprocess(PHOTO, preprocess="pad"))
+    assert "prepared" not in client.post("/v1/images/tokens", files={"image": PHOTO}).json()["data"][0]
+
+
 def test_several_pictures_keep_their_order(client: httpx.Client, tokenizer: Tokenizer) -> None:
     files = []
     for shade in (0, 90, 255):

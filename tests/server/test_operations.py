@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
 
 from tests.conftest import ROOT
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
 
 
-def test_health_and_models(client: httpx.Client, url: str) -> None:
+def test_health_and_models(client: httpx.Client, url: str, mini_bundle: Path) -> None:
+    config = Bundle.open(mini_bundle, TokenizerConfig).config
     assert client.get("/healthz").json()["status"] == "ok"
     assert client.get("/readyz").json() == {"status": "ready"}
     names = {each.id: each.abilities for each in openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()}  # type: ignore[attr-defined]
@@ -20,7 +25,8 @@ def test_health_and_models(client: httpx.Client, url: str) -> None:
         "tokens",
     ]
     for name in names:
-        assert client.get(f"/v1/models/{name}").json()["id"] == name
+        found = client.get(f"/v1/models/{name}").json()
+        assert (found["id"], found["image_size"], found["patch_nums"]) == (name, config.image_size, list(config.patch_nums))
     assert client.get("/v1/models/none").json()["error"]["code"] == "model_not_found"
 
 

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from tokenflow_sdk import Generator, TokenFlowError, Tokenizer, Understander, __version__
-from tokenflow_sdk.server import chat, generations, images, inference, operations
+from tokenflow_sdk.server import chat, generations, images, inference, operations, page
 from tokenflow_sdk.server.errors import ApiError, handlers
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
@@ -78,6 +78,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         redoc_url=None,
     )
     app.state.models = models
+    app.include_router(page.router())
     app.include_router(operations.router(models))
     work = APIRouter(dependencies=[Depends(ready)])
     for each in (images, generations, chat):

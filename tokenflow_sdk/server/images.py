@@ -60,6 +60,12 @@ _BODIES: dict[str, Any] = {
 }
 
 
+class TokensOptions(Options):
+    """What is answered besides the codes."""
+
+    prepared: Annotated[bool, Field(description="with each picture as it was encoded, as a PNG in base64")] = False
+
+
 class DecodeOptions(Options):
     """How pictures are written."""
 
@@ -97,7 +103,7 @@ def router(models: Models) -> APIRouter:
 
     @routes.post("/images/tokens", openapi_extra=_BODIES, summary="Pictures to codes")
     async def tokens(request: Request) -> Response:
-        found, options = await inputs(request, Options)
+        found, options = await inputs(request, TokensOptions)
         if found.codes:
             raise ApiError(422, "The body has codes already; this takes pictures.", param="image")
         codes = await codes_of(found, options)
@@ -105,6 +111,10 @@ def router(models: Models) -> APIRouter:
             _require_one(codes, TFC)
             return Response(codes[0].to_bytes(), media_type=TFC)
         data = [codes_json(each, i) for i, each in enumerate(codes)]
+        if options.prepared:
+            for each, read in zip(data, found.pictures, strict=True):
+                image = Image.fromarray(await models.prepared(read, options.preprocess, options.color))
+                each["prepared"] = base64.b64encode(await models.in_thread(partial(png, image))).decode()
         usage = {"prompt_tokens": 0, "total_tokens": sum(map(len, codes))}
         return JSONResponse({"object": "list", "model": models.require(None, "tokens"), "data": data, "usage": usage})
 

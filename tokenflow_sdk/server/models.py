@@ -45,7 +45,7 @@ class Models:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         # Found and checked before anybody listens, so that a mistake is told to whoever starts the server.
-        self._tokenizer_at = _checked(settings.tokenizer, TokenizerConfig)
+        self.tokenizer_config: TokenizerConfig = _checked(settings.tokenizer, TokenizerConfig).config
         self.generator_name = settings.generator or (TINY if settings.tokenizer == TINY else NONE)
         if self.generator_name != NONE:
             _checked(self.generator_name, GeneratorConfig)
@@ -105,11 +105,16 @@ class Models:
             read: gives the file's content; called by that thread.
             preprocess, color: as in `Tokenizer.encode`.
         """
+        pixels = await self.prepared(read, preprocess, color)
+        return self.tokenizer.codes(await self.encoded(pixels), self.tokenizer.preparation(preprocess, color))
+
+    async def prepared(
+        self, read: Callable[[], bytes], preprocess: Preprocess | None = None, color: Color = "srgb"
+    ) -> NDArray[np.uint8]:
+        """What `picture` encodes of a picture file: u8 [H, W, 3] of the tokenizer's size."""
         tok, limit = self.tokenizer, self.settings.max_pixels
-        preparation = tok.preparation(preprocess, color)
         with self.metrics.stage("picture"):
-            pixels = await self.in_thread(lambda: tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit))
-        return tok.codes(await self._lanes.run(self._encode, pixels), preparation)
+            return await self.in_thread(lambda: tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit))
 
     async def encoded(self, pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
         """u8 [H, W, 3] of the tokenizer's size -> code indices int32 [L]."""

@@ -36,16 +36,19 @@ def router(models: Models) -> APIRouter:
 
     @routes.get("/v1/models", summary="Names of the models, and what each can do")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, abilities, began) for name, abilities in models.names().items()]}
+        return {"object": "list", "data": [model(name) for name in models.names()]}
 
     @routes.get("/v1/models/{name:path}", summary="One model")
     async def one_model(name: str) -> dict[str, Any]:
         if name not in models.names():
             raise ApiError(404, f"There is no model {name[:200]!r} here.", "model_not_found", "model")
-        return _model(name, models.names()[name], began)
+        return model(name)
+
+    def model(name: str) -> dict[str, Any]:
+        """One model; all of a server read or write the same codes, so its pictures' size and scales are those of all."""
+        common = {"object": "model", "created": began, "owned_by": "tokenflow-sdk"}
+        config = models.tokenizer_config
+        sizes = {"image_size": config.image_size, "patch_nums": list(config.patch_nums)}
+        return {"id": name, **common, "abilities": models.names()[name], **sizes}
 
     return routes
-
-
-def _model(name: str, abilities: list[str], began: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": began, "owned_by": "tokenflow-sdk", "abilities": abilities}
