@@ -226,11 +226,13 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_the_console_lines_are_tested_elsewhere() -> None:
-    """Export at full size in export/test_full_size.py, the install line in test_package.py, builds in engines/test_build.py."""
+    """Export at full size in export/test_full_size.py, the install line in test_package.py, the server in server/test_run.py,
+    builds in engines/test_build.py."""
     starts = [" ".join(block.split()[:3]) for block in blocks("console")]
     assert starts == [
         "pip install 'tokenflow-sdk[cpu,generate]'",
         "tokenflow export tokenizer",
+        "pip install 'tokenflow-sdk[cpu,generate,serve]'",
         "tokenflow build bundles/released",
     ]
 
