@@ -20,7 +20,7 @@ from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import MANIFEST
 from tokenflow_sdk.errors import OutputError
 
-__all__ = ["atomic_directory", "versions"]
+__all__ = ["atomic_directory", "checked_target", "versions"]
 
 _OUTPUT_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -43,7 +43,7 @@ def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
         OutputError: `out` exists, is being exported to or cannot be written, or the disk has not enough space.
     """
     try:
-        out = _checked(out, force)
+        out = checked_target(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed * 1.1:
@@ -68,7 +68,12 @@ def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
         ) from error
 
 
-def _checked(out: Path, force: bool) -> Path:
+def checked_target(out: Path, force: bool) -> Path:
+    """Resolve the directory that is to be written, and refuse one that must not be.
+
+    Raises:
+        OutputError: it is a symbolic link, exists without `force`, or is something else than a bundle.
+    """
     if out.is_symlink():
         raise OutputError(f"{out} is a symbolic link.", f"Give the path that it stands for, {out.resolve()}, or delete it.")
     out = out.resolve()

@@ -16,6 +16,7 @@ __all__ = ["generator", "tokenizer", "understanding"]
 
 def tokenizer(arguments: argparse.Namespace) -> None:
     """Export a tokenizer."""
+    from tokenflow_export.atomic_directory import checked_target
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
     from tokenflow_export.model_card import checkpoint_source
     from tokenflow_export.progress import ProgressSteps
@@ -24,6 +25,7 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_sdk.pictures.images import pictures_in
 
     began = perf_counter()
+    checked_target(arguments.out, arguments.force)  # before half a minute of reading
     images = pictures_in(arguments.images) if arguments.images else []
     with ProgressSteps() as steps:
         steps.start("reading the checkpoint")
