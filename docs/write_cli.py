@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenflow_export.cli.parser import make_parser as make_export_parser
 from tokenflow_sdk.cli.parser import make_parser
+from tokenflow_sdk.cli.serve import make_parser as make_serve_parser
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 
@@ -27,7 +28,8 @@ SIGTERM, 129 after SIGHUP.
 
 def page() -> str:
     """The whole page."""
-    return _HEAD + "\n".join([*_section(make_parser()), *_section(make_export_parser())])
+    parsers = make_parser(), make_serve_parser(), make_export_parser()
+    return _HEAD + "\n".join(line for parser in parsers for line in _section(parser))
 
 
 def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -40,8 +42,8 @@ def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield "```text\n{}\n```\n".format(examples.strip("\n"))
     if commands is not None:
         for name, command in commands.choices.items():
-            # `export` is a parser of its own, which follows.
-            if name != "export":
+            # These are parsers of their own, which follow.
+            if name not in ("export", "serve"):
                 yield from _section(command)
         return
     yield f"```text\n{_usage(parser)}\n```\n"

@@ -6,7 +6,7 @@ released ones. `console` blocks show what cannot run here (released checkpoints,
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import runpy
@@ -24,6 +24,7 @@ from tests.conftest import ROOT
 from tokenflow_sdk import cli, errors
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.cli.parser import make_parser
+from tokenflow_sdk.server import Settings
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
@@ -32,12 +33,15 @@ DOCUMENTS = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob(".github/**/*.md"),
         *PAGES,
-        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("deploy/*.md"),
+        *ROOT.glob("examples/**/*.md"),
         *ROOT.glob("benchmarks/**/*.md"),
         *ROOT.glob("models/**/*.md"),
     }
 )
-RUN = [page for page in PAGES if re.search(r"^```(python|bash)$", page.read_text(), re.MULTILINE)]
+SERVED = ROOT / "docs" / "guides" / "serving.md"
+"""Its snippets ask a server: tests/server/test_guide.py runs them."""
+RUN = [page for page in PAGES if page != SERVED and re.search(r"^```(python|bash)$", page.read_text(), re.MULTILINE)]
 SHOWN = [document for document in DOCUMENTS if re.search(r"^```console$", document.read_text(), re.MULTILINE)]
 
 
@@ -61,11 +65,12 @@ def console_commands(document: Path) -> list[list[str]]:
 
 def refusal(words: list[str]) -> str | None:
     """Why a command cannot be typed; None: it can."""
+    words = words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]
     if words[0] == "tokenflow":
-        export = words[1] == "export"
-        parser = importlib.import_module("tokenflow_export.cli.parser").make_parser() if export else make_parser()
+        own = {"export": "tokenflow_export.cli.parser", "serve": "tokenflow_sdk.cli.serve"}.get(words[1])
+        parser = importlib.import_module(own).make_parser() if own else make_parser()
         try:
-            parser.parse_args(words[2:] if export else words[1:])
+            parser.parse_args(words[2:] if own else words[1:])
         except SystemExit as error:
             return f"the parser exits with {error.code}"
         return None
@@ -76,9 +81,14 @@ def refusal(words: list[str]) -> str | None:
         extras = re.findall(r"^([a-z-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         found = re.fullmatch(r"tokenflow-sdk\[([a-z,-]+)\]", words[2])
         return None if found and set(found[1].split(",")) <= set(extras) else "there is no such extra"
+    if words[:2] == ["python", "-m"]:
+        return None if importlib.util.find_spec(words[2]) else "there is no such module"
     if words[0] == "python":
         return None if (ROOT / words[1]).is_file() else "there is no such script"
-    return None if words[0] in ("cp", "git", "cd", "hf") else "it is none of the project's commands"
+    if absent := [word for word in words if re.match(r"(deploy|examples)/", word) and not (ROOT / word).exists()]:
+        return f"there is no {absent[0]}"
+    others = ("cp", "git", "cd", "hf", "uvicorn", "docker", "kubectl", "openssl", "serve", "systemctl")
+    return None if words[0] in others else "it is none of the project's commands"
 
 
 @pytest.fixture
@@ -173,6 +183,7 @@ def test_what_cannot_run_here_can_be_typed(document: Path) -> None:
         "pip install 'tokenflow-sdk[tensor]'",
         "python docs/no_such_script.py",
         "apt install tokenflow",
+        "docker build -f deploy/Dockerfile.none .",
     ],
 )
 def test_what_cannot_be_typed_is_noticed(line: str) -> None:
@@ -276,4 +287,6 @@ def test_every_environment_variable_is_in_the_table() -> None:
     }
     assert {"TOKENFLOW_CACHE", "OMP_NUM_THREADS"} <= used | read
     table = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/reference/environment.md").read_text()))
-    assert used | read <= table
+    # The server's settings are in the table as one line; its flags have the same names.
+    settings = {f"TOKENFLOW_SERVE_{name.upper()}" for name in Settings.model_fields}
+    assert (used | read) - settings <= table

@@ -19,8 +19,8 @@ from PIL import Image
 from tests.engines.test_cache import KEY
 from tests.support.file_faults import ERRORS, file_faults
 from tests.test_loaded_model import free
-from tokenflow_export.atomic_directory import atomic_directory
 from tokenflow_sdk import Codes, Generator, TokenFlowError, Tokenizer, Understander
+from tokenflow_sdk.atomic_directory import atomic_directory
 from tokenflow_sdk.bundle.bundle import MANIFEST
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.cache import EngineCache

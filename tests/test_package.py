@@ -40,13 +40,16 @@ COVERED_BY = {
     "export/tokenizer/test_export.py": [
         f"tokenflow_export/{name}" for name in ("cli/bundles", "cli/parser", "cli/standin", "progress", "tokenizer/graphs")
     ]
-    + ["tokenflow_export/tokenizer/reference_images"],
+    + ["tokenflow_export/tokenizer/reference_images", "tokenflow_export/versions"],
     "export/precision/test_search.py": ["tokenflow_export/cli/precision"],
     "generation/test_generator.py": [
         "tokenflow_export/models/llama",
         "tokenflow_export/language_model/generator_graphs",
     ],
     "parity/test_tokenizer.py": ["tokenflow_sdk/parity/tokenizer_report"],
+    "server/test_images.py": [f"tokenflow_sdk/server/{name}" for name in ("bodies", "models")],
+    "server/test_guard.py": [f"tokenflow_sdk/server/{name}" for name in ("app", "errors")],
+    "server/test_operations.py": ["tokenflow_sdk/server/metrics"],
     "understanding/test_understander.py": ["tokenflow_export/language_model/understanding_graphs"],
 }
 """Modules without a test file of their own, by the file that tests them."""

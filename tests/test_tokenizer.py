@@ -136,13 +136,13 @@ def test_encode_iter_checks_its_arguments_at_once(fake: Tokenizer) -> None:
 
 def test_a_cpu_has_as_many_calls_at_once_as_fill_its_cores(fake: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenflow_sdk.tokenizer.available_cores", lambda: 8)
-    assert fake._lanes() == 2
+    assert fake.lanes() == 2
     for threads, lanes in ((1, 8), (2, 4), (8, 2), (16, 2)):
         fake._threads = threads
-        assert fake._lanes() == lanes
+        assert fake.lanes() == lanes
     monkeypatch.setattr(FakeSession, "device", "cuda:0")
     fake._threads = 1
-    assert fake._lanes() == 2
+    assert fake.lanes() == 2
 
 
 @pytest.mark.parametrize(

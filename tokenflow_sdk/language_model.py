@@ -204,6 +204,16 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         """Tokens run through the transformer so far; counted anew after changing over to engines."""
         return self._runner.model.transformer.token_forwards
 
+    @property
+    def total_pages(self) -> int:
+        """Key/value pages in the pool."""
+        return self._runner.model.transformer.pool.pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the pool that no request and no kept prefix holds."""
+        return self._runner.model.transformer.pool.free
+
     def wait_for_engines(self, timeout: float | None = None) -> bool:
         """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""
         timeout = seconds("timeout", timeout)

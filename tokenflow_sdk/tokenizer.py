@@ -290,7 +290,7 @@ class Tokenizer(Reopening):
         workers = available_cores() if workers is None else integer("workers", workers, 1, 1024, wrong, "Give 1 to 1024.")
         self.preparation(preprocess, color, fast)
         prepare = partial(self._prepare, preprocess=preprocess, color=color, fast=fast, max_pixels=max_pixels)
-        pipeline = Pipeline(prepare, self._encode, self.batch_limit, workers, self._lanes())
+        pipeline = Pipeline(prepare, self._encode, self.batch_limit, workers, self.lanes())
         return pipeline.codes(source, errors == "raise")
 
     def preparation(self, preprocess: Preprocess | None = None, color: Color = "srgb", fast: bool = False) -> Preparation:
@@ -381,7 +381,39 @@ class Tokenizer(Reopening):
             ArrayError: not an integer array of rank 2.
             CodesRangeError: an index outside the codebook, or a length that is no whole number of scales.
         """
-        return self.graphs.decode(self._checked(code_indices))
+        return self.graphs.decode(self.check_indices(code_indices))
+
+    def check_indices(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Code indices as `decode_array` takes them -> int32 [B, L], -1 in absent scales. Errors as there."""
+        c = self.config
+        try:
+            array = np.asarray(to_array(code_indices))
+        except (TypeError, ValueError) as error:
+            raise ArrayError(f"Code indices cannot become an array: {error}.", "Give an integer array [B, l].") from error
+        if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
+            raise ArrayError(
+                f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",
+                "For one image use codes[None].",
+            )
+        if array.shape[1] not in c.scales.ends:
+            raise CodesRangeError(
+                f"{array.shape[1]} codes are no whole number of {c.variant}'s scales.",
+                f"Valid lengths are {', '.join(map(str, c.scales.ends))}.",
+            )
+        if array.min() < -1 or array.max() >= c.codebook_size:
+            bad = np.argwhere((array < -1) | (array >= c.codebook_size))[0]
+            raise CodesRangeError(
+                f"Code {array[tuple(bad)]} at {bad.tolist()} is outside the codebook.",
+                f"Codes are 0 .. {c.codebook_size - 1}, or -1 throughout an absent scale.",
+            )
+        full = np.full((len(array), c.n_codes), -1, np.int32)
+        full[:, : array.shape[1]] = array
+        for i, scale in enumerate(c.scales.split(full < 0)):
+            if (scale.any(axis=1) & ~scale.all(axis=1)).any():
+                raise CodesRangeError(
+                    f"Scale {i + 1} is absent (-1) in part.", "Leave a scale out as a whole, or give all of its codes."
+                )
+        return full
 
     def features(self, codes: Codes | Iterable[Codes] | NDArray[np.int32]) -> NDArray[np.float32]:
         """The quantized feature, row-major: what a language model reads (docs/model.md, section 2).
@@ -427,6 +459,12 @@ class Tokenizer(Reopening):
         """u8 [B, H, W, 3] -> float32 [B, C, g, g]: the encoders' output before the codebook search, for checking engines."""
         return self.graphs.latent(check_batch(images, self.config.image_size))
 
+    def lanes(self) -> int:
+        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
+        cores = available_cores()
+        on_cpu = self.graphs.load("encode").device == "cpu"
+        return max(2, cores // (self._threads or cores)) if on_cpu else 2
+
     def close(self) -> None:
         """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""
         self._closed = True
@@ -471,54 +509,17 @@ class Tokenizer(Reopening):
             return one
         given = to_array(codes)
         if isinstance(given, np.ndarray):
-            indices = self._checked(given)
+            indices = self.check_indices(given)
         elif rows := list(items("codes", given, "Give Codes, a list of them or an array of code indices.")):
             indices = self._indices(rows)
         else:
             return np.zeros((0, width) if pooled else (0, self.config.grid**2, width), np.float32)
         return np.concatenate([run(indices[i : i + self.batch_limit]) for i in range(0, len(indices), self.batch_limit)])
 
-    def _lanes(self) -> int:
-        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
-        cores = available_cores()
-        on_cpu = self.graphs.load("encode").device == "cpu"
-        return max(2, cores // (self._threads or cores)) if on_cpu else 2
-
     def _indices(self, codes: Sequence[Codes]) -> NDArray[np.int32]:
         for item in codes:
             self.require(item)
         return np.stack([item.padded() for item in codes])
-
-    def _checked(self, code_indices: NDArray[np.int32]) -> NDArray[np.int32]:
-        c = self.config
-        try:
-            array = np.asarray(to_array(code_indices))
-        except (TypeError, ValueError) as error:
-            raise ArrayError(f"Code indices cannot become an array: {error}.", "Give an integer array [B, l].") from error
-        if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) == 0:
-            raise ArrayError(
-                f"Code indices must be an integer array [B, l], B >= 1, not {array.dtype}{list(array.shape)}.",
-                "For one image use codes[None].",
-            )
-        if array.shape[1] not in c.scales.ends:
-            raise CodesRangeError(
-                f"{array.shape[1]} codes are no whole number of {c.variant}'s scales.",
-                f"Valid lengths are {', '.join(map(str, c.scales.ends))}.",
-            )
-        if array.min() < -1 or array.max() >= c.codebook_size:
-            bad = np.argwhere((array < -1) | (array >= c.codebook_size))[0]
-            raise CodesRangeError(
-                f"Code {array[tuple(bad)]} at {bad.tolist()} is outside the codebook.",
-                f"Codes are 0 .. {c.codebook_size - 1}, or -1 throughout an absent scale.",
-            )
-        full = np.full((len(array), c.n_codes), -1, np.int32)
-        full[:, : array.shape[1]] = array
-        for i, scale in enumerate(c.scales.split(full < 0)):
-            if (scale.any(axis=1) & ~scale.all(axis=1)).any():
-                raise CodesRangeError(
-                    f"Scale {i + 1} is absent (-1) in part.", "Leave a scale out as a whole, or give all of its codes."
-                )
-        return full
 
 
 def _checked_batch_limit(value: object) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -48,8 +48,9 @@ class FakeStream:
 class FakeText:
     """A question has as many tokens as letters, all of them 3; what an answer left unread comes before it."""
 
-    def first(self, images: Sequence[ImageBlock], question: str) -> TokenPrompt:
-        return TokenPrompt((*images, (3,) * len(question)), (len(images),))
+    def first(self, images: Sequence[ImageBlock], question: str, turns: Iterable[tuple[str, str]] = ()) -> TokenPrompt:
+        before = (4,) * sum(len(asked) + len(answered) for asked, answered in turns)
+        return TokenPrompt((*images, (*before, *(3,) * len(question))), (len(images),))
 
     def next(self, history: TokenPrompt, unread: Sequence[int], question: str) -> TokenPrompt:
         return history.followed_by([*unread, *(3,) * len(question)], shared=False)

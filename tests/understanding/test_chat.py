@@ -33,6 +33,22 @@ def test_every_question_is_asked_after_all_earlier_ones() -> None:
     assert answering.is_clean()
 
 
+def test_a_conversation_goes_on_after_turns_in_words() -> None:
+    answering = FakeAnswering(tokens=(1, 2, 3, STOP))
+    talk = Chat(answering, 0, turns=[("one?", "bcd"), ["two?!", ""]])  # type: ignore[arg-type, list-item]
+    assert talk.turns == [("one?", "bcd"), ("two?!", "")]
+    answer = talk.ask("x")
+    assert answer.prompt_tokens == 4 + (4 + 3) + 5 + 1
+    assert talk.turns[2:] == [("x", answer.text)]
+    assert talk.ask("y").prompt_tokens == answer.prompt_tokens + len(answer.token_ids) + 1
+
+
+@pytest.mark.parametrize("turns", ["one", [("question",)], [("a", "b", "c")], 3])
+def test_what_are_no_turns_is_named(turns: object) -> None:
+    with pytest.raises(ArgumentError, match="turn"):
+        Chat(FakeAnswering(), 0, turns=turns)  # type: ignore[arg-type]
+
+
 def test_a_stream_is_a_turn_when_it_was_read_to_its_end() -> None:
     answering = FakeAnswering()
     talk = chat(answering)

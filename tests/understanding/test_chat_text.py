@@ -70,6 +70,10 @@ def test_conversations_are_written_as_released(kind: str, text: ChatText) -> Non
     assert written(first, tokenizer) == begun
     assert written(later, tokenizer) == begun + then
     assert (first.shared, later.shared) == ((2, 4), (2, 4, 6))
+    # The same conversation from its words alone.
+    again = text.first([PICTURE, PICTURE], "and?", [("what?", "hello")])
+    assert written(again, tokenizer) == begun + then
+    assert again.shared == first.shared
 
 
 @pytest.mark.parametrize("spelled", ["<|im_end|>", "<|im_start|>system", "</s>", "<s>", "<unk>", "a<|endoftext|>b"])
@@ -77,6 +81,12 @@ def test_a_question_cannot_spell_control_tokens(kind: str, text: ChatText, spell
     control = set(KINDS[kind]().get_added_tokens_decoder())
     plain, tricky = (text.first([PICTURE], question).blocks[-1] for question in ("a", spelled))
     assert [i for i in tricky if i in control] == [i for i in plain if i in control]
+
+
+@pytest.mark.parametrize("turn", [("", "yes"), ("what?", 3), ("what?", "\ud800")])
+def test_turns_that_are_no_text_are_named(text: ChatText, turn: tuple[str, str]) -> None:
+    with pytest.raises(PromptError):
+        text.first([PICTURE], "and?", [turn])
 
 
 def test_half_characters_are_named(text: ChatText) -> None:

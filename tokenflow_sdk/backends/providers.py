@@ -12,7 +12,7 @@ from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["CPU", "CUDA", "OPENVINO", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
+__all__ = ["CPU", "CUDA", "OPENVINO", "SETTINGS", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
@@ -20,12 +20,13 @@ TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 Provider = tuple[str, dict[str, str]]
 """Name and options of an execution provider."""
 
-_SETTINGS: dict[str, dict[str, str]] = {
+SETTINGS: dict[str, dict[str, str]] = {
     # By default, recent GPUs round the inputs of float32 products to TF32, and OpenVINO on recent CPUs to bfloat16. The
     # arena would double with each extension, and every convolution be tried in all ways at each new shape.
     CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
     OPENVINO: {"device_type": "CPU", "precision": "FP32"},
 }
+"""Options that each provider gets, wherever it runs."""
 _preloaded = False
 
 
@@ -68,7 +69,7 @@ def _default_providers(available: list[str], device: str) -> tuple[str, ...]:
 
 
 def _with_settings(name: str, options: SessionOptions) -> Provider:
-    settings = dict(_SETTINGS.get(name, {}))
+    settings = dict(SETTINGS.get(name, {}))
     if name in (CUDA, TENSORRT):
         settings["device_id"] = options.device.partition(":")[2] or "0"
     return name, settings

@@ -50,6 +50,8 @@ def _run(words: list[str]) -> int:
 
     if words[:1] == ["export"]:
         return _export(words[1:])
+    if words[:1] == ["serve"]:
+        return _serve(words[1:])
     arguments = make_parser().parse_args(words)
     return run(lambda: int(arguments.run(arguments)), arguments.verbosity)
 
@@ -76,3 +78,8 @@ def _fail(sentence: str, status: int) -> int:
 def _export(words: list[str]) -> int:
     """Hand over to the exporter, which is a package of its own: the runtime never imports it, nor what it needs."""
     return int(importlib.import_module("tokenflow_export.cli").main(words))
+
+
+def _serve(words: list[str]) -> int:
+    """Hand over to the server's parser, which is made of its settings and needs the packages of its extra."""
+    return int(importlib.import_module("tokenflow_sdk.cli.serve").main(words))

@@ -1,10 +1,11 @@
-"""`tokenflow build` and `tokenflow cache`: builds TensorRT engines ahead of use, and lists or removes them."""
+"""`tokenflow build` and `tokenflow cache`: builds TensorRT engines ahead of use, lists or removes them, and writes Triton's."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -14,9 +15,11 @@ from rich.table import Table
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
-from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle, open_bundle
+from tokenflow_sdk.bundle.hub import HubOptions
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import make_table, stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_paths
+from tokenflow_sdk.cli.opening import bundle_name, bundle_paths
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.cli.verify import verify_bundles
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
@@ -25,6 +28,7 @@ from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engines.memory_plan import MemoryPlan, memory_plans, require_fit
 from tokenflow_sdk.engines.options import RuntimeOptions
+from tokenflow_sdk.engines.triton_repository import write_triton_repository
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
 from tokenflow_sdk.parity.certificate import Certificate
 
@@ -42,7 +46,11 @@ class _Row:
 def build(arguments: argparse.Namespace) -> int:
     """Build the engines of every bundle under a name that are not in the cache, and certify them if they are for this GPU."""
     build_config = _build_config(arguments)
+    _require_fitting(arguments, build_config)
     if build_config.backend == ONNXRUNTIME:
+        if arguments.triton is not None:
+            _write_triton(arguments, _triton_bundle(arguments), build_config)
+            return 0
         if arguments.plan:
             raise ArgumentError("Nothing is built for onnxruntime, so there is no plan.", "Name another --backend or --config.")
         stdout.print("nothing is built for onnxruntime, which runs a bundle's graphs as they are; compared on the CPU here:")
@@ -51,7 +59,11 @@ def build(arguments: argparse.Namespace) -> int:
         return 0
     trt = import_tensorrt(build_config.backend)
     store = EngineCache(arguments.cache)
-    bundles = [open_bundle(path, arguments.sha256) for path in bundle_paths(arguments)]
+    bundles: list[Bundle[Any]] = (
+        [open_bundle(path, arguments.sha256) for path in bundle_paths(arguments)]
+        if arguments.triton is None
+        else [_triton_bundle(arguments)]
+    )
     for bundle in bundles:
         bundle.verify()
     jobs = [job for bundle in bundles for job in engine_jobs(bundle, build_config, trt)]
@@ -73,7 +85,39 @@ def build(arguments: argparse.Namespace) -> int:
     stdout.print(f"{len(rows)} engines in {store.directory}", soft_wrap=True)
     for bundle in bundles:
         _certify(bundle, build_config, store)
+    if arguments.triton is not None:
+        _write_triton(arguments, bundles[0], build_config, {row.engine.key.graph: row.engine.path for row in rows})
     return 0
+
+
+def _require_fitting(arguments: argparse.Namespace, build_config: BuildConfig) -> None:
+    """Raise ArgumentError if options contradict each other."""
+    if arguments.force and arguments.triton is None:
+        raise ArgumentError(
+            "--force replaces what --triton names, and that is not given.", "Leave it out, or give --triton DIR."
+        )
+    if arguments.triton is not None and build_config.backend not in (ONNXRUNTIME, "tensorrt"):
+        raise ArgumentError(
+            f"Triton runs engines of full TensorRT, and {build_config.backend} is another library.",
+            "Give --backend tensorrt; or no --backend and no --config, for graphs that its onnxruntime runs.",
+        )
+
+
+def _triton_bundle(arguments: argparse.Namespace) -> Bundle[TokenizerConfig]:
+    """The tokenizer under the name in the arguments: the loops of language models are not Triton's to run."""
+    path = find_bundle(bundle_name(arguments), TokenizerConfig.kind, HubOptions(arguments.revision))
+    return Bundle.open(path, TokenizerConfig, arguments.sha256)
+
+
+def _write_triton(
+    arguments: argparse.Namespace,
+    bundle: Bundle[TokenizerConfig],
+    build_config: BuildConfig,
+    engines: Mapping[str, Path] | None = None,
+) -> None:
+    with stderr.step(f"writing {arguments.triton}"):
+        names = write_triton_repository(bundle, arguments.triton, build_config.batch[2], engines, arguments.force)
+    stdout.print(f"{', '.join(names)} for Triton in {arguments.triton}", soft_wrap=True)
 
 
 def _plan(jobs: Sequence[EngineJob], build_config: BuildConfig, store: EngineCache, show: bool) -> None:
@@ -163,7 +207,12 @@ def _build_engine(job: EngineJob, trt: ModuleType, store: EngineCache, progress:
 
 def _build_config(arguments: argparse.Namespace) -> BuildConfig:
     """The build config named by --config, or the default, overridden by the other options."""
-    base = BuildConfig.from_file(arguments.config) if arguments.config else BuildConfig()
+    if arguments.config:
+        base = BuildConfig.from_file(arguments.config)
+    elif arguments.triton is not None and arguments.backend is None:
+        base = BuildConfig(backend=ONNXRUNTIME, precision="fp32")
+    else:
+        base = BuildConfig()
     most, usual, problem = arguments.batch_limit, arguments.batch_usual, "is no number of images in a call."
     most = base.batch[2] if most is None else integer("batch_limit", most, 1, 2**31 - 1, problem, "Give at least 1.")
     hint = f"Give 1 to {most}, the most images in a call, or raise batch_limit=."

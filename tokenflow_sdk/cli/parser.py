@@ -71,6 +71,8 @@ Build a bundle's TensorRT engines into the engine cache.
       decoder in 8 bits; run `tokenflow export calibrate` first
   tokenflow build bundles/t2i --config l4 --plan
       the memory that the engines will take; builds nothing
+  tokenflow build bundles/clipb_256 --triton models
+      no engines: a model repository of Triton, whose onnxruntime runs it
 
 An engine is used only with the TensorRT version and GPU architecture it was
 built for, and for an unchanged graph; otherwise it is built again.
@@ -88,10 +90,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenflow-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    # Listed here for the help only: `tokenflow_sdk.cli.main` hands `export` to the exporter, which has its own parser.
+    # Listed here for the help only: `tokenflow_sdk.cli.main` hands `export` and `serve` to parsers of their own.
     subparsers.add_parser(
         "export", add_help=False, help="convert a released PyTorch checkpoint to a bundle; needs the extra `export`"
     )
+    subparsers.add_parser("serve", add_help=False, help="answer over HTTP, with a page to try it; needs the extra `serve`")
     _add_info(subparsers)
     _add_encode(subparsers)
     _add_decode(subparsers)
@@ -271,7 +274,16 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="X",
         help="memory of the GPU in GB (10^9 bytes); engines that need more are not built (default: that of the GPU here)",
     )
-    parser.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results = parser.add_mutually_exclusive_group()
+    results.add_argument("--plan", action="store_true", help="print the GPU memory that the engines take, and build nothing")
+    results.add_argument(
+        "--triton",
+        type=_path,
+        metavar="DIR",
+        help="write a tokenizer's graphs as a model repository of NVIDIA's Triton: with --backend tensorrt the engines, "
+        "without --backend and --config the ONNX files",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a repository that --triton wrote")
     _add_cache_option(parser)
 
 

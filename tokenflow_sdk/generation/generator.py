@@ -171,7 +171,9 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
         codes, timings = self._codes(request, len(self.config.scales)), tuple(request.timings)
         text = prompt if isinstance(prompt, str) else request.prompt
         negative = negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else request.negative
-        return Generation(codes, request.params, timings, self.tokenizer, text, negative, model_id(self.bundle))
+        return Generation(
+            codes, request.params, timings, self.tokenizer, text, negative, model_id(self.bundle), len(request.prompt)
+        )
 
     def _codes(self, request: ImageRequest, scales: int) -> tuple[Codes, ...]:
         return tuple(self.tokenizer.codes(np.concatenate(image.codes[:scales])) for image in request.images)

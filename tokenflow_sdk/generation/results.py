@@ -62,6 +62,7 @@ class Generation:
         prompt: its text, or token ids if those were given.
         negative_prompt: likewise; None: the model's own.
         model: of the generator that drew it, the first 16 hex digits of the SHA-256 of its weights.
+        prompt_tokens: tokens of the prompt as the model read it.
     """
 
     codes: tuple[Codes, ...]
@@ -71,6 +72,7 @@ class Generation:
     prompt: Prompt
     negative_prompt: Prompt | None
     model: str
+    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         hint = "Take results from Generator.generate."

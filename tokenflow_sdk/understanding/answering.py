@@ -69,8 +69,9 @@ class Answering:
         keep: bool,
         began: float | None = None,
         timeout: float | None = None,
+        turns: Iterable[tuple[str, str]] = (),
     ) -> AnswerRequest:
-        """The first question of a conversation.
+        """The first question of a conversation, or the next one after earlier ones.
 
         Args:
             images: what it is about.
@@ -79,6 +80,7 @@ class Answering:
             keep: whether its pages stay for a next question.
             began: when it was asked, in seconds of `perf_counter`; None: now.
             timeout: seconds from then until it is given up; None: never.
+            turns: earlier questions and their answers, in words.
 
         Raises:
             ArgumentError: a timeout that is no time.
@@ -86,7 +88,7 @@ class Answering:
             PagesExhausted: it would not fit into the pool even alone.
         """
         began = perf_counter() if began is None else began
-        return self._request(self._text.first(images, question), params, keep, began, timeout)
+        return self._request(self._text.first(images, question, turns), params, keep, began, timeout)
 
     def next(self, last: AnswerRequest, question: str, params: AnswerParams, timeout: float | None = None) -> AnswerRequest:
         """A question after a finished one. Errors as in `first`."""

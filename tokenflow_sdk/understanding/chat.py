@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from tokenflow_sdk.arguments import instance
+from tokenflow_sdk.arguments import instance, items
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.request_runner import RequestStream
@@ -31,12 +31,17 @@ class Chat:
         images: ImageInput | Sequence[ImageInput],
         preprocess: Preprocess | None = None,
         color: Color = "srgb",
+        turns: Iterable[tuple[str, str]] = (),
     ) -> None:
+        hint = "Give turns=[(question, answer), ...]."
+        pairs = [tuple(items("turns", pair, hint)) for pair in items("turns", turns, hint)]
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ArgumentError("A turn is a question and its answer.", hint)
         self._answering = instance("answering", answering, Answering, "Make chats with Understander.chat.")
         self._images = answering.images(images, preprocess, color)
         self._last: AnswerRequest | None = None
         self._asked: dict[str, object] = {}
-        self.turns: list[tuple[str, str]] = []
+        self.turns: list[tuple[str, str]] = [(question, answer) for question, answer in pairs]
         """Questions and answers so far."""
 
     def __reduce__(self) -> NoReturn:
@@ -109,7 +114,7 @@ class Chat:
 
     def _request(self, question: str, params: AnswerParams, timeout: float | None) -> AnswerRequest:
         if self._last is None:
-            return self._answering.first(self._images, question, params, keep=True, timeout=timeout)
+            return self._answering.first(self._images, question, params, keep=True, timeout=timeout, turns=self.turns)
         return self._answering.next(self._last, question, params, timeout)
 
     def _remember(self, request: AnswerRequest, question: str, answer: str) -> None:

@@ -94,11 +94,13 @@ class ChatText:
         """A decoder for one answer."""
         return TextStream(self._tokenizer)
 
-    def first(self, images: Sequence[ImageBlock], question: str) -> TokenPrompt:
-        """The first question of a conversation. Its prefixes up to each image may be shared with other prompts.
+    def first(self, images: Sequence[ImageBlock], question: str, turns: Iterable[tuple[str, str]] = ()) -> TokenPrompt:
+        """The first question of a conversation, or the next one after earlier questions and answers in words.
+
+        Its prefixes up to each image may be shared with other prompts.
 
         Raises:
-            PromptError: the question is empty or no text.
+            PromptError: a question is empty, or a question or an answer is no text.
             CorruptBundleError: `tokenizer.json` is damaged.
             MissingPackageError: the `tokenizers` package is not installed.
         """
@@ -108,7 +110,12 @@ class ChatText:
         for image in images:
             blocks += [self._ids(parts), image]
             parts = list(t.after_image)
-        blocks.append(self._ids([*parts, _checked(question), *t.assistant]))
+        said: list[int] = []
+        for asked, answered in turns:
+            # An answer is tokenized by itself: it was generated, not written on from the text before it.
+            said += [*self._ids([*parts, _checked(asked), *t.assistant]), *self._ids([_checked_answer(answered)])]
+            parts = [*t.closing, *t.user]
+        blocks.append((*said, *self._ids([*parts, _checked(question), *t.assistant])))
         return TokenPrompt(tuple(blocks), tuple(range(2, len(blocks), 2)))
 
     def next(self, history: TokenPrompt, unread: Sequence[int], question: str) -> TokenPrompt:
@@ -131,6 +138,12 @@ class ChatText:
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             raise CorruptBundleError(f"{self._path} gives tokens that the model does not know.", "Export the bundle again.")
         return tuple(ids)
+
+
+def _checked_answer(answer: str) -> str:
+    if not isinstance(answer, str):
+        raise PromptError(f"{shown(answer)} is no answer.", "Give turns as pairs of a question and an answer, in words.")
+    return require_unicode(answer)
 
 
 def _checked(question: str) -> str:

@@ -126,10 +126,18 @@ class Understander(LanguageModel[UnderstanderConfig, AnswerRequest]):
         *,
         preprocess: Preprocess | None = None,
         color: Color = "srgb",
+        turns: Iterable[tuple[str, str]] = (),
     ) -> Chat:
-        """A conversation about some images. Arguments and errors about them as in `answer`."""
+        """A conversation about some images. Arguments and errors about them as in `answer`.
+
+        Args:
+            turns: questions and answers, in words, after which it goes on, such as the `turns` of another chat.
+
+        Raises:
+            ArgumentError: turns that are no pairs.
+        """
         self._answering.warn_of_preparation([images], preprocess)
-        return Chat(self._answering, images, preprocess, color)
+        return Chat(self._answering, images, preprocess, color, turns)
 
     @cached_property
     def _answering(self) -> Answering:

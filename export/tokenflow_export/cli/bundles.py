@@ -16,11 +16,11 @@ __all__ = ["generator", "tokenizer", "understanding"]
 
 def tokenizer(arguments: argparse.Namespace) -> None:
     """Export a tokenizer."""
-    from tokenflow_export.atomic_directory import checked_target
     from tokenflow_export.checkpoints.tokenizer import load_model, read_state_dict, recognise, resolve
     from tokenflow_export.model_card import checkpoint_source
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
+    from tokenflow_sdk.atomic_directory import checked_target
     from tokenflow_sdk.files import file_sha256
     from tokenflow_sdk.pictures.images import pictures_in
 

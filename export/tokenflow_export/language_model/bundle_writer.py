@@ -13,13 +13,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from tokenflow_export.atomic_directory import atomic_directory, versions
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.model_card import checkpoint_source, write_card
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
 from tokenflow_export.tracing.weight_quantization import FULL_PRECISION, ExportPrecision
+from tokenflow_export.versions import versions
+from tokenflow_sdk.atomic_directory import atomic_directory
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.bundle.schema import FileEntry

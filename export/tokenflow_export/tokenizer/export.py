@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenflow_export.atomic_directory import atomic_directory, versions
 from tokenflow_export.model_card import write_card
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer, to_unit_range
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.graphs import DecodeGraph, EncodeGraph, FeaturesGraph, SemanticGraph
 from tokenflow_export.tokenizer.reference_images import reference_pictures
 from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph, file_entry
+from tokenflow_export.versions import versions
 from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.atomic_directory import atomic_directory
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.parity.tokenizer import TokenizerReference, check_tokenizer

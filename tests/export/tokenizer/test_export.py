@@ -116,7 +116,7 @@ def test_of_two_exports_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pyte
 
 def test_too_little_room_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("tokenflow_export.atomic_directory.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("tokenflow_sdk.atomic_directory.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="0.0 GB free; this bundle needs about"):
         export_mini(mini_model("clip"), tmp_path / "b")
 

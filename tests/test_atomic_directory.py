@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenflow_export.atomic_directory import atomic_directory
+from tokenflow_sdk.atomic_directory import DirectoryKind, atomic_directory
 from tokenflow_sdk.bundle.bundle import MANIFEST
-from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.errors import MissingPackageError, OutputError
 
 
 def write(out: Path, text: str = "new", force: bool = False) -> None:
@@ -19,7 +19,7 @@ def write(out: Path, text: str = "new", force: bool = False) -> None:
 
 def test_what_a_killed_export_left_is_deleted_by_the_next_one(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from tokenflow_export.atomic_directory import atomic_directory\n"
+        "import os, sys; from pathlib import Path; from tokenflow_sdk.atomic_directory import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1]), False, 10) as staging:\n"
         "    (staging / 'x').write_bytes(b'0'); os._exit(1)"
     )
@@ -48,7 +48,7 @@ def test_a_second_export_to_the_same_place_is_refused_at_once(force: bool, tmp_p
         write(tmp_path / "b", "old")
     with atomic_directory(tmp_path / "b", force, 10) as staging:
         (staging / MANIFEST).write_text("first")
-        with pytest.raises(OutputError, match=r"Another process exports to .*b\. Wait"):
+        with pytest.raises(OutputError, match=r"Another process writes .*b\. Wait"):
             write(tmp_path / "b", "second", force)
         write(tmp_path / "b-2")
     assert (tmp_path / "b" / MANIFEST).read_text() == "first"
@@ -78,7 +78,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
     def no_locks(*arguments: object, **options: object) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr("tokenflow_export.atomic_directory.FileLock.acquire", no_locks)
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     write(tmp_path / "b")
     assert (tmp_path / "b" / MANIFEST).read_text() == "new"
 
@@ -88,3 +88,21 @@ def test_places_that_cannot_be_written_are_named(name: str, tmp_path: Path) -> N
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=f"Writing .*{name} failed"):
         write(tmp_path / name)
+
+
+def test_without_filelock_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with pytest.raises(MissingPackageError, match="Writing a bundle needs filelock"):
+        write(tmp_path / "b")
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_kind_of_directory_is_told_by_its_own_rule(tmp_path: Path) -> None:
+    notes = DirectoryKind("notebook", lambda path: (path / "notes").exists(), "--notes")
+    write(tmp_path / "b")
+    with (
+        pytest.raises(OutputError, match="b is not a notebook, so it is not replaced. Choose another --notes"),
+        atomic_directory(tmp_path / "b", True, 10, notes),
+    ):
+        pass
+    assert (tmp_path / "b" / MANIFEST).read_text() == "new"

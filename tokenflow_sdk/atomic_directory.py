@@ -1,26 +1,20 @@
-"""Writes a bundle into a directory beside its target and renames it at the end, so that it appears whole or not at all."""
+"""Writes a directory beside its target and renames it at the end, so that it appears whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-import onnx
-import onnxruntime
-import torch
-from filelock import FileLock, Timeout
+from tokenflow_sdk.bundle.manifest import MANIFEST
+from tokenflow_sdk.errors import MissingPackageError, OutputError
 
-from tokenflow_sdk import __version__
-from tokenflow_sdk.bundle.bundle import MANIFEST
-from tokenflow_sdk.errors import OutputError
-
-__all__ = ["atomic_directory", "checked_target", "versions"]
+__all__ = ["BUNDLE", "DirectoryKind", "atomic_directory", "checked_target"]
 
 _OUTPUT_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -28,30 +22,43 @@ _OUTPUT_ERRORS = (
 )  # fmt: skip
 
 
+class DirectoryKind(NamedTuple):
+    """What a directory holds: its name in messages, how one is told from other directories, and the option that names it."""
+
+    name: str
+    is_one: Callable[[Path], bool]
+    option: str = "--out"
+
+
+BUNDLE = DirectoryKind("bundle", lambda path: (path / MANIFEST).is_file())
+
+
 @contextmanager
-def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
+def atomic_directory(out: Path, force: bool, needed: int, kind: DirectoryKind = BUNDLE) -> Iterator[Path]:
     """Give a directory to write into. It becomes `out` when the block succeeds, and is deleted when the block fails.
 
-    What an earlier export to `out` left beside it because it was killed is deleted first.
+    What an earlier process that wrote `out` left beside it because it was killed is deleted first.
 
     Args:
-        out: must not exist, or be a bundle if `force` is set.
+        out: must not exist, or be of this kind if `force` is set.
         force: replace `out`.
         needed: about how many bytes will be written.
+        kind: what is written.
 
     Raises:
-        OutputError: `out` exists, is being exported to or cannot be written, or the disk has not enough space.
+        OutputError: `out` exists, is being written by another process or cannot be written, or the disk has not enough space.
+        MissingPackageError: filelock is not installed.
     """
     try:
-        out = checked_target(out, force)
+        out = checked_target(out, force, kind)
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed * 1.1:
             raise OutputError(
-                f"{out.parent} has {free / 1e9:.1f} GB free; this bundle needs about {needed * 1.1 / 1e9:.1f} GB.",
-                "Free some space, or choose an --out on another disk.",
+                f"{out.parent} has {free / 1e9:.1f} GB free; this {kind.name} needs about {needed * 1.1 / 1e9:.1f} GB.",
+                f"Free some space, or choose a directory on another disk for {kind.option}.",
             )
-        with _locked(out):
+        with _locked(out, kind):
             work = Path(tempfile.mkdtemp(prefix=f".{out.name}.export-", dir=out.parent))
             try:
                 staging = work / "new"
@@ -64,35 +71,45 @@ def atomic_directory(out: Path, force: bool, needed: int) -> Iterator[Path]:
         if isinstance(error, OutputError) or error.errno not in _OUTPUT_ERRORS:
             raise
         raise OutputError(
-            f"Writing {out} failed: {error.strerror}.", "Free some space, or choose an --out elsewhere."
+            f"Writing {out} failed: {error.strerror}.", f"Free some space, or choose another {kind.option}."
         ) from error
 
 
-def checked_target(out: Path, force: bool) -> Path:
+def checked_target(out: Path, force: bool, kind: DirectoryKind = BUNDLE) -> Path:
     """Resolve the directory that is to be written, and refuse one that must not be.
 
     Raises:
-        OutputError: it is a symbolic link, exists without `force`, or is something else than a bundle.
+        OutputError: it is a symbolic link, exists without `force`, or is of another kind.
     """
     if out.is_symlink():
         raise OutputError(f"{out} is a symbolic link.", f"Give the path that it stands for, {out.resolve()}, or delete it.")
     out = out.resolve()
     if out.exists() and not force:
-        raise OutputError(f"{out} exists already.", "Choose another --out, or give --force to replace it.")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is not a bundle, so it is not replaced.", "Choose another --out, or delete it yourself.")
+        raise OutputError(f"{out} exists already.", f"Choose another {kind.option}, or give --force to replace it.")
+    if out.exists() and not kind.is_one(out):
+        raise OutputError(
+            f"{out} is not a {kind.name}, so it is not replaced.", f"Choose another {kind.option}, or delete it yourself."
+        )
     return out
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Let no other export to `out` begin, and delete what killed ones left. The system releases the lock of a dead process."""
+def _locked(out: Path, kind: DirectoryKind) -> Iterator[None]:
+    """Let no other process begin to write `out`, and delete what killed ones left. The lock of a dead process is free."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Writing a {kind.name} needs filelock, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
+        ) from error
     path = out.with_name(f".{out.name}.lock")
     try:
         lock = FileLock(path)
         lock.acquire(timeout=0)
     except Timeout:
-        raise OutputError(f"Another process exports to {out}.", "Wait until it is done, or choose another --out.") from None
+        raise OutputError(
+            f"Another process writes {out}.", f"Wait until it is done, or choose another {kind.option}."
+        ) from None
     except NotImplementedError:  # a file system without locks: what is left there cannot be told from what is in use
         yield
         return
@@ -124,14 +141,3 @@ def _move_in(staging: Path, out: Path, old: Path, force: bool) -> None:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise OutputError(f"{out} was made by another process meanwhile.", "Use that one, or give --force.") from error
         raise
-
-
-def versions() -> dict[str, str]:
-    """Versions of the exporter and of the packages it used, for the provenance of a bundle."""
-    return {
-        "exporter": f"tokenflow-sdk {__version__}",
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-    }

@@ -1,0 +1,68 @@
+"""A server with small models on a port of this machine, for all tests of a process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from tokenflow_sdk.server import Settings, create_app
+
+Serve = Callable[..., AbstractContextManager[str]]
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """The address of a server that is ready."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/readyz").status_code != 200:
+            assert time.monotonic() < deadline, "the server did not get ready"
+            time.sleep(0.02)
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def serve(mini_bundle: Path, mini_generator: Path, mini_understander: Path) -> Serve:
+    """Starts a server with the small models and other settings."""
+
+    def start(**settings: object) -> AbstractContextManager[str]:
+        given = {
+            "tokenizer": str(mini_bundle),
+            "generator": str(mini_generator),
+            "understander": str(mini_understander),
+            "access_log": False,
+            "threads": 1,
+        }
+        return served(Settings(**(given | settings)))  # type: ignore[arg-type]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def url(serve: Serve) -> Iterator[str]:
+    """A server with the small models."""
+    with serve() as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30) as opened:
+        yield opened

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT
+
+PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
+COMMAND = [sys.executable, "-m", "tokenflow_sdk", "serve"]
+
+
+@contextmanager
+def running(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, once it is ready, and its address."""
+    process = subprocess.Popen([*COMMAND, "--port", "0", *options], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        url = ""
+        for line in process.stderr:
+            if found := re.search(r"listening at (\S+)", line):
+                url = found[1]
+            if line.startswith("ready"):
+                break
+        assert url, "the server did not say where it listens"
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def failure(*options: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_one_command_serves_the_bundled_models_and_sigterm_ends_it_after_what_was_accepted() -> None:
+    with running() as (process, url):
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        codes = httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"}).json()
+        assert codes["model"] == "tiny"
+        found: list[httpx.Response] = []
+        body = {"prompt": "a red apple", "preset": "balanced", "stream": True, "partial_scales": [1]}
+        first = threading.Event()
+
+        def draw() -> None:
+            with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                first.set()
+                events = [line for line in lines if line.startswith("event")]
+                assert events == ["event: image_generation.completed"]
+                found.append(answer)
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        assert first.wait(60)
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert found[0].status_code == 200
+        assert process.wait(60) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+
+
+def test_mistakes_at_the_start_are_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, said = failure("--port", str(taken.getsockname()[1]))
+        assert status == 2 and "address already in use" in said and "--port" in said
+    (tmp_path / "empty").write_text("")
+    for options, wanted in (
+        (("--tokenizer", str(tmp_path)), "no bundle"),
+        (("--api-key-file", str(tmp_path / "none")), "cannot be read"),
+        (("--api-key-file", str(tmp_path / "empty")), "no key"),
+        (("--config", str(tmp_path / "none")), "no file"),
+        (("--port", "many"), "port"),
+        (("--host", "no.such.host.invalid"), "Nothing can listen"),
+    ):
+        status, said = failure("--port", "0", *options)
+        assert (status, said.lower().count(wanted.lower()) > 0) == (2, True), said
+    status, said = failure(TOKENFLOW_SERVE_TIMEOUT="soon")
+    assert status == 2 and "timeout" in said
+
+
+def test_a_model_that_cannot_be_opened_ends_the_server(mini_understander: Path) -> None:
+    # Found when it is opened: it reads another tokenizer's codes than the one that is served.
+    status, said = failure("--port", "0", "--understander", str(mini_understander))
+    assert status == 2
+    assert "codebook" in said
+
+
+def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
+    with running("--tokenizer", str(mini_bundle)) as (_, url):
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "?"}]})
+        assert answer.status_code == 404
+
+
+def test_other_servers_run_the_factory() -> None:
+    code = "import uvicorn; c = uvicorn.Config('tokenflow_sdk.server:create_app', factory=True); c.load(); print(c.loaded)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n"

@@ -1,0 +1,107 @@
+"""`create_app`: the server as an ASGI app, for uvicorn, gunicorn, hypercorn or Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from tokenflow_sdk import Generator, TokenFlowError, Tokenizer, Understander, __version__
+from tokenflow_sdk.server import chat, generations, images, inference, operations, page
+from tokenflow_sdk.server.errors import ApiError, handlers
+from tokenflow_sdk.server.guard import Guard
+from tokenflow_sdk.server.metrics import Metrics
+from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.settings import Settings, read_keys
+
+__all__ = ["create_app"]
+
+_LOG = logging.getLogger("tokenflow_sdk.server")
+
+
+def create_app(settings: Settings | None = None, failed: Callable[[BaseException], None] | None = None) -> FastAPI:
+    """Make the app. Its models are opened when it starts, beside it: `/readyz` says when they are warm.
+
+    Args:
+        settings: None: those of the environment.
+        failed: told of the error when the models cannot be opened; without it, the error is logged and nothing gets ready.
+
+    Raises:
+        TokenFlowError: a bundle, the key file or a setting cannot be used.
+    """
+    settings = Settings() if settings is None else settings
+    metrics = Metrics()
+    models = Models(settings, metrics)
+    keys = read_keys(settings.api_key_file)
+
+    async def opened() -> None:
+        try:
+            await asyncio.to_thread(models.open)
+        except Exception as error:
+            _LOG.error("the models cannot be opened: %s", error)
+            if failed is not None:
+                failed(error)
+        else:
+            _watch(models)
+            _LOG.info("ready: %s", ", ".join(models.names()))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        opening = asyncio.create_task(opened())
+        try:
+            yield
+        finally:
+            await opening
+            await asyncio.to_thread(models.close)
+
+    async def ready() -> None:
+        if not models.ready:
+            raise ApiError(503, "The models are being opened. Try again in a moment.")
+
+    middleware = [Middleware(Guard, settings=settings, metrics=metrics, keys=keys)]
+    if settings.cors_origins:
+        named = Middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, named)
+    app = FastAPI(
+        title="TokenFlow",
+        version=__version__,
+        description="Pictures to codes and back, pictures from text, and answers about pictures.",
+        lifespan=lifespan,
+        middleware=middleware,
+        exception_handlers=handlers(),
+        redoc_url=None,
+    )
+    app.state.models = models
+    app.include_router(page.router())
+    app.include_router(operations.router(models))
+    work = APIRouter(dependencies=[Depends(ready)])
+    for each in (images, generations, chat):
+        work.include_router(each.router(models))
+    app.include_router(work)
+    app.include_router(inference.router(models))
+    return app
+
+
+def _watch(models: Models) -> None:
+    """Let the metrics ask the models for their pages, and whether their engines are built."""
+    engines = "Whether a model runs on what it was asked to; 0 while its engines are being built."
+    for name, each in models.opened().items():
+        models.metrics.gauge("tokenflow_engines_ready", engines, partial(_engines_ready, each), model=name)
+    for name, model in (("generator", models.generator), ("understander", models.understander)):
+        if model is not None:
+            total, free = "Key/value pages.", "Key/value pages that nothing holds."
+            models.metrics.gauge("tokenflow_pages", total, lambda m=model: m.total_pages, model=name)  # type: ignore[misc]
+            models.metrics.gauge("tokenflow_pages_free", free, lambda m=model: m.free_pages, model=name)  # type: ignore[misc]
+
+
+def _engines_ready(model: Tokenizer | Generator | Understander) -> float:
+    try:
+        return float(model.wait_for_engines(0))
+    except TokenFlowError:
+        return 0.0  # they cannot be built, and the model goes on without; the log says why

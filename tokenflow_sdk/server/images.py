@@ -1,0 +1,217 @@
+"""Routes of pictures and codes: tokens, decode, features, semantic features, embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tokenflow_sdk.generation.results import png
+from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, picture_bytes, read_codes, read_inputs
+from tokenflow_sdk.server.errors import ApiError
+from tokenflow_sdk.server.models import Models
+
+__all__ = ["PictureFormat", "codes_json", "picture_file", "router"]
+
+PictureFormat = Literal["png", "jpeg", "webp"]
+_NPY = "application/x-npy"
+_BINARY = ("application/octet-stream",)
+_PICTURE_BODY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_BODIES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "string", "description": "a picture file as base64 or as a data URL"},
+                        "images": {"type": "array", "items": {"type": "string"}, "description": "several"},
+                        "data": {"type": "array", "items": CodesJson.model_json_schema(), "description": "codes of several"},
+                        "tfc": {"type": "string", "description": "a .tfc file as base64"},
+                        "indices": {"type": "array", "items": {"type": "integer"}, "description": "code indices"},
+                        **Options.model_json_schema()["properties"],
+                    },
+                }
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+            "image/*": _PICTURE_BODY,
+            TFC: _PICTURE_BODY,
+            "application/octet-stream": _PICTURE_BODY,
+        },
+    }
+}
+
+
+class TokensOptions(Options):
+    """What is answered besides the codes."""
+
+    prepared: Annotated[bool, Field(description="with each picture as it was encoded, as a PNG in base64")] = False
+
+
+class DecodeOptions(Options):
+    """How pictures are written."""
+
+    format: Annotated[PictureFormat, Field(description="of the picture files")] = "png"
+    quality: Annotated[int, Field(ge=1, le=100, description="of JPEG and WebP")] = 90
+
+
+class Embeddings(BaseModel):
+    """OpenAI's request, with pictures in place of texts."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: Annotated[str | list[str], Field(description="pictures as data URLs or base64")]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+
+def router(models: Models) -> APIRouter:
+    """The routes over some models."""
+    routes = APIRouter(prefix="/v1", tags=["pictures and codes"])
+
+    async def inputs(request: Request, kind: type[Options]) -> tuple[Inputs, Any]:
+        found = await read_inputs(request, models)
+        options = kind.model_validate(found.options)
+        models.require(options.model, "tokens")
+        return found, options
+
+    async def codes_of(found: Inputs, options: Options) -> list[Codes]:
+        """Codes given, then those of pictures."""
+        given = [read_codes(each, models, options.scales) for each in found.codes]
+        made = await asyncio.gather(*(models.picture(read, options.preprocess, options.color) for read in found.pictures))
+        return given + [each if options.scales is None else _truncated(each, options.scales) for each in made]
+
+    @routes.post("/images/tokens", openapi_extra=_BODIES, summary="Pictures to codes")
+    async def tokens(request: Request) -> Response:
+        found, options = await inputs(request, TokensOptions)
+        if found.codes:
+            raise ApiError(422, "The body has codes already; this takes pictures.", param="image")
+        codes = await codes_of(found, options)
+        if _accepts(request, TFC, *_BINARY):
+            _require_one(codes, TFC)
+            return Response(codes[0].to_bytes(), media_type=TFC)
+        data = [codes_json(each, i) for i, each in enumerate(codes)]
+        if options.prepared:
+            for each, read in zip(data, found.pictures, strict=True):
+                image = Image.fromarray(await models.prepared(read, options.preprocess, options.color))
+                each["prepared"] = base64.b64encode(await models.in_thread(partial(png, image))).decode()
+        usage = {"prompt_tokens": 0, "total_tokens": sum(map(len, codes))}
+        return JSONResponse({"object": "list", "model": models.require(None, "tokens"), "data": data, "usage": usage})
+
+    @routes.post("/images/decode", openapi_extra=_BODIES, summary="Codes to pictures")
+    async def decode(request: Request) -> Response:
+        found, options = await inputs(request, DecodeOptions)
+        if found.pictures:
+            raise ApiError(422, "The body is a picture already; this takes codes.", param="tfc")
+        codes = await codes_of(found, options)
+        images = await asyncio.gather(*map(models.decoded, codes))
+        files = [await models.in_thread(partial(picture_file, image, options.format, options.quality)) for image in images]
+        if len(files) == 1 and not _accepts(request, "application/json"):
+            return Response(files[0], media_type=f"image/{options.format}")
+        data = [{"index": i, "b64_json": base64.b64encode(file).decode()} for i, file in enumerate(files)]
+        return JSONResponse({"object": "list", "data": data, "output_format": options.format})
+
+    @routes.post("/images/features", openapi_extra=_BODIES, summary="Quantized features of pictures or codes")
+    async def features(request: Request) -> Response:
+        return await arrays(request, models.features)
+
+    @routes.post("/images/semantic", openapi_extra=_BODIES, summary="Semantic features of pictures or codes")
+    async def semantic(request: Request) -> Response:
+        return await arrays(request, models.semantic)
+
+    async def arrays(request: Request, of: Callable[[Codes], Awaitable[NDArray[np.float32]]]) -> Response:
+        found, options = await inputs(request, Options)
+        result = np.stack(await asyncio.gather(*map(of, await codes_of(found, options))))
+        if _accepts(request, _NPY, *_BINARY):
+            buffer = io.BytesIO()
+            np.save(buffer, result)
+            return Response(buffer.getvalue(), media_type=_NPY)
+        data = [{"index": i, "shape": list(each.shape), "values": each.tolist()} for i, each in enumerate(result)]
+        return await models.in_thread(lambda: JSONResponse({"object": "list", "data": data}))
+
+    @routes.post("/embeddings", summary="One vector a picture, in OpenAI's shape")
+    async def embeddings(body: Embeddings) -> Response:
+        name = models.require(body.model, "embeddings")
+        pictures = [body.input] if isinstance(body.input, str) else body.input
+        if not 1 <= len(pictures) <= models.settings.max_images:
+            raise ApiError(422, f"Give 1 to {models.settings.max_images} pictures.", "too_many_images", "input")
+        width = models.tokenizer.config.semantic_width
+        if body.dimensions not in (None, width):
+            raise ApiError(422, f"This model's vectors have {width} dimensions.", param="dimensions")
+        codes = await asyncio.gather(*(models.picture(partial(picture_bytes, text, "input")) for text in pictures))
+        vectors = await asyncio.gather(*map(models.embedding, codes))
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ]
+        count = sum(map(len, codes))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
+
+    return routes
+
+
+def codes_json(codes: Codes, index: int) -> dict[str, Any]:
+    """Codes as JSON: all that `Codes` holds, and how many bytes the `.tfc` file has up to each scale."""
+    return {
+        "object": "image.tokens",
+        "index": index,
+        "indices": codes.indices.tolist(),
+        "n_scales": codes.n_scales,
+        "patch_nums": list(codes.patch_nums),
+        "codebook_size": codes.codebook_size,
+        "codebook": codes.codebook_id,
+        "variant": codes.variant,
+        "scale_ends": codes.scale_ends,
+        "tfc": base64.b64encode(codes.to_bytes()).decode(),
+    }
+
+
+def picture_file(image: Image.Image, format: PictureFormat, quality: int = 90) -> bytes:
+    """A picture as a file of some format."""
+    if format == "png":
+        return png(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format.upper(), quality=quality)
+    return buffer.getvalue()
+
+
+def _truncated(codes: Codes, scales: int) -> Codes:
+    if scales > codes.n_scales:
+        raise ApiError(422, f"This tokenizer has {codes.n_scales} scales.", param="scales")
+    return codes.truncate(scales)
+
+
+def _vector(vector: NDArray[np.float32], encoding: str) -> list[float] | str:
+    return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _accepts(request: Request, *kinds: str) -> bool:
+    """Whether the client asks for one of these media types by name."""
+    named = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
+    return not named.isdisjoint(kinds)
+
+
+def _require_one(codes: list[Codes], kind: str) -> None:
+    if len(codes) > 1:
+        raise ApiError(406, f"{kind} holds one picture, and {len(codes)} were sent. Accept application/json for several.")

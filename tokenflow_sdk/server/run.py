@@ -1,0 +1,79 @@
+"""Runs the app in uvicorn."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from contextlib import suppress
+
+import uvicorn
+
+from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.server.app import create_app
+from tokenflow_sdk.server.settings import LOOPBACK, Settings
+
+__all__ = ["serve"]
+
+_LOG = logging.getLogger("tokenflow_sdk.server")
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what was accepted, and return.
+
+    Raises:
+        TokenFlowError: the port is taken, or a bundle, the key file or a setting cannot be used.
+    """
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, failed)
+    listener = _listener(settings.host, settings.port)
+    _access_log()
+    # It warns of each damaged form, whose sender is told already.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    if settings.host not in LOOPBACK and settings.api_key_file is None:
+        _LOG.warning("everybody who reaches %s may use this server; --api-key-file asks for keys", settings.host)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=8 * settings.max_queue,
+    )
+    server = uvicorn.Server(config)
+    host, port = listener.getsockname()[:2]
+    _LOG.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    # uvicorn raises the signal that ended it again afterwards, and this was the orderly end.
+    with listener, suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server((str(address[0]), port), family=family, backlog=2048)
+    except OSError as error:
+        raise ArgumentError(
+            f"Nothing can listen at {host}:{port}: {(error.strerror or str(error)).lower()}.", "Give another --host or --port."
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _access_log() -> None:
+    """Write the access log to stderr as it is: a line of JSON a request."""
+    logger = logging.getLogger("tokenflow_sdk.server.access")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
