@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tokenflow_sdk.bundle.manifest import MANIFEST
 from tokenflow_sdk.errors import MissingPackageError, OutputError
 
-__all__ = ["BUNDLE", "DirectoryKind", "atomic_directory"]
+__all__ = ["BUNDLE", "DirectoryKind", "atomic_directory", "checked_target"]
 
 _OUTPUT_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -50,7 +50,7 @@ def atomic_directory(out: Path, force: bool, needed: int, kind: DirectoryKind = 
         MissingPackageError: filelock is not installed.
     """
     try:
-        out = _checked(out, force, kind)
+        out = checked_target(out, force, kind)
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed * 1.1:
@@ -75,7 +75,12 @@ def atomic_directory(out: Path, force: bool, needed: int, kind: DirectoryKind = 
         ) from error
 
 
-def _checked(out: Path, force: bool, kind: DirectoryKind) -> Path:
+def checked_target(out: Path, force: bool, kind: DirectoryKind = BUNDLE) -> Path:
+    """Resolve the directory that is to be written, and refuse one that must not be.
+
+    Raises:
+        OutputError: it is a symbolic link, exists without `force`, or is of another kind.
+    """
     if out.is_symlink():
         raise OutputError(f"{out} is a symbolic link.", f"Give the path that it stands for, {out.resolve()}, or delete it.")
     out = out.resolve()

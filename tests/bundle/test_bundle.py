@@ -61,7 +61,7 @@ def test_a_missing_graph_is_named(bundle_copy: Path) -> None:
 def test_a_bundle_of_another_kind_is_named(bundle_copy: Path) -> None:
     edit(bundle_copy, lambda data: data.update(kind="generator"))
     assert bundle_kind(bundle_copy) == "generator"
-    with pytest.raises(BundleKindError, match="'generator' bundle, not a tokenizer"):
+    with pytest.raises(BundleKindError, match="kind 'generator', not a tokenizer"):
         Bundle.open(bundle_copy, TokenizerConfig)
 
 

@@ -113,7 +113,7 @@ def test_verify(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_generator_is_no_tokenizer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("encode", PHOTO, "--bundle", bundle) == 2
-    assert "holds a 'generator' bundle, not a tokenizer" in capsys.readouterr().err
+    assert "holds a bundle of kind 'generator', not a tokenizer" in capsys.readouterr().err
 
 
 def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

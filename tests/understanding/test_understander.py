@@ -511,7 +511,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(reference: Reference, mini_b
         Understander.from_pretrained(reference.bundle, tokenizer=tokenizer)
     with pytest.raises(BundleNotFoundError, match="tokenizer of .* is not at .*Give tokenizer="):
         Understander.from_pretrained(reference.bundle, tokenizer=tmp_path / "nowhere")
-    with pytest.raises(BundleKindError, match="holds a 'tokenizer' bundle, not an understander"):
+    with pytest.raises(BundleKindError, match="holds a bundle of kind 'tokenizer', not an understander"):
         Understander.from_pretrained(mini_bundle)
 
 

@@ -132,7 +132,7 @@ class Bundle(Generic[C]):
         if data["kind"] != config.kind:
             wanted = f"{'an' if config.kind[0] in 'aeiou' else 'a'} {config.kind}"
             raise BundleKindError(
-                f"{path} holds a {data['kind']!r} bundle, not {wanted}.", f"Give the path of {wanted} bundle."
+                f"{path} holds a bundle of kind {data['kind']!r}, not {wanted}.", f"Give the path of {wanted} bundle."
             )
         parsed = config.from_json(data["config"])
         bundle = cls(

@@ -155,7 +155,8 @@ def read_architecture(
     family = family_of(directory)
     if norm_placement == "output" and family is not _LLAMA:
         raise CheckpointError(
-            f"{path} gives model_type as {values['model_type']!r}.", "A text-to-image model is a llava_llama."
+            f"{path} gives model_type as {values['model_type']!r}; a text-to-image model is a llava_llama.",
+            "Give the text-to-image directory; a model that answers questions is for `tokenflow export understanding`.",
         )
     _require_known_keys(values, path, ignored_keys)
     _require_values(values, path, LIMITED | (LLAMA_LIMITED if family is _LLAMA else {}))

@@ -55,7 +55,8 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes parts of its messages in bold
     inner = re.search(r"(?<=WeightsUnpickler error: ).+", text)
     why = inner[0] if inner else text.partition("\n")[0]
-    if not why or why.startswith("Weights only load failed"):
+    # An IndexError or KeyError of the unpickler names a number or a key of its own, which says nothing about the file.
+    if not why or isinstance(error, LookupError) or why.startswith("Weights only load failed"):
         why = "it is no file of torch.save"
     unknown = re.search(r"GLOBAL (\S+)", text)
     if unknown is None:

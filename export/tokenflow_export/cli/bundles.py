@@ -20,10 +20,12 @@ def tokenizer(arguments: argparse.Namespace) -> None:
     from tokenflow_export.model_card import checkpoint_source
     from tokenflow_export.progress import ProgressSteps
     from tokenflow_export.tokenizer.export import export_tokenizer
+    from tokenflow_sdk.atomic_directory import checked_target
     from tokenflow_sdk.files import file_sha256
     from tokenflow_sdk.pictures.images import pictures_in
 
     began = perf_counter()
+    checked_target(arguments.out, arguments.force)  # before half a minute of reading
     images = pictures_in(arguments.images) if arguments.images else []
     with ProgressSteps() as steps:
         steps.start("reading the checkpoint")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from pathlib import Path
 from typing import TypeAlias
 
 from tokenflow_export.cli import bundles, precision, standin
 from tokenflow_export.models.config import VARIANTS
+from tokenflow_sdk.bundle.bundle import TINY, find_bundle
+from tokenflow_sdk.bundle.hub import is_hub_id
 from tokenflow_sdk.cli.help import Parser, add_command
 
 __all__ = ["make_parser"]
@@ -80,7 +84,7 @@ def _add_exporting(words: _Words) -> None:
 
 def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="the released Hugging Face directory")
-    parser.add_argument("--tokenizer", required=True, type=Path, help=tokenizer)
+    parser.add_argument("--tokenizer", required=True, type=_bundle_directory, help=tokenizer)
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the arithmetic; fp16 is for GPUs (default: %(default)s)"
     )
@@ -91,6 +95,17 @@ def _add_language_model(parser: argparse.ArgumentParser, tokenizer: str) -> None
     weights = "store the transformer's weights in fewer bits; int8 is the fast one on CPUs"
     parser.add_argument("--weights", choices=("int8", "int4"), help=weights)
     _add_output(parser)
+
+
+def _bundle_directory(name: str) -> Path:
+    """The path of a bundle: exports write into bundles, or remember where one lies, so names of bundles are refused."""
+    if name == TINY and not os.path.lexists(name):
+        copied = shlex.quote(str(find_bundle(TINY, "tokenizer")))
+        raise argparse.ArgumentTypeError(f"{name} is a name, and a directory is needed here; copy {copied} and give the copy")
+    if is_hub_id(name):
+        command = f"`hf download {name} --local-dir DIR`"
+        raise argparse.ArgumentTypeError(f"there is no directory {name}; if it is on the hub, run {command} and give DIR")
+    return Path(name)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +123,7 @@ def _add_searching(words: _Words) -> None:
         words, "precision-search", "measure what half precision costs, and find the nodes that must stay in float32 in engines"
     )
     bundle = "of a tokenizer or a generator; the nodes to pin and the figures are stored in it"
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
+    parser.add_argument("bundle", type=_bundle_directory, metavar="BUNDLE", help=bundle)
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the engines (default: %(default)s)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photos to measure a tokenizer on")
     parser.add_argument("--crops", type=int, default=24, metavar="N", help="crops of the photos (default: %(default)s)")
@@ -126,7 +141,7 @@ def _add_calibrating(words: _Words) -> None:
         words, "calibrate", "take the ranges that engines with a decoder in int8 or fp8 need, and measure what 8 bits cost"
     )
     bundle = "of a tokenizer; the ranges and the figures are stored in it"
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=bundle)
+    parser.add_argument("bundle", type=_bundle_directory, metavar="BUNDLE", help=bundle)
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="photos to take ranges from")
     parser.add_argument(
         "--held-out",
@@ -142,7 +157,7 @@ def _add_inspecting(words: _Words) -> None:
     parser = add_command(
         words, "inspect", "print which tensors of a graph in half precision, or in TensorRT, differ from float32 in onnxruntime"
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="of a tokenizer")
+    parser.add_argument("bundle", type=_bundle_directory, metavar="BUNDLE", help="of a tokenizer")
     parser.add_argument("graph", choices=("encode", "decode", "semantic", "features"), help="one of its graphs")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: %(default)s")
     parser.add_argument(

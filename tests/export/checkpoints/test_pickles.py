@@ -104,6 +104,12 @@ def test_damaged_files_are_named_without_torchs_advice(content: bytes, tmp_path:
     assert "weights_only" not in str(caught.value)
 
 
+def test_a_text_file_is_told_by_what_it_is_not_by_a_number_of_the_unpickler(tmp_path: Path) -> None:
+    (tmp_path / "c.pt").write_bytes(b"hello\n")  # a KeyError of torch: 101
+    with pytest.raises(CheckpointError, match=r"as a PyTorch checkpoint: it is no file of torch\.save\. It may"):
+        load_pickle(tmp_path / "c.pt")
+
+
 def test_prefixes_of_wrappers_are_removed_where_all_keys_have_them() -> None:
     assert released_keys(["module._orig_mod.a", "module._orig_mod.b"]) == {
         "a": "module._orig_mod.a",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -167,7 +168,33 @@ def test_mistakes_on_the_command_line_get_a_sentence(tmp_path: Path, capsys: pyt
     assert "text.pt cannot be read as a PyTorch checkpoint" in capsys.readouterr().err
     assert main(["standin", "--out", str(tmp_path / "text.pt")]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main(["tokenizer", "--checkpoint", "missing.pt", "--out", str(tmp_path / "text.pt")]) == 2
+    assert "text.pt exists already" in capsys.readouterr().err  # before the checkpoint is read
     assert os.listdir(tmp_path) == ["text.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tiny", "tiny is a name, and a directory is needed here; copy .*tokenizer and give the copy"),
+        ("org/name", "there is no directory org/name; .* `hf download org/name --local-dir DIR` and give DIR"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["understanding", "--checkpoint", "x", "--out", "y", "--tokenizer"],
+        ["generator", "--checkpoint", "x", "--out", "y", "--tokenizer"],
+        ["calibrate", "--images", "x"],
+        ["precision-search"],
+    ],
+)
+def test_names_that_are_no_directories_are_told_from_bundles(
+    words: list[str], name: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, name])
+    assert re.search(says, " ".join(capsys.readouterr().err.split()))
 
 
 def test_without_torch_the_command_says_what_to_install(
