@@ -55,9 +55,9 @@ def serve(mini_bundle: Path, mini_generator: Path, mini_understander: Path) -> S
     return start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(serve: Serve) -> Iterator[str]:
-    """A server with the small models."""
+    """A server with the small models, whose threads end with a file's tests: others look for threads that were left."""
     with serve() as address:
         yield address
 

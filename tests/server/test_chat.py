@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ QUESTION = {"type": "text", "text": "What is this?"}
 
 
 @pytest.fixture(scope="module")
-def understander(mini_understander: Path) -> Understander:
-    return Understander.from_pretrained(mini_understander, threads=1)
+def understander(mini_understander: Path) -> Iterator[Understander]:
+    with Understander.from_pretrained(mini_understander, threads=1) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +20,9 @@ PROMPT = "a cat"
 
 
 @pytest.fixture(scope="module")
-def generator(mini_generator: Path) -> Generator:
-    return Generator.from_pretrained(mini_generator, threads=1)
+def generator(mini_generator: Path) -> Iterator[Generator]:
+    with Generator.from_pretrained(mini_generator, threads=1) as opened:
+        yield opened
 
 
 @pytest.fixture

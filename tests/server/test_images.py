@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,9 @@ PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(mini_bundle: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(mini_bundle)
+def tokenizer(mini_bundle: Path) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(mini_bundle) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,9 @@ LENGTH = "Inference-Header-Content-Length"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(mini_bundle: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(mini_bundle)
+def tokenizer(mini_bundle: Path) -> Iterator[Tokenizer]:
+    with Tokenizer.from_pretrained(mini_bundle) as opened:
+        yield opened
 
 
 def infer(client: httpx.Client, model: str, name: str, array: np.ndarray, output: str, binary: bool) -> np.ndarray:
