@@ -169,7 +169,10 @@ def test_a_page_runs(
 
 
 @pytest.mark.parametrize("document", SHOWN, ids=name)
-def test_what_cannot_run_here_can_be_typed(document: Path) -> None:
+def test_what_cannot_run_here_can_be_typed(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after the commands before it: without its parent, `release/tokenizer` would be a name on the hub.
+    (tmp_path / "release").mkdir()
+    monkeypatch.chdir(tmp_path)
     refused = {" ".join(words): why for words in console_commands(document) if (why := refusal(words))}
     assert not refused
 
