@@ -54,6 +54,12 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are as wide as they like, whatever terminal the tests are started in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """PyTorch's threads spin while they wait, which small models do most of the time."""

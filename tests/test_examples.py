@@ -55,7 +55,9 @@ def test_search(run: Callable[..., str], photos: Path, tmp_path: Path) -> None:
     left_out, *found = out.splitlines()
     assert len(found) == 4
     assert left_out.startswith(f"left out: {photos / 'bad.jpg'}")
-    assert [Path(line.split()[1]).name for line in found][:3] == ["chelsea.jpg", "a.png", "copy.jpg"]
+    names = [Path(line.split()[1]).name for line in found]
+    # The first two are the same picture, so either may be first.
+    assert (set(names[:2]), names[2]) == ({"chelsea.jpg", "a.png"}, "copy.jpg")
     assert found[0].startswith("1.000")
     with Image.open(tmp_path / "found.jpg") as sheet:
         assert sheet.width > 3 * 256

@@ -47,7 +47,7 @@ WRONG = {
     "--memory-gb": "build --memory-gb -1",
 }
 """A command with a value that each option does not take."""
-ANYTHING = {"-o", "--json", "--cache", "--negative-prompt"}
+ANYTHING = {"-o", "--json", "--cache", "--negative-prompt", "--triton"}
 """Options that take whatever they are given, or fail where a file cannot be written."""
 PYTHON = re.compile(r"(?<!-)\b[a-z_0-9]+=|\bNone\b|\bTrue\b|\bFalse\b|\b[a-z]+_[a-z]+\b")
 

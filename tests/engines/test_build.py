@@ -340,7 +340,7 @@ def test_the_command_line(trt, mini_bundle: Path, tmp_path: Path, capsys: pytest
     assert main(["build", str(mini_bundle), "--target", "sm90"]) == 2
     assert "cannot build for 'sm90'" in capsys.readouterr().err
     assert main(["build", str(mini_bundle), "--batch-limit", "0"]) == 2
-    assert "is not the least, usual and most images" in capsys.readouterr().err
+    assert "--batch-limit 0 is no number of images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["features", "decode"])

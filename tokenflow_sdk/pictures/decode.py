@@ -247,8 +247,8 @@ def _open(file: BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 if raised_elsewhere(error):
                     raise
-                # With a cause it is an exception of Python's on too few bytes, which tells nobody anything.
-                if accept is not None and isinstance(error, SyntaxError) and error.__cause__ is None:
+                # Not in words it is an exception of Python's on too few bytes, which tells nobody anything.
+                if accept is not None and isinstance(error, SyntaxError) and isinstance(error.msg, str):
                     why = f" Pillow says: {error}."
     raise CorruptImageError(
         f"{name} is not a picture in a known format, or its beginning is damaged.{why}",

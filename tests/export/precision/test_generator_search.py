@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_named(
     assert main(["precision-search", str(mini_generator), "--images", "examples"]) == 2
     assert "Leave --images out" in capsys.readouterr().err
     assert main(["precision-search", str(mini_understander), "--images", "examples"]) == 2
-    assert "'understander' bundle" in capsys.readouterr().err
+    assert "kind 'understander'" in capsys.readouterr().err
     bundle = Bundle.open(mini_generator, GeneratorConfig)
     entry = bundle.graph("transformer")
     halved = replace(entry, inputs=tuple(replace(spec, dtype="float16") for spec in entry.inputs))
