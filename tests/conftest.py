@@ -19,6 +19,9 @@ from tokenflow_sdk import Tokenizer
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 
+# Before the command line is imported, which asks for it: tables are as wide as they like, whatever terminal starts the tests.
+os.environ.pop("COLUMNS", None)
+
 # Of `make fuzz`: ten times the examples of everyday, and other ones each time.
 settings.register_profile("fuzz", max_examples=1000)
 
@@ -52,12 +55,6 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         keep_registry(patch)
         patch.setattr(onnx_export, "_capture", SharedTraces(onnx_export._capture, directory))
         yield directory
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are as wide as they like, whatever terminal the tests are started in."""
-    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
