@@ -59,16 +59,14 @@ def everyday_or_slow(everyday: list[tuple[str, ...]], slow: list[tuple[str, ...]
 TOKENIZERS = everyday_or_slow(
     [("clip", "fp32", "sm86"), *((kind, "fp16", "sm120") for kind in ("clip", "vitamin", "siglip", "tiny"))],
     [
-        *(("vitamin", "fp32", "sm80"), ("siglip", "fp32", "sm89"), ("tiny", "fp32", "sm120")),
+        ("tiny", "fp32", "sm120"),
         *(("clip", "fp16", "sm121"), ("vitamin", "fp16", "sm80"), ("siglip", "fp16", "sm89"), ("tiny", "fp16", "sm86")),
     ],
 )
-LANGUAGE_MODELS = everyday_or_slow(
-    [("fp16", "sm86"), ("fp32", "sm120")], [("fp16", "sm80"), ("fp32", "sm89"), ("fp16", "sm120"), ("fp16", "sm121")]
-)
+LANGUAGE_MODELS = everyday_or_slow([("fp16", "sm86"), ("fp32", "sm120")], [("fp16", "sm80"), ("fp16", "sm121")])
 BUNDLED_DECODERS = everyday_or_slow(
     [("int8", "sm86"), ("fp8", "sm86"), ("fp8", "sm120")],
-    [("int8", "sm80"), ("int8", "sm89"), ("int8", "sm121"), ("fp8", "sm89")],
+    [("int8", "sm80"), ("int8", "sm121"), ("fp8", "sm89")],
 )
 RTX_ONLY = {
     ("IBuilderConfig", "num_compute_capabilities"),
