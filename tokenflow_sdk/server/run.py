@@ -60,7 +60,9 @@ def serve(settings: Settings) -> None:
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server((str(address[0]), port), family=family, backlog=2048)
+        plain = socket.create_server((str(address[0]), port), family=family, backlog=2048)
+        # asyncio sends small packets at once (TCP_NODELAY) only on sockets that say that they are TCP's; others wait 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=plain.detach())
     except OSError as error:
         raise ArgumentError(
             f"Nothing can listen at {host}:{port}: {(error.strerror or str(error)).lower()}.", "Give another --host or --port."
