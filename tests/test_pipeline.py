@@ -106,9 +106,20 @@ def test_what_a_call_raises_comes_in_its_place_and_ends_the_rest() -> None:
     assert found == [10 / 3, 5, 10]
 
 
+def let_it_drop(holding: threading.Event, dropped: threading.Event) -> None:
+    """Let a thread that is held drop an iterator: nothing may be raised where nobody sees it, and all threads must end."""
+    unraisable: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.unraisablehook", unraisable.append)
+        holding.set()
+        assert dropped.wait(10)
+    assert unraisable == []
+    while own_threads():
+        time.sleep(0.01)
+
+
 def test_a_thread_may_be_the_one_that_drops_the_last_reference() -> None:
     second, holding, dropped = threading.Event(), threading.Event(), threading.Event()
-    unraisable: list[object] = []
 
     def items() -> Iterator[int]:
         yield 0
@@ -126,13 +137,7 @@ def test_a_thread_may_be_the_one_that_drops_the_last_reference() -> None:
 
     held = [map_ahead(drop, items(), 2)]
     assert next(held[0]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.unraisablehook", unraisable.append)
-        holding.set()
-        assert dropped.wait(10)
-    assert unraisable == []
-    while own_threads():
-        time.sleep(0.01)
+    let_it_drop(holding, dropped)
 
 
 def test_a_forked_child_is_told_to_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +291,6 @@ def test_closing_drops_pictures_whose_reading_has_not_begun(monkeypatch: pytest.
 
 def test_a_thread_that_reads_a_picture_may_drop_the_last_reference() -> None:
     holding, dropped = threading.Event(), threading.Event()
-    unraisable: list[object] = []
 
     def reading(i: int) -> None:
         if i == 4:
@@ -296,10 +300,4 @@ def test_a_thread_that_reads_a_picture_may_drop_the_last_reference() -> None:
 
     held = [pipeline(batch=4, workers=1, reading=reading)[0].codes(map(str, range(40)), raising=True)]
     assert numbers([next(held[0])]) == [0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.unraisablehook", unraisable.append)
-        holding.set()
-        assert dropped.wait(10)
-    assert unraisable == []
-    while own_threads():
-        time.sleep(0.01)
+    let_it_drop(holding, dropped)

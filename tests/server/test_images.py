@@ -7,7 +7,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 
@@ -118,21 +117,6 @@ def test_features_are_those_of_the_sdk(client: httpx.Client, tokenizer: Tokenize
     np.testing.assert_array_equal(np.asarray(of_codes["values"], np.float32), wanted)
     npy = client.post(f"/v1/images/{name}", files={"image": PHOTO}, headers={"Accept": "application/x-npy"})
     np.testing.assert_array_equal(np.load(io.BytesIO(npy.content)), wanted[None])
-
-
-@pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_embeddings_work_with_openais_client(url: str, tokenizer: Tokenizer, codes: Codes, encoding: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    picture = f"data:image/jpeg;base64,{base64.b64encode(PHOTO).decode()}"
-    answer = client.embeddings.create(model="clip", input=[picture, picture], encoding_format=encoding)  # type: ignore[arg-type]
-    wanted = tokenizer.semantic(codes, pool="mean")
-    vectors = [
-        np.frombuffer(base64.b64decode(each.embedding), "<f4") if isinstance(each.embedding, str) else each.embedding
-        for each in answer.data
-    ]
-    np.testing.assert_allclose(vectors, [wanted, wanted], rtol=1e-6)
-    # What the client asks for where nothing is said, it reads itself.
-    assert len(client.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)
 
 
 FORM = {"Content-Type": "multipart/form-data; boundary=y"}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.option_names import as_options
 from tokenflow_sdk.cli.signals import Stopped, stopped_by_signals
-from tokenflow_sdk.errors import TokenFlowError
+from tokenflow_sdk.errors import MissingPackageError, TokenFlowError
 
-__all__ = ["run"]
+__all__ = ["naming_missing_packages", "refuse", "run"]
 
 _LOGGERS = ("tokenflow_sdk", "tokenflow_export")
 
@@ -34,12 +34,37 @@ def run(command: Callable[[], int], verbosity: int = 0, interrupted: str = "inte
             warnings.showwarning = _print_warning
             return command()
     except TokenFlowError as error:
-        stderr.print(f"error: {as_options(error)}", style="red", soft_wrap=True)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # the terminal may be gone
             stderr.print(interrupted, style="yellow")
         return stop.status if isinstance(stop, Stopped) else 130
+
+
+def refuse(error: TokenFlowError) -> int:
+    """Print a mistake that the user can mend, and give the exit status that it has."""
+    stderr.print(f"error: {as_options(error)}", style="red", soft_wrap=True)
+    return 2
+
+
+@contextmanager
+def naming_missing_packages(packages: Collection[str], install: str) -> Iterator[None]:
+    """Within the block, a missing package of an extra is named.
+
+    Args:
+        packages: that the extra brings, by the names that they are imported by.
+        install: the command that installs them.
+
+    Raises:
+        MissingPackageError: one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in packages:
+            raise
+        raise MissingPackageError(f"{package} is not installed.", f"Run `{install}`.") from error
 
 
 @contextmanager

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenflow_sdk.cli.exit_status import run
+from tokenflow_sdk.cli.exit_status import naming_missing_packages, refuse, run
 from tokenflow_sdk.cli.help import Parser, add_verbosity
 from tokenflow_sdk.errors import MissingPackageError
 
 __all__ = ["main", "make_parser"]
 
 _EXTRA = ("fastapi", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "starlette", "python_multipart", "anyio")
+_INSTALL = "pip install 'tokenflow-sdk[cpu,generate,serve]'"
 _DESCRIPTION = """\
 Serve tokenizing, drawing and answering over HTTP, with a page at / to try them.
 
@@ -33,12 +33,7 @@ def main(words: Sequence[str]) -> int:
     try:
         arguments = make_parser().parse_args(words)
     except MissingPackageError as error:
-        missing = error
-
-        def fail() -> int:
-            raise missing
-
-        return run(fail)
+        return refuse(error)
     return run(lambda: _serve(arguments), arguments.verbosity)
 
 
@@ -48,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     Raises:
         MissingPackageError: a package of the extra is not installed.
     """
-    with _naming_missing_packages():
+    with naming_missing_packages(_EXTRA, _INSTALL):
         from tokenflow_sdk.server.settings import Settings
     parser = Parser("tokenflow serve", description=_DESCRIPTION)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of these settings")
@@ -68,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    with _naming_missing_packages():
+    with naming_missing_packages(_EXTRA, _INSTALL):
         from tokenflow_sdk.server.run import serve
         from tokenflow_sdk.server.settings import settings_from
     given = {
@@ -80,19 +75,3 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _shown(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-@contextmanager
-def _naming_missing_packages() -> Iterator[None]:
-    """Raises:
-    MissingPackageError: a package of the extra `serve` is not installed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in _EXTRA:
-            raise
-        raise MissingPackageError(
-            f"{package} is not installed.", "Run `pip install 'tokenflow-sdk[cpu,generate,serve]'`."
-        ) from error

@@ -13,8 +13,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from tokenflow_sdk import Generator, TokenFlowError, Tokenizer, Understander, __version__
-from tokenflow_sdk.server import chat, generations, images, inference, operations, page
-from tokenflow_sdk.server.errors import ApiError, handlers
+from tokenflow_sdk.server import chat, embeddings, generations, images, inference, operations, page
+from tokenflow_sdk.server.errors import handlers
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.models import Models
@@ -61,8 +61,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
             await asyncio.to_thread(models.close)
 
     async def ready() -> None:
-        if not models.ready:
-            raise ApiError(503, "The models are being opened. Try again in a moment.")
+        models.require_ready()
 
     middleware = [Middleware(Guard, settings=settings, metrics=metrics, keys=keys)]
     if settings.cors_origins:
@@ -81,7 +80,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
     app.include_router(page.router())
     app.include_router(operations.router(models))
     work = APIRouter(dependencies=[Depends(ready)])
-    for each in (images, generations, chat):
+    for each in (images, embeddings, generations, chat):
         work.include_router(each.router(models))
     app.include_router(work)
     app.include_router(inference.router(models))
@@ -91,13 +90,12 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
 def _watch(models: Models) -> None:
     """Let the metrics ask the models for their pages, and whether their engines are built."""
     engines = "Whether a model runs on what it was asked to; 0 while its engines are being built."
-    for name, each in models.opened().items():
-        models.metrics.gauge("tokenflow_engines_ready", engines, partial(_engines_ready, each), model=name)
-    for name, model in (("generator", models.generator), ("understander", models.understander)):
-        if model is not None:
-            total, free = "Key/value pages.", "Key/value pages that nothing holds."
-            models.metrics.gauge("tokenflow_pages", total, lambda m=model: m.total_pages, model=name)  # type: ignore[misc]
-            models.metrics.gauge("tokenflow_pages_free", free, lambda m=model: m.free_pages, model=name)  # type: ignore[misc]
+    total, free = "Key/value pages.", "Key/value pages that nothing holds."
+    for name, model in models.opened().items():
+        models.metrics.gauge("tokenflow_engines_ready", engines, partial(_engines_ready, model), model=name)
+        if not isinstance(model, Tokenizer):
+            models.metrics.gauge("tokenflow_pages", total, partial(getattr, model, "total_pages"), model=name)
+            models.metrics.gauge("tokenflow_pages_free", free, partial(getattr, model, "free_pages"), model=name)
 
 
 def _engines_ready(model: Tokenizer | Generator | Understander) -> float:

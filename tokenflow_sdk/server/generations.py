@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncGenerator
 from functools import partial
 from time import time
@@ -15,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tokenflow_sdk.generation.generator import Generator
-from tokenflow_sdk.generation.results import GeneratedScale, Generation, png
+from tokenflow_sdk.generation.results import GeneratedScale, Generation
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.errors import ApiError
-from tokenflow_sdk.server.images import PictureFormat, picture_file
+from tokenflow_sdk.server.images import PictureFormat, base64_text, picture_file
 from tokenflow_sdk.server.models import Models
 from tokenflow_sdk.server.streams import EventStream, event, pieces_of, unless_gone
 
@@ -79,7 +78,7 @@ class _Drawing:
 
     def __init__(self, models: Models, generator: Generator, body: GenerationRequest) -> None:
         size = generator.tokenizer.config.image_size
-        self._models, self._generator, self._body = models, generator, body
+        self._models, self._body = models, body
         self._size = f"{size}x{size}"
         self._format: PictureFormat = body.output_format or "png"
         self._created = int(time())
@@ -110,7 +109,7 @@ class _Drawing:
         files = await asyncio.gather(*(self._file(codes, drawn, i) for i, codes in enumerate(drawn.codes)))
         field = "url" if self._body.response_format == "url" else "b64_json"
         data = [
-            {field: self._text(file), "tfc": base64.b64encode(codes.to_bytes()).decode()}
+            {field: self._text(file), "tfc": base64_text(codes.to_bytes())}
             for file, codes in zip(files, drawn.codes, strict=True)
         ]
         return self._common() | {"created": self._created, "data": data, "usage": _usage(drawn), "seed": drawn.seed}
@@ -129,7 +128,7 @@ class _Drawing:
         for i, codes in enumerate(drawn.codes):
             name = "image_generation.completed"
             found = {"type": name, "image_index": i, "seed": drawn.seed, "usage": _usage(drawn)}
-            own = {"tfc": base64.b64encode(codes.to_bytes()).decode()}
+            own = {"tfc": base64_text(codes.to_bytes())}
             yield event(found | own | self._common(True) | {"b64_json": self._text(await self._file(codes, drawn, i))}, name)
 
     def _result(self) -> Generation:
@@ -140,14 +139,12 @@ class _Drawing:
     async def _file(self, codes: Codes, drawn: Generation | None = None, image: int = 0) -> bytes:
         """The picture of codes; a PNG of a finished request says how it was drawn."""
         picture = await self._models.decoded(codes)
-        if self._format == "png":
-            metadata = None if drawn is None else {**drawn.metadata, "image": image}
-            return await self._models.in_thread(partial(png, picture, metadata))
+        metadata = None if drawn is None else {**drawn.metadata, "image": image}
         quality = 90 if self._body.output_compression is None else max(1, self._body.output_compression)
-        return await self._models.in_thread(partial(picture_file, picture, self._format, quality))
+        return await self._models.in_thread(partial(picture_file, picture, self._format, quality, metadata))
 
     def _text(self, file: bytes) -> str:
-        text = base64.b64encode(file).decode()
+        text = base64_text(file)
         return f"data:image/{self._format};base64,{text}" if self._body.response_format == "url" else text
 
     def _common(self, created: bool = False) -> dict[str, Any]:

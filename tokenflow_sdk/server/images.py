@@ -1,11 +1,11 @@
-"""Routes of pictures and codes: tokens, decode, features, semantic features, embeddings."""
+"""Routes of pictures and codes: tokens, decode, features, semantic features."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -13,17 +13,17 @@ import numpy as np
 from fastapi import APIRouter
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tokenflow_sdk.generation.results import png
 from tokenflow_sdk.pictures.codes import Codes
-from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, picture_bytes, read_codes, read_inputs
+from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, read_codes, read_inputs
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
 
-__all__ = ["PictureFormat", "codes_json", "picture_file", "router"]
+__all__ = ["PictureFormat", "base64_text", "codes_json", "picture_file", "router"]
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 _NPY = "application/x-npy"
@@ -73,18 +73,6 @@ class DecodeOptions(Options):
     quality: Annotated[int, Field(ge=1, le=100, description="of JPEG and WebP")] = 90
 
 
-class Embeddings(BaseModel):
-    """OpenAI's request, with pictures in place of texts."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    input: Annotated[str | list[str], Field(description="pictures as data URLs or base64")]
-    model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    user: str | None = None
-
-
 def router(models: Models) -> APIRouter:
     """The routes over some models."""
     routes = APIRouter(prefix="/v1", tags=["pictures and codes"])
@@ -99,22 +87,24 @@ def router(models: Models) -> APIRouter:
         """Codes given, then those of pictures."""
         given = [read_codes(each, models, options.scales) for each in found.codes]
         made = await asyncio.gather(*(models.picture(read, options.preprocess, options.color) for read in found.pictures))
-        return given + [each if options.scales is None else _truncated(each, options.scales) for each in made]
+        return given + [_truncated(each, options.scales) for each in made]
 
     @routes.post("/images/tokens", openapi_extra=_BODIES, summary="Pictures to codes")
     async def tokens(request: Request) -> Response:
         found, options = await inputs(request, TokensOptions)
         if found.codes:
             raise ApiError(422, "The body has codes already; this takes pictures.", param="image")
-        codes = await codes_of(found, options)
+        way = options.preprocess, options.color
+        pixels = await asyncio.gather(*(models.prepared(read, *way) for read in found.pictures))
+        made = await asyncio.gather(*(models.coded(each, *way) for each in pixels))
+        codes = [_truncated(each, options.scales) for each in made]
         if _accepts(request, TFC, *_BINARY):
             _require_one(codes, TFC)
             return Response(codes[0].to_bytes(), media_type=TFC)
         data = [codes_json(each, i) for i, each in enumerate(codes)]
         if options.prepared:
-            for each, read in zip(data, found.pictures, strict=True):
-                image = Image.fromarray(await models.prepared(read, options.preprocess, options.color))
-                each["prepared"] = base64.b64encode(await models.in_thread(partial(png, image))).decode()
+            for each, prepared in zip(data, pixels, strict=True):
+                each["prepared"] = base64_text(await models.in_thread(partial(png, Image.fromarray(prepared))))
         usage = {"prompt_tokens": 0, "total_tokens": sum(map(len, codes))}
         return JSONResponse({"object": "list", "model": models.require(None, "tokens"), "data": data, "usage": usage})
 
@@ -128,7 +118,7 @@ def router(models: Models) -> APIRouter:
         files = [await models.in_thread(partial(picture_file, image, options.format, options.quality)) for image in images]
         if len(files) == 1 and not _accepts(request, "application/json"):
             return Response(files[0], media_type=f"image/{options.format}")
-        data = [{"index": i, "b64_json": base64.b64encode(file).decode()} for i, file in enumerate(files)]
+        data = [{"index": i, "b64_json": base64_text(file)} for i, file in enumerate(files)]
         return JSONResponse({"object": "list", "data": data, "output_format": options.format})
 
     @routes.post("/images/features", openapi_extra=_BODIES, summary="Quantized features of pictures or codes")
@@ -149,25 +139,6 @@ def router(models: Models) -> APIRouter:
         data = [{"index": i, "shape": list(each.shape), "values": each.tolist()} for i, each in enumerate(result)]
         return await models.in_thread(lambda: JSONResponse({"object": "list", "data": data}))
 
-    @routes.post("/embeddings", summary="One vector a picture, in OpenAI's shape")
-    async def embeddings(body: Embeddings) -> Response:
-        name = models.require(body.model, "embeddings")
-        pictures = [body.input] if isinstance(body.input, str) else body.input
-        if not 1 <= len(pictures) <= models.settings.max_images:
-            raise ApiError(422, f"Give 1 to {models.settings.max_images} pictures.", "too_many_images", "input")
-        width = models.tokenizer.config.semantic_width
-        if body.dimensions not in (None, width):
-            raise ApiError(422, f"This model's vectors have {width} dimensions.", param="dimensions")
-        codes = await asyncio.gather(*(models.picture(partial(picture_bytes, text, "input")) for text in pictures))
-        vectors = await asyncio.gather(*map(models.embedding, codes))
-        data = [
-            {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
-            for i, vector in enumerate(vectors)
-        ]
-        count = sum(map(len, codes))
-        usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
-
     return routes
 
 
@@ -183,27 +154,32 @@ def codes_json(codes: Codes, index: int) -> dict[str, Any]:
         "codebook": codes.codebook_id,
         "variant": codes.variant,
         "scale_ends": codes.scale_ends,
-        "tfc": base64.b64encode(codes.to_bytes()).decode(),
+        "tfc": base64_text(codes.to_bytes()),
     }
 
 
-def picture_file(image: Image.Image, format: PictureFormat, quality: int = 90) -> bytes:
-    """A picture as a file of some format."""
+def base64_text(data: bytes) -> str:
+    """Bytes as JSON holds them."""
+    return base64.b64encode(data).decode()
+
+
+def picture_file(
+    image: Image.Image, format: PictureFormat, quality: int = 90, metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """A picture as a file of some format; a PNG has the metadata."""
     if format == "png":
-        return png(image)
+        return png(image, metadata)
     buffer = io.BytesIO()
     image.save(buffer, format.upper(), quality=quality)
     return buffer.getvalue()
 
 
-def _truncated(codes: Codes, scales: int) -> Codes:
+def _truncated(codes: Codes, scales: int | None) -> Codes:
+    if scales is None:
+        return codes
     if scales > codes.n_scales:
         raise ApiError(422, f"This tokenizer has {codes.n_scales} scales.", param="scales")
     return codes.truncate(scales)
-
-
-def _vector(vector: NDArray[np.float32], encoding: str) -> list[float] | str:
-    return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def _accepts(request: Request, *kinds: str) -> bool:

@@ -119,8 +119,7 @@ def router(models: Models) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     def model(name: str, version: str = "1") -> _Model:
-        if not models.ready:
-            raise ApiError(503, "The models are being opened. Try again in a moment.")
+        models.require_ready()
         served = _served(models)
         if name not in served or version != "1":
             names = ", ".join(served)

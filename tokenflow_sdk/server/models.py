@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ class Models:
         self.understander: Understander | None = None
         self.ready = False
         self._pictures = ThreadPoolExecutor(available_cores(), "tokenflow-picture")
+        self._closing = ExitStack()
 
     def open(self) -> None:
         """Open the models and run each once, so that the first request is as quick as the others. Takes as long as that.
@@ -70,9 +72,10 @@ class Models:
             threads=s.threads,
             serve_while_building=s.serve_while_building,
         )
-        self.tokenizer = Tokenizer.open(s.tokenizer, options, s.batch_limit).load()
-        self._lanes = Lanes(self.tokenizer.lanes(), self.tokenizer.batch_limit, s.batch_wait_ms / 1000, self.metrics)
-        tok = self.tokenizer
+        opened = self._closing.enter_context
+        tok = self.tokenizer = opened(Tokenizer.open(s.tokenizer, options, s.batch_limit)).load()
+        self._lanes = Lanes(tok.lanes(), tok.batch_limit, s.batch_wait_ms / 1000, self.metrics)
+        self._closing.callback(self._lanes.close)
         self._encode = Operation("encode", lambda items: tok.encode_array(np.stack(items)))
         self._decode = Operation("decode", lambda items: tok.decode_array(np.stack(items)))
         self._features = Operation("features", lambda items: tok.features(np.stack(items)))
@@ -83,10 +86,10 @@ class Models:
         for warm in (tok.decode, tok.features, tok.semantic):
             warm(codes)
         if self.generator_name != NONE:
-            self.generator = Generator.open(self.generator_name, options, self.tokenizer, s.pages)
+            self.generator = opened(Generator.open(self.generator_name, options, tok, s.pages))
             self.generator.generate("a red apple", seed=0)
         if s.understander is not None:
-            self.understander = Understander.open(s.understander, options, self.tokenizer, s.pages)
+            self.understander = opened(Understander.open(s.understander, options, tok, s.pages))
             self.understander.answer(codes, "What is this?", max_tokens=2)
         self.ready = True
 
@@ -94,9 +97,14 @@ class Models:
         """Free everything after the calls that run."""
         self.ready = False
         self._pictures.shutdown(wait=True, cancel_futures=True)
-        for each in (vars(self).get("_lanes"), self.generator, self.understander, vars(self).get("tokenizer")):
-            if each is not None:
-                each.close()
+        self._closing.close()
+
+    def require_ready(self) -> None:
+        """Raises:
+        ApiError: the models are not open and warm yet.
+        """
+        if not self.ready:
+            raise ApiError(503, "The models are being opened. Try again in a moment.")
 
     async def picture(self, read: Callable[[], bytes], preprocess: Preprocess | None = None, color: Color = "srgb") -> Codes:
         """Codes of a picture file: u8 pixels are made of it by a thread for pictures, then it waits for a lane.
@@ -105,7 +113,10 @@ class Models:
             read: gives the file's content; called by that thread.
             preprocess, color: as in `Tokenizer.encode`.
         """
-        pixels = await self.prepared(read, preprocess, color)
+        return await self.coded(await self.prepared(read, preprocess, color), preprocess, color)
+
+    async def coded(self, pixels: NDArray[np.uint8], preprocess: Preprocess | None = None, color: Color = "srgb") -> Codes:
+        """Codes of a picture that `prepared` gave for the same arguments."""
         return self.tokenizer.codes(await self.encoded(pixels), self.tokenizer.preparation(preprocess, color))
 
     async def prepared(
@@ -123,7 +134,7 @@ class Models:
 
     async def decoded(self, codes: Codes) -> Image.Image:
         """The picture of codes."""
-        return Image.fromarray(await self.decoded_array(self._row(codes)))
+        return Image.fromarray(await self._lanes.run(self._decode, self._row(codes)))
 
     async def decoded_array(self, row: NDArray[np.int32]) -> NDArray[np.uint8]:
         """Code indices int32 [L], -1 in absent scales -> u8 [H, W, 3]."""
@@ -137,7 +148,8 @@ class Models:
 
     async def semantic(self, codes: Codes) -> NDArray[np.float32]:
         """float32 [g * g, W]."""
-        return await self.semantic_array(self._row(codes))
+        found: NDArray[np.float32] = await self._lanes.run(self._semantic, self._row(codes))
+        return found
 
     async def semantic_array(self, row: NDArray[np.int32]) -> NDArray[np.float32]:
         """Code indices int32 [L], -1 in absent scales -> float32 [g * g, W]."""

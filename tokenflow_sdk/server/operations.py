@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.server.errors import ApiError, answer_of
+from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
 
 __all__ = ["router"]
@@ -25,10 +25,9 @@ def router(models: Models) -> APIRouter:
         return {"status": "ok", "version": __version__}
 
     @routes.get("/readyz", summary="Whether the models are open and warm")
-    async def readyz() -> Response:
-        if not models.ready:
-            return answer_of(ApiError(503, "The models are being opened."))
-        return JSONResponse({"status": "ready"})
+    async def readyz() -> dict[str, str]:
+        models.require_ready()
+        return {"status": "ready"}
 
     @routes.get("/metrics", summary="For Prometheus")
     async def metrics() -> Response:

@@ -69,18 +69,22 @@ class Settings(BaseSettings):
 
     @field_validator("cors_origins", "allowed_hosts")
     @classmethod
-    def _no_wildcard_by_accident(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _names_without_spaces(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not each.strip() or any(c.isspace() for c in each) for each in value):
             raise ValueError("each must be a name without spaces")
         return value
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment. `settings_from` adds a file."""
-        found = {**named, **dict(zip(("init_settings", "env_settings"), sources, strict=False))}
-        return found["init_settings"], found["env_settings"]
+        """Flags, then the environment, then the TOML file if there is one."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -102,14 +106,7 @@ def settings_from(values: dict[str, Any], file: Path | None = None) -> Settings:
             raise ArgumentError(f"There is no file {file} of settings.", "Give the path of a TOML file.")
 
         class FromFile(Settings):
-            @classmethod
-            def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                return (
-                    *super().settings_customise_sources(settings_cls, *sources, **named),
-                    TomlConfigSettingsSource(cls, file),
-                )
+            model_config = SettingsConfigDict(toml_file=file)
 
         return FromFile(**values)
     except ValidationError as error:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from tokenflow_export.cli.parser import make_parser
-from tokenflow_sdk.cli.exit_status import run
-from tokenflow_sdk.errors import MissingPackageError
+from tokenflow_sdk.cli.exit_status import naming_missing_packages, run
 
 __all__ = ["main"]
 
@@ -24,6 +22,7 @@ _EXTRA = (
     "psutil",
     "filelock",
 )
+_INSTALL = "pip install 'tokenflow-sdk[cpu,export]'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,22 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
 
     def command() -> int:
-        with _naming_missing_packages():
+        with naming_missing_packages(_EXTRA, _INSTALL):
             arguments.run(arguments)
         return 0
 
     return run(command, arguments.verbosity, interrupted="interrupted; nothing was written")
-
-
-@contextmanager
-def _naming_missing_packages() -> Iterator[None]:
-    """Raises:
-    MissingPackageError: a package of the extra `export` is not installed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in _EXTRA:
-            raise
-        raise MissingPackageError(f"{package} is not installed.", "Run `pip install 'tokenflow-sdk[cpu,export]'`.") from error

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from tests.conftest import ROOT
+from tokenflow_sdk import Tokenizer
+
+PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_embeddings_work_with_openais_client(url: str, mini_bundle: Path, encoding: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    picture = f"data:image/jpeg;base64,{base64.b64encode(PHOTO).decode()}"
+    answer = client.embeddings.create(model="clip", input=[picture, picture], encoding_format=encoding)  # type: ignore[arg-type]
+    with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
+        wanted = tokenizer.semantic(tokenizer.encode(PHOTO), pool="mean")
+    vectors = [
+        np.frombuffer(base64.b64decode(each.embedding), "<f4") if isinstance(each.embedding, str) else each.embedding
+        for each in answer.data
+    ]
+    np.testing.assert_allclose(vectors, [wanted, wanted], rtol=1e-6)
+    # What the client asks for where nothing is said, it reads itself.
+    assert len(client.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)

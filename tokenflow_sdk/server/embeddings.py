@@ -1,0 +1,62 @@
+"""The route of embeddings: OpenAI's `POST /v1/embeddings`, with pictures in place of texts."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Annotated, Literal
+
+import numpy as np
+from fastapi import APIRouter
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from tokenflow_sdk.server.bodies import picture_bytes
+from tokenflow_sdk.server.errors import ApiError
+from tokenflow_sdk.server.images import base64_text
+from tokenflow_sdk.server.models import Models
+
+__all__ = ["router"]
+
+
+class Embeddings(BaseModel):
+    """OpenAI's request, with pictures in place of texts."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: Annotated[str | list[str], Field(description="pictures as data URLs or base64")]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+
+def router(models: Models) -> APIRouter:
+    """The route over some models."""
+    routes = APIRouter(prefix="/v1", tags=["pictures and codes"])
+
+    @routes.post("/embeddings", summary="One vector a picture, in OpenAI's shape")
+    async def embeddings(body: Embeddings) -> Response:
+        name = models.require(body.model, "embeddings")
+        pictures = [body.input] if isinstance(body.input, str) else body.input
+        if not 1 <= len(pictures) <= models.settings.max_images:
+            raise ApiError(422, f"Give 1 to {models.settings.max_images} pictures.", "too_many_images", "input")
+        width = models.tokenizer.config.semantic_width
+        if body.dimensions not in (None, width):
+            raise ApiError(422, f"This model's vectors have {width} dimensions.", param="dimensions")
+        codes = await asyncio.gather(*(models.picture(partial(picture_bytes, text, "input")) for text in pictures))
+        vectors = await asyncio.gather(*map(models.embedding, codes))
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ]
+        count = sum(map(len, codes))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
+
+    return routes
+
+
+def _vector(vector: NDArray[np.float32], encoding: str) -> list[float] | str:
+    return vector.tolist() if encoding == "float" else base64_text(vector.astype("<f4").tobytes())
