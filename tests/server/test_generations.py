@@ -3,8 +3,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tokenflow_sdk import Codes, Generator
+from tokenflow_sdk.request_runner import RequestStream
 
 PROMPT = "a cat"
 
@@ -116,6 +119,25 @@ def test_what_cannot_be_drawn_is_named(url: str, wrong: dict[str, object], statu
     answer = httpx.post(f"{url}/v1/images/generations", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_many_requests_are_read_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than asyncio has threads, 32 at most: each begins only when all are being read."""
+    count = 36
+    together, begun = threading.Barrier(count), set[int]()
+    following = RequestStream.__next__
+
+    def next_piece(stream: RequestStream[object, object]) -> object:
+        if id(stream) not in begun:
+            begun.add(id(stream))
+            together.wait(20)
+        return following(stream)
+
+    monkeypatch.setattr(RequestStream, "__next__", next_piece)
+    with ThreadPoolExecutor(count) as pool, httpx.Client(timeout=60, limits=httpx.Limits(max_connections=count)) as client:
+        body = {"prompt": PROMPT}
+        answers = list(pool.map(lambda _: client.post(f"{url}/v1/images/generations", json=body).status_code, range(count)))
+    assert answers == [200] * count
 
 
 def free_pages(url: str) -> float:

@@ -19,7 +19,6 @@ from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.bodies import CodesJson, picture_bytes, read_codes
 from tokenflow_sdk.server.errors import ApiError
-from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.models import Models
 from tokenflow_sdk.server.streams import EventStream, event, pieces_of, unless_gone
 from tokenflow_sdk.understanding.answering import Answer
@@ -91,7 +90,7 @@ def router(models: Models) -> APIRouter:
     @routes.post("/chat/completions", summary="An answer about pictures, in OpenAI's shape", response_model=None)
     async def completions(body: ChatRequest, request: Request) -> Response:
         name = models.require(body.model, "chat")
-        answering = _Answering(name, body, await _begun(models, body), models.metrics)
+        answering = _Answering(models, name, body, await _begun(models, body))
         if body.stream:
             return EventStream(answering.events())
         return JSONResponse(await unless_gone(request, answering.answer()))
@@ -178,14 +177,14 @@ def _parts(message: Message, where: str) -> tuple[str, list[Part]]:
 class _Answering:
     """One answer on its way; `answer` or `events` runs it."""
 
-    def __init__(self, model: str, body: ChatRequest, stream: RequestStream[str, Answer], metrics: Metrics) -> None:
-        self._stream, self._metrics = stream, metrics
+    def __init__(self, models: Models, name: str, body: ChatRequest, stream: RequestStream[str, Answer]) -> None:
+        self._models, self._stream = models, stream
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
-        self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time()), "model": model}
+        self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time()), "model": name}
 
     async def answer(self) -> dict[str, Any]:
         """The answer, when it is finished."""
-        async for _ in pieces_of(self._stream):
+        async for _ in pieces_of(self._stream, self._models.stream_threads):
             pass
         found = self._result()
         message = {"role": "assistant", "content": found.text, "refusal": None}
@@ -195,7 +194,7 @@ class _Answering:
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer in pieces."""
         yield self._chunk({"role": "assistant", "content": ""})
-        async for piece in pieces_of(self._stream):
+        async for piece in pieces_of(self._stream, self._models.stream_threads):
             yield self._chunk({"content": piece})
         found = self._result()
         yield self._chunk({}, found.finish)
@@ -205,7 +204,7 @@ class _Answering:
 
     def _result(self) -> Answer:
         found = self._stream.result()
-        self._metrics.observe_steps("token", found.timings)
+        self._models.metrics.observe_steps("token", found.timings)
         return found
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> str:

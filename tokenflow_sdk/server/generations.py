@@ -103,7 +103,7 @@ class _Drawing:
 
     async def answer(self) -> dict[str, Any]:
         """The pictures, when all are drawn."""
-        async for _ in pieces_of(self._stream):
+        async for _ in pieces_of(self._stream, self._models.stream_threads):
             pass
         drawn = self._result()
         files = await asyncio.gather(*(self._file(codes, drawn, i) for i, codes in enumerate(drawn.codes)))
@@ -117,7 +117,7 @@ class _Drawing:
     async def events(self) -> AsyncGenerator[str, None]:
         """Previews of the asked scales, then the pictures."""
         index = 0
-        async for scale in pieces_of(self._stream):
+        async for scale in pieces_of(self._stream, self._models.stream_threads):
             if scale.scale in self._previews:
                 for i, codes in enumerate(scale.codes):
                     name = "image_generation.partial_image"

@@ -56,7 +56,10 @@ class Models:
         self.understander: Understander | None = None
         self.ready = False
         self._pictures = ThreadPoolExecutor(available_cores(), "tokenflow-picture")
+        # As many as requests: each waits for its next piece in a thread, and asyncio's own are few.
+        self.stream_threads = ThreadPoolExecutor(settings.max_queue, "tokenflow-stream")
         self._closing = ExitStack()
+        self._closing.callback(self.stream_threads.shutdown)
 
     def open(self) -> None:
         """Open the models and run each once, so that the first request is as quick as the others. Takes as long as that.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -24,11 +25,16 @@ _PING = 15.0
 _END = object()
 
 
-async def pieces_of(stream: RequestStream[Piece, Any]) -> AsyncGenerator[Piece, None]:
-    """The pieces of a stream, each asked for when the one before was taken. Closing the generator cancels the request."""
+async def pieces_of(stream: RequestStream[Piece, Any], threads: Executor) -> AsyncGenerator[Piece, None]:
+    """The pieces of a stream, each asked for when the one before was taken. Closing the generator cancels the request.
+
+    Args:
+        stream: is read in one of the threads.
+        threads: each stream that is being read takes one.
+    """
     loop = asyncio.get_running_loop()
     try:
-        while (piece := await loop.run_in_executor(None, next, stream, _END)) is not _END:
+        while (piece := await loop.run_in_executor(threads, next, stream, _END)) is not _END:
             yield piece  # type: ignore[misc]
     finally:
         stream.close()
