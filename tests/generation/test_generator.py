@@ -24,6 +24,7 @@ from tests.support.mini_generator import (
     tokenizer_bundle,
     write_checkpoint,
 )
+from tests.support.waiting import comes_true
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
@@ -84,9 +85,13 @@ def generator(bundle: Path) -> Iterator[Generator]:
 def pool_is_clean(generator: Generator) -> bool:
     """Only the cached negative prompt's pages are held."""
     scheduler = generator._runner.model.scheduler
-    cached = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
     pool = scheduler.loop.transformer.pool
-    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    def clean() -> bool:
+        cached = {page for prefix in list(scheduler._negative.values()) for page in prefix.table.pages}
+        return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    return comes_true(clean)
 
 
 def codes(generation) -> list[list[int]]:

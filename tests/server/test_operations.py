@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.waiting import comes_true
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
@@ -44,11 +45,12 @@ def test_metrics_count(client: httpx.Client) -> None:
     ]
     before = [value(name) for name in names]
     client.post("/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"})
-    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1] * len(names)
+    # An answer is counted when it has been sent, and it is here before that.
+    assert comes_true(lambda: [value(name) - old for name, old in zip(names, before, strict=True)] == [1] * len(names))
     for name in ("tokenizer", "generator", "understander"):
         assert value(f'tokenflow_engines_ready{{model="{name}"}}') == 1
     assert value("tokenflow_queue_depth") == 0
-    assert value("tokenflow_requests_under_way") == 0
+    assert comes_true(lambda: value("tokenflow_requests_under_way") == 0)
 
 
 @pytest.mark.parametrize("path, status", [("/nothing", 404), ("/v1/images/tokens", 405), ("/v2/models/none", 404)])
