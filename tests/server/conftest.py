@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import uvicorn
 
@@ -63,3 +64,10 @@ def url(serve: Serve) -> Iterator[str]:
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=30) as opened:
         yield opened
+
+
+@pytest.fixture
+def openais(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, which would leave a socket behind if nobody closed it."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client

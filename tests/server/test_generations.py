@@ -28,18 +28,13 @@ def generator(mini_generator: Path) -> Iterator[Generator]:
         yield opened
 
 
-@pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
 def pixels(text: str | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text or ""))))
 
 
-def test_openais_client_draws_what_the_sdk_draws(client: openai.OpenAI, generator: Generator) -> None:
+def test_openais_client_draws_what_the_sdk_draws(openais: openai.OpenAI, generator: Generator) -> None:
     extra = {"seed": 5, "preset": "balanced", "cfg_scale": 3.0, "negative_prompt": "a dog"}
-    answer = client.images.generate(model="gpt-image-1", prompt=PROMPT, n=2, extra_body=extra)
+    answer = openais.images.generate(model="gpt-image-1", prompt=PROMPT, n=2, extra_body=extra)
     wanted = generator.generate(PROMPT, n=2, **extra)  # type: ignore[arg-type]
     assert answer.data is not None and answer.usage is not None
     for found, image in zip(answer.data, wanted.images, strict=True):
@@ -56,9 +51,9 @@ def test_openais_client_draws_what_the_sdk_draws(client: openai.OpenAI, generato
     assert json.loads(chunk) == {**wanted.metadata, "image": 1}
 
 
-def test_openais_client_streams_previews(client: openai.OpenAI, generator: Generator) -> None:
+def test_openais_client_streams_previews(openais: openai.OpenAI, generator: Generator) -> None:
     drawn = generator.generate(PROMPT, seed=1)
-    stream = client.images.generate(model="gpt-image-1", prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 1})
+    stream = openais.images.generate(model="gpt-image-1", prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 1})
     events = list(stream)
     assert [each.type for each in events] == [
         "image_generation.partial_image",

@@ -18,7 +18,8 @@ def test_health_and_models(client: httpx.Client, url: str, mini_bundle: Path) ->
     config = Bundle.open(mini_bundle, TokenizerConfig).config
     assert client.get("/healthz").json()["status"] == "ok"
     assert client.get("/readyz").json() == {"status": "ready"}
-    names = {each.id: each.abilities for each in openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()}  # type: ignore[attr-defined]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as listing:
+        names = {each.id: each.abilities for each in listing.models.list()}  # type: ignore[attr-defined]
     assert sorted(ability for abilities in names.values() for ability in abilities) == [
         "chat",
         "embeddings",
