@@ -269,6 +269,7 @@ def test_the_makefile_has_what_the_readme_names() -> None:
         "test-slow",
         "fuzz",
         "soak",
+        "soak-server",
         "test-gpu",
         "lint",
         "docs",
