@@ -19,6 +19,7 @@
     │   ├── CorruptBundleError   a file is missing, or its hash, inputs or outputs differ from bundle.json
     │   └── BundleVersionError   written for a newer SDK
     ├── DatasetError             a data set, or a shard of it, cannot be used: not there, damaged, changed, a column is missing
+    │   ├── DatasetFileError     one file cannot be used: missing, no permission, not a regular file, too large
     │   └── StorageError         a disk, network or service failed; the same may work later
     ├── CheckpointError          a released checkpoint cannot be loaded (export only)
     ├── ParityError              an exported or stored graph does not reproduce its reference
@@ -65,6 +66,7 @@ __all__ = [
     "CorruptCodesError",
     "CorruptImageError",
     "DatasetError",
+    "DatasetFileError",
     "EngineBuildError",
     "EngineRefusedError",
     "ImageError",
@@ -189,6 +191,10 @@ class BundleVersionError(BundleError):
 
 class DatasetError(TokenFlowError):
     """A data set, or a shard of it, cannot be used: not there, damaged, changed since it was listed, a column is missing."""
+
+
+class DatasetFileError(DatasetError):
+    """One file of a data set is missing, may not be read, is not a regular file, or is too large."""
 
 
 class StorageError(DatasetError, OSError):
