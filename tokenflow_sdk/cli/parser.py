@@ -166,7 +166,7 @@ def _add_tokenize(subparsers: _Subparsers) -> None:
         metavar="INPUT",
         help="directories, patterns like 'in/**/*', tars or Parquet files, local or s3://... and the like; {00..99} counts",
     )
-    parser.add_argument("-o", "--output", metavar="DIR", help="directory or address of the output; that of the same job goes on")
+    parser.add_argument("-o", "--output", metavar="DIR", help="directory or address of the output; a job in it goes on")
     parser.add_argument("--format", choices=FORMATS, default="parquet", help="of the output (default: %(default)s)")
     parser.add_argument("--also", metavar="NAME,NAME", help=f"store beside codes, in float16: {', '.join(EXTRAS)}")
     parser.add_argument("--scales", type=int, metavar="N", help="store only the N coarsest scales (default: all)")

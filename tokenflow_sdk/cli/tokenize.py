@@ -77,10 +77,10 @@ def _open(arguments: argparse.Namespace) -> list[Tokenizer]:
     if runtime.threads is None:
         # As many calls at once as there are cores, up to a limit, are faster than few calls that share them.
         runtime = replace(runtime, threads=max(1, available_cores() // _LANES))
-    hub = HubOptions(arguments.revision)
-    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
+    name, hub = bundle_name(arguments), HubOptions(arguments.revision)
+    with stderr.step(f"opening {name}", brief=True):
         return [
-            Tokenizer.open(bundle_name(arguments), replace(runtime, device=device), arguments.batch_limit, hub, arguments.sha256)
+            Tokenizer.open(name, replace(runtime, device=device), arguments.batch_limit, hub, arguments.sha256)
             for device in _devices(arguments)
         ]
 

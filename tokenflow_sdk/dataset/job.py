@@ -1,7 +1,7 @@
 """`Job`: what a run of `tokenflow tokenize` makes, kept beside its output, so that the same command goes on after any end.
 
-Below the output, `_tokenflow` holds `job.json` (bundle and options), `shards.jsonl` (the shards, one a line) and `done/NNNNN.json`
-for each shard that is done. A shard's output file appears whole, and then its record: a shard without one is made again.
+Below the output, `_tokenflow` holds `job.json` (bundle and options), `shards.jsonl` (the shards, one a line) and, for each
+shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and then its record: a shard without one is made again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import Bundle
@@ -63,10 +62,9 @@ class JobOptions:
         if unknown := [name for name in self.also if name not in EXTRAS]:
             raise ArgumentError(f"--also {unknown[0]} is nothing that is stored.", f"Choose of: {', '.join(EXTRAS)}.")
         object.__setattr__(self, "also", tuple(name for name in EXTRAS if name in self.also))
-        if self.shard_size < 1:
-            raise ArgumentError(f"--shard-size {self.shard_size} leaves no room for a picture.", "Give at least 1.")
         if self.max_pixels < 1:
             raise ArgumentError(f"--max-pixels {self.max_pixels} accepts no picture.", "Give at least 1.")
+        _ = self.reading  # checks its own
 
     @property
     def reading(self) -> InputOptions:
@@ -240,8 +238,8 @@ class Job:
         address = self.output.address
         if stored.bundle_sha256 != self.bundle_sha256:
             raise DatasetError(
-                f"The job in {address} began with another bundle: its bundle.json has the SHA-256 {stored.bundle_sha256[:16]}..., "
-                f"this one {self.bundle_sha256[:16]}....",
+                f"The job in {address} began with another bundle: its bundle.json has the SHA-256 "
+                f"{stored.bundle_sha256[:16]}..., this one {self.bundle_sha256[:16]}....",
                 "Give the same --bundle as before, or choose another -o.",
             )
         for option in fields(JobOptions):
@@ -280,7 +278,6 @@ def _difference(before: Job, now: Job, changed: Sequence[int]) -> str:
     if not changed:
         return f"there were {len(before.shards):,} shards and there are {len(now.shards):,}"
     shard = now.shards[changed[0]]
-    where = f"{shard.where} from {shard.first} on" if shard.first else shard.where
     more = f", and {len(changed) - 1:,} more shards differ" if len(changed) > 1 else ""
     return f"shard {shard.index:05d} ({place(shard)}) has other files or other sizes{more}"
 

@@ -48,8 +48,9 @@ class VerifyReport:
 
     def sentence(self) -> str:
         """The result in one line."""
-        found = f"{self.pictures:,} pictures in {self.shards:,} shards, {self.bad:,} with an error, {self.sampled:,} encoded again"
-        return f"{self.output}  {found}: {'complete and equal' if not self.problems else 'NOT as it should be'}"
+        found = f"{self.pictures:,} pictures in {self.shards:,} shards, {self.bad:,} with an error"
+        result = "NOT as it should be" if self.problems else "complete and equal"
+        return f"{self.output}  {found}, {self.sampled:,} encoded again: {result}"
 
 
 def verify_job(job: Job, tokenizer: Tokenizer, seed: int = 0) -> VerifyReport:
@@ -117,7 +118,8 @@ def _file_problems(job: Job, record: DoneRecord) -> list[str]:
     count = job.shards[record.shard].count
     if (rows, dict(errors)) != (record.rows, dict(record.errors)) or count not in (None, rows):
         expected = record.rows if count is None else count
-        return [f"{path} has {rows:,} rows, {sum(errors.values()):,} with an error, instead of {expected:,} and {record.bad:,}. {again}"]
+        counts = f"{rows:,} rows, {sum(errors.values()):,} with an error, instead of {expected:,} and {record.bad:,}"
+        return [f"{path} has {counts}. {again}"]
     return []
 
 
