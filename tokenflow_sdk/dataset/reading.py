@@ -2,21 +2,193 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import json
+import os
+from collections.abc import Generator, Iterator
+from typing import Any, Literal, TypeAlias, overload
 
+from tokenflow_sdk.arguments import file_path, integer, shown
+from tokenflow_sdk.dataset.outputs import FORMATS, METADATA_KEY, Stamp
+from tokenflow_sdk.dataset.rows import tar_members
+from tokenflow_sdk.dataset.storage import Storage
+from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, StorageError
 from tokenflow_sdk.pictures.codes import Codes
 
-__all__ = ["code_shards", "read_codes"]
+__all__ = ["DONE", "STATE", "code_shards", "read_codes"]
+
+STATE = "_tokenflow"
+"""The directory of a job's own records, in its output."""
+DONE = f"{STATE}/done"
+"""Its directory of records of shards that are done, each named as the shard's file."""
+
+_Found: TypeAlias = "tuple[str, Codes | str]"
+"""A key, and its codes or its error."""
 
 
-def code_shards(path: str) -> list[str]:
-    """The files of a job's output, in order: those of shards that are done."""
-    raise NotImplementedError
+def code_shards(path: str | os.PathLike[str]) -> list[str]:
+    """The files of codes at a place, in order: of a job's output those of shards that are done, of another directory all.
+
+    Args:
+        path: a directory, an address that fsspec opens, or one file.
+
+    Raises:
+        DatasetError: there is nothing, or it holds no codes, or a file is missing that a job wrote.
+        StorageError: the storage failed; it may work later.
+        MissingPackageError: fsspec, or what it needs for a scheme, is not installed.
+    """
+    storage = Storage(file_path("path", path))
+    place = storage.find()
+    if place is None:
+        raise DatasetError(f"{storage.address} does not exist.", "Give the output of `tokenflow tokenize`, or a file of it.")
+    if not place.is_directory:
+        return [storage.address]
+    files = {entry.name for entry in storage.scan() if not entry.name.startswith(".")}
+    files = {name for name in files if name.endswith(tuple(FORMATS.values()))}
+    if storage.find(STATE) is not None:
+        done = {entry.name.removesuffix(".json") for entry in storage.scan(DONE)} if storage.find(DONE) else set[str]()
+        found = {name for name in files if name.rpartition(".")[0] in done}
+        if missing := done - {name.rpartition(".")[0] for name in found}:
+            hint = "Copy it again, or run `tokenflow tokenize --verify`."
+            raise DatasetError(f"{storage.address} lacks the file of shard {min(missing)}, which is done.", hint)
+        files = found
+    if not files:
+        raise DatasetError(
+            f"{storage.address} holds no codes.", "Give the output of `tokenflow tokenize`, once a shard is done."
+        )
+    # Numbers have five digits, or more where there are more shards.
+    return [storage.path(name) for name in sorted(files, key=lambda name: (len(name), name))]
+
+
+@overload
+def read_codes(
+    path: str | os.PathLike[str], *, errors: Literal["skip", "raise"] = "skip", rank: int = 0, world_size: int = 1
+) -> Generator[tuple[str, Codes], None, None]: ...
+
+
+@overload
+def read_codes(
+    path: str | os.PathLike[str], *, errors: Literal["yield"], rank: int = 0, world_size: int = 1
+) -> Generator[tuple[str, Codes | DatasetError], None, None]: ...
 
 
 def read_codes(
-    path: str, *, errors: Literal["skip", "raise", "yield"] = "skip", rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[str, Codes | Any]]:
-    """Keys and codes of a job's output, or of one of its files."""
-    raise NotImplementedError
+    path: str | os.PathLike[str],
+    *,
+    errors: Literal["skip", "raise", "yield"] = "skip",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Generator[Any, None, None]:
+    """Read keys and codes of what `tokenflow tokenize` wrote, in order, in memory that does not grow with it.
+
+    Args:
+        path: a job's output, of which the shards that are done are read; an address that fsspec opens; or one file, `.parquet`
+            or `.tar`.
+        errors: what becomes of a picture that has an error instead of codes: `skip` it, `raise` the error, or `yield` it.
+        rank, world_size: give the rows of one of several readers: every `world_size`-th file, or every `world_size`-th row
+            where there are fewer files than readers. The readers together get each row once.
+
+    Yields:
+        The key and the `Codes` of each picture; with `errors="yield"` a DatasetError in the place of codes.
+
+    Raises:
+        ArgumentError: an argument that cannot work.
+        DatasetError: there is nothing, it is damaged, or not written by `tokenflow tokenize`.
+        StorageError: the storage failed; it may work later.
+        MissingPackageError: pyarrow, or fsspec, is not installed: `pip install 'tokenflow-sdk[dataset]'`.
+
+    >>> for key, codes in read_codes("codes"): ...   # doctest: +SKIP
+    """
+    if not (isinstance(errors, str) and errors in ("skip", "raise", "yield")):
+        raise ArgumentError(f"errors={shown(errors)} is no way to treat errors.", "Choose one of: skip, raise, yield.")
+    world_size = integer("world_size", world_size, 1, None, "is no number of readers.", "Give 1 or more.")
+    hint = f"Give 0 .. {world_size - 1}."
+    rank = integer("rank", rank, 0, world_size - 1, f"is none of {world_size} readers.", hint)
+    return _read(code_shards(path), errors, rank, world_size)
+
+
+def _read(files: list[str], errors: str, rank: int, world_size: int) -> Generator[Any, None, None]:
+    whole_files = len(files) >= world_size
+    row = 0
+    for file in files[rank::world_size] if whole_files else files:
+        for key, found in _rows(file):
+            row += 1
+            if not whole_files and (row - 1) % world_size != rank:
+                continue
+            if isinstance(found, Codes):
+                yield key, found
+            elif errors != "skip":
+                hint = "Leave such rows out with errors='skip', or run them again: `tokenflow tokenize --retry-errors`."
+                error = DatasetError(f"{key} of {file} has no codes: {found}.", hint)
+                if errors == "raise":
+                    raise error
+                yield key, error
+
+
+def _rows(file: str) -> Iterator[_Found]:
+    return _of_tar(Storage(file)) if file.endswith(FORMATS["webdataset"]) else _of_parquet(Storage(file))
+
+
+def _of_parquet(storage: Storage) -> Iterator[_Found]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        hint = "Run `pip install 'tokenflow-sdk[dataset]'`."
+        raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
+    try:
+        with storage.open() as file, pq.ParquetFile(file) as parquet:
+            metadata = parquet.schema_arrow.metadata or {}
+            if METADATA_KEY.encode() not in metadata:
+                raise _foreign(storage)
+            stamp = Stamp.from_json(metadata[METADATA_KEY.encode()])
+            of = stamp.patch_nums, stamp.codebook_size, stamp.variant, stamp.codebook_id, stamp.preparation
+            for batch in parquet.iter_batches(1000, columns=["key", "codes", "error"], use_threads=False):
+                keys, problems = batch.column("key").to_pylist(), batch.column("error").to_pylist()
+                missing = batch.column("codes").is_null().to_pylist()
+                # Those of rows that have some.
+                rows = iter(batch.column("codes").flatten().to_numpy().reshape(-1, stamp.length))
+                for key, problem, is_missing in zip(keys, problems, missing, strict=True):
+                    yield key, str(problem) if is_missing else Codes(next(rows), *of)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError, KeyError) as error:
+        again = "Fetch or make it again."
+        raise DatasetError(f"{storage.address} is damaged, or no Parquet file: {str(error).rstrip('.')}.", again) from error
+
+
+def _of_tar(storage: Storage) -> Iterator[_Found]:
+    """A row's `.json` stands before its `.tfc`."""
+    row: dict[str, Any] | None = None
+    for member, read in tar_members(storage):
+        ending = member.name.rpartition(".")[2]
+        if ending not in ("json", "tfc"):
+            continue
+        content = read()
+        if not isinstance(content, bytes) or (ending == "tfc" and row is None):
+            raise _foreign(storage)
+        if ending == "tfc" and row is not None:
+            yield row["key"], Codes.from_bytes(content)
+            row = None
+            continue
+        if row is not None:
+            yield row["key"], str(row["error"])
+        row = _parsed(storage, content)
+    if row is not None:
+        yield row["key"], str(row["error"])
+
+
+def _parsed(storage: Storage, content: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(content)
+    except ValueError as error:
+        raise _foreign(storage) from error
+    if not (isinstance(row, dict) and isinstance(row.get("key"), str) and "error" in row):
+        raise _foreign(storage)
+    return row
+
+
+def _foreign(storage: Storage) -> DatasetError:
+    return DatasetError(
+        f"{storage.address} was not written by `tokenflow tokenize`.",
+        "Give its output; a Parquet file that another program has written again has lost what its codes are of.",
+    )

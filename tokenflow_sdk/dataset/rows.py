@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenflow_sdk.dataset.storage import Storage
@@ -25,7 +26,7 @@ from tokenflow_sdk.pictures.images import SUFFIXES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Row", "as_text", "parquet_cells", "read_picture", "tar_rows"]
+__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Row", "as_text", "parquet_cells", "read_picture", "tar_members", "tar_rows"]
 
 MAX_BYTES = 256 * 2**20
 """Most bytes of one picture's file."""
@@ -73,37 +74,36 @@ def tar_rows(storage: Storage) -> Iterator[Row]:
     """
     tar = storage.address
     last, endings, members = "", set[str](), 0
-    try:
-        for member, read in _members(storage):
-            members += not member.isdir()
-            found = _KEY.fullmatch(member.name)
-            if member.isdir() or found is None or not member.name.lower().endswith(ENDINGS):
-                continue
-            key, ending = as_text(found[1]), found[2]
-            if key != last:
-                last, endings = key, {ending}
-                yield Row(key, read())
-            elif ending in endings:
-                raise DatasetError(f"{tar} holds {as_text(member.name)} twice.", "Give the pictures names of their own.")
-            else:
-                endings.add(ending)
-    except StorageError:
-        raise
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        again = "Fetch or make it again."
-        raise DatasetError(f"{tar} ends half-way, or is damaged: {error}.", again) from error
+    for member, read in tar_members(storage):
+        members += not member.isdir()
+        found = _KEY.fullmatch(member.name)
+        if member.isdir() or found is None or not member.name.lower().endswith(ENDINGS):
+            continue
+        key, ending = as_text(found[1]), found[2]
+        if key != last:
+            last, endings = key, {ending}
+            yield Row(key, read())
+        elif ending in endings:
+            raise DatasetError(f"{tar} holds {as_text(member.name)} twice.", "Give the pictures names of their own.")
+        else:
+            endings.add(ending)
     if members and not last:
         raise DatasetError(f"{tar} holds {members} files, but no pictures.", f"Known endings: {' '.join(ENDINGS)}.")
 
 
-def _members(storage: Storage) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    """The members of a tar, each with a function that reads it, which must be called before the next is asked for."""
-    with storage.open() as opened:
+def tar_members(storage: Storage) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes | TokenFlowError]]]:
+    """The members of a tar, each with a function that reads it, which must be called before the next is asked for.
+
+    Raises:
+        DatasetError: it is damaged, or ends half-way; also from the functions.
+        StorageError, DatasetFileError: it cannot be read.
+    """
+    with storage.open() as opened, _naming_damage(storage.address):
         file: Any = gzip.GzipFile(fileobj=opened) if storage.address.lower().endswith("gz") else opened
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member, encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep them all
-                yield member, lambda archive=archive, member=member: _content(archive, member, storage.address)
+                archive.members.clear()  # type: ignore[attr-defined] # it would keep them all
+                yield member, partial(_content, archive, member, storage.address)
         # Its checksum stands at the end.
         while file is not opened and file.read(2**20):
             pass
@@ -115,9 +115,21 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, tar: str) -> byt
         return ImageReadError(f"{name} is a link or a device, not a file.", "Pack the picture itself: tar --dereference.")
     if member.size > MAX_BYTES:
         return ImageReadError(f"{name} is larger than {MAX_BYTES:,} bytes.", "Give a smaller file.")
-    file = archive.extractfile(member)
-    assert file is not None
-    return file.read()
+    with _naming_damage(tar):
+        file = archive.extractfile(member)
+        assert file is not None
+        return file.read()
+
+
+@contextmanager
+def _naming_damage(tar: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        again = "Fetch or make it again."
+        raise DatasetError(f"{tar} ends half-way, or is damaged: {error}.", again) from error
 
 
 class _Member(tarfile.TarInfo):
@@ -127,7 +139,7 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} where a file or the mark of the end should begin") from error
@@ -164,28 +176,27 @@ def parquet_cells(storage: Storage, image_column: str, key_column: str | None) -
                 keys = batch.column(columns[-1]) if key_column is not None else None
                 for i in range(len(batch)):
                     key = None if keys is None else keys[i].as_py()
-                    yield Cell(
-                        f"{stem}/{row}" if key is None else _key_text(key), _value(images[i].as_py(), row, storage.address)
-                    )
+                    value = _value(images[i].as_py(), row, storage.address)
+                    yield Cell(f"{stem}/{row}" if key is None else _key_text(key), value)
                     row += 1
     except StorageError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         again = "Fetch or make it again."
         raise DatasetError(f"{storage.address} is damaged, or no Parquet file: {str(error).rstrip('.')}.", again) from error
 
 
 def _rows_at_once(parquet: Any) -> int:
     groups = parquet.metadata
-    size = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    return max(1, min(1000, _BATCH_BYTES * groups.num_rows // max(size, 1)))
+    size: int = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+    return max(1, min(1000, _BATCH_BYTES * int(groups.num_rows) // max(size, 1)))
 
 
 def _checked_columns(schema: pa.Schema, image_column: str, key_column: str | None, name: str) -> list[str]:
     """The columns to read: of the pictures, and of the keys."""
     import pyarrow.types as kinds
 
-    columns = [image_column] if key_column is None else [image_column, key_column]
+    columns = list(dict.fromkeys([image_column, image_column if key_column is None else key_column]))
     for column in columns:
         if schema.names.count(column) != 1:
             raise DatasetError(
@@ -198,9 +209,8 @@ def _checked_columns(schema: pa.Schema, image_column: str, key_column: str | Non
     else:
         parts = [schema.field(image_column)]
     if not parts or not all(_holds_text_or_bytes(part.type) for part in parts):
-        raise DatasetError(
-            f"Column {image_column!r} of {name} holds {kind}.", "Pictures are bytes, paths, or a struct of both."
-        )
+        hint = "Pictures are bytes, paths, or a struct of both."
+        raise DatasetError(f"Column {image_column!r} of {name} holds {kind}.", hint)
     if key_column is not None:
         kind = schema.field(key_column).type
         if not (_holds_text_or_bytes(kind) or kinds.is_integer(kind)):
@@ -212,11 +222,9 @@ def _holds_text_or_bytes(kind: Any) -> bool:
     import pyarrow.types as kinds
 
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
-    return any(
-        is_one(kind)
-        for is_one in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)
-        + (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
-    )
+    texts = kinds.is_string, kinds.is_large_string, kinds.is_string_view
+    contents = kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary
+    return any(is_one(kind) for is_one in (*texts, *contents))
 
 
 def _key_text(key: object) -> str:

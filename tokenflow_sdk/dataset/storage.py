@@ -50,8 +50,8 @@ class Entry(NamedTuple):
 class Storage:
     """A place: a local directory or file, or an address `scheme://...` of one that fsspec opens.
 
-    Names in it are relative, with `/`; the empty name is the place itself. It can be pickled. Reading raises DatasetFileError where
-    one file is at fault, and StorageError where the disk, network or service is. Writing raises OutputError.
+    Names in it are relative, with `/`; the empty name is the place itself. It can be pickled. Reading raises DatasetFileError
+    where one file is at fault, and StorageError where the disk, network or service is. Writing raises OutputError.
 
     Args:
         address: of the place. Local ones need no fsspec.
@@ -113,10 +113,9 @@ class Storage:
 
     def open(self, name: str = "") -> BinaryIO:
         """A file for reading and seeking, whose errors are this class's."""
+        file: Any
         with self._reading(name):
-            file: Any = (
-                open_regular(Path(self.path(name))) if self.is_local else self._filesystem.open(self._remote(name), "rb")
-            )
+            file = open_regular(Path(self.path(name))) if self.is_local else self._filesystem.open(self._remote(name), "rb")
         return io.BufferedReader(_NamedErrors(self, name, file), 2**18)
 
     def read(self, name: str = "", limit: int = 2**31, size: int | None = None) -> bytes:
@@ -204,9 +203,8 @@ class Storage:
             hint = f"Run `pip install {package}`." if package else "Install what fsspec needs for it."
             raise MissingPackageError(f"{self.address} cannot be opened: {error}.", hint) from error
         except ValueError as error:
-            raise ArgumentError(
-                f"{self.address} cannot be opened: {error}.", "Give a path, or an address that fsspec opens."
-            ) from error
+            hint = "Give a path, or an address that fsspec opens."
+            raise ArgumentError(f"{self.address} cannot be opened: {error}.", hint) from error
         return filesystem
 
     _root: str
