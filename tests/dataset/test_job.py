@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.fakes import fake_bundle
 from tokenflow_sdk.dataset.inputs import Shard
-from tokenflow_sdk.dataset.job import STATE, DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.reading import STATE
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError
 

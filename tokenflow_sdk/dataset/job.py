@@ -15,16 +15,15 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.dataset.inputs import InputOptions, Shard
 from tokenflow_sdk.dataset.outputs import FORMATS, Format, Stamp
+from tokenflow_sdk.dataset.reading import DONE, STATE
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess
 from tokenflow_sdk.pipeline import map_ahead
 
-__all__ = ["EXTRAS", "STATE", "DoneRecord", "Job", "JobOptions", "place"]
+__all__ = ["EXTRAS", "DoneRecord", "Job", "JobOptions", "place"]
 
-STATE = "_tokenflow"
-"""Directory of a job's state below its output."""
 EXTRAS = ("features", "semantic")
 """What may be stored beside codes."""
 _FORMAT = 1
@@ -283,7 +282,7 @@ def _difference(before: Job, now: Job, changed: Sequence[int]) -> str:
 
 
 def _record_name(index: int) -> str:
-    return f"{STATE}/done/{index:05d}.json"
+    return f"{DONE}/{index:05d}.json"
 
 
 def _load(output: Storage) -> Job | None:
@@ -318,9 +317,9 @@ def _load(output: Storage) -> Job | None:
 def _records(job: Job) -> dict[int, DoneRecord]:
     """Records of the shards whose record and file are there and whole."""
     files = set(_names(job.output))
-    names = [name for name in _names(job.output, f"{STATE}/done") if name.endswith(".json")]
+    names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
-    found = map_ahead(lambda name: _record(job.output.read(f"{STATE}/done/{name}")), names, threads)
+    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
     return {record.shard: record for record in found if record is not None and job.file(record.shard) in files}
 
 

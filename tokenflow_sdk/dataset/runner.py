@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenflow_sdk.dataset.inputs import Shard
-from tokenflow_sdk.dataset.job import STATE, Job
+from tokenflow_sdk.dataset.job import Job
 from tokenflow_sdk.dataset.job_lock import Task
 from tokenflow_sdk.dataset.outputs import Record
 from tokenflow_sdk.dataset.progress import FailedShard, Progress, Snapshot
+from tokenflow_sdk.dataset.reading import STATE
 from tokenflow_sdk.dataset.shard_run import Encoder, ShardStopped, Watch, run_shard
 from tokenflow_sdk.errors import MissingPackageError, TokenFlowError
 

@@ -19,8 +19,9 @@ from PIL import JpegImagePlugin
 
 from tokenflow_sdk.dataset.inputs import Row, Shard, read_shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
-from tokenflow_sdk.dataset.outputs import Record, open_writer, read_records
+from tokenflow_sdk.dataset.outputs import Record, open_writer
 from tokenflow_sdk.dataset.read_ahead import read_ahead
+from tokenflow_sdk.dataset.records import read_records
 from tokenflow_sdk.errors import OutputError, StorageError, TokenFlowError
 from tokenflow_sdk.files import file_sha256
 from tokenflow_sdk.pictures.images import fit, load_image
@@ -185,7 +186,7 @@ def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = No
     watch = Watch() if watch is None else watch
     for delay in DELAYS:
         try:
-            return _attempt(encoder, job, shard, watch, last=False)
+            return _attempt(encoder, job, shard, watch)
         except (StorageError, OutputError) as error:
             if isinstance(error, OutputError) and job.output.is_local:  # the disk is full, say, and stays so
                 raise
@@ -193,13 +194,13 @@ def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = No
             # Others that failed with it are not to try at the same moment.
             if watch.stop.wait(delay * random.uniform(1, 1.5)):  # noqa: S311
                 raise ShardStopped from None
-    return _attempt(encoder, job, shard, watch, last=True)
+    return _attempt(encoder, job, shard, watch)
 
 
-def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch, last: bool) -> DoneRecord:
+def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
     watch.begun()
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
-    items = read_ahead(_rows(job, shard, stages, last), _size, _AHEAD, watch.stop)
+    items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
     with job.output.new_file(job.file(shard.index)) as path:
         with (
             open_writer(path, encoder.stamp, job.options.format) as writer,
@@ -229,11 +230,8 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch, last: bool)
     return done
 
 
-def _rows(job: Job, shard: Shard, stages: Stages, last: bool) -> Generator[_Item, None, None]:
-    """The shard's rows, each with what an earlier run made of the same key.
-
-    A picture that its storage did not give is an error of the shard, so that it is tried again; at the `last` try of its row.
-    """
+def _rows(job: Job, shard: Shard, stages: Stages) -> Generator[_Item, None, None]:
+    """The shard's rows, each with what an earlier run made of the same key."""
     old = read_records(job.output, job.file(shard.index)) if shard.index in job.done else iter(())
     rows = read_shard(shard, job.options.reading, threads=_READERS if "://" in shard.where else 1)
     while True:
@@ -241,8 +239,6 @@ def _rows(job: Job, shard: Shard, stages: Stages, last: bool) -> Generator[_Item
             row, before = next(rows, None), next(old, None)
         if row is None:
             return
-        if isinstance(row.data, StorageError) and not last:
-            raise row.data
         yield row, before if before is not None and before.key == row.key else None
 
 
