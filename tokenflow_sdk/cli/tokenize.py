@@ -77,7 +77,7 @@ def _open(arguments: argparse.Namespace) -> list[Tokenizer]:
     runtime = runtime_options(arguments)
     if runtime.threads is None:
         # As many calls at once as there are cores, up to a limit, are faster than few calls that share them.
-        runtime = replace(runtime, threads=max(1, available_cores() // _LANES))
+        runtime = replace(runtime, threads=1 if arguments.ray is not None else max(1, available_cores() // _LANES))
     name, hub = bundle_name(arguments), HubOptions(arguments.revision)
     with stderr.step(f"opening {name}", brief=True):
         return [
@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
             else:
                 from tokenflow_sdk.dataset.ray_runner import run_on_ray
 
-                progress = run_on_ray(job, tokenizers[0], shards, arguments.ray, show)
+                progress = run_on_ray(job, tokenizers[0], shards, arguments.ray, show, arguments.threads or 1)
     except KeyboardInterrupt:
         stderr.print(f"{len(job.done):,} of {len(job.shards):,} shards are done; the same command goes on", soft_wrap=True)
         raise

@@ -7,7 +7,7 @@ import io
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -62,13 +62,15 @@ class Stages:
         try:
             yield
         finally:
-            self._add(stage, perf_counter() - began)
+            self.add({stage: perf_counter() - began})
 
-    def _add(self, stage: str, seconds: float) -> None:
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by stage."""
         with self._lock:
-            self.seconds[stage] += seconds
+            for stage, value in seconds.items():
+                self.seconds[stage] += value
         if self._total is not None:
-            self._total._add(stage, seconds)
+            self._total.add(seconds)
 
 
 class Watch:
