@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tarfile
 from abc import ABC, abstractmethod
@@ -23,16 +24,20 @@ from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
 
-__all__ = ["FORMATS", "METADATA_KEY", "Format", "Record", "Stamp", "Writer", "open_writer"]
+__all__ = ["FORMATS", "METADATA_KEY", "PLAIN", "STATE", "Format", "Record", "Stamp", "Writer", "open_writer"]
 
 Format = Literal["parquet", "webdataset"]
 FORMATS: dict[Format, str] = {"parquet": ".parquet", "webdataset": ".tar"}
 """The formats, and the endings of their files."""
+STATE = "__tokenflow__"
+"""Directory of a job's state in its output. `datasets`, pandas, pyarrow and Spark read past a directory with such a name."""
+PLAIN = ("key", "width", "height", "sha256", "error")
+"""Columns that are no lists."""
 METADATA_KEY = "tokenflow"
 """Of the stamp, in the schema metadata of a Parquet file."""
 _VERSION = 1
 _GROUP_ROWS, _GROUP_BYTES = 1000, 64 * 2**20
-"""Most rows of one row group, and about its largest size; it is in memory until it is whole."""
+"""Most rows of one row group, and about its largest size."""
 _LONGEST_NAME = 200
 
 
@@ -83,6 +88,12 @@ class Stamp:
     def length(self) -> int:
         """Codes of one picture."""
         return Scales(self.patch_nums).ends[self.scales - 1]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of one row group, which is in memory until it is whole."""
+        row = 4 * self.length + 2 * sum(map(math.prod, self.shapes.values()))
+        return max(1, min(_GROUP_ROWS, _GROUP_BYTES // row))
 
     def to_json(self) -> str:
         """As it stands in a file's metadata."""
@@ -192,7 +203,7 @@ class _Parquet(Writer):
             hint = "Run `pip install 'tokenflow-sdk[dataset]'`, or write WebDataset's tars."
             raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
         self._pa = pa
-        self._sizes = {name: int(np.prod(shape)) for name, shape in stamp.shapes.items()}
+        self._sizes = {name: math.prod(shape) for name, shape in stamp.shapes.items()}
         index = pa.uint16() if stamp.codebook_size <= 2**16 else pa.int32()
         columns = [
             ("key", pa.string()),
@@ -205,8 +216,6 @@ class _Parquet(Writer):
         ]
         self._schema = pa.schema(columns, {METADATA_KEY: stamp.to_json()})
         self._rows: list[Record] = []
-        row = 4 * stamp.length + 2 * sum(self._sizes.values())
-        self._group = max(1, min(_GROUP_ROWS, _GROUP_BYTES // row))
         with self._named():
             self._file = path.open("wb")
             # Of codes, of which Parquet stores 32 bits each, only a dictionary needs half as much; every reader knows it.
@@ -215,13 +224,13 @@ class _Parquet(Writer):
 
     def _write(self, record: Record) -> None:
         self._rows.append(record)
-        if len(self._rows) == self._group:
+        if len(self._rows) == self._stamp.rows_at_once:
             self._flush()
 
     def _flush(self) -> None:
         pa, rows = self._pa, self._rows
         codes = [None if row.codes is None else row.codes.indices for row in rows]
-        plain = {name: [getattr(row, name) for row in rows] for name in ("key", "width", "height", "sha256", "error")}
+        plain = {name: [getattr(row, name) for row in rows] for name in PLAIN}
         lists = {"codes": (codes, self._stamp.length)} | {
             name: ([None if row.codes is None else row.extra[name].reshape(-1) for row in rows], size)
             for name, size in self._sizes.items()
@@ -264,11 +273,11 @@ class _Tar(Writer):
         self._names = set[str]()
         with self._named():
             self._file = path.open("wb")
-            self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+            self._archive = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def _write(self, record: Record) -> None:
         name = self._name_of(record.key)
-        columns = {each: getattr(record, each) for each in ("key", "width", "height", "sha256", "error")}
+        columns = {each: getattr(record, each) for each in PLAIN}
         self._member(f"{name}.json", json.dumps(columns).encode())
         if record.codes is None:
             return

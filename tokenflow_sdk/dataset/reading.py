@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Generator, Iterator
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tokenflow_sdk.arguments import file_path, integer, shown
-from tokenflow_sdk.dataset.outputs import FORMATS, METADATA_KEY, Stamp
+from tokenflow_sdk.dataset.outputs import FORMATS, METADATA_KEY, PLAIN, STATE, Record, Stamp
 from tokenflow_sdk.dataset.rows import tar_members
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, StorageError
 from tokenflow_sdk.pictures.codes import Codes
 
-__all__ = ["DONE", "STATE", "code_shards", "read_codes"]
+__all__ = ["code_shards", "read_codes", "read_records"]
 
-STATE = "_tokenflow"
-"""The directory of a job's own records, in its output."""
-DONE = f"{STATE}/done"
-"""Its directory of records of shards that are done, each named as the shard's file."""
-
-_Found: TypeAlias = "tuple[str, Codes | str]"
-"""A key, and its codes or its error."""
+_DONE = f"{STATE}/done"
+"""Records of shards that are done, each named as the shard's file."""
 
 
 def code_shards(path: str | os.PathLike[str]) -> list[str]:
@@ -45,7 +45,7 @@ def code_shards(path: str | os.PathLike[str]) -> list[str]:
     files = {entry.name for entry in storage.scan() if not entry.name.startswith(".")}
     files = {name for name in files if name.endswith(tuple(FORMATS.values()))}
     if storage.find(STATE) is not None:
-        done = {entry.name.removesuffix(".json") for entry in storage.scan(DONE)} if storage.find(DONE) else set[str]()
+        done = {entry.name.removesuffix(".json") for entry in storage.scan(_DONE)} if storage.find(_DONE) else set[str]()
         found = {name for name in files if name.rpartition(".")[0] in done}
         if missing := done - {name.rpartition(".")[0] for name in found}:
             hint = "Copy it again, or run `tokenflow tokenize --verify`."
@@ -110,25 +110,35 @@ def _read(files: list[str], errors: str, rank: int, world_size: int) -> Generato
     whole_files = len(files) >= world_size
     row = 0
     for file in files[rank::world_size] if whole_files else files:
-        for key, found in _rows(file):
+        for record in read_records(Storage(file), extra=False):
             row += 1
             if not whole_files and (row - 1) % world_size != rank:
                 continue
-            if isinstance(found, Codes):
-                yield key, found
+            if record.codes is not None:
+                yield record.key, record.codes
             elif errors != "skip":
                 hint = "Leave such rows out with errors='skip', or run them again: `tokenflow tokenize --retry-errors`."
-                error = DatasetError(f"{key} of {file} has no codes: {found}.", hint)
+                error = DatasetError(f"{record.key} of {file} has no codes: {record.error}", hint)
                 if errors == "raise":
                     raise error
-                yield key, error
+                yield record.key, error
 
 
-def _rows(file: str) -> Iterator[_Found]:
-    return _of_tar(Storage(file)) if file.endswith(FORMATS["webdataset"]) else _of_parquet(Storage(file))
+def read_records(storage: Storage, name: str = "", extra: bool = True) -> Generator[Record, None, None]:
+    """The rows of one file that a writer of `open_writer` wrote, in order.
+
+    Args:
+        storage, name: where it is; its ending says what it is.
+        extra: whether the columns beside the codes are read too.
+
+    Raises:
+        DatasetError, StorageError, MissingPackageError: see `read_codes`.
+    """
+    file = Storage(storage.path(name))
+    return _of_tar(file, extra) if file.address.endswith(FORMATS["webdataset"]) else _of_parquet(file, extra)
 
 
-def _of_parquet(storage: Storage) -> Iterator[_Found]:
+def _of_parquet(storage: Storage, extra: bool) -> Generator[Record, None, None]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -141,50 +151,70 @@ def _of_parquet(storage: Storage) -> Iterator[_Found]:
             if METADATA_KEY.encode() not in metadata:
                 raise _foreign(storage)
             stamp = Stamp.from_json(metadata[METADATA_KEY.encode()])
-            of = stamp.patch_nums, stamp.codebook_size, stamp.variant, stamp.codebook_id, stamp.preparation
-            for batch in parquet.iter_batches(1000, columns=["key", "codes", "error"], use_threads=False):
-                keys, problems = batch.column("key").to_pylist(), batch.column("error").to_pylist()
-                missing = batch.column("codes").is_null().to_pylist()
-                # Those of rows that have some.
-                rows = iter(batch.column("codes").flatten().to_numpy().reshape(-1, stamp.length))
-                for key, problem, is_missing in zip(keys, problems, missing, strict=True):
-                    yield key, str(problem) if is_missing else Codes(next(rows), *of)
+            shapes = stamp.shapes if extra else {}
+            for batch in parquet.iter_batches(stamp.rows_at_once, columns=[*PLAIN, "codes", *shapes], use_threads=False):
+                yield from _of_batch(batch, stamp, shapes)
     except StorageError:
         raise
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         again = "Fetch or make it again."
         raise DatasetError(f"{storage.address} is damaged, or no Parquet file: {str(error).rstrip('.')}.", again) from error
 
 
-def _of_tar(storage: Storage) -> Iterator[_Found]:
-    """A row's `.json` stands before its `.tfc`."""
-    row: dict[str, Any] | None = None
+def _of_batch(batch: Any, stamp: Stamp, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Record]:
+    of = stamp.patch_nums, stamp.codebook_size, stamp.variant, stamp.codebook_id, stamp.preparation
+    codes = _lists(batch.column("codes"), (stamp.length,))
+    others = {name: _lists(batch.column(name), shape) for name, shape in shapes.items()}
+    for row in batch.select(PLAIN).to_pylist():
+        indices, extra = next(codes), {name: next(rows) for name, rows in others.items()}
+        found = {name: value for name, value in extra.items() if value is not None}
+        yield Record(**row, codes=None if indices is None else Codes(indices, *of), extra=found)
+
+
+def _lists(column: Any, shape: tuple[int, ...]) -> Iterator[NDArray[Any] | None]:
+    """The lists of a column, each as an array of this shape; None where there is none."""
+    rows = iter(column.flatten().to_numpy().reshape(-1, *shape))  # without those that are null
+    return (next(rows) if valid else None for valid in column.is_valid().to_pylist())
+
+
+def _of_tar(storage: Storage, extra: bool) -> Generator[Record, None, None]:
+    """Of each row the `.json` stands first."""
+    row: Record | None = None
     for member, read in tar_members(storage):
-        ending = member.name.rpartition(".")[2]
-        if ending not in ("json", "tfc"):
+        name, _, ending = member.name.rpartition(".")
+        if ending not in ("json", "tfc", "npy") or (ending == "npy" and not extra):
             continue
         content = read()
-        if not isinstance(content, bytes) or (ending == "tfc" and row is None):
+        if not isinstance(content, bytes):
             raise _foreign(storage)
-        if ending == "tfc" and row is not None:
-            yield row["key"], Codes.from_bytes(content)
-            row = None
-            continue
-        if row is not None:
-            yield row["key"], str(row["error"])
-        row = _parsed(storage, content)
+        if ending == "json":
+            if row is not None:
+                yield row
+            row = _of_json(storage, content)
+        elif row is None:
+            raise _foreign(storage)
+        elif ending == "tfc":
+            row = replace(row, codes=Codes.from_bytes(content))
+        else:
+            row = replace(row, extra={**row.extra, name.rpartition(".")[2]: _of_npy(storage, content)})
     if row is not None:
-        yield row["key"], str(row["error"])
+        yield row
 
 
-def _parsed(storage: Storage, content: bytes) -> dict[str, Any]:
+def _of_json(storage: Storage, content: bytes) -> Record:
     try:
-        row = json.loads(content)
-    except ValueError as error:
+        columns = json.loads(content)
+        return Record(codes=None, **{name: columns[name] for name in PLAIN})
+    except (ValueError, TypeError, KeyError) as error:
         raise _foreign(storage) from error
-    if not (isinstance(row, dict) and isinstance(row.get("key"), str) and "error" in row):
-        raise _foreign(storage)
-    return row
+
+
+def _of_npy(storage: Storage, content: bytes) -> NDArray[np.float16]:
+    try:
+        array: NDArray[np.float16] = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise _foreign(storage) from error
+    return array
 
 
 def _foreign(storage: Storage) -> DatasetError:

@@ -85,9 +85,8 @@ class Storage:
         if self.is_local:
             with self._reading(directory), os.scandir(self.path(directory)) as entries:
                 for entry in entries:
-                    is_directory = entry.is_dir()
-                    if not (is_directory and entry.is_symlink()):
-                        yield Entry(entry.name, is_directory, None)
+                    if not (entry.is_symlink() and os.path.isdir(entry.path)):  # noqa: PTH112 - no error where links lead nowhere
+                        yield Entry(entry.name, entry.is_dir(follow_symlinks=False), None)
             return
         with self._reading(directory):
             place = self._remote(directory)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from tokenflow_sdk.dataset.storage import Entry, Storage
+from tokenflow_sdk.errors import DatasetFileError
 
 __all__ = ["Listed", "walk"]
 
@@ -36,7 +37,7 @@ def walk(storage: Storage, endings: tuple[str, ...], pattern: str = "", first: s
     Raises:
         DatasetFileError, StorageError: a directory cannot be listed.
     """
-    wanted = tuple(pattern.split("/")) if pattern else ("**",)
+    wanted = pattern.split("/") if pattern else []
     places = [_listed(storage, (), endings, wanted, tuple(first.split("/")) if first else ())]
     rest = tuple(first.split("/"))
     while places:
@@ -51,9 +52,16 @@ def walk(storage: Storage, endings: tuple[str, ...], pattern: str = "", first: s
             places.append(_listed(storage, path, endings, wanted, inside))
         else:
             rest, name = (), "/".join(path)
-            known = entry if entry.size is not None else storage.find(name)
-            # What has gone meanwhile is found missing when it is read.
-            yield Listed(name, (known.size or 0) if known else 0)
+            yield Listed(name, _size(storage, name) if entry.size is None else entry.size)
+
+
+def _size(storage: Storage, name: str) -> int:
+    """The bytes of a file; 0 if it has gone, or is a link that leads nowhere, which its reading says."""
+    try:
+        found = storage.find(name)
+    except DatasetFileError:
+        found = None
+    return (found.size or 0) if found else 0
 
 
 def _listed(
@@ -64,19 +72,20 @@ def _listed(
     def is_wanted(entry: Entry) -> bool:
         if entry.name.startswith(".") or not (entry.is_directory or entry.name.lower().endswith(endings)):
             return False
-        return _fits((*directory, entry.name), wanted, entry.is_directory)
+        return not wanted or _fits((*directory, entry.name), wanted, entry.is_directory)
 
     place = "/".join(directory)
-    key: Callable[[Entry], tuple[str, bool]] = lambda entry: (entry.name, entry.is_directory)  # noqa: E731
-    least: tuple[object, ...] = (first[0], len(first) > 1) if first else ("",)
+    # A service may have a file and a directory of one name.
+    least = (first[0], int(len(first) > 1)) if first else ("", 0)
     while True:
-        rest = (entry for entry in storage.scan(place) if key(entry) >= least and is_wanted(entry))
+        rest = (entry for entry in storage.scan(place) if entry >= least and is_wanted(entry))
         # The whole listing of a place that is not local is in memory anyway, and costs requests.
-        window = heapq.nsmallest(_WINDOW, rest, key) if storage.is_local else sorted(rest, key=key)
+        window = heapq.nsmallest(_WINDOW, rest) if storage.is_local else sorted(rest)
         yield from (((*directory, entry.name), entry) for entry in window)
         if not storage.is_local or len(window) < _WINDOW:
             return
-        least = (*key(window[-1]), True)
+        least = (window[-1].name, window[-1].is_directory + 1)
+        window.clear()
 
 
 def _fits(path: Sequence[str], pattern: Sequence[str], is_directory: bool) -> bool:
