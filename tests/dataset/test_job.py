@@ -9,7 +9,7 @@ import pytest
 from tests.support.fakes import fake_bundle
 from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
-from tokenflow_sdk.dataset.reading import STATE
+from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError
 
@@ -127,7 +127,7 @@ def test_what_is_no_output_of_a_job_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_state_is_an_error_that_says_what_to_do(content: str, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text(content)
-    with pytest.raises(DatasetError, match=r"is damaged: .* Delete .*_tokenflow and begin again"):
+    with pytest.raises(DatasetError, match=r"is damaged: .* Delete .*__tokenflow__ and begin again"):
         begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text('{"format": 2, "sdk": "9.0"}')
     with pytest.raises(DatasetError, match=r"written by tokenflow-sdk 9.0, which is newer"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenflow_sdk.dataset.job_lock import Task, job_lock
-from tokenflow_sdk.dataset.reading import STATE
+from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, OutputError
 

@@ -23,6 +23,7 @@ from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tokenflow_sdk.dataset import ray_runner
 from tokenflow_sdk.dataset.inputs import find_shards
 from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress
 from tokenflow_sdk.dataset.runner import run_local
 from tokenflow_sdk.dataset.shard_run import Encoder
@@ -122,7 +123,7 @@ def test_an_actor_that_is_killed_in_mid_job_costs_nothing(
         killed: list[int] = []
         deadline = time.monotonic() + 200
         while len(killed) < 2 and process.poll() is None and time.monotonic() < deadline:
-            done = len(list((tmp_path / "out" / "_tokenflow" / "done").glob("*.json")))
+            done = len(list((tmp_path / "out" / STATE / "done").glob("*.json")))
             alive = [each for each in actors(process) if each.pid not in killed]
             # One soon, and one later, when another actor or the restarted one works.
             if alive and done >= (2, 8)[len(killed)]:

@@ -23,9 +23,9 @@ from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
 from tokenflow_sdk.dataset.job import Job, JobOptions
 from tokenflow_sdk.dataset.job_lock import Task
+from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
-from tokenflow_sdk.dataset.reading import STATE
-from tokenflow_sdk.dataset.records import read_records
+from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage
@@ -215,7 +215,8 @@ def test_ctrl_c_ends_at_once_and_leaves_whole_shards_only(fakes: list[Tokenizer]
 
 def killed(output: Path, points: Sequence[str], *words: object) -> list[str]:
     """What became of processes that run a job and are killed at points, and of the last one."""
-    command = [sys.executable, "-m", "tests.support.dataset_jobs", *points, "--", "tokenize", *map(str, words), "-o", str(output)]
+    command = [sys.executable, "-m", "tests.support.dataset_jobs", *points, "--"]
+    command += ["tokenize", *map(str, words), "-o", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [line.rpartition(" ")[2] for line in done.stdout.splitlines() if line.split(" ")[0] in (*points, "None")]
 

@@ -18,7 +18,7 @@ from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
 from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
 from tokenflow_sdk.dataset.outputs import Record
-from tokenflow_sdk.dataset.records import read_records
+from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.shard_run import STAGES, Encoder, ShardStopped, Stages, Watch, run_shard
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ImageReadError, OutputError, StorageError
@@ -186,9 +186,7 @@ def test_good_rows_of_a_shard_that_is_done_are_not_encoded_again(fake: Tokenizer
     assert len(calls) == 4
     (inputs / "001.png").write_bytes(picture(1))
     (inputs / "002.png").write_bytes(picture(77))
-    job = Job.begin(
-        Storage(str(tmp_path / "out")), JobOptions(), fake.bundle, ["in"], find_shards([str(inputs)]), mended=True
-    )
+    job = Job.begin(Storage(str(tmp_path / "out")), JobOptions(), fake.bundle, ["in"], find_shards([str(inputs)]), mended=True)
     record = run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
     assert len(calls) == 6
     assert record.errors == {"CorruptImageError": 1}

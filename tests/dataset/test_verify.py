@@ -11,8 +11,8 @@ from tests.support.dataset_jobs import fake_tokenizer, picture, write_pictures
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.dataset.inputs import find_shards
 from tokenflow_sdk.dataset.job import Job, JobOptions
-from tokenflow_sdk.dataset.outputs import open_writer
-from tokenflow_sdk.dataset.records import read_records
+from tokenflow_sdk.dataset.outputs import STATE, open_writer
+from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.runner import run_local
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage
@@ -43,14 +43,12 @@ def verified(fake: Tokenizer, output: Path) -> Callable[[], VerifyReport]:
 def test_what_is_whole_and_equal_has_no_problems(verified: Callable[[], VerifyReport], output: Path) -> None:
     report = verified()
     assert report == VerifyReport(str(output), 3, 12, 2, 12, ())
-    assert report.sentence() == (
-        f"{output}  12 pictures in 3 shards, 2 with an error, 12 encoded again: complete and equal"
-    )
+    assert report.sentence() == (f"{output}  12 pictures in 3 shards, 2 with an error, 12 encoded again: complete and equal")
 
 
 def test_a_shard_that_is_missing_is_found(verified: Callable[[], VerifyReport], output: Path) -> None:
     (output / "00001.parquet").unlink()
-    (output / "_tokenflow" / "done" / "00002.json").unlink()
+    (output / STATE / "done" / "00002.json").unlink()
     report = verified()
     assert [problem.split(":")[0] for problem in report.problems] == ["Shard 00001 is not done", "Shard 00002 is not done"]
     assert "NOT as it should be" in report.sentence()

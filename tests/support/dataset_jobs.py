@@ -1,7 +1,7 @@
 """Small jobs of `tokenflow tokenize`, on a tokenizer without an engine; run as a module, jobs in processes that are killed.
 
-`python -m tests.support.dataset_jobs DIRECTORY POINT:N ... -- WORDS` runs `tokenflow WORDS` in a new process for each point,
-which kills itself at the N-th call of that function, and once more, to the end. A point of `after:SECONDS` kills it from outside.
+`python -m tests.support.dataset_jobs POINT:N ... -- WORDS` runs `tokenflow WORDS` in a new process for each point, which kills
+itself at the N-th call of that function, and once more, to the end. A point of `after:SECONDS` kills it from outside.
 """
 
 from __future__ import annotations

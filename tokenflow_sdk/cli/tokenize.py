@@ -20,8 +20,8 @@ from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.dataset.inputs import find_shards
 from tokenflow_sdk.dataset.job import Job, JobOptions
 from tokenflow_sdk.dataset.job_lock import Task, job_lock
+from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
-from tokenflow_sdk.dataset.reading import STATE
 from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage

@@ -1,7 +1,7 @@
 """`Job`: what a run of `tokenflow tokenize` makes, kept beside its output, so that the same command goes on after any end.
 
-Below the output, `_tokenflow` holds `job.json` (bundle and options), `shards.jsonl` (the shards, one a line) and, for each
-shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and then its record: a shard without one is made again.
+Below the output, `__tokenflow__` holds `job.json` (bundle and options), `shards.jsonl` (the shards, one a line) and, for each
+shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and then its record: without one it is made again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.dataset.inputs import InputOptions, Shard
-from tokenflow_sdk.dataset.outputs import FORMATS, Format, Stamp
-from tokenflow_sdk.dataset.reading import DONE, STATE
+from tokenflow_sdk.dataset.outputs import FORMATS, STATE, Format, Stamp
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
@@ -26,6 +25,7 @@ __all__ = ["EXTRAS", "DoneRecord", "Job", "JobOptions", "place"]
 
 EXTRAS = ("features", "semantic")
 """What may be stored beside codes."""
+_DONE = f"{STATE}/done"
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
@@ -282,7 +282,7 @@ def _difference(before: Job, now: Job, changed: Sequence[int]) -> str:
 
 
 def _record_name(index: int) -> str:
-    return f"{DONE}/{index:05d}.json"
+    return f"{_DONE}/{index:05d}.json"
 
 
 def _load(output: Storage) -> Job | None:
@@ -317,9 +317,9 @@ def _load(output: Storage) -> Job | None:
 def _records(job: Job) -> dict[int, DoneRecord]:
     """Records of the shards whose record and file are there and whole."""
     files = set(_names(job.output))
-    names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
+    names = [name for name in _names(job.output, _DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
-    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
+    found = map_ahead(lambda name: _record(job.output.read(f"{_DONE}/{name}")), names, threads)
     return {record.shard: record for record in found if record is not None and job.file(record.shard) in files}
 
 

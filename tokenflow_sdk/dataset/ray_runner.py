@@ -1,4 +1,4 @@
-"""Runs a job on a Ray cluster: actors that hold one tokenizer each make shards, and Ray gives those of a dead one to another."""
+"""Runs a job on a Ray cluster: actors with a tokenizer each make shards, and Ray gives that of a dead one to another."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def run_on_ray(
         import ray
         from ray.data import ActorPoolStrategy, DataContext
     except ImportError as error:
-        raise MissingPackageError(f"--ray needs Ray, which is not installed ({error}).", "Run `pip install 'ray[data]'`.") from error
+        hint = "Run `pip install 'ray[data]'`."
+        raise MissingPackageError(f"--ray needs Ray, which is not installed ({error}).", hint) from error
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -126,7 +127,8 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Make the one shard of a batch."""
         shard = Shard.from_json(json.loads(str(batch["shard"][0])))
-        self._job.done = {shard.index: DoneRecord(**json.loads(str(text))) for text in batch["done"] if text}
+        before = str(batch["done"][0])
+        self._job.done = {shard.index: DoneRecord(**json.loads(before))} if before else {}
         record, problem = None, ""
         try:
             record = run_shard(self._encoder, self._job, shard)

@@ -12,9 +12,8 @@ from typing import Any
 from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job import Job
 from tokenflow_sdk.dataset.job_lock import Task
-from tokenflow_sdk.dataset.outputs import Record
+from tokenflow_sdk.dataset.outputs import STATE, Record
 from tokenflow_sdk.dataset.progress import FailedShard, Progress, Snapshot
-from tokenflow_sdk.dataset.reading import STATE
 from tokenflow_sdk.dataset.shard_run import Encoder, ShardStopped, Watch, run_shard
 from tokenflow_sdk.errors import MissingPackageError, TokenFlowError
 
@@ -28,11 +27,7 @@ _POLL = 0.2
 def shards_to_do(job: Job, task: Task | None = None, retry_errors: bool = False) -> list[Shard]:
     """The shards that a run makes: those of its task that are not done, or have rows with an error if those are tried again."""
     mine = (shard for shard in job.shards if task is None or task.has(shard.index))
-    return [
-        shard
-        for shard in mine
-        if (record := job.done.get(shard.index)) is None or (retry_errors and record.bad)
-    ]
+    return [shard for shard in mine if (record := job.done.get(shard.index)) is None or (retry_errors and record.bad)]
 
 
 def run_local(

@@ -21,7 +21,7 @@ from tokenflow_sdk.dataset.inputs import Row, Shard, read_shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
 from tokenflow_sdk.dataset.outputs import Record, open_writer
 from tokenflow_sdk.dataset.read_ahead import read_ahead
-from tokenflow_sdk.dataset.records import read_records
+from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.errors import OutputError, StorageError, TokenFlowError
 from tokenflow_sdk.files import file_sha256
 from tokenflow_sdk.pictures.images import fit, load_image

@@ -12,7 +12,7 @@ from typing import Any
 from tokenflow_sdk.dataset.inputs import Row, Shard, read_shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job
 from tokenflow_sdk.dataset.outputs import Record
-from tokenflow_sdk.dataset.records import read_records
+from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.shard_run import Encoder, Stages
 from tokenflow_sdk.errors import DatasetError, TokenFlowError
 from tokenflow_sdk.tokenizer import Tokenizer
