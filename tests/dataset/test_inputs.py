@@ -141,6 +141,9 @@ def test_lists_in_braces_are_written_out(place: str) -> None:
     assert [rows[0].key for rows in read([storage.path("x-0{10,08}.tar")])] == ["10", "8"]
     assert [*module._written_out("{a,b}{1..2}")] == ["a1", "a2", "b1", "b2"]
     assert [*module._written_out("x{9..10}{}{y}")] == ["x9{}{y}", "x10{}{y}"]
+    assert [*module._written_out("{0..10..}")] == ["{0..10..}"]
+    assert [*module._written_out("{9..011}")] == ["009", "010", "011"]
+    assert [*module._written_out("{0..10}")] == [str(number) for number in range(11)]
 
 
 def test_gaps_in_a_list_are_named(place: str) -> None:
@@ -219,8 +222,10 @@ def test_names_that_are_no_utf8_are_keys_in_text(tmp_path: Path) -> None:
         pytest.skip("this file system has only names in UTF-8")
     assert read([str(tmp_path)]) == [[Row("caf\\xe9.jpg", b"1")]]
     assert read([str(tmp_path / "*.jpg")]) == [[Row("caf\\xe9.jpg", b"1")]]
-    with pytest.raises(DatasetError, match="xe9.jpg does not exist"):
+    with pytest.raises(DatasetError, match=r"\\xe9\.jpg does not exist"):
         read([os.fsdecode(b"\xe9.jpg")])
+    (tmp_path / os.fsdecode(b"\xe9.jpg")).symlink_to("nowhere")
+    assert str(read([str(tmp_path)])[0][1].data).endswith("\\xe9.jpg does not exist. Check the path.")
 
 
 def test_what_changes_between_finding_and_reading_is_noticed(photos: Storage, place: str) -> None:
@@ -240,6 +245,16 @@ def test_what_changes_between_finding_and_reading_is_noticed(photos: Storage, pl
             [list(read_shard(shard)) for shard in shards]
         storage.delete(name) if before is None else storage.write(name, before)
         assert [len(list(read_shard(shard))) for shard in shards] == [5, 1, 1, 1]
+
+
+def test_a_walk_that_is_old_is_begun_anew(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(b"1")
+    first, _ = find_shards([str(tmp_path)], InputOptions(2))
+    assert len(list(read_shard(first))) == 2
+    (tmp_path / "d.jpg").rename(tmp_path / "e.jpg")
+    *_, last = find_shards([str(tmp_path)], InputOptions(2))
+    assert [row.key for row in read_shard(last)] == ["c.jpg", "e.jpg"]
 
 
 def test_a_directory_that_changes_while_it_is_read_costs_only_the_rows_that_have_gone(tmp_path: Path) -> None:

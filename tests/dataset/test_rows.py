@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tokenflow_sdk.dataset import rows as module
-from tokenflow_sdk.dataset.rows import Cell, Row, as_text, parquet_cells, read_picture, tar_rows
+from tokenflow_sdk.dataset.rows import Cell, Row, parquet_cells, read_picture, tar_rows
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import DatasetError, ImageReadError, MissingPackageError, StorageError
 
@@ -70,7 +70,6 @@ def test_names_are_keys_and_nothing_is_unpacked(name: str, read: Callable[..., l
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
 def test_names_that_are_no_utf8_become_text(form: int, read: Callable[..., list[Row]]) -> None:
     assert read(tar([("caf\udce9.jpg", b"1")], form)) == [Row("caf\\xe9", b"1")]
-    assert as_text("caf\udce9/ü") == "caf\\xe9/ü"
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])

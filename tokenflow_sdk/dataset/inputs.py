@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tokenflow_sdk.arguments import integer
-from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Row, as_text, parquet_cells, read_picture, tar_rows
-from tokenflow_sdk.dataset.storage import Entry, Storage
+from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Row, parquet_cells, read_picture, tar_rows
+from tokenflow_sdk.dataset.storage import Entry, Storage, as_text
 from tokenflow_sdk.dataset.walking import Listed, walk
 from tokenflow_sdk.errors import ArgumentError, DatasetError, ImageReadError
 from tokenflow_sdk.pipeline import map_ahead
@@ -136,7 +136,8 @@ def _written_out(name: str) -> Iterator[str]:
     choices: Iterable[str] = (found[3] or "").split(",")
     if found[1]:
         first, last = int(found[1]), int(found[2])
-        digits = max(map(len, found.groups("")[:2])) if "0" in (found[1][0], found[2][0]) else 1
+        ends = found[1], found[2]
+        digits = max(map(len, ends)) if any(end.startswith("0") and end != "0" for end in ends) else 1
         step = 1 if last >= first else -1
         choices = (f"{number:0{digits}}" for number in range(first, last + step, step))
     for choice in choices:
@@ -304,17 +305,20 @@ def _listed_again(shard: Shard) -> list[Listed]:
     if shard.names:
         entries = ((name, _at(shard.where, name).find()) for name in shard.names)
         files = [Listed(name, (entry.size or 0) if entry else 0) for name, entry in entries]
-    else:
-        walked = _walks.pop((shard.where, shard.pattern, shard.first), None)
-        walked = walked or walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first)
-        files = list(itertools.islice(walked, shard.count))
-        if following := next(walked, None):
-            for place in list(_walks)[:-1]:
-                _walks.pop(place, None)
-            _walks[shard.where, shard.pattern, following.path] = itertools.chain([following], walked)
-    if _fingerprint(files) != shard.fingerprint:
+        if _fingerprint(files) == shard.fingerprint:
+            return files
         raise _changed(shard)
-    return files
+    begun = _walks.pop((shard.where, shard.pattern, shard.first), None)
+    # What was listed long ago may be old by now.
+    for walked in (begun, walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first)):
+        files = list(itertools.islice(walked or (), shard.count))
+        if walked is not None and _fingerprint(files) == shard.fingerprint:
+            if following := next(walked, None):
+                for place in list(_walks)[:-1]:
+                    _walks.pop(place, None)
+                _walks[shard.where, shard.pattern, following.path] = itertools.chain([following], walked)
+            return files
+    raise _changed(shard)
 
 
 def _changed(shard: Shard) -> DatasetError:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenflow_sdk.dataset.storage import Storage
+from tokenflow_sdk.dataset.storage import Storage, as_text
 from tokenflow_sdk.errors import (
     DatasetError,
     DatasetFileError,
@@ -26,7 +26,7 @@ from tokenflow_sdk.pictures.images import SUFFIXES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Row", "as_text", "parquet_cells", "read_picture", "tar_members", "tar_rows"]
+__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Row", "parquet_cells", "read_picture", "tar_members", "tar_rows"]
 
 MAX_BYTES = 256 * 2**20
 """Most bytes of one picture's file."""
@@ -48,11 +48,6 @@ class Cell(NamedTuple):
 
     key: str
     value: bytes | str | TokenFlowError
-
-
-def as_text(name: str) -> str:
-    r"""A file's name as text that UTF-8 can write: bytes of it that are not UTF-8 become `\xe9`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_picture(storage: Storage, name: str, size: int | None = None) -> bytes | TokenFlowError:

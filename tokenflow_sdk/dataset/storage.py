@@ -27,7 +27,7 @@ from tokenflow_sdk.errors import (
 )
 from tokenflow_sdk.files import open_regular, read_regular, reason, write_atomic
 
-__all__ = ["Entry", "Storage"]
+__all__ = ["Entry", "Storage", "as_text"]
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _OF_THE_FILE = (
@@ -37,6 +37,11 @@ _OF_THE_FILE = (
 """What is wrong with a local file itself, and not with its disk."""
 _ACCESS = "Check that the service can be reached, and that this machine has credentials for it."
 _PARTIAL = ".partial"
+
+
+def as_text(name: str) -> str:
+    r"""A file's name as text that UTF-8 can write: bytes of it that are not UTF-8 become `\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class Entry(NamedTuple):
@@ -130,7 +135,7 @@ class Storage:
                 return read_regular(Path(self.path(name)), limit)
             path = self._remote(name)
             if (self._filesystem.size(path) if size is None else size) > limit:
-                raise DatasetFileError(f"{self.path(name)} is larger than {limit:,} bytes.", "Give a smaller file.")
+                raise DatasetFileError(f"{as_text(self.path(name))} is larger than {limit:,} bytes.", "Give a smaller file.")
             content: bytes = self._filesystem.cat_file(path)
             return content
 
@@ -221,17 +226,17 @@ class Storage:
         except TokenFlowError:
             raise
         except FileNotFoundError as error:
-            raise DatasetFileError(f"{self.path(name)} does not exist.", "Check the path.") from error
+            raise DatasetFileError(f"{as_text(self.path(name))} does not exist.", "Check the path.") from error
         except Exception as error:
             # Services have exceptions of their own, which are not OSErrors, e.g. for credentials that are missing.
             if not self.is_local:
-                raise StorageError(f"{self.path(name)} cannot be read: {_why(error)}.", _ACCESS) from error
+                raise StorageError(f"{as_text(self.path(name))} cannot be read: {_why(error)}.", _ACCESS) from error
             if not isinstance(error, (OSError, ValueError)):
                 raise
             if isinstance(error, ValueError) or error.errno in _OF_THE_FILE:
                 hint = "Check the path and its permissions."
-                raise DatasetFileError(f"{self.path(name)} cannot be read: {reason(error)}.", hint) from error
-            raise StorageError(f"{self.path(name)} cannot be read: {reason(error)}.", "Check its disk.") from error
+                raise DatasetFileError(f"{as_text(self.path(name))} cannot be read: {reason(error)}.", hint) from error
+            raise StorageError(f"{as_text(self.path(name))} cannot be read: {reason(error)}.", "Check its disk.") from error
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -242,11 +247,11 @@ class Storage:
             raise
         except Exception as error:
             if not self.is_local:
-                raise OutputError(f"{self.path(name)} cannot be written: {_why(error)}.", _ACCESS) from error
+                raise OutputError(f"{as_text(self.path(name))} cannot be written: {_why(error)}.", _ACCESS) from error
             if not isinstance(error, (OSError, ValueError)):
                 raise
             hint = "Choose another output, or check its directory and the free space."
-            raise OutputError(f"{self.path(name)} cannot be written: {reason(error)}.", hint) from error
+            raise OutputError(f"{as_text(self.path(name))} cannot be written: {reason(error)}.", hint) from error
 
 
 def _why(error: Exception) -> str:
