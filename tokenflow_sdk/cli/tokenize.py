@@ -18,7 +18,7 @@ from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_name, runtime_options
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions
+from tokenflow_sdk.dataset.job import Job, JobOptions, require_usable
 from tokenflow_sdk.dataset.job_lock import Task, job_lock
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
@@ -52,6 +52,11 @@ def tokenize(arguments: argparse.Namespace) -> int:
     if task is not None and arguments.ray is not None:
         raise ArgumentError("--shard and --ray both divide a job.", "Give one of them.")
     options, output = _options(arguments), Storage(arguments.output)
+    if arguments.ray is not None:
+        from tokenflow_sdk.dataset.ray_runner import require_ray
+
+        require_ray()
+    require_usable(output)
     with ExitStack() as stack:
         tokenizers = [stack.enter_context(each) for each in _open(arguments)]
         shards = find_shards(arguments.inputs, options.reading)

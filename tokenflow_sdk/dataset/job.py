@@ -21,7 +21,7 @@ from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.preparation import Color, Preparation, Preprocess
 from tokenflow_sdk.pipeline import map_ahead
 
-__all__ = ["EXTRAS", "DoneRecord", "Job", "JobOptions", "place"]
+__all__ = ["EXTRAS", "DoneRecord", "Job", "JobOptions", "place", "require_usable"]
 
 EXTRAS = ("features", "semantic")
 """What may be stored beside codes."""
@@ -169,15 +169,10 @@ class Job:
                 began with.
             OutputError, StorageError: the output cannot be read or written.
         """
-        used = next((name for name in _names(output) if not name.startswith((".", "_"))), None)
-        # Looked for after `used`: another task may begin the job meanwhile.
+        require_usable(output)
         stored = _load(output)
         job = cls(output, options.complete(bundle.config), bundle.sha256, inputs, ())
         if stored is None:
-            if used is not None:
-                raise DatasetError(
-                    f"{output.address} holds {used} and is not the output of a job.", "Choose another -o, or empty it."
-                )
             job.shards = list(shards)
             job._store()
             return job
@@ -249,6 +244,14 @@ class Job:
                     f"The job in {address} began with another {name}: it was {_shown(before)}, and now it is {_shown(now)}.",
                     f"Give the same {name} as before, or choose another -o.",
                 )
+
+
+def require_usable(output: Storage) -> None:
+    """Raise DatasetError if something lies where a job is to write, which no job has written."""
+    used = next((name for name in _names(output) if not name.startswith((".", "_"))), None)
+    # Looked for after the names: another task may begin the job meanwhile.
+    if used is not None and output.find(f"{STATE}/job.json") is None:
+        raise DatasetError(f"{output.address} holds {used} and is not the output of a job.", "Choose another -o, or empty it.")
 
 
 def place(shard: Shard) -> str:

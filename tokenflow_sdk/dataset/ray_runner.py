@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -15,10 +16,19 @@ from tokenflow_sdk.dataset.shard_run import Encoder, run_shard
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError, TokenFlowError
 from tokenflow_sdk.tokenizer import Tokenizer
 
-__all__ = ["run_on_ray"]
+__all__ = ["require_ray", "run_on_ray"]
 
 _TRIES = 3
 """How often an actor may die, and a shard be given to another, before it counts as failed."""
+
+
+def require_ray() -> None:
+    """Raise MissingPackageError if Ray is not installed."""
+    try:
+        importlib.import_module("ray.data")
+    except ImportError as error:
+        hint = "Run `pip install 'ray[data]'`."
+        raise MissingPackageError(f"--ray needs Ray, which is not installed ({error}).", hint) from error
 
 
 def run_on_ray(
@@ -46,12 +56,10 @@ def run_on_ray(
         ArgumentError: there is no cluster at the address.
         BackendError: Ray ended the job, e.g. because no actor could open the tokenizer.
     """
-    try:
-        import ray
-        from ray.data import ActorPoolStrategy, DataContext
-    except ImportError as error:
-        hint = "Run `pip install 'ray[data]'`."
-        raise MissingPackageError(f"--ray needs Ray, which is not installed ({error}).", hint) from error
+    require_ray()
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
