@@ -122,7 +122,7 @@ def test_shards_that_fail_are_listed_and_the_status_is_1(run: Run, here: Path, c
         ("in -o out --shard-size 0", "--shard-size 0 is no number of pictures for a shard."),
         ("in -o out --shard 3/2", "--shard 3/2 is no part of a job."),
         ("in -o out --shard 1/2 --ray auto", "--shard and --ray both divide a job."),
-        ("in -o in/000.png", "cannot be written: Not a directory."),
+        ("in -o in/000.png", "000.png cannot be read: Not a directory."),
         ("in -o empty/full", "holds a.parquet and is not the output of a job."),
         ("--verify empty", "holds no output of `tokenflow tokenize`."),
         ("in --verify out", "--verify takes the output of a job and nothing else."),
