@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
@@ -173,6 +174,8 @@ def _of_batch(batch: Any, stamp: Stamp, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _lists(column: Any, shape: tuple[int, ...]) -> Iterator[NDArray[Any] | None]:
     """The lists of a column, each as an array of this shape; None where there is none."""
+    if set(column.value_lengths().to_pylist()) - {None, math.prod(shape)}:
+        raise ValueError(f"a list that does not have {math.prod(shape)} values")
     rows = iter(column.flatten().to_numpy().reshape(-1, *shape))  # without those that are null
     return (next(rows) if valid else None for valid in column.is_valid().to_pylist())
 
