@@ -107,6 +107,8 @@ def test_several_readers_get_each_row_once(sizes: list[int], readers: int, job: 
     shares = [keys(read_codes(storage.address, errors="yield", rank=i, world_size=readers)) for i in range(readers)]
     assert sorted(key for share in shares for key in share) == sorted(every)
     assert len(every) == sum(sizes)
+    backwards = keys(read_codes(code_shards(storage.address)[::-1], errors="yield"))
+    assert [key[0] for key in backwards] == [key[0] for key in every][::-1]
     if len(sizes) < readers:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
