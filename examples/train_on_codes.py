@@ -35,7 +35,7 @@ class ShuffledCodes(IterableDataset[torch.Tensor]):
         files = random.Random(self.epoch).sample(self.files, len(self.files))  # noqa: S311 - the same for all readers
         order, rows = random.Random(f"{self.epoch} {reader}"), list[torch.Tensor]()  # noqa: S311
         for _, codes in read_codes(files, rank=reader, world_size=readers):
-            rows.append(torch.as_tensor(codes, dtype=torch.int64))  # type: ignore[call-overload] # by DLPack, a copy
+            rows.append(torch.as_tensor(codes, dtype=torch.int64))  # by DLPack, a copy
             if len(rows) > self.buffer:
                 yield rows.pop(order.randrange(len(rows)))
         yield from order.sample(rows, len(rows))
