@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 GPU_PIP := .venv-gpu/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-one test-slow fuzz soak test-gpu lint docs bench bench-gpu tiny-data tiny clean
+.PHONY: help install lock demo test test-one test-slow fuzz soak soak-server test-gpu lint docs bench bench-gpu tiny-data tiny clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -84,6 +84,9 @@ fuzz: $(VENV)/.dev ## random inputs and calls, ten times as many as in make test
 SECONDS ?= 600
 soak: $(VENV)/.dev ## threads, cancels, closes, garbage for 10 minutes, of which nothing may be left: make soak SECONDS=60
 	@$(BIN)/python -m tests.soak.soak --seconds $(SECONDS)
+
+soak-server: $(VENV)/.dev ## the same of `tokenflow serve`: memory, pages, kills; 10 minutes, or make soak-server SECONDS=60
+	@$(BIN)/python -m tests.soak.server --seconds $(SECONDS)
 
 test-gpu: .venv-gpu/.tensorrt ## what only a GPU shows, with TensorRT and onnxruntime-gpu, in an environment of its own
 	@# Two runs, so that what one TensorRT does to its process, or loads into it, cannot change the other's results. Without TF32,

@@ -1,31 +1,37 @@
 """Measures `tokenflow serve` on this machine's loopback against calling the SDK, and against a plain one-at-a-time service.
 
-One photo is encoded. The sides take turns in every round, and medians over the rounds are compared: the SDK in a process of
-its own, called by one thread, and its own best with `encode_iter`; the server; and a service that answers one request at a
-time (`http.server` and one `Tokenizer`). Each service is asked by one client; by 32 at once; and by requests that come at
-random (Poisson) at 70 % of what it answered then. All clients are threads of this process.
+One photo is encoded. The sides take turns in every round, and medians over the rounds are compared: the SDK's own best with
+`encode_iter`; the server; and a service that answers one request at a time (`http.server` and one `Tokenizer`). Each service
+is asked by one client, in turns with a call of the SDK here, and what it takes longer is its overhead; by 32 clients at once;
+and by requests that come at random (Poisson) at 70 % of what it answered then. All clients are threads of this process, with
+`http.client`: they take the same cores, and that one takes least. Ray Serve is a side if a Python with `ray[serve]` is named.
 
-    python benchmarks/server.py
+    python benchmarks/server.py --ray .venv/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -47,29 +53,29 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=160, help="in each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "server_cpu")
+    parser.add_argument("--ray", metavar="PYTHON", help="one that has ray[serve], to measure Ray Serve as well")
     parser.add_argument("--plain", action="store_true", help="run the plain service instead")
-    parser.add_argument("--sdk", action="store_true", help="measure the SDK instead, a line for each line on stdin")
     arguments = parser.parse_args()
     if arguments.plain:
         plain(arguments.bundle)
         return
-    if arguments.sdk:
-        sdk(arguments.bundle, arguments.requests)
-        return
-    me = [sys.executable, __file__, "--bundle", arguments.bundle, "--requests", str(arguments.requests)]
     serve = [sys.executable, "-m", "tokenflow_sdk", "serve", "--port", "0", "--no-access-log", "--max-queue", "256"]
     bundle = ["--tokenizer", arguments.bundle, "--generator", "none"]
     rounds = []
-    with (
-        service([*serve, *bundle]) as (url, seconds),
-        service([*me, "--plain"]) as (other, _),
-        asked([*me, "--sdk"]) as ask_sdk,
-    ):
+    with ExitStack() as running:
+        url, seconds = running.enter_context(service([*serve, *bundle]))
+        services = {
+            "tokenflow serve": url + "/v1/images/tokens",
+            "one at a time": running.enter_context(
+                service([sys.executable, __file__, "--bundle", arguments.bundle, "--plain"])
+            )[0],
+        }
+        if arguments.ray:
+            services["Ray Serve"] = running.enter_context(ray_serve(arguments.ray, arguments.bundle)) + "/v1/images/tokens"
+        tokenizer = running.enter_context(Tokenizer.from_pretrained(arguments.bundle)).load("encode")
         for _ in range(arguments.rounds):
-            found = {"sdk": ask_sdk()}
-            found["tokenflow serve"] = measure(url + "/v1/images/tokens", arguments.requests)
-            found["one at a time"] = measure(other, arguments.requests)
-            rounds.append(found)
+            found = {side: measure(url, arguments.requests, tokenizer) for side, url in services.items()}
+            rounds.append({"sdk": sdk(tokenizer, arguments.requests)} | found)
     sides = {side: {key: median(each[side][key] for each in rounds) for key in rounds[0][side]} for side in rounds[0]}
     report = {"bundle": arguments.bundle, "requests": arguments.requests, "rounds": arguments.rounds, "start_seconds": seconds}
     report |= machine() | {"cores": available_cores(), "sides": sides}
@@ -79,26 +85,33 @@ def main() -> None:
     print(text)
 
 
-def measure(url: str, requests: int) -> dict[str, float]:
-    """Latency of one client, throughput of many, and latencies at 70 % of that."""
-    data = PHOTO.read_bytes()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    with httpx.Client(timeout=120, limits=limits) as client:
+def measure(url: str, requests: int, tokenizer: Tokenizer) -> dict[str, float]:
+    """Latency of one client and how much more it is than the SDK's, throughput of many, and latencies at 70 % of that."""
+    data, place, own = PHOTO.read_bytes(), urlsplit(url), threading.local()
 
-        def ask() -> float:
-            began = time.perf_counter()
-            client.post(url, content=data, headers=JPEG).raise_for_status()
-            return time.perf_counter() - began
+    def ask() -> float:
+        """One request, on the connection of this thread."""
+        began = time.perf_counter()
+        if not hasattr(own, "connection"):
+            own.connection = HTTPConnection(place.netloc, timeout=120)
+        own.connection.request("POST", place.path or "/", data, JPEG)
+        answer = own.connection.getresponse()
+        answer.read()
+        if answer.status != 200:
+            raise SystemExit(f"{url} answered {answer.status}")
+        return time.perf_counter() - began
 
-        ask()
-        one = sorted(ask() for _ in range(requests))
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            list(pool.map(lambda _: ask(), range(CLIENTS)))
-            began = time.perf_counter()
-            list(pool.map(lambda _: ask(), range(requests * 2)))
-            rate = requests * 2 / (time.perf_counter() - began)
-        loaded = sorted(at_rate(ask, 0.7 * rate, requests * 2))
-    return {"ms": 1000 * median(one), "rate": rate, "p50": 1000 * share(loaded, 0.5), "p99": 1000 * share(loaded, 0.99)}
+    ask()
+    one = [(ask(), timed(lambda: tokenizer.encode(data))) for _ in range(requests)]
+    overhead = median(asked - called for asked, called in one)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(lambda _: ask(), range(CLIENTS)))
+        began = time.perf_counter()
+        list(pool.map(lambda _: ask(), range(requests * 2)))
+        rate = requests * 2 / (time.perf_counter() - began)
+    loaded = sorted(at_rate(ask, 0.7 * rate, requests * 2))
+    found = {"ms": 1000 * median(asked for asked, _ in one), "over": 1000 * overhead, "rate": rate}
+    return found | {"p50": 1000 * share(loaded, 0.5), "p99": 1000 * share(loaded, 0.99)}
 
 
 def at_rate(ask: Callable[[], float], rate: float, requests: int) -> list[float]:
@@ -123,21 +136,18 @@ def share(values: list[float], part: float) -> float:
     return values[min(len(values) - 1, int(part * len(values)))]
 
 
-def sdk(bundle: str, requests: int) -> None:
-    """For each line on stdin, measure `encode` in one thread and `encode_iter`, and print them."""
+def sdk(tokenizer: Tokenizer, requests: int) -> dict[str, float]:
+    """Latency of `encode` in one thread, and throughput of `encode_iter`."""
     data = PHOTO.read_bytes()
-    with Tokenizer.from_pretrained(bundle) as tokenizer:
-        tokenizer.encode(data)
-        for _ in sys.stdin:
-            times = []
-            for _ in range(requests):
-                began = time.perf_counter()
-                tokenizer.encode(data)
-                times.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            list(tokenizer.encode_iter(repeat(data, requests * 2)))
-            rate = requests * 2 / (time.perf_counter() - began)
-            print(json.dumps({"ms": 1000 * median(times), "rate": rate}), flush=True)
+    one = median(timed(lambda: tokenizer.encode(data)) for _ in range(requests))
+    seconds = timed(lambda: list(tokenizer.encode_iter(repeat(data, requests * 2))))
+    return {"ms": 1000 * one, "rate": requests * 2 / seconds}
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def plain(bundle: str) -> None:
@@ -190,21 +200,41 @@ def service(command: list[str]) -> Iterator[tuple[str, float]]:
 
 
 @contextmanager
-def asked(command: list[str]) -> Iterator[Callable[[], dict[str, float]]]:
-    """A process that measures whenever it is asked."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdin is not None and process.stdout is not None
-    stdin, stdout = process.stdin, process.stdout
+def ray_serve(python: str, bundle: str) -> Iterator[str]:
+    """The address of the example on a Ray of its own: one replica, which has all cores, as the other services have."""
+    with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory(prefix="ray") as directory:
+        port, cores = free.getsockname()[1], available_cores()
+        free.close()
+        named = {"TOKENIZER": bundle, "GENERATOR": "none", "MAX_QUEUE": "256", "ACCESS_LOG": "0"}
+        variables = {f"TOKENFLOW_SERVE_{name}": value for name, value in named.items()}
+        replica = {"num_replicas": 1, "ray_actor_options": {"num_cpus": cores}, "max_ongoing_requests": 256}
+        app: dict[str, Any] = {"name": "tokenflow", "route_prefix": "/", "import_path": "tokenflow_on_ray:app"}
+        app |= {"runtime_env": {"env_vars": variables}, "deployments": [{"name": "TokenFlow", **replica}]}
+        config = Path(directory) / "config.json"  # JSON is YAML
+        config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}))
+        path = os.pathsep.join([str(ROOT / "examples" / "ray_serve"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory, "PYTHONPATH": path}
+        process = subprocess.Popen(
+            [python, "-m", "ray.serve.scripts", "run", str(config)],
+            env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while not _answers(url):
+                if process.poll() is not None:
+                    raise SystemExit(f"Ray Serve ended with {process.returncode} before it was ready")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
 
-    def ask() -> dict[str, float]:
-        stdin.write("\n")
-        stdin.flush()
-        found: dict[str, float] = json.loads(stdout.readline())
-        return found
 
-    yield ask
-    stdin.close()
-    process.wait()
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def page(report: dict[str, Any]) -> str:
@@ -217,17 +247,19 @@ def page(report: dict[str, Any]) -> str:
         f"{report['bundle']}, one photo of 451 x 300 px, {report['requests']} requests a measurement, medians of "
         f"{report['rounds']} rounds; clients on the same machine. `python benchmarks/server.py`.",
         "",
-        "| | one client, median | 32 clients | at 70 % of that: p50 | p99 | p99 / p50 |",
-        "| --- | --- | --- | --- | --- | --- |",
-        f"| the SDK, called | {sdk_side['ms']:.1f} ms | {sdk_side['rate']:.1f}/s (`encode_iter`) | | | |",
+        "| | one client, median | more than the SDK | 32 clients | at 70 % of that: p50 | p99 | p99 / p50 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| the SDK, called | {sdk_side['ms']:.1f} ms | | {sdk_side['rate']:.1f}/s (`encode_iter`) | | | |",
     ]
-    for side in ("tokenflow serve", "one at a time"):
-        found = sides[side]
-        cells = [f"{found['ms']:.1f} ms", f"{found['rate']:.1f}/s", f"{found['p50']:.0f} ms", f"{found['p99']:.0f} ms"]
+    for side, found in sides.items():
+        if side == "sdk":
+            continue
+        cells = [f"{found['ms']:.1f} ms", f"{found['over']:+.1f} ms"]
+        cells += [f"{found['rate']:.1f}/s", f"{found['p50']:.0f} ms", f"{found['p99']:.0f} ms"]
         lines.append(f"| {side} | {' | '.join(cells)} | {found['p99'] / found['p50']:.1f} |")
     lines += [
         "",
-        f"The server adds {mine['ms'] - sdk_side['ms']:.1f} ms to a call, and reaches {mine['rate'] / sdk_side['rate']:.0%} of "
+        f"The server adds {mine['over']:.1f} ms to a call, and reaches {mine['rate'] / sdk_side['rate']:.0%} of "
         f"the SDK's own best throughput. It was ready {report['start_seconds']:.1f} s after its start.",
         "",
     ]

@@ -156,6 +156,17 @@ def test_a_model_says_what_it_is(kind: Any, bundle: Bundle[Any], tokenizer: Toke
     assert said == f"{kind.__name__}(mini_clip: {reach}, 1 layers of width 32, on cpu)"
 
 
+def test_prefixes_kept_for_later_requests_count_as_free(kind: Any, bundle: Bundle[Any], tokenizer: Tokenizer) -> None:
+    with kind.from_pretrained(bundle.path, tokenizer=tokenizer) as model:
+        assert model.free_pages == model.total_pages
+        if kind is Generator:
+            model.generate("w1", preset="fast")
+        else:
+            model.chat(np.zeros((16, 40), np.float32)).ask("what?", max_tokens=2)
+        pool = model._runner.model.transformer.pool
+        assert pool.free < model.free_pages == model.total_pages == pool.pages
+
+
 def test_an_argument_that_python_refuses_is_that_of_the_class(kind: Any) -> None:
     for options in ({}, {"name": "tiny", "devcie": "cpu"}):
         with pytest.raises(TypeError, match=rf"^{kind.__name__}\.from_pretrained\(\)"):

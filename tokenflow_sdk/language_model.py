@@ -211,8 +211,13 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
 
     @property
     def free_pages(self) -> int:
-        """Pages of the pool that no request and no kept prefix holds."""
-        return self._runner.model.transformer.pool.free
+        """Pages that no request holds. Prefixes kept for later requests are given up for those that need their pages.
+
+        While requests run, pages may change hands as they are counted, and a few be missed.
+        """
+        model = self._runner.model
+        pool = model.transformer.pool
+        return pool.free + pool.held_only_by(model.scheduler.kept())
 
     def wait_for_engines(self, timeout: float | None = None) -> bool:
         """Whether new requests run on their engines, after at most `timeout` seconds; see `Tokenizer.wait_for_engines`."""

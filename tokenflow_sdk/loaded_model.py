@@ -22,6 +22,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 from tokenflow_sdk.arguments import real
 from tokenflow_sdk.backends.session import Session
 from tokenflow_sdk.errors import ArgumentError, RequestCancelledError, RequestTimeoutError, TokenFlowError
+from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.transformer import PagedTransformer
 
 __all__ = ["LoadedModel", "Progress", "Request", "Scheduler", "cancelled"]
@@ -116,6 +117,9 @@ class Scheduler(Protocol[R_contra]):
 
     def remove(self, request: R_contra, /) -> None:
         """Drop a request and free its pages. Dropping a finished request does nothing."""
+
+    def kept(self) -> list[PageTable]:
+        """Prefixes that are kept for later requests and given up when pages are needed. Called from any thread."""
 
     def step(self) -> None:
         """Bring some requests forward. What fails becomes the `error` of the requests that it was for."""

@@ -115,7 +115,7 @@ def test_the_names_are_those_of_options() -> None:
         ("Give tokenizer=, a path.", "Give --tokenizer, a path."),
         # Paths, and arguments that no option gives.
         ("data/seed=3/a.png and seed=3/a.png and seed=3.png cannot be read.", None),
-        ("pages=47 and local_files_only=False and TOKENFLOW_CACHE_GB='x' and run=1.", None),
+        ("page_size=47 and local_files_only=False and TOKENFLOW_CACHE_GB='x' and run=1.", None),
     ],
 )
 def test_arguments_in_a_sentence_become_options(text: str, said: str | None) -> None:

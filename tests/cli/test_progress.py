@@ -41,6 +41,20 @@ def test_off_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[str]) 
     assert (LOGGER.level, LOGGER.handlers) == (logging.NOTSET, [])
 
 
+def test_a_fault_of_the_program_is_logged_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        try:
+            raise KeyError("[odd]")
+        except KeyError as error:
+            LOGGER.error("a request failed", exc_info=error)
+        return 0
+
+    assert run(command) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert (said[0], said[-1]) == ("error: a request failed", "KeyError: '[odd]'")
+    assert __file__ in said[2]
+
+
 def test_quiet_and_verbose_are_options_of_every_command(
     mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

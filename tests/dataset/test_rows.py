@@ -182,7 +182,7 @@ def cells(tmp_path: Path) -> Callable[..., list[Cell]]:
 BYTES = (b"1", b"", b"\xff" * 100)
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int8(), pa.binary())])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())])
 def test_a_column_of_bytes(kind: Any, cells: Callable[..., list[Cell]]) -> None:
     images = pa.array(BYTES, pa.binary()).cast(kind)
     assert cells({"image": images}) == [Cell(f"some.v1/{i}", value) for i, value in enumerate(BYTES)]

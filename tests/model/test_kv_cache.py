@@ -128,6 +128,16 @@ def test_a_fork_of_the_first_tokens_shares_their_pages_only() -> None:
     assert pool.free == 6
 
 
+def test_pages_that_only_some_tables_hold() -> None:
+    pool = PagePool(6, 4)
+    table = PageTable(pool)
+    table.append(10)
+    short = table.fork(5)
+    assert [pool.held_only_by(tables) for tables in ([], [short], [table], [table, short])] == [0, 0, 1, 3]
+    table.release()
+    assert pool.held_only_by([short]) == 2
+
+
 def test_needs_is_what_append_takes() -> None:
     pool = PagePool(20, 4)
     table = PageTable(pool)

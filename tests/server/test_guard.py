@@ -147,12 +147,16 @@ def test_pages_of_strangers_may_not_call(url: str, serve: Serve) -> None:
 
 
 def test_every_answer_has_an_id_and_a_line_in_the_access_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    with serve(generator="none", understander=None, access_log=True) as url:
-        with caplog.at_level(logging.INFO, "tokenflow_sdk.server.access"):
-            given = httpx.get(f"{url}/healthz", headers={"X-Request-ID": "mine-1"})
-            made = httpx.post(f"{url}/v1/images/tokens?x=secret", content=b"", headers=JPEG | {"X-Request-ID": "bad id"})
-        assert given.headers["x-request-id"] == "mine-1"
-        lines = [json.loads(record.message) for record in caplog.records]
+    # A line is written after its answer, so that the last one is sure only when the server has ended.
+    with (
+        caplog.at_level(logging.INFO, "tokenflow_sdk.server.access"),
+        serve(generator="none", understander=None, access_log=True) as url,
+    ):
+        given = httpx.get(f"{url}/healthz", headers={"X-Request-ID": "mine-1"})
+        made = httpx.post(f"{url}/v1/images/tokens?x=secret", content=b"", headers=JPEG | {"X-Request-ID": "bad id"})
+    assert given.headers["x-request-id"] == "mine-1"
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "tokenflow_sdk.server.access"]
+    lines = [line for line in lines if line["path"] != "/readyz"]
     assert [line["id"] for line in lines] == ["mine-1", made.headers["x-request-id"]]
     assert len(lines[1]["id"]) == 32
     assert {key: lines[1][key] for key in ("method", "path", "status")} == {

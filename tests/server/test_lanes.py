@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tokenflow_sdk.server.lanes import Lanes, Operation
 from tokenflow_sdk.server.metrics import Metrics
@@ -103,18 +105,24 @@ def test_an_item_that_is_taken_back_is_not_run() -> None:
     async def main() -> None:
         calls: list[list[int]] = []
         gate = threading.Event()
-        operation = recorded(calls, gate)
+
+        def run(items: list[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+            calls.append([int(item[0]) for item in items])
+            gate.wait(10)
+            return items
+
+        operation = Operation("same", run)
         lanes = Lanes(1, 1, 0.0, Metrics())
-        tasks = [asyncio.create_task(lanes.run(operation, i)) for i in range(3)]
+        tasks = [asyncio.create_task(lanes.run(operation, np.full(2, i, np.int32))) for i in range(4)]
         await asyncio.sleep(0.05)
-        tasks[1].cancel()
+        tasks[2].cancel()
         tasks[0].cancel()  # its call runs already, and nobody waits for it
         gate.set()
-        assert await tasks[2] == 20
-        for task in tasks[:2]:
+        assert [int((await tasks[i])[0]) for i in (1, 3)] == [1, 3]
+        for task in (tasks[0], tasks[2]):
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert calls == [[0], [2]]
+        assert calls == [[0], [1], [3]]
         lanes.close()
 
     asyncio.run(main())

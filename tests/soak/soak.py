@@ -21,6 +21,8 @@ import psutil
 from tests.conftest import ROOT
 from tests.test_loaded_model import free
 from tokenflow_sdk import Codes, Generator, TokenFlowError, Tokenizer, Understander
+from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 WARM_UP = 0.4
@@ -181,7 +183,7 @@ def main() -> int:
     parser.add_argument("--understander", type=Path, help="its bundle; one with random weights is made if none is given")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        bundle = arguments.understander or _make_understander(Path(directory))
+        bundle = arguments.understander or _small_understander(Path(directory))
         found = soak("tiny", bundle, arguments.seconds, arguments.seed)
     print(f"seed {arguments.seed}:", ", ".join(f"{count} {name}" for name, count in sorted(found.done.items())))
     print("memory after warm-up and at the end:", " and ".join(f"{size:.0f} MiB" for size in found.memory))
@@ -190,15 +192,20 @@ def main() -> int:
     return 1 if found.problems else 0
 
 
-def _make_understander(directory: Path) -> Path:
+def _small_understander(directory: Path) -> Path:
     from tests.support.mini import export_mini, mini_model
-    from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
-    from tokenflow_sdk.bundle.bundle import Bundle
-    from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
-    tokenizer = Bundle.open(export_mini(mini_model("clip"), directory / "clip"), TokenizerConfig)
-    model, projector = reference_model(SMALLEST), reference_projector(SMALLEST["hidden_size"])
-    return export_quietly(write_checkpoint(directory / "hf", SMALLEST, model, projector), tokenizer, directory / "chat")
+    return make_understander(directory, export_mini(mini_model("clip"), directory / "clip"))
+
+
+def make_understander(directory: Path, tokenizer: Path) -> Path:
+    """One with random weights that reads a tokenizer's codes."""
+    from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
+
+    bundle = Bundle.open(tokenizer, TokenizerConfig)
+    model = reference_model(SMALLEST)
+    projector = reference_projector(SMALLEST["hidden_size"], bundle.config.code_dim)
+    return export_quietly(write_checkpoint(directory / "hf", SMALLEST, model, projector), bundle, directory / "chat")
 
 
 if __name__ == "__main__":

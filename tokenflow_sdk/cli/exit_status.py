@@ -92,6 +92,8 @@ class _Handler(logging.Handler):
             stderr.print(f"{record.levelname.lower()}: {text}", style="yellow", soft_wrap=True)
         else:
             stderr.print(text, soft_wrap=True)
+        if record.exc_info:  # a fault of the program, as no user's mistake is logged
+            stderr.print(logging.Formatter().formatException(record.exc_info), soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_warning(

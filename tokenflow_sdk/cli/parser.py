@@ -101,6 +101,7 @@ row with its error.
 """
 
 _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
+_PAGES = "pages of a language model's key/value pool (default: enough for eight images or questions)"
 _INSTEAD = "the bundle, instead of the first argument"
 _OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
@@ -244,7 +245,7 @@ def _add_generate(subparsers: _Subparsers) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the images should not show (default: the model's)")
     parser.add_argument("--progressive", action="store_true", help="also write scales.png: each image after every scale")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser, what="the generator")
+    _add_engine_options(parser, what="the generator", paged=True)
 
 
 def _add_ask(subparsers: _Subparsers) -> None:
@@ -265,7 +266,7 @@ def _add_ask(subparsers: _Subparsers) -> None:
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed samples the same answer (default: a random one)")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser, what="the understander", default="none")
+    _add_engine_options(parser, what="the understander", default="none", paged=True)
     _add_image_options(parser)
 
 
@@ -285,6 +286,7 @@ def _add_bench(subparsers: _Subparsers) -> None:
     )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--pages", type=int, metavar="N", help=_PAGES)
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what=_INSTEAD)
 
@@ -321,12 +323,7 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="SM,SM",
         help="GPU architectures to build for, e.g. sm86,sm89; tensorrt-rtx only (default: the GPU in this machine)",
     )
-    parser.add_argument(
-        "--pages",
-        type=int,
-        metavar="N",
-        help="pages of a language model's key/value pool (default: enough for eight images or questions)",
-    )
+    parser.add_argument("--pages", type=int, metavar="N", help=_PAGES)
     parser.add_argument(
         "--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use, in GiB (default: no limit)"
     )
@@ -398,7 +395,9 @@ def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny") -> None:
+def _add_engine_options(
+    parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny", paged: bool = False
+) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
     _add_pins(group)
@@ -413,7 +412,10 @@ def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokeni
     )
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group.add_argument("--batch-limit", type=int, metavar="N", help=_LIMIT)
+    if paged:
+        group.add_argument("--pages", type=int, metavar="N", help=_PAGES)
+    else:
+        group.add_argument("--batch-limit", type=int, metavar="N", help=_LIMIT)
 
 
 def _add_pins(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

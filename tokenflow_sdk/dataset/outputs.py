@@ -203,16 +203,16 @@ class _Parquet(Writer):
             hint = "Run `pip install 'tokenflow-sdk[dataset]'`, or write WebDataset's tars."
             raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
         self._pa = pa
-        self._sizes = {name: math.prod(shape) for name, shape in stamp.shapes.items()}
+        # Not lists of a fixed size: most versions of pyarrow write or read none of them that are null.
         index = pa.uint16() if stamp.codebook_size <= 2**16 else pa.int32()
         columns = [
             ("key", pa.string()),
-            ("codes", pa.list_(index, stamp.length)),
+            ("codes", pa.list_(index)),
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("sha256", pa.string()),
             ("error", pa.string()),
-            *((name, pa.list_(pa.float16(), size)) for name, size in self._sizes.items()),
+            *((name, pa.list_(pa.float16())) for name in stamp.shapes),
         ]
         self._schema = pa.schema(columns, {METADATA_KEY: stamp.to_json()})
         self._rows: list[Record] = []
@@ -229,16 +229,13 @@ class _Parquet(Writer):
 
     def _flush(self) -> None:
         pa, rows = self._pa, self._rows
-        codes = [None if row.codes is None else row.codes.indices for row in rows]
-        plain = {name: [getattr(row, name) for row in rows] for name in PLAIN}
-        lists = {"codes": (codes, self._stamp.length)} | {
-            name: ([None if row.codes is None else row.extra[name].reshape(-1) for row in rows], size)
-            for name, size in self._sizes.items()
+        columns = {name: pa.array([getattr(row, name) for row in rows], self._schema.field(name).type) for name in PLAIN}
+        lists: dict[str, list[NDArray[Any] | None]] = {
+            name: [row.extra[name] if row.codes is not None else None for row in rows] for name in self._stamp.shapes
         }
-        arrays = [
-            pa.array(plain[each.name], each.type) if each.name in plain else _lists(pa, each.type, *lists[each.name])
-            for each in self._schema
-        ]
+        lists["codes"] = [None if row.codes is None else row.codes.indices for row in rows]
+        columns |= {name: _lists(pa, self._schema.field(name).type, values) for name, values in lists.items()}
+        arrays = [columns[name] for name in self._schema.names]
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._rows = []
 
@@ -254,15 +251,13 @@ class _Parquet(Writer):
             self._file.close()
 
 
-def _lists(pa: Any, kind: Any, values: list[NDArray[Any] | None], size: int) -> Any:
-    """A column of lists of one length, null where there is None."""
+def _lists(pa: Any, kind: Any, values: list[NDArray[Any] | None]) -> Any:
+    """A column of lists, null where there is None."""
     dtype = kind.value_type.to_pandas_dtype()
-    flat = np.zeros((len(values), size), dtype)
-    for row, value in zip(flat, values, strict=True):
-        if value is not None:
-            row[:] = value
+    flat = np.concatenate([np.empty(0, dtype), *(value.reshape(-1).astype(dtype) for value in values if value is not None)])
+    ends = np.cumsum([0, *(0 if value is None else value.size for value in values)], dtype=np.int32)
     missing = pa.array([value is None for value in values])
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat), type=kind, mask=missing)
 
 
 class _Tar(Writer):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -61,18 +62,22 @@ def code_shards(path: str | os.PathLike[str]) -> list[str]:
 
 @overload
 def read_codes(
-    path: str | os.PathLike[str], *, errors: Literal["skip", "raise"] = "skip", rank: int = 0, world_size: int = 1
+    path: str | os.PathLike[str] | Sequence[str],
+    *,
+    errors: Literal["skip", "raise"] = "skip",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[tuple[str, Codes], None, None]: ...
 
 
 @overload
 def read_codes(
-    path: str | os.PathLike[str], *, errors: Literal["yield"], rank: int = 0, world_size: int = 1
+    path: str | os.PathLike[str] | Sequence[str], *, errors: Literal["yield"], rank: int = 0, world_size: int = 1
 ) -> Generator[tuple[str, Codes | DatasetError], None, None]: ...
 
 
 def read_codes(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str],
     *,
     errors: Literal["skip", "raise", "yield"] = "skip",
     rank: int = 0,
@@ -81,8 +86,8 @@ def read_codes(
     """Read keys and codes of what `tokenflow tokenize` wrote, in order, in memory that does not grow with it.
 
     Args:
-        path: a job's output, of which the shards that are done are read; an address that fsspec opens; or one file, `.parquet`
-            or `.tar`.
+        path: a job's output, of which the shards that are done are read; an address that fsspec opens; one file, `.parquet`
+            or `.tar`; or a list of files, e.g. those of `code_shards` in another order.
         errors: what becomes of a picture that has an error instead of codes: `skip` it, `raise` the error, or `yield` it.
         rank, world_size: give the rows of one of several readers: every `world_size`-th file, or every `world_size`-th row
             where there are fewer files than readers. The readers together get each row once.
@@ -103,7 +108,8 @@ def read_codes(
     world_size = integer("world_size", world_size, 1, None, "is no number of readers.", "Give 1 or more.")
     hint = f"Give 0 .. {world_size - 1}."
     rank = integer("rank", rank, 0, world_size - 1, f"is none of {world_size} readers.", hint)
-    return _read(code_shards(path), errors, rank, world_size)
+    files = list(path) if isinstance(path, (list, tuple)) else code_shards(path)
+    return _read(files, errors, rank, world_size)
 
 
 def _read(files: list[str], errors: str, rank: int, world_size: int) -> Generator[Any, None, None]:
@@ -173,6 +179,8 @@ def _of_batch(batch: Any, stamp: Stamp, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _lists(column: Any, shape: tuple[int, ...]) -> Iterator[NDArray[Any] | None]:
     """The lists of a column, each as an array of this shape; None where there is none."""
+    if set(column.value_lengths().to_pylist()) - {None, math.prod(shape)}:
+        raise ValueError(f"a list that does not have {math.prod(shape)} values")
     rows = iter(column.flatten().to_numpy().reshape(-1, *shape))  # without those that are null
     return (next(rows) if valid else None for valid in column.is_valid().to_pylist())
 

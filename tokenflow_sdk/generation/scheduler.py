@@ -16,6 +16,7 @@ from tokenflow_sdk.bundle.model_config import pages_for
 from tokenflow_sdk.errors import PagesExhausted
 from tokenflow_sdk.generation.scale_loop import ImageState, Prefix, ScaleLoop
 from tokenflow_sdk.loaded_model import Progress
+from tokenflow_sdk.model.kv_cache import PageTable
 from tokenflow_sdk.model.sampling import SamplingParams
 from tokenflow_sdk.scheduling import LeastWorkFirst, WaitingQueue
 
@@ -99,6 +100,10 @@ class ScaleScheduler:
                 image.release()
         else:
             self._waiting.remove(request)
+
+    def kept(self) -> list[PageTable]:
+        """The prefixes of negative prompts, which other requests may share."""
+        return [prefix.table for prefix in list(self._negative.values())]
 
     def step(self) -> None:
         """Admit the requests that fit, then sample one pass of some images."""

@@ -6,7 +6,7 @@ Forking a table shares the pages of a prefix; appending to a partly filled page 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -68,6 +68,11 @@ class PagePool:
     def references(self, page: int) -> int:
         """Number of references to a page; 0 if it is free."""
         return self._counts[page]
+
+    def held_only_by(self, tables: Iterable[PageTable]) -> int:
+        """Number of pages that these tables hold and nobody else."""
+        held = Counter(page for table in tables for page in table.pages)
+        return sum(self._counts[page] == count for page, count in held.items())
 
     def shared(self, page: int) -> bool:
         """Whether the page has more than one reference."""

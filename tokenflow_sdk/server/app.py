@@ -90,7 +90,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
 def _watch(models: Models) -> None:
     """Let the metrics ask the models for their pages, and whether their engines are built."""
     engines = "Whether a model runs on what it was asked to; 0 while its engines are being built."
-    total, free = "Key/value pages.", "Key/value pages that nothing holds."
+    total, free = "Key/value pages.", "Key/value pages that no request holds."
     for name, model in models.opened().items():
         models.metrics.gauge("tokenflow_engines_ready", engines, partial(_engines_ready, model), model=name)
         if not isinstance(model, Tokenizer):

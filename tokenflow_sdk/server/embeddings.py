@@ -10,8 +10,9 @@ import numpy as np
 from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from tokenflow_sdk.server.answers import JsonAnswer
 from tokenflow_sdk.server.bodies import picture_bytes
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.images import base64_text
@@ -53,7 +54,7 @@ def router(models: Models) -> APIRouter:
         ]
         count = sum(map(len, codes))
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
+        return JsonAnswer({"object": "list", "model": name, "data": data, "usage": usage})
 
     return routes
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tokenflow_sdk.generation.results import png
 from tokenflow_sdk.pictures.codes import Codes
+from tokenflow_sdk.server.answers import JsonAnswer
 from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, read_codes, read_inputs
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
@@ -106,7 +107,7 @@ def router(models: Models) -> APIRouter:
             for each, prepared in zip(data, pixels, strict=True):
                 each["prepared"] = base64_text(await models.in_thread(partial(png, Image.fromarray(prepared))))
         usage = {"prompt_tokens": 0, "total_tokens": sum(map(len, codes))}
-        return JSONResponse({"object": "list", "model": models.require(None, "tokens"), "data": data, "usage": usage})
+        return JsonAnswer({"object": "list", "model": models.require(None, "tokens"), "data": data, "usage": usage})
 
     @routes.post("/images/decode", openapi_extra=_BODIES, summary="Codes to pictures")
     async def decode(request: Request) -> Response:
@@ -119,7 +120,7 @@ def router(models: Models) -> APIRouter:
         if len(files) == 1 and not _accepts(request, "application/json"):
             return Response(files[0], media_type=f"image/{options.format}")
         data = [{"index": i, "b64_json": base64_text(file)} for i, file in enumerate(files)]
-        return JSONResponse({"object": "list", "data": data, "output_format": options.format})
+        return JsonAnswer({"object": "list", "data": data, "output_format": options.format})
 
     @routes.post("/images/features", openapi_extra=_BODIES, summary="Quantized features of pictures or codes")
     async def features(request: Request) -> Response:
@@ -137,7 +138,7 @@ def router(models: Models) -> APIRouter:
             np.save(buffer, result)
             return Response(buffer.getvalue(), media_type=_NPY)
         data = [{"index": i, "shape": list(each.shape), "values": each.tolist()} for i, each in enumerate(result)]
-        return await models.in_thread(lambda: JSONResponse({"object": "list", "data": data}))
+        return await models.in_thread(lambda: JsonAnswer({"object": "list", "data": data}))
 
     return routes
 

@@ -12,9 +12,10 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tokenflow_sdk import __version__
+from tokenflow_sdk.server.answers import JsonAnswer
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
 
@@ -136,7 +137,7 @@ def router(models: Models) -> APIRouter:
 
     @routes.get("/health/ready", summary="Whether the models are open and warm")
     async def ready() -> Response:
-        return JSONResponse({"ready": models.ready}, 200 if models.ready else 503)
+        return JsonAnswer({"ready": models.ready}, 200 if models.ready else 503)
 
     @routes.get("/models/{name}", summary="Inputs and outputs of a model")
     @routes.get("/models/{name}/versions/{version}", include_in_schema=False)
@@ -236,7 +237,7 @@ def _response(name: str, request: InferRequest, result: NDArray[Any], tensor: _T
         output["data"] = data.reshape(-1).tolist()
     head = {"model_name": name, "model_version": "1", "outputs": [output]} | ({"id": request.id} if request.id else {})
     if not binary:
-        return JSONResponse(head)
+        return JsonAnswer(head)
     text = json.dumps(head).encode()
     headers = {_HEADER: str(len(text))}
     return Response(text + data.tobytes(), media_type="application/octet-stream", headers=headers)

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -21,7 +22,10 @@ class Operation(NamedTuple):
     run: Callable[[list[Any]], Iterable[Any]]
 
 
-class _Waiting(NamedTuple):
+@dataclass(eq=False)
+class _Waiting:
+    """An item that waits. Two are never equal: items are arrays, which cannot be compared."""
+
     operation: Operation
     item: Any
     result: asyncio.Future[Any]
@@ -88,9 +92,8 @@ class Lanes:
             return []
         operation = self._waiting[0].operation
         batch = [each for each in self._waiting if each.operation is operation][: self._limit]
-        # Items are arrays, which cannot be compared; each waits once.
-        taken = {id(each) for each in batch}
-        self._waiting = deque(each for each in self._waiting if id(each) not in taken)
+        taken = set(batch)
+        self._waiting = deque(each for each in self._waiting if each not in taken)
         return batch
 
     async def _call(self, batch: list[_Waiting]) -> None:

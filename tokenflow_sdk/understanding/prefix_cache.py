@@ -24,6 +24,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._tables)
 
+    def tables(self) -> list[PageTable]:
+        """All tables. May be called while another thread changes the cache."""
+        return list(self._tables.values())
+
     def find(self, digests: Iterable[bytes]) -> PageTable | None:
         """A fork of the table of the first digest that is here, or None; the caller releases it."""
         for digest in digests:

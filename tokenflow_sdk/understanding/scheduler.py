@@ -74,6 +74,10 @@ class TokenScheduler:
         else:
             self._waiting.remove(request)
 
+    def kept(self) -> list[PageTable]:
+        """What the prefix cache holds."""
+        return self.cache.tables()
+
     def step(self) -> None:
         """Prefill one chunk of the smallest prompt, then decode one token of every answer that has begun."""
         self._admit()
