@@ -161,9 +161,17 @@ def test_a_second_run_into_an_output_is_refused(run: Run, here: Path, capsys: Ou
 
 def test_tasks_make_the_whole_together(run: Run, capsys: Output) -> None:
     assert run("in", "-o", "whole", "--shard-size", 2) == 0
+    left = [Path("out", f".0000{i}.parquet-{'0' * 12}.partial") for i in range(3)]
     for task in ("2/3", "1/3", "3/3"):
+        Path("out").mkdir(exist_ok=True)
+        for path in left:
+            path.touch()
         assert run("in", "-o", "out", "--shard-size", 2, "--shard", task) == 0
+        # What a killed task left is deleted, and others may be writing theirs.
+        assert [path.exists() for path in left] == [f"{i + 1}/3" != task for i in range(3)]
     assert "in 2 of 2 shards" in capsys.readouterr().out
+    for path in left:
+        path.unlink(missing_ok=True)
     assert content(Path("out")) == content(Path("whole"))
     assert json.loads(Path("out", STATE, "summary-2-of-3.json").read_text())["task"] == "2/3"
 

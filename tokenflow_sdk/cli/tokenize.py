@@ -66,8 +66,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         with stderr.step(f"listing {', '.join(arguments.inputs)}", brief=True):
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
-        if task is None:
-            output.delete_leftovers()
+        output.delete_leftovers(names={job.file(shard.index) for shard in job.shards if task is None or task.has(shard.index)})
         return _run(arguments, job, task, tokenizers)
 
 
