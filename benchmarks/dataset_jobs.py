@@ -40,7 +40,8 @@ from benchmarks.common import machine
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.storage import Storage
 

@@ -22,8 +22,9 @@ from tests.support.fakes import FakeSession
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions
+from tokenflow_sdk.dataset.job import Job
 from tokenflow_sdk.dataset.job_lock import Task
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
 from tokenflow_sdk.dataset.reading import read_records

@@ -18,8 +18,9 @@ from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_name, runtime_options
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions, require_usable
+from tokenflow_sdk.dataset.job import Job, require_usable
 from tokenflow_sdk.dataset.job_lock import Task, job_lock
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
 from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
