@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tests.support.fake_cuda import FakeCuda
@@ -222,3 +223,13 @@ def test_encode_names_it_where_a_directory_is_large(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(encode_command, "_LARGE", 9)
     assert main(["encode", "in", "-o", "codes"]) == 1
     assert "10 pictures: `tokenflow tokenize` writes the codes of so many to few files" in capsys.readouterr().err
+
+
+def test_of_warnings_about_pictures_the_first_is_shown_and_the_others_are_counted(run: Run, capsys: Output) -> None:
+    for path in Path("in").iterdir():
+        Image.new("RGB", (9, 8)).save(path, icc_profile=b"no profile")
+    assert run("in", "-o", "out") == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 2
+    assert "its colour profile is not applied" in error
+    assert "warning: 9 more pictures with a ColorProfileWarning" in error

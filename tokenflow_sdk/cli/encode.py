@@ -31,7 +31,8 @@ def encode(arguments: argparse.Namespace) -> int:
     images = list(found)
     if len(images) > _LARGE:
         stderr.note(
-            f"{len(images):,} pictures: `tokenflow tokenize` writes the codes of so many to few files, and reads ahead",
+            f"{len(images):,} pictures: `tokenflow tokenize` writes the codes of so many to few files, and goes on where it was "
+            "ended",
             soft_wrap=True,
         )
     outputs = dict(zip(images, output_paths(found, arguments.output, codes=True), strict=True))

@@ -6,6 +6,8 @@ import argparse
 import itertools
 import json
 import logging
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -116,7 +118,7 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
     if done := len(job.done):
         stderr.note(f"{done:,} of {len(job.shards):,} shards in {address} are done", soft_wrap=True)
     try:
-        with _shown(arguments) as show:
+        with _first_warnings(), _shown(arguments) as show:
             if arguments.ray is None:
                 workers = max(1, available_cores() // len(tokenizers))
                 encoders = [Encoder(each, job.options, workers, each.lanes()) for each in tokenizers]
@@ -153,6 +155,28 @@ def _shown(arguments: argparse.Namespace) -> Iterator[Callable[[Snapshot], None]
                     stdout.write(f"{json.dumps({'event': 'progress', **_figures(seen)})}\n")
 
         yield show
+
+
+@contextmanager
+def _first_warnings() -> Iterator[None]:
+    """Show the first warning of each kind, and in the end how many more pictures have one: there may be millions."""
+    seen, plain = Counter[str](), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        seen[category.__name__] += 1
+        if seen[category.__name__] == 1:
+            plain(message, category, *where, **options)
+
+    with warnings.catch_warnings():
+        # Otherwise Python would keep the text of each, to show none twice.
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            for kind, count in sorted(seen.items()):
+                if count > 1:
+                    stderr.print(f"warning: {count - 1:,} more pictures with a {kind}", style="yellow", soft_wrap=True)
 
 
 def _line(seen: Snapshot) -> str:

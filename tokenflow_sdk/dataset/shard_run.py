@@ -221,8 +221,6 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
                 watch.wrote(record)
             if watch.stop.is_set():
                 raise ShardStopped
-            with stages.timed("write"):
-                writer.close()
         with stages.timed("write"):
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.
