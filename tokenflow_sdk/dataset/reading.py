@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.arguments import file_path, integer, shown
+from tokenflow_sdk.arguments import file_path, integer, items, shown
 from tokenflow_sdk.dataset.outputs import FORMATS, METADATA_KEY, PLAIN, STATE, Record, Stamp
 from tokenflow_sdk.dataset.rows import tar_members
 from tokenflow_sdk.dataset.storage import Storage
@@ -108,7 +108,8 @@ def read_codes(
     world_size = integer("world_size", world_size, 1, None, "is no number of readers.", "Give 1 or more.")
     hint = f"Give 0 .. {world_size - 1}."
     rank = integer("rank", rank, 0, world_size - 1, f"is none of {world_size} readers.", hint)
-    files = list(path) if isinstance(path, (list, tuple)) else code_shards(path)
+    is_one = isinstance(path, (str, os.PathLike))
+    files = code_shards(path) if is_one else list(items("path", path, "Give a path, or a list of files."))
     return _read(files, errors, rank, world_size)
 
 
