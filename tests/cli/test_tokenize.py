@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tests.support.fake_cuda import FakeCuda
+from tests.support.file_faults import ERRORS, file_faults
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.cli import encode as encode_command
 from tokenflow_sdk.cli import main
@@ -233,3 +234,21 @@ def test_of_warnings_about_pictures_the_first_is_shown_and_the_others_are_counte
     assert error.count("warning: ") == 2
     assert "its colour profile is not applied" in error
     assert "warning: 9 more pictures with a ColorProfileWarning" in error
+
+
+def test_whatever_file_operation_on_the_output_fails_the_same_command_mends_it(run: Run, here: Path, capsys: Output) -> None:
+    words = ["in", "--shard-size", 4, "-o"]
+    with file_faults([here / "right"]) as faults:
+        assert run(*words, "right") == 0
+    right = content(here / "right")
+    assert len(faults.operations) > 60
+    # Every operation was tried once; here some of them are, of all kinds.
+    for number in range(0, len(faults.operations), 13):
+        output = here / f"out{number}"
+        with file_faults([output], number, ERRORS[number % len(ERRORS)]):
+            assert run(*words, output) in (0, 1, 2)
+        found = content(output) if output.exists() else {}
+        assert found.items() <= right.items(), faults.operations[number]
+        assert run(*words, output) == 0, faults.operations[number]
+        assert content(output) == right
+    assert "Traceback" not in capsys.readouterr().err

@@ -49,7 +49,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         return _verify(arguments)
     if not arguments.inputs:
         raise ArgumentError("No pictures were named.", "Give directories, tars or Parquet files; `tokenflow tokenize --help`.")
-    if arguments.output is None:
+    if not arguments.output:
         raise ArgumentError("No output was named.", "Give a directory or an address with -o.")
     task = None if arguments.shard is None else Task.parse(arguments.shard)
     if task is not None and arguments.ray is not None:
