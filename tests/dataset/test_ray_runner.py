@@ -108,8 +108,8 @@ def actors(job: psutil.Process) -> list[psutil.Process]:
 def test_an_actor_that_is_killed_in_mid_job_costs_nothing(
     ray_environment: dict[str, str], mini_bundle: Path, tmp_path: Path
 ) -> None:
-    inputs = write_pictures(tmp_path / "in", 3000, bad=(3, 700))
-    words = ["tokenize", str(inputs), "--shard-size", "100", "--bundle", str(mini_bundle)]
+    inputs = write_pictures(tmp_path / "in", 1600, bad=(3, 700))
+    words = ["tokenize", str(inputs), "--shard-size", "50", "--bundle", str(mini_bundle)]
     command = [sys.executable, "-m", "tokenflow_sdk.cli", *words]
     subprocess.run([*command, "-o", tmp_path / "right"], cwd=ROOT, check=True, capture_output=True)
     process = psutil.Popen(
@@ -138,5 +138,5 @@ def test_an_actor_that_is_killed_in_mid_job_costs_nothing(
     assert process.returncode == 0, errors
     assert len(killed) == 2
     summary = json.loads(out.splitlines()[-1])
-    assert (summary["pictures"], summary["failed"], summary["errors"]) == (3000, [], {"CorruptImageError": 2})
+    assert (summary["pictures"], summary["failed"], summary["errors"]) == (1600, [], {"CorruptImageError": 2})
     assert content(tmp_path / "out") == content(tmp_path / "right")
