@@ -104,6 +104,7 @@ _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines 
 _PAGES = "pages of a language model's key/value pool (default: enough for eight images or questions)"
 _INSTEAD = "the bundle, instead of the first argument"
 _OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
+_SHARED = "CPU threads of a call; as many calls run at once as fill the cores (default: 1, above 15 cores an eighth of them)"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
 
@@ -192,7 +193,7 @@ def _add_tokenize(subparsers: _Subparsers) -> None:
     parser.add_argument("--devices", metavar="NAMES", help="several GPUs, each with a tokenizer: cuda:0,cuda:1 or all")
     parser.add_argument("--json", action="store_true", help="print the progress and the end as lines of JSON")
     parser.add_argument("--verify", metavar="OUT", help="check the output of a job instead of running one")
-    _add_engine_options(parser)
+    _add_engine_options(parser, threads=_SHARED)
     _add_image_options(parser)
 
 
@@ -396,7 +397,11 @@ def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine_options(
-    parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny", paged: bool = False
+    parser: argparse.ArgumentParser,
+    what: str = "the tokenizer",
+    default: str = "tiny",
+    paged: bool = False,
+    threads: str = "CPU threads (default: all cores)",
 ) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
@@ -411,7 +416,7 @@ def _add_engine_options(
         "onnxruntime (default: %(default)s)",
     )
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument("--threads", type=int, metavar="N", help=threads)
     if paged:
         group.add_argument("--pages", type=int, metavar="N", help=_PAGES)
     else:

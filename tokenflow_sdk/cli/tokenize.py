@@ -62,6 +62,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
     require_usable(output)
     with ExitStack() as stack:
         tokenizers = [stack.enter_context(each) for each in _open(arguments)]
+        options = options.complete(tokenizers[0].config)
         shards = find_shards(arguments.inputs, options.reading)
         # Before anything is written: inputs that are not there leave no output.
         first = list(itertools.islice(shards, 1))
@@ -100,7 +101,7 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
         other = "--device" if arguments.device != "auto" else "--ray"
         raise ArgumentError(f"--devices and {other} both say where the tokenizer runs.", "Give one of them.")
     if arguments.devices != "all":
-        return [name for name in arguments.devices.split(",") if name]
+        return str(arguments.devices).split(",")
     from tokenflow_sdk.backends.cuda import Cuda
 
     return [f"cuda:{number}" for number in range(Cuda().call("cudaGetDeviceCount"))]
