@@ -66,9 +66,14 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_tasks_share_shards_out_without_a_rest() -> None:
     tasks = [Task.parse(f"{number}/3") for number in (1, 2, 3)]
-    assert [[task.has(index) for task in tasks].count(True) for index in range(20)] == [1] * 20
+    for shards in (1, 2, 3, 20, 100):
+        # In order, so that a directory is walked on from one shard to the next.
+        owners = [[task.has(index, shards) for task in tasks].index(True) for index in range(shards)]
+        assert owners == sorted(owners)
+        assert max(map(owners.count, owners)) - min(map(owners.count, owners)) <= 1
+        assert all([task.has(index, shards) for task in tasks].count(True) == 1 for index in range(shards))
     assert str(tasks[1]) == "2/3"
-    assert Task.parse("1/1").has(5)
+    assert Task.parse("1/1").has(5, 9)
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "-1/2", "1/2/3", "a/b", "1/", "²/3"])

@@ -25,7 +25,7 @@ from tokenflow_sdk.dataset.job_lock import Task, job_lock
 from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
-from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
+from tokenflow_sdk.dataset.runner import run_local, shards_of, shards_to_do, store_summary, summarize
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError
@@ -70,7 +70,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         with stderr.step(f"listing {', '.join(arguments.inputs)}", brief=True):
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
-        output.delete_leftovers(names={job.file(shard.index) for shard in job.shards if task is None or task.has(shard.index)})
+        output.delete_leftovers(names={job.file(shard.index) for shard in shards_of(job, task)})
         return _run(arguments, job, task, tokenizers)
 
 
@@ -111,10 +111,9 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
     shards = shards_to_do(job, task, arguments.retry_errors)
     address = job.output.address
     if not shards:
-        mine = [record for record in job.done.values() if task is None or task.has(record.shard)]
-        progress = Progress((), {})
-        _say_end(arguments, summarize(job, progress, task))
-        stderr.note(f"nothing to do: all {len(mine):,} shards are done", soft_wrap=True)
+        summary = summarize(job, Progress((), {}), task)
+        _say_end(arguments, summary)
+        stderr.note(f"nothing to do: all {summary['shards']:,} shards are done", soft_wrap=True)
         return 0
     if done := len(job.done):
         stderr.note(f"{done:,} of {len(job.shards):,} shards in {address} are done", soft_wrap=True)

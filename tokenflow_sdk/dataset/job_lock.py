@@ -21,7 +21,7 @@ _HINT = "Wait until it ends, or choose another -o."
 
 
 class Task(NamedTuple):
-    """One of several processes that share a job: it makes the shards whose index has the remainder `number - 1` by `total`."""
+    """One of several processes that share a job, the `number`-th of `total`. Each makes shards that follow each other."""
 
     number: int
     total: int
@@ -38,9 +38,9 @@ class Task(NamedTuple):
             raise ArgumentError(f"--shard {text} is no part of a job.", "Write it as --shard 1/16, up to --shard 16/16.")
         return cls(int(number), int(total))
 
-    def has(self, index: int) -> bool:
-        """Whether a shard is this task's."""
-        return index % self.total == self.number - 1
+    def has(self, index: int, shards: int) -> bool:
+        """Whether a shard, by its index, is this task's, of a job of so many shards."""
+        return index * self.total // shards == self.number - 1
 
     def __str__(self) -> str:
         return f"{self.number}/{self.total}"

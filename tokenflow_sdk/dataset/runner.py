@@ -17,17 +17,25 @@ from tokenflow_sdk.dataset.progress import FailedShard, Progress, Snapshot
 from tokenflow_sdk.dataset.shard_run import Encoder, ShardStopped, Watch, run_shard
 from tokenflow_sdk.errors import MissingPackageError, TokenFlowError
 
-__all__ = ["run_local", "shards_to_do", "store_summary", "summarize"]
+__all__ = ["run_local", "shards_of", "shards_to_do", "store_summary", "summarize"]
 
 _logger = logging.getLogger("tokenflow_sdk")
 _POLL = 0.2
 """Seconds between looks at how far it is, and at most before Ctrl-C is seen."""
 
 
+def shards_of(job: Job, task: Task | None) -> list[Shard]:
+    """The shards of a task; None: all."""
+    return [shard for shard in job.shards if task is None or task.has(shard.index, len(job.shards))]
+
+
 def shards_to_do(job: Job, task: Task | None = None, retry_errors: bool = False) -> list[Shard]:
     """The shards that a run makes: those of its task that are not done, or have rows with an error if those are tried again."""
-    mine = (shard for shard in job.shards if task is None or task.has(shard.index))
-    return [shard for shard in mine if (record := job.done.get(shard.index)) is None or (retry_errors and record.bad)]
+    return [
+        shard
+        for shard in shards_of(job, task)
+        if (record := job.done.get(shard.index)) is None or (retry_errors and record.bad)
+    ]
 
 
 def run_local(
@@ -139,8 +147,8 @@ class _Turn(Watch):
 
 def summarize(job: Job, progress: Progress, task: Task | None = None) -> dict[str, Any]:
     """What a run did and how far the job is, as stored in `summary.json` beside its state."""
-    mine = [shard.index for shard in job.shards if task is None or task.has(shard.index)]
-    records = [job.done[index] for index in mine if index in job.done]
+    mine = shards_of(job, task)
+    records = [job.done[shard.index] for shard in mine if shard.index in job.done]
     errors = sum((Counter(record.errors) for record in records), Counter[str]())
     seen = progress.snapshot()
     return {
