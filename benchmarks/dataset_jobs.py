@@ -40,7 +40,8 @@ from benchmarks.common import machine
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.storage import Storage
 
@@ -159,7 +160,8 @@ def run_job(words: Sequence[object]) -> dict[str, Any]:
     # In the first quarter it grows to what it works with.
     working = resident[len(resident) // 4 :] or resident
     growth = median(working[-max(1, len(working) // 4) :]) - median(working[: max(1, len(working) // 4)])
-    return json.loads(lines[-1])["this_run"] | {"wall_seconds": wall, "peak_resident": max(resident), "growth": growth}
+    said_of_run: dict[str, Any] = json.loads(lines[-1])["this_run"]
+    return said_of_run | {"wall_seconds": wall, "peak_resident": max(resident), "growth": growth}
 
 
 def resident_bytes(process: int) -> int:

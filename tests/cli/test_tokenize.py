@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tests.support.fake_cuda import FakeCuda
+from tests.support.file_faults import ERRORS, file_faults
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.cli import encode as encode_command
 from tokenflow_sdk.cli import main
@@ -122,7 +124,7 @@ def test_shards_that_fail_are_listed_and_the_status_is_1(run: Run, here: Path, c
         ("in -o out --shard-size 0", "--shard-size 0 is no number of pictures for a shard."),
         ("in -o out --shard 3/2", "--shard 3/2 is no part of a job."),
         ("in -o out --shard 1/2 --ray auto", "--shard and --ray both divide a job."),
-        ("in -o in/000.png", "cannot be written: Not a directory."),
+        ("in -o in/000.png", "000.png cannot be read: Not a directory."),
         ("in -o empty/full", "holds a.parquet and is not the output of a job."),
         ("--verify empty", "holds no output of `tokenflow tokenize`."),
         ("in --verify out", "--verify takes the output of a job and nothing else."),
@@ -161,9 +163,17 @@ def test_a_second_run_into_an_output_is_refused(run: Run, here: Path, capsys: Ou
 
 def test_tasks_make_the_whole_together(run: Run, capsys: Output) -> None:
     assert run("in", "-o", "whole", "--shard-size", 2) == 0
+    left = [Path("out", f".0000{i}.parquet-{'0' * 12}.partial") for i in range(3)]
     for task in ("2/3", "1/3", "3/3"):
+        Path("out").mkdir(exist_ok=True)
+        for path in left:
+            path.touch()
         assert run("in", "-o", "out", "--shard-size", 2, "--shard", task) == 0
+        # What a killed task left is deleted, and others may be writing theirs.
+        assert [path.exists() for path in left] == [f"{i + 1}/3" != task for i in range(3)]
     assert "in 2 of 2 shards" in capsys.readouterr().out
+    for path in left:
+        path.unlink(missing_ok=True)
     assert content(Path("out")) == content(Path("whole"))
     assert json.loads(Path("out", STATE, "summary-2-of-3.json").read_text())["task"] == "2/3"
 
@@ -214,3 +224,31 @@ def test_encode_names_it_where_a_directory_is_large(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(encode_command, "_LARGE", 9)
     assert main(["encode", "in", "-o", "codes"]) == 1
     assert "10 pictures: `tokenflow tokenize` writes the codes of so many to few files" in capsys.readouterr().err
+
+
+def test_of_warnings_about_pictures_the_first_is_shown_and_the_others_are_counted(run: Run, capsys: Output) -> None:
+    for path in Path("in").iterdir():
+        Image.new("RGB", (9, 8)).save(path, icc_profile=b"no profile")
+    assert run("in", "-o", "out") == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 2
+    assert "its colour profile is not applied" in error
+    assert "warning: 9 more pictures with a ColorProfileWarning" in error
+
+
+def test_whatever_file_operation_on_the_output_fails_the_same_command_mends_it(run: Run, here: Path, capsys: Output) -> None:
+    words = ["in", "--shard-size", 4, "-o"]
+    with file_faults([here / "right"]) as faults:
+        assert run(*words, "right") == 0
+    right = content(here / "right")
+    assert len(faults.operations) > 60
+    # Every operation was tried once; here some of them are, of all kinds.
+    for number in range(0, len(faults.operations), 13):
+        output = here / f"out{number}"
+        with file_faults([output], number, ERRORS[number % len(ERRORS)]):
+            assert run(*words, output) in (0, 1, 2)
+        found = content(output) if output.exists() else {}
+        assert found.items() <= right.items(), faults.operations[number]
+        assert run(*words, output) == 0, faults.operations[number]
+        assert content(output) == right
+    assert "Traceback" not in capsys.readouterr().err

@@ -8,10 +8,11 @@ import pytest
 
 from tests.support.fakes import fake_bundle
 from tokenflow_sdk.dataset.inputs import Shard
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import ArgumentError, DatasetError
+from tokenflow_sdk.errors import DatasetError
 
 BUNDLE = replace(fake_bundle(), sha256="ab" * 32)
 SHARDS = [Shard(i, "files", "/photos", f"{i:064x}", first=f"{i}0.png", count=10) for i in range(3)]
@@ -141,18 +142,6 @@ def test_a_list_of_shards_that_is_cut_is_noticed(tmp_path: Path) -> None:
     (tmp_path / STATE / "shards.jsonl").write_text("\n".join(lines[:2]))
     with pytest.raises(DatasetError, match="2 of 3 shards"):
         begin(tmp_path)
-
-
-def test_options_that_cannot_work_are_named() -> None:
-    with pytest.raises(ArgumentError, match="--also pixels is nothing that is stored"):
-        JobOptions(also=("pixels",))
-    for scales in (0, 3):
-        with pytest.raises(ArgumentError, match=f"--scales {scales} is no number of scales of fake. Give 1 to 2."):
-            JobOptions(scales=scales).complete(BUNDLE.config)
-    assert JobOptions(also=("semantic", "features")) == JobOptions(also=("features", "semantic"))
-    stamp = JobOptions(also=("semantic", "features"), scales=1).stamp(BUNDLE)
-    assert (stamp.scales, stamp.shapes) == (1, {"features": (4, 40), "semantic": (4, 4)})
-    assert (stamp.bundle_sha256, stamp.codebook_id) == ("ab" * 32, "ab" * 8)
 
 
 def test_ten_thousand_shards_begin_and_go_on_at_once(tmp_path: Path) -> None:

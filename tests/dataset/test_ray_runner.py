@@ -22,7 +22,8 @@ from tests.conftest import ROOT
 from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tokenflow_sdk.dataset import ray_runner
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress
 from tokenflow_sdk.dataset.runner import run_local

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,8 +22,9 @@ from tests.support.fakes import FakeSession
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions
+from tokenflow_sdk.dataset.job import Job
 from tokenflow_sdk.dataset.job_lock import Task
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
 from tokenflow_sdk.dataset.reading import read_records
@@ -138,6 +140,31 @@ def test_a_shard_that_fails_does_not_stop_the_others_and_is_tried_by_the_next_ru
     assert progress.snapshot().pictures == 8
     again, progress = run(fakes[:1], pattern, tmp_path / "out")
     assert (sorted(again.done), len(progress.failed)) == ([0, 3], 2)
+
+
+def test_a_disk_that_is_full_fails_the_shards_that_it_is_full_for(
+    fakes: list[Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.fsync
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        # Of the files that appear: those of two shards, one after the other.
+        calls.append(handle)
+        if len(calls) in (3, 5):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(handle)
+
+    inputs = str(write_pictures(tmp_path / "in", 20))
+    run(fakes[:1], inputs, tmp_path / "right")
+    monkeypatch.setattr(os, "fsync", full)
+    job, progress = run(fakes[:1], inputs, tmp_path / "out")
+    assert len(progress.failed) in (1, 2)
+    assert all("No space left on device" in each.error for each in progress.failed)
+    assert {record.shard for record in progress.made}.isdisjoint(each.shard for each in progress.failed)
+    assert len(job.done) + len(progress.failed) == 5
+    run(fakes[:1], inputs, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
 def test_what_nobody_has_thought_of_fails_its_shard_and_is_logged(

@@ -16,7 +16,8 @@ from tests.support.dataset_jobs import content, fake_tokenizer, picture, write_p
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import Record
 from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.shard_run import STAGES, Encoder, ShardStopped, Stages, Watch, run_shard

@@ -82,7 +82,11 @@ def test_only_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
         (tmp_path / "done" / "killed").hardlink_to(path)
     left = (tmp_path / "done" / "killed").rename(path)
     storage.delete_leftovers()
+    storage.delete_leftovers("done", names=["b", ".a"])
     assert left.exists()
+    storage.delete_leftovers("done", names=["a"])
+    assert not left.exists()
+    left.write_bytes(b"")
     storage.delete_leftovers("done")
     storage.delete_leftovers("nothing")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [".kept", "done", "done/a", "kept"]

@@ -10,7 +10,8 @@ import pytest
 from tests.support.dataset_jobs import fake_tokenizer, picture, write_pictures
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions
+from tokenflow_sdk.dataset.job import Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE, open_writer
 from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.runner import run_local

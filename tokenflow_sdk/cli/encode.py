@@ -30,10 +30,8 @@ def encode(arguments: argparse.Namespace) -> int:
     found = image_files(arguments.images)
     images = list(found)
     if len(images) > _LARGE:
-        stderr.note(
-            f"{len(images):,} pictures: `tokenflow tokenize` writes the codes of so many to few files, and reads ahead",
-            soft_wrap=True,
-        )
+        several = "`tokenflow tokenize` writes the codes of so many to few files, and goes on where it was ended"
+        stderr.note(f"{len(images):,} pictures: {several}", soft_wrap=True)
     outputs = dict(zip(images, output_paths(found, arguments.output, codes=True), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:

@@ -12,7 +12,7 @@ from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, tokenize, verify
 from tokenflow_sdk.cli.help import Parser, add_command
 from tokenflow_sdk.cli.outputs import STDIO, Output
-from tokenflow_sdk.dataset.job import EXTRAS, JobOptions
+from tokenflow_sdk.dataset.job_options import EXTRAS, JobOptions
 from tokenflow_sdk.dataset.outputs import FORMATS
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS

@@ -6,6 +6,8 @@ import argparse
 import itertools
 import json
 import logging
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,8 +20,9 @@ from tokenflow_sdk.cli.console import stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_name, runtime_options
 from tokenflow_sdk.cli.progress import make_bars
 from tokenflow_sdk.dataset.inputs import find_shards
-from tokenflow_sdk.dataset.job import Job, JobOptions, require_usable
+from tokenflow_sdk.dataset.job import Job, require_usable
 from tokenflow_sdk.dataset.job_lock import Task, job_lock
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Progress, Snapshot
 from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
@@ -46,7 +49,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         return _verify(arguments)
     if not arguments.inputs:
         raise ArgumentError("No pictures were named.", "Give directories, tars or Parquet files; `tokenflow tokenize --help`.")
-    if arguments.output is None:
+    if not arguments.output:
         raise ArgumentError("No output was named.", "Give a directory or an address with -o.")
     task = None if arguments.shard is None else Task.parse(arguments.shard)
     if task is not None and arguments.ray is not None:
@@ -66,8 +69,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         with stderr.step(f"listing {', '.join(arguments.inputs)}", brief=True):
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
-        if task is None:
-            output.delete_leftovers()
+        output.delete_leftovers(names={job.file(shard.index) for shard in job.shards if task is None or task.has(shard.index)})
         return _run(arguments, job, task, tokenizers)
 
 
@@ -116,7 +118,7 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
     if done := len(job.done):
         stderr.note(f"{done:,} of {len(job.shards):,} shards in {address} are done", soft_wrap=True)
     try:
-        with _shown(arguments) as show:
+        with _first_warnings(), _shown(arguments) as show:
             if arguments.ray is None:
                 workers = max(1, available_cores() // len(tokenizers))
                 encoders = [Encoder(each, job.options, workers, each.lanes()) for each in tokenizers]
@@ -153,6 +155,28 @@ def _shown(arguments: argparse.Namespace) -> Iterator[Callable[[Snapshot], None]
                     stdout.write(f"{json.dumps({'event': 'progress', **_figures(seen)})}\n")
 
         yield show
+
+
+@contextmanager
+def _first_warnings() -> Iterator[None]:
+    """Show the first warning of each kind, and in the end how many more pictures have one: there may be millions."""
+    seen, plain = Counter[str](), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        seen[category.__name__] += 1
+        if seen[category.__name__] == 1:
+            plain(message, category, *where, **options)
+
+    with warnings.catch_warnings():
+        # Otherwise Python would keep the text of each, to show none twice.
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            for kind, count in sorted(seen.items()):
+                if count > 1:
+                    stderr.print(f"warning: {count - 1:,} more pictures with a {kind}", style="yellow", soft_wrap=True)
 
 
 def _line(seen: Snapshot) -> str:

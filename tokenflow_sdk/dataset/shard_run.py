@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import JpegImagePlugin
 
 from tokenflow_sdk.dataset.inputs import Row, Shard, read_shard
-from tokenflow_sdk.dataset.job import DoneRecord, Job, JobOptions
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import Record, open_writer
 from tokenflow_sdk.dataset.read_ahead import read_ahead
 from tokenflow_sdk.dataset.reading import read_records
@@ -220,8 +221,6 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
                 watch.wrote(record)
             if watch.stop.is_set():
                 raise ShardStopped
-            with stages.timed("write"):
-                writer.close()
         with stages.timed("write"):
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import io
 import os
+import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ _OF_THE_FILE = (
 """What is wrong with a local file itself, and not with its disk."""
 _ACCESS = "Check that the service can be reached, and that this machine has credentials for it."
 _PARTIAL = ".partial"
+_LEFT = re.compile(rf"\.(.*)-[0-9a-f]{{12}}{re.escape(_PARTIAL)}")
 
 
 def as_text(name: str) -> str:
@@ -184,12 +185,18 @@ class Storage:
             else:
                 self._filesystem.rm_file(self._remote(name))
 
-    def delete_leftovers(self, directory: str = "") -> None:
-        """Delete what `new_file` left in a local directory because its process was killed. Nobody else may be writing there."""
+    def delete_leftovers(self, directory: str = "", names: Collection[str] | None = None) -> None:
+        """Delete what `new_file` left in a local directory because its process was killed.
+
+        Args:
+            directory: where to look.
+            names: of the files, in the directory, that were to be written; nobody else may be writing them. None: any.
+        """
         if not self.is_local or self.find(directory) is None:
             return
         for entry in list(self.scan(directory)):
-            if fnmatch.fnmatchcase(entry.name, f".*{_PARTIAL}"):
+            found = _LEFT.fullmatch(entry.name)
+            if found is not None and (names is None or found[1] in names):
                 self.delete(f"{directory}/{entry.name}" if directory else entry.name)
 
     @cached_property
