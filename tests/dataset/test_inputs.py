@@ -106,6 +106,13 @@ def test_tars_and_parquet_files_are_a_shard_each(place: str) -> None:
     assert [row.key for row in read([names[1]])[0]] == ["2/0", "2/1"]
 
 
+def test_signed_addresses_are_told_by_what_is_before_the_signature() -> None:
+    kinds = [module._kind(f"https://host/x{ending}?sig=a*b.jpg") for ending in (".tar", ".tgz", ".parquet", ".jpg")]
+    assert kinds == ["tar", "tar", "parquet", "files"]
+    assert not module._is_pattern("https://host/x.tar?sig=a*b")
+    assert module._kind("what?.tar") == "tar"
+
+
 def test_inputs_stay_apart_and_in_their_order(photos: Storage, place: str) -> None:
     storage = Storage(place)
     storage.write("1.tar", tar("a.jpg"))

@@ -178,7 +178,7 @@ def _shards(named: Sequence[str], entries: Sequence[Entry | None], size: int) ->
 
 
 def _kind(name: str) -> Kind:
-    lower = name.lower()
+    lower = (name.partition("?")[0] if "://" in name else name).lower()  # after it, addresses have signatures
     return "tar" if lower.endswith(_TAR) else "parquet" if lower.endswith(_PARQUET) else "files"
 
 

@@ -108,8 +108,9 @@ def read_codes(
     world_size = integer("world_size", world_size, 1, None, "is no number of readers.", "Give 1 or more.")
     hint = f"Give 0 .. {world_size - 1}."
     rank = integer("rank", rank, 0, world_size - 1, f"is none of {world_size} readers.", hint)
-    is_one = isinstance(path, (str, os.PathLike))
-    files = code_shards(path) if is_one else list(items("path", path, "Give a path, or a list of files."))
+    if isinstance(path, (str, os.PathLike)):
+        return _read(code_shards(path), errors, rank, world_size)
+    files = list(items("path", path, "Give a path, or a list of files."))
     return _read(files, errors, rank, world_size)
 
 

@@ -94,7 +94,7 @@ def tar_members(storage: Storage) -> Iterator[tuple[tarfile.TarInfo, Callable[[]
         StorageError, DatasetFileError: it cannot be read.
     """
     with storage.open() as opened, _naming_damage(storage.address):
-        file: Any = gzip.GzipFile(fileobj=opened) if storage.address.lower().endswith("gz") else opened
+        file: Any = gzip.GzipFile(fileobj=opened) if opened.peek(2).startswith(b"\x1f\x8b") else opened
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member, encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined] # it would keep them all

@@ -116,7 +116,7 @@ class Storage:
                 return None
             raise
 
-    def open(self, name: str = "") -> BinaryIO:
+    def open(self, name: str = "") -> io.BufferedReader:
         """A file for reading and seeking, whose errors are this class's."""
         file: Any
         with self._reading(name):
