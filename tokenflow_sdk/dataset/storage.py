@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from tokenflow_sdk.errors import (
     ArgumentError,
@@ -69,6 +67,10 @@ class Storage:
 
     def __init__(self, address: str) -> None:
         if address.startswith("file://"):
+            # Takes long to import.
+            from urllib.parse import urlsplit
+            from urllib.request import url2pathname
+
             address = url2pathname(urlsplit(address).path)
         self.is_local = "://" not in address
         # Other processes may have other working directories.
