@@ -141,7 +141,7 @@ def test_every_command_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     makes = [words for words in commands if words[0] == "make"]
     assert makes == [["make", "demo"], ["make", "test"]]
     others = [words for words in commands if words[0] != "make"]
-    shown = {"encode", "decode", "reconstruct", "generate", "ask", "info", "verify", "bench", "cache"}
+    shown = {"encode", "tokenize", "decode", "reconstruct", "generate", "ask", "info", "verify", "bench", "cache"}
     assert {words[1] for words in others} == shown
     assert {words[0] for words in others} == {"tokenflow"}
     # One as it stands, the others without starting Python anew.

@@ -10,7 +10,8 @@ __all__ = ["as_options"]
 
 _SAME = (
     *("backend", "batch_limit", "batch_usual", "cfg_scale", "color", "device", "max_pixels", "max_tokens", "memory_gb"),
-    *("pages", "preprocess", "preset", "repetition_penalty", "revision", "seed", "sha256", "temperature", "threads"),
+    *("image_column", "key_column", "pages", "preprocess", "preset", "repetition_penalty", "revision", "seed", "sha256"),
+    *("shard_size", "temperature", "threads"),
     *("tokenizer", "top_k", "top_p", "workspace_gb"),
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME} | {
