@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -76,14 +78,19 @@ def run_on_ray(
         # A shard whose actor dies each time does not end the others.
         context.max_errored_blocks = -1
         items = [{"shard": json.dumps(shard.to_json()), "done": _as_text(job.done.get(shard.index))} for shard in shards]
-        made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Actor,
-            fn_constructor_args=(tokenizer, _without_shards(job), 2 if gpus else 1),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=1),
-            ray_remote_args_fn=lambda: {"max_restarts": _TRIES, "max_task_retries": _TRIES},
-            **resources,
-        )
+        queue = ray.data.from_items(items, override_num_blocks=len(items))
+        with warnings.catch_warnings():
+            # Ray 2.64 will no longer be told how often, and try for ever.
+            warnings.simplefilter("ignore")
+            limited = "ray_remote_args_fn" in inspect.signature(queue.map_batches).parameters
+            made = queue.map_batches(
+                _Actor,
+                fn_constructor_args=(tokenizer, _without_shards(job), 2 if gpus else 1),
+                batch_size=1,
+                compute=ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=1),
+                **({"ray_remote_args_fn": _limits} if limited else {}),
+                **resources,
+            )
         try:
             for row in made.iter_rows():
                 _count(job, progress, row)
@@ -100,6 +107,10 @@ def run_on_ray(
         if shard.index not in seen:
             progress.fail(FailedShard.of(shard, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs."))
     return progress
+
+
+def _limits() -> dict[str, int]:
+    return {"max_restarts": _TRIES, "max_task_retries": _TRIES}
 
 
 def _count(job: Job, progress: Progress, row: dict[str, Any]) -> None:

@@ -205,22 +205,21 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
     items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
     with job.output.new_file(job.file(shard.index)) as path:
-        with (
-            open_writer(path, encoder.stamp, job.options.format) as writer,
-            closing(_then(items, watch.idle)) as read,
-            closing(encoder.records(read, stages)) as records,
-        ):
-            for record in records:
-                if watch.stop.is_set():
-                    break
-                with stages.timed("write"):
-                    writer.add(record)
-                count += 1
-                if record.error is not None:
-                    errors[record.error.partition(":")[0]] += 1
-                watch.wrote(record)
+        with open_writer(path, encoder.stamp, job.options.format) as writer:
+            with closing(_then(items, watch.idle)) as read, closing(encoder.records(read, stages)) as records:
+                for record in records:
+                    if watch.stop.is_set():
+                        break
+                    with stages.timed("write"):
+                        writer.add(record)
+                    count += 1
+                    if record.error is not None:
+                        errors[record.error.partition(":")[0]] += 1
+                    watch.wrote(record)
             if watch.stop.is_set():
                 raise ShardStopped
+            written = perf_counter()
+        stages.add({"write": perf_counter() - written})
         with stages.timed("write"):
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.
