@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import repeat
@@ -61,23 +61,30 @@ def main() -> None:
         return
     serve = [sys.executable, "-m", "tokenflow_sdk", "serve", "--port", "0", "--no-access-log", "--max-queue", "256"]
     bundle = ["--tokenizer", arguments.bundle, "--generator", "none"]
-    rounds = []
-    with ExitStack() as running:
-        url, seconds = running.enter_context(service([*serve, *bundle]))
-        services = {
-            "tokenflow serve": url + "/v1/images/tokens",
-            "one at a time": running.enter_context(
-                service([sys.executable, __file__, "--bundle", arguments.bundle, "--plain"])
-            )[0],
-        }
-        if arguments.ray:
-            services["Ray Serve"] = running.enter_context(ray_serve(arguments.ray, arguments.bundle)) + "/v1/images/tokens"
-        tokenizer = running.enter_context(Tokenizer.from_pretrained(arguments.bundle)).load("encode")
+    plain_service = [sys.executable, __file__, "--bundle", arguments.bundle, "--plain"]
+    services: dict[str, Callable[[], AbstractContextManager[tuple[str, float]]]] = {
+        "tokenflow serve": lambda: service([*serve, *bundle], "/v1/images/tokens"),
+        "one at a time": lambda: service(plain_service, "/"),
+    }
+    if arguments.ray:
+        services["Ray Serve"] = lambda: ray_serve(arguments.ray, arguments.bundle)
+    rounds, starts = [], []
+    with Tokenizer.from_pretrained(arguments.bundle).load("encode") as tokenizer:
         for _ in range(arguments.rounds):
-            found = {side: measure(url, arguments.requests, tokenizer) for side, url in services.items()}
-            rounds.append({"sdk": sdk(tokenizer, arguments.requests)} | found)
+            found = {"sdk": sdk(tokenizer, arguments.requests)}
+            for side, begin in services.items():
+                # Each runs alone: an idle Ray takes some of the cores too.
+                with begin() as (url, seconds):
+                    found[side] = measure(url, arguments.requests, tokenizer)
+                starts += [seconds] if side == "tokenflow serve" else []
+            rounds.append(found)
     sides = {side: {key: median(each[side][key] for each in rounds) for key in rounds[0][side]} for side in rounds[0]}
-    report = {"bundle": arguments.bundle, "requests": arguments.requests, "rounds": arguments.rounds, "start_seconds": seconds}
+    report = {
+        "bundle": arguments.bundle,
+        "requests": arguments.requests,
+        "rounds": arguments.rounds,
+        "start_seconds": median(starts),
+    }
     report |= machine() | {"cores": available_cores(), "sides": sides}
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = page(report)
@@ -177,8 +184,8 @@ def plain(bundle: str) -> None:
 
 
 @contextmanager
-def service(command: list[str]) -> Iterator[tuple[str, float]]:
-    """A service in a process of its own: its address, and the seconds until it was ready."""
+def service(command: list[str], path: str) -> Iterator[tuple[str, float]]:
+    """A service in a process of its own: the address of a path, and the seconds until it was ready."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
@@ -193,15 +200,15 @@ def service(command: list[str]) -> Iterator[tuple[str, float]]:
             raise SystemExit(f"{command} ended before it was ready")
         seconds = time.perf_counter() - began
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield url, seconds
+        yield url + path, seconds
     finally:
         process.terminate()
         process.wait()
 
 
 @contextmanager
-def ray_serve(python: str, bundle: str) -> Iterator[str]:
-    """The address of the example on a Ray of its own: one replica, which has all cores, as the other services have."""
+def ray_serve(python: str, bundle: str) -> Iterator[tuple[str, float]]:
+    """As `service`, of the example on a Ray of its own: one replica, which has all cores, as the other services have."""
     with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory(prefix="ray") as directory:
         port, cores = free.getsockname()[1], available_cores()
         free.close()
@@ -218,13 +225,13 @@ def ray_serve(python: str, bundle: str) -> Iterator[str]:
             [python, "-m", "ray.serve.scripts", "run", str(config)],
             env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        url = f"http://127.0.0.1:{port}"
+        url, began = f"http://127.0.0.1:{port}", time.perf_counter()
         try:
             while not _answers(url):
                 if process.poll() is not None:
                     raise SystemExit(f"Ray Serve ended with {process.returncode} before it was ready")
                 time.sleep(0.5)
-            yield url
+            yield url + "/v1/images/tokens", time.perf_counter() - began
         finally:
             process.terminate()
             process.wait()
