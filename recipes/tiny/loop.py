@@ -53,12 +53,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 
 
-def training_parser(description: str | None, out: Path, batch: int, rate: float) -> argparse.ArgumentParser:
+def training_parser(description: str | None, out: Path, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
     """A parser with the arguments of both trainings and the defaults of one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="checkpoints, curve and plots (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="of the whole training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="pictures in a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=rate, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -117,7 +117,7 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
 
 def _history(training: Path) -> str:
     tokenizer, generator = (int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator"))
-    return f"These weights took {tokenizer:,} steps of 8 pictures and {generator:,} steps of 16 to 80."
+    return f"The tokenizer was trained for {tokenizer:,} steps, the generator for {generator:,}."
 
 
 def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
@@ -137,7 +137,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             encode_ratio=times["encode_eager"] / times["encode"],
             decode_ms=times["decode"] * 1e3,
             decode_ratio=times["decode_eager"] / times["decode"],
-            photos=len(pictures.photos) + len(pictures.test_photos),
+            photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
             history=history,

@@ -229,7 +229,7 @@ class GeneratorTraining:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/generator"), batch=16, rate=1.5e-3)
+    parser = training_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="default: %(default)s")
     arguments = parser.parse_args(argv)

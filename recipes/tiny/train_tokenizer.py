@@ -10,6 +10,7 @@ photographs.
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class TokenizerTraining:
     def _schedule(self) -> float:
         """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
         done = max(0.0, 1 - (1 - self.step / self.steps) / COOL_DOWN)
-        return min(1.0, (self.step + 1) / 100) * (1 - 0.97 * done**0.5)
+        return min(1.0, (self.step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
 
     def _latent(self, x: Tensor) -> Tensor:
         semantic = self.model.semantic_branch(x)
@@ -228,7 +229,7 @@ def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), batch=8, rate=8e-4)
+    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), steps=70000, batch=4, rate=8e-4)
     parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the teacher's features (default: %(default)s)")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
