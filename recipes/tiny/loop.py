@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["BEST", "CHECKPOINT", "CURVE", "Training", "device", "has_bfloat16", "plot", "read_curve", "run", "training_parser"]
 
 CHECKPOINT, BEST, CURVE, PLOT = "checkpoint.pt", "best.pt", "curve.jsonl", "curve.png"
-SAVE_EVERY = 300.0
-"""Seconds from one checkpoint to the next. Each is measured first."""
+SAVE_EVERY, EVALUATE_EVERY = 300.0, 250
+"""Seconds from one checkpoint to the next, and steps from one evaluation, with a checkpoint too, to the next."""
 
 
 class Training(Protocol):
@@ -29,7 +29,7 @@ class Training(Protocol):
 
     def run_step(self) -> dict[str, float]: ...
     def evaluate(self, out: Path) -> dict[str, float]:
-        """Measure on held-out pictures. A training of pictures also writes some of them to `out`."""
+        """Measure on held-out pictures; no random number is drawn. A training of pictures also writes some of them to `out`."""
         ...
 
     def score(self, figures: dict[str, float]) -> float:
@@ -67,7 +67,7 @@ def training_parser(description: str | None, out: Path, steps: int, batch: int, 
 
 
 def run(training: Training, out: Path) -> None:
-    """Train to the end from the checkpoint in `out`, if there is one; at each checkpoint measure, plot, and keep the best."""
+    """Train to the end from the checkpoint in `out`, if there is one; at times evaluate and plot; keep the best checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     best, before = -float("inf"), 0.0
     if (out / CHECKPOINT).exists():
@@ -84,25 +84,27 @@ def run(training: Training, out: Path) -> None:
             losses = training.run_step()
             shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             progress.update(task, completed=training.step, description=shown)
-            if perf_counter() - saved < SAVE_EVERY and training.step < training.steps:
+            evaluated = training.step % EVALUATE_EVERY == 0 or training.step == training.steps
+            if not evaluated and perf_counter() - saved < SAVE_EVERY:
                 continue
-            seconds = before + perf_counter() - began
-            figures = {"step": training.step, "seconds": seconds} | training.evaluate(out) | losses
-            with (out / CURVE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
-            score = training.score(figures)
-            state = training.state() | {"rng": torch.get_rng_state(), "best": max(best, score), "seconds": seconds}
-            _save(out, state, score > best)
-            best, saved = state["best"], perf_counter()
-            plot(out)
-            console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+            seconds, improved = before + perf_counter() - began, False
+            if evaluated:
+                figures = {"step": training.step, "seconds": seconds} | training.evaluate(out) | losses
+                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+                with (out / CURVE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures) + "\n")
+                plot(out)
+                improved = training.score(figures) > best
+                best = max(best, training.score(figures))
+            _save(out, training.state() | {"rng": torch.get_rng_state(), "best": best, "seconds": seconds}, improved)
+            saved = perf_counter()
 
 
-def _save(out: Path, state: dict[str, Any], best: bool) -> None:
-    """Write a checkpoint through temporary files, so that it is never half written; a link to the best is kept."""
+def _save(out: Path, state: dict[str, Any], improved: bool) -> None:
+    """Write a checkpoint through temporary files, so that it is never half written; the best is kept as a link."""
     partial, link = out / f"{CHECKPOINT}.partial", out / f"{BEST}.partial"
     torch.save(state, partial)
-    if best:
+    if improved:
         link.unlink(missing_ok=True)
         os.link(partial, link)
         link.replace(out / BEST)
@@ -110,7 +112,7 @@ def _save(out: Path, state: dict[str, Any], best: bool) -> None:
 
 
 def read_curve(out: Path) -> list[dict[str, float]]:
-    """The figures of all checkpoints by step. A line that a kill cut short is left out."""
+    """The figures of all evaluations by step. A line that a kill cut short is left out."""
     rows: dict[float, dict[str, float]] = {}
     for line in (out / CURVE).read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):

@@ -2,7 +2,7 @@
 
     python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 
-Resumes from the checkpoint in --out. At each checkpoint, figures on held-out pictures are added to curve.jsonl there and
+Resumes from the checkpoint in --out. Every 250 steps, figures on held-out pictures are added to curve.jsonl there and
 plotted in curve.png, and samples.jpg shows reconstructions. best.pt is the checkpoint with the highest PSNR on held-out
 photographs.
 """

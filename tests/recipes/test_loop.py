@@ -42,8 +42,19 @@ class Walk:
 
 @pytest.fixture(autouse=True)
 def _checkpoints_at_every_step_without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "EVALUATE_EVERY", 1)
     monkeypatch.setattr(loop, "plot", lambda out: None)
+
+
+def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between evaluations, also a training that steps slowly loses little."""
+    monkeypatch.setattr(loop, "EVALUATE_EVERY", 4)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(Walk(killed_at=6), tmp_path)
+    assert load(tmp_path / CHECKPOINT)["step"] == 6
+    assert [row["step"] for row in read_curve(tmp_path)] == [4]
+    assert load(tmp_path / BEST)["step"] == 4
 
 
 def load(path: Path) -> dict[str, Any]:
