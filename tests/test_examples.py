@@ -16,6 +16,8 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tokenflow_sdk import Codes, Tokenizer
+from tokenflow_sdk.dataset.outputs import Record, Stamp, open_writer
+from tokenflow_sdk.pictures.preparation import Preparation
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -99,6 +101,39 @@ def test_dataloader(run: Callable[..., str], tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def tokenized(tmp_path: Path) -> Path:
+    """The output of a job: three shards of seven pictures, all of the same code, and one without codes."""
+    preparation = Preparation("crop", "srgb")
+    stamp = Stamp("12" * 32, "fake", "ab" * 8, 256, (1, 2), 2, preparation)
+    for shard in range(3):
+        with open_writer(tmp_path / f"0000{shard}.tar", stamp, "webdataset") as writer:
+            for i in range(7):
+                codes = Codes(np.full(5, 10 * shard + i), (1, 2), 256, "fake", "ab" * 8)
+                writer.add(Record(f"{i}", codes) if i != 3 else Record("3", None, error="CorruptImageError: no picture."))
+    return tmp_path
+
+
+def test_train_on_codes(run: Callable[..., str], tokenized: Path) -> None:
+    lines = run("train_on_codes.py", tokenized, "--workers", 0).splitlines()
+    assert lines == ["epoch 0: codes [18, 5]", "epoch 1: codes [18, 5]"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_codes_are_shuffled_and_each_reader_gets_its_own(world: int, tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = runpy.run_path(str(ROOT / "examples" / "train_on_codes.py"))["ShuffledCodes"](tokenized, buffer=4)
+    orders: list[list[int]] = []
+    for data.epoch in (0, 0, 1):
+        orders.append([])
+        for rank in range(world):
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            monkeypatch.setenv("RANK", str(rank))
+            orders[-1] += [int(row[0]) for row in data]
+    assert orders[0] == orders[1] != orders[2]
+    every = [10 * shard + i for shard in range(3) for i in range(7) if i != 3]
+    assert all(sorted(order) == every != order for order in orders)
+
+
+@pytest.fixture
 def signals() -> Iterator[None]:
     """Gives the handlers back that the appliance replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -142,6 +177,8 @@ def test_appliance(run: Callable[..., str], photos: Path, tmp_path: Path) -> Non
         ("near_duplicates.py photos --bundle nowhere", "error: There is no bundle at nowhere"),
         ("dataloader.py nowhere", "error: nowhere has no .tfc"),
         ("dataloader.py . --workers 0", "error: "),
+        ("train_on_codes.py nowhere", "nowhere does not exist"),
+        ("train_on_codes.py photos", "photos holds no codes"),
         ("demo.py --photo nowhere.jpg", "error: nowhere.jpg cannot be read"),
         ("demo.py --out photos/bad.jpg", "photos/bad.jpg"),
         ("appliance.py nowhere outbox", "INBOX must be a folder"),
@@ -160,7 +197,8 @@ def test_mistakes_end_in_a_sentence(
     assert sentence in f"{capsys.readouterr().err}{ended.value}"
 
 
-def test_a_missing_pytorch_is_named(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", ["dataloader.py", "train_on_codes.py"])
+def test_a_missing_pytorch_is_named(example: str, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="pip install torch"):
-        run("dataloader.py", ".")
+        run(example, ".")

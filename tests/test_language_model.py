@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.mini_understander import features
+from tests.support.waiting import comes_true
 from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.session import SessionOptions
@@ -54,10 +54,7 @@ def use(model: Any) -> object:
 
 def wait_for_nobody(model: LoadedModel[Any]) -> None:
     """The thread that steps may have the queue of what has ended, and empties it."""
-    deadline = time.monotonic() + 60
-    while model.users and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert model.users == 0
+    assert comes_true(lambda: model.users == 0)
 
 
 def test_engines_opened_while_serving_replace_what_nobody_uses(

@@ -145,6 +145,7 @@ def test_all_names_what_is_public() -> None:
         "Tokenizer",
         "Understander",
         "__version__",
+        "read_codes",
     ]
     assert all(hasattr(tokenflow_sdk, name) for name in tokenflow_sdk.__all__)
 

@@ -29,7 +29,7 @@ def test_order_is_kept_and_calls_run_at_once() -> None:
 
     def slow_first(i: int) -> int:
         if i < 3:
-            together.wait(10)
+            together.wait(60)
         time.sleep(0.02 if i % 3 == 0 else 0)
         return i * i
 
@@ -89,7 +89,7 @@ def test_an_interrupt_is_raised_at_once() -> None:
         yield from range(2)
         raise KeyboardInterrupt
 
-    results = map_ahead(lambda i: going.wait(10), items(), 2)
+    results = map_ahead(lambda i: going.wait(60), items(), 2)
     threading.Timer(0.05, going.set).start()
     with pytest.raises(KeyboardInterrupt):
         next(results)
@@ -112,7 +112,7 @@ def let_it_drop(holding: threading.Event, dropped: threading.Event) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.unraisablehook", unraisable.append)
         holding.set()
-        assert dropped.wait(10)
+        assert dropped.wait(60)
     assert unraisable == []
     while own_threads():
         time.sleep(0.01)
@@ -128,9 +128,9 @@ def test_a_thread_may_be_the_one_that_drops_the_last_reference() -> None:
 
     def drop(i: int) -> int:
         if i == 0:
-            second.wait(10)
+            second.wait(60)
         else:
-            holding.wait(10)
+            holding.wait(60)
             held.clear()
             dropped.set()
         return i
@@ -230,7 +230,7 @@ def test_the_first_batch_is_read_side_by_side_and_before_the_others() -> None:
 
     def reading(i: int) -> None:
         begun.append(i)
-        (together if i < 4 else first).wait(10)
+        (together if i < 4 else first).wait(60)
 
     results = pipeline(batch=4, reading=reading)[0].codes(map(str, range(40)), raising=True)
     found = [next(results)]
@@ -241,7 +241,7 @@ def test_the_first_batch_is_read_side_by_side_and_before_the_others() -> None:
 
 def test_a_slow_picture_holds_up_no_other_batch() -> None:
     others, waited = threading.Event(), []
-    made, sizes = pipeline(lanes=1, batch=2, reading=lambda i: None if i else waited.append(others.wait(10)))
+    made, sizes = pipeline(lanes=1, batch=2, reading=lambda i: None if i else waited.append(others.wait(60)))
 
     def encode(pictures: list[Prepared]) -> list[Codes]:
         found = made.encode(pictures)
@@ -275,7 +275,7 @@ def test_closing_drops_pictures_whose_reading_has_not_begun(monkeypatch: pytest.
     def reading(i: int) -> None:
         begun.append(i)
         if i >= 4:
-            closed.wait(10)
+            closed.wait(60)
 
     def drop_then_wait(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
         shutdown(pool, wait=False, cancel_futures=cancel_futures)
@@ -294,7 +294,7 @@ def test_a_thread_that_reads_a_picture_may_drop_the_last_reference() -> None:
 
     def reading(i: int) -> None:
         if i == 4:
-            holding.wait(10)
+            holding.wait(60)
             held.clear()
             dropped.set()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenflow_sdk.bundle.bundle import Bundle
+    from tokenflow_sdk.dataset.reading import read_codes
     from tokenflow_sdk.engines.build_config import BuildConfig
     from tokenflow_sdk.engines.options import RuntimeOptions
     from tokenflow_sdk.errors import TokenFlowError
@@ -45,6 +46,7 @@ __all__ = [
     "Tokenizer",
     "Understander",
     "__version__",
+    "read_codes",
 ]
 
 __version__ = "0.1.0"
@@ -67,6 +69,7 @@ _HOMES = {
     "TokenFlowError": "errors",
     "Tokenizer": "tokenizer",
     "Understander": "understanding.understander",
+    "read_codes": "dataset.reading",
 }
 
 

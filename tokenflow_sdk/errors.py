@@ -18,6 +18,9 @@
     │   ├── BundleKindError      a bundle of the wrong kind, e.g. a generator where a tokenizer is needed
     │   ├── CorruptBundleError   a file is missing, or its hash, inputs or outputs differ from bundle.json
     │   └── BundleVersionError   written for a newer SDK
+    ├── DatasetError             a data set, or a shard of it, cannot be used: not there, damaged, changed, a column is missing
+    │   ├── DatasetFileError     one file cannot be used: missing, no permission, not a regular file, too large
+    │   └── StorageError         a disk, network or service failed; the same may work later
     ├── CheckpointError          a released checkpoint cannot be loaded (export only)
     ├── ParityError              an exported or stored graph does not reproduce its reference
     ├── PromptError              a prompt is empty or too long
@@ -62,6 +65,8 @@ __all__ = [
     "CorruptBundleError",
     "CorruptCodesError",
     "CorruptImageError",
+    "DatasetError",
+    "DatasetFileError",
     "EngineBuildError",
     "EngineRefusedError",
     "ImageError",
@@ -77,6 +82,7 @@ __all__ = [
     "PromptError",
     "RequestCancelledError",
     "RequestTimeoutError",
+    "StorageError",
     "TokenFlowError",
 ]
 
@@ -181,6 +187,20 @@ class CorruptBundleError(BundleError):
 
 class BundleVersionError(BundleError):
     """A bundle was written for a newer SDK."""
+
+
+class DatasetError(TokenFlowError):
+    """A data set, or a shard of it, cannot be used: not there, damaged, changed since it was listed, a column is missing."""
+
+
+class DatasetFileError(DatasetError):
+    """One file of a data set is missing, may not be read, is not a regular file, or is too large."""
+
+
+class StorageError(DatasetError, OSError):
+    """A disk, network or service failed while a data set was read or written. The same may work later."""
+
+    __str__ = TokenFlowError.__str__
 
 
 class CheckpointError(TokenFlowError):

@@ -20,10 +20,11 @@ from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.sources import ImageSource, kept
 
-__all__ = ["Pipeline", "Prepared", "map_ahead"]
+__all__ = ["Pipeline", "Prepared", "encode_ahead", "map_ahead"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = TypeVar("P")
 
 
 class Prepared(NamedTuple):
@@ -52,27 +53,18 @@ class Pipeline(NamedTuple):
 
     def codes(self, images: Iterable[ImageSource], raising: bool) -> Generator[Codes | TokenFlowError, None, None]:
         """The codes of each picture, in order; or the error of one that cannot be used, which is raised if `raising`."""
-        lanes = BoundedSemaphore(self.lanes)
-
-        def run(batch: list[Future[Prepared | TokenFlowError]]) -> list[Codes | TokenFlowError]:
-            read = [each.result() for each in batch]
-            good = [each for each in read if isinstance(each, Prepared)]
-            with lanes:
-                found = iter(self.encode(good) if good else ())
-            return [next(found) if isinstance(each, Prepared) else each for each in read]
-
-        # Pictures of a batch are read side by side, and earlier batches first, so that the engine soon has one.
-        readers = _Pool(self.workers)
-        reading = (readers.submit(self._read, self._taken(image)) for image in images)
-        # Calls for the batches that the engine takes, and for those that wait for a picture: a slow one holds up no others.
-        calls = self.lanes + ceil(self.workers / self.batch)
-        results = map_ahead(run, _batches(reading, self.batch), calls)
-        # The readers end first, so that no batch waits for pictures that nobody wants any more.
-        with closing(results), readers:
-            for codes in (each for batch in results for each in batch):
+        taken = (self._taken(image) for image in images)
+        results = encode_ahead(self._read, self._encoded, taken, self.batch, self.workers, self.lanes)
+        with closing(results):
+            for codes in results:
                 if raising and isinstance(codes, TokenFlowError):
                     raise codes
                 yield codes
+
+    def _encoded(self, batch: Sequence[Prepared | TokenFlowError]) -> list[Codes | TokenFlowError]:
+        good = [each for each in batch if isinstance(each, Prepared)]
+        found = iter(self.encode(good) if good else ())
+        return [next(found) if isinstance(each, Prepared) else each for each in batch]
 
     def _taken(self, image: ImageSource) -> ImageSource | Prepared | TokenFlowError:
         """What a thread can use later, whatever the caller does with the picture meanwhile."""
@@ -89,6 +81,44 @@ class Pipeline(NamedTuple):
             return self.prepare(image)
         except TokenFlowError as error:
             return error
+
+
+def encode_ahead(
+    prepare: Callable[[T], P],
+    encode: Callable[[Sequence[P]], Iterable[R]],
+    items: Iterable[T],
+    batch: int,
+    workers: int,
+    lanes: int,
+) -> Generator[R, None, None]:
+    """Prepare items by threads while others are encoded, and yield the results in the items' order.
+
+    Items are read by the thread that reads the results, as by `map_ahead`, and what is raised comes as there.
+
+    Args:
+        prepare: called by `workers` threads at once.
+        encode: gives a result for each of at most `batch` prepared items; called by `lanes` threads at once.
+        items: what is prepared.
+        batch: items in one call of `encode`.
+        workers: threads that prepare items while others wait for the engine.
+        lanes: calls of `encode` at once.
+    """
+    free = BoundedSemaphore(lanes)
+
+    def run(reading: list[Future[P]]) -> list[R]:
+        ready = [each.result() for each in reading]
+        with free:
+            return list(encode(ready))
+
+    # Items of a batch are prepared side by side, and earlier batches first, so that the engine soon has one.
+    readers = _Pool(workers)
+    reading = (readers.submit(prepare, item) for item in items)
+    # Calls for the batches that the engine takes, and for those that wait for an item: a slow one holds up no others.
+    results = map_ahead(run, _batches(reading, batch), lanes + ceil(workers / batch))
+    # The readers end first, so that no batch waits for items that nobody wants any more.
+    with closing(results), readers:
+        for batch_results in results:
+            yield from batch_results
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

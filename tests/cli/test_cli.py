@@ -89,6 +89,7 @@ def test_one_bad_file_of_several_does_not_stop_the_others(
         (["encode", PHOTO, "--bundle", "{bundle}", "-o", "no/such/p.tfc"], "no/such/p.tfc cannot be written"),
         (["encode", PHOTO, "--bundle", "{bundle}", "--device", "tpu"], "no device 'tpu'"),
         (["encode", PHOTO, "--bundle", "{bundle}", "--batch-limit", "0"], "--batch-limit 0"),
+        (["verify", "{bundle}", "--batch-limit", "0"], "--batch-limit 0"),
         (["encode", "empty", "--bundle", "{bundle}"], "empty holds no pictures"),
         (["decode", PHOTO, "--bundle", "{bundle}"], "not a file of TokenFlow codes"),
         (["decode", "p.tfc", "--bundle", "{bundle}", "--scales", "9"], "--scales 9 is no number of scales"),

@@ -98,10 +98,10 @@ def test_closed_streams_are_no_mistake(words: str, here: Path) -> None:
     for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
         done = shell(f"{{tokenflow}} {words} {closed}")
         assert (done.returncode, done.stderr) == (0, "")
-    assert shell("{tokenflow} encode missing.png >&- 2>&-").returncode == 2
-    assert shell("{tokenflow} encode missing.png 2> /dev/full").returncode == 2
     if words.startswith("encode"):
         assert main(["info", "q.tfc"]) == 0
+        for closed in (">&- 2>&-", "2> /dev/full"):
+            assert shell(f"{{tokenflow}} encode missing.png {closed}").returncode == 2
 
 
 @pytest.mark.parametrize("words", ["info tiny", "--help", "encode z.png"])

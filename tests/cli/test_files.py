@@ -32,28 +32,40 @@ def piped(*words: str, data: bytes | None = b"") -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-m", "tokenflow_sdk.cli", *words], input=data, capture_output=True, check=False)
 
 
+def typed(*words: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """What `piped` gives, without starting Python anew."""
+    streams = [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (data, b"", b"")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            patch.setattr(sys, name, stream)
+        status = main(list(words))
+    for stream in streams[1:]:
+        stream.flush()
+    return subprocess.CompletedProcess(words, status, *(stream.buffer.getvalue() for stream in streams[1:]))  # type: ignore[attr-defined]
+
+
 def test_standard_input_and_output(mini_bundle: Path, here: Path) -> None:
     bundle = ("--bundle", str(mini_bundle))
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         expected = tokenizer.encode(PHOTO)
         picture = np.asarray(tokenizer.decode(expected))
-    for words in (("-",), ("-", "-o", "-"), (str(PHOTO), "-o", "-")):
-        done = piped("encode", *words, *bundle, data=PHOTO.read_bytes())
+    for run, words in ((piped, ("-",)), (typed, ("-", "-o", "-")), (typed, (str(PHOTO), "-o", "-"))):
+        done = run("encode", *words, *bundle, data=PHOTO.read_bytes())
         assert (done.returncode, Codes.from_bytes(done.stdout)) == (0, expected)
         assert b"30 codes" in done.stderr
-    for words in (("-",), ("-", "-o", "-")):
-        done = piped("decode", *words, *bundle, data=expected.to_bytes())
+    for run, words in ((piped, ("-",)), (typed, ("-", "-o", "-"))):
+        done = run("decode", *words, *bundle, data=expected.to_bytes())
         assert done.returncode == 0
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(done.stdout))), picture)
-    done = piped("reconstruct", str(PHOTO), "-o", "-", *bundle)
+    done = typed("reconstruct", str(PHOTO), "-o", "-", *bundle)
     assert Image.open(io.BytesIO(done.stdout)).format == "PNG"
     assert b"PSNR" in done.stderr
     assert os.listdir() == []
-    assert piped("encode", "-", "-o", "x.tfc", *bundle, data=PHOTO.read_bytes()).returncode == 0
-    assert piped("encode", "-", str(PHOTO), "-o", "out", *bundle, data=PHOTO.read_bytes()).returncode == 0
+    assert typed("encode", "-", "-o", "x.tfc", *bundle, data=PHOTO.read_bytes()).returncode == 0
+    assert typed("encode", "-", str(PHOTO), "-o", "out", *bundle, data=PHOTO.read_bytes()).returncode == 0
     assert Codes.load("x.tfc") == Codes.load("out/stdin.tfc") == Codes.load("out/chelsea.tfc") == expected
     Path("-").write_bytes(PHOTO.read_bytes())
-    assert piped("encode", "./-", "-o", "y.tfc", *bundle).returncode == 0
+    assert typed("encode", "./-", "-o", "y.tfc", *bundle).returncode == 0
     assert Codes.load("y.tfc") == expected
 
 
@@ -65,7 +77,7 @@ def test_mistakes_with_standard_streams(mini_bundle: Path, here: Path) -> None:
         (("encode", "-", "-"), b"- was given twice"),
         (("encode", "-", "x.png", "-o", "-"), b"2 results cannot go into the one file -"),
     ):
-        done = piped(*words, *bundle)
+        done = typed(*words, *bundle)
         assert (done.returncode, done.stdout) == (2, b"")
         assert sentence in done.stderr
         assert b"Traceback" not in done.stderr

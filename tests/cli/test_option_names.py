@@ -39,6 +39,11 @@ WRONG = {
     "--top-k": "ask {photo} what? --bundle x --top-k 0",
     "--repetition-penalty": "ask {photo} what? --bundle x --repetition-penalty 0",
     "--batch-sizes": "bench {tokenizer} --batch-sizes 0",
+    "--also": "tokenize {photo} -o out --also pixels",
+    "--shard-size": "tokenize {photo} -o out --shard-size 0",
+    "--shard": "tokenize {photo} -o out --shard 3/2",
+    "--devices": "tokenize {photo} -o out --devices tpu",
+    "--verify": "tokenize --verify nowhere",
     "--repeat": "bench {tokenizer} --repeat 0",
     "--batch-usual": "build --batch-usual 9",
     "--target": "build --target ampere?",
@@ -47,8 +52,8 @@ WRONG = {
     "--memory-gb": "build --memory-gb -1",
 }
 """A command with a value that each option does not take."""
-ANYTHING = {"-o", "--json", "--cache", "--negative-prompt", "--triton"}
-"""Options that take whatever they are given, or fail where a file cannot be written."""
+ANYTHING = {"-o", "--json", "--cache", "--negative-prompt", "--triton", "--image-column", "--key-column", "--ray"}
+"""Options that take whatever they are given, or fail where a file cannot be written, a column or a cluster is not there."""
 PYTHON = re.compile(r"(?<!-)\b[a-z_0-9]+=|\bNone\b|\bTrue\b|\bFalse\b|\b[a-z]+_[a-z]+\b")
 
 
@@ -110,7 +115,7 @@ def test_the_names_are_those_of_options() -> None:
         ("Give tokenizer=, a path.", "Give --tokenizer, a path."),
         # Paths, and arguments that no option gives.
         ("data/seed=3/a.png and seed=3/a.png and seed=3.png cannot be read.", None),
-        ("pages=47 and local_files_only=False and TOKENFLOW_CACHE_GB='x' and run=1.", None),
+        ("page_size=47 and local_files_only=False and TOKENFLOW_CACHE_GB='x' and run=1.", None),
     ],
 )
 def test_arguments_in_a_sentence_become_options(text: str, said: str | None) -> None:

@@ -6,7 +6,6 @@ tests/support/fake_gpu.py pretends to be TensorRT and CUDA; the SDK's side of ca
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.support.mini import store_ranges
+from tests.support.mini import bundled_tokenizer, store_ranges
 from tests.support.on_engines import FP32, IMAGES, certificate_of, on_engines, records
 from tokenflow_export.precision.calibrate import magnitudes
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_sdk import Generator, Tokenizer
-from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines.build_config import BuildConfig
@@ -87,7 +86,7 @@ def test_an_engine_that_computes_something_else_is_refused(machine, graph: str, 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_a_decoder_in_8_bits_is_judged_by_its_own_bar(machine, dtype, tmp_path: Path) -> None:
     """Ranges a quarter as wide as they should be are refused, and engines of other build configs are untouched by it."""
-    right, wrong = (Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / name)) for name in ("right", "wrong"))
+    right, wrong = (bundled_tokenizer(tmp_path / name) for name in ("right", "wrong"))
     bundle = Bundle.open(right, TokenizerConfig)
     found = magnitudes(bundle, TokenizerReference.load(bundle).code_indices, (1.0,), ProgressSteps(Console(quiet=True)))
     build_config = BuildConfig("tensorrt", decoder=dtype, batch=(1, 1, 1))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.on_engines import IMAGES, on_engines
+from tests.support.waiting import comes_true
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.engine_set import Engines
@@ -74,7 +75,7 @@ def test_a_generator_changes_over_between_requests(machine, mini_generator: Path
         assert generator.wait_for_engines(120)
         assert (generator.device, old.users) == ("cuda:0", 1)
         begun = [first, *stream]
-        assert old.users == 0
+        assert comes_true(lambda: old.users == 0)
         again = generator.generate("w3", seed=3, preset="fast")
         assert begun[-1].codes == again.codes
     with Generator.from_pretrained(mini_generator, backend="onnxruntime") as alone:

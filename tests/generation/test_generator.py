@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import DATA
 from tests.support.generation_oracle import UncachedGenerator
 from tests.support.mini_generator import (
+    GROUPED,
     PATCH_NUMS_16,
     RELEASED_TINY,
     SMALLEST,
@@ -23,6 +24,7 @@ from tests.support.mini_generator import (
     tokenizer_bundle,
     write_checkpoint,
 )
+from tests.support.waiting import comes_true
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.bundle.bundle import Bundle
@@ -46,8 +48,9 @@ GREEDY_TWICE = SamplingParams((Pass(1, 0.0),) * 2)
 
 # Grouped heads, and heads of another size than hidden_size / num_attention_heads.
 GEOMETRIES = {
-    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
-    "wide": {"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48},
+    "grouped": GROUPED,
+    "wide": SMALLEST
+    | {"num_attention_heads": 3, "head_dim": 10, "hidden_size": 48, "intermediate_size": 80, "rope_theta": 5000.0},
 }
 
 
@@ -58,7 +61,7 @@ def checkpoints(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
-            config = SMALLEST | {"intermediate_size": 80, "rope_theta": 5000.0} | GEOMETRIES[name]
+            config = GEOMETRIES[name]
             shapes = generator_shapes(config, 44, 500, (1, 2, 3, 4))
             checkpoint = write_checkpoint(directory / f"{name}_hf", config, shapes, 40, 500, shards=2)
             tokenizer = Bundle.open(mini_bundle, TokenizerConfig)
@@ -82,9 +85,13 @@ def generator(bundle: Path) -> Iterator[Generator]:
 def pool_is_clean(generator: Generator) -> bool:
     """Only the cached negative prompt's pages are held."""
     scheduler = generator._runner.model.scheduler
-    cached = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
     pool = scheduler.loop.transformer.pool
-    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    def clean() -> bool:
+        cached = {page for prefix in list(scheduler._negative.values()) for page in prefix.table.pages}
+        return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    return comes_true(clean)
 
 
 def codes(generation) -> list[list[int]]:
@@ -110,12 +117,10 @@ def test_the_released_codes_are_drawn(tmp_path: Path) -> None:
 
         for params, key in ((GREEDY, "codes_1_pass"), (GREEDY_TWICE, "codes_2_pass")):
             together = generator.generate_batch(prompts, negative_prompt=negative, params=params)
-            for i, prompt in enumerate(prompts):
-                alone = generator.generate(prompt, negative_prompt=negative, params=params)
-                assert np.array_equal(together[i].codes[0], expected[key][i])
-                assert np.array_equal(alone.codes[0], expected[key][i])
+            assert np.array_equal([each.codes[0] for each in together], expected[key])
         sample._infer = spying
-        generator.generate(prompts[0], negative_prompt=negative, params=GREEDY)
+        alone = generator.generate(prompts[0], negative_prompt=negative, params=GREEDY)
+        assert np.array_equal(alone.codes[0], expected["codes_1_pass"][0])
         found = np.concatenate([scale[:, :64] for scale in logits])
         assert np.abs(found - expected["logits_head_1_pass"]).max() < 2e-3
 
@@ -207,10 +212,10 @@ def test_a_request_that_takes_too_long_gives_its_pages_back(generator: Generator
             method([5], timeout=-1)
 
 
-def test_a_thousand_cancelled_streams_leak_no_page(generator: Generator) -> None:
+def test_cancelled_streams_leak_no_page(generator: Generator) -> None:
     rng = np.random.default_rng(0)
     streams = []
-    for i in range(1000):
+    for i in range(200):
         stream = generator.stream([2 + i % 30] * int(rng.integers(1, 20)), preset="fast", seed=i)
         for _ in range(int(rng.integers(0, 4))):
             next(stream, None)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import DATA
-from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.support.mini_generator import GROUPED, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.paged_graph import transformer_shapes, transformer_spec
 from tokenflow_export.models.config import TransformerConfig
@@ -92,9 +92,7 @@ def test_every_engine_has_fused_attention(layer, geometry: str, dtype: Any, targ
 
 def test_the_form_for_engines_gives_the_same_numbers(tmp_path: Path) -> None:
     """Grouped heads, in a batch with one row without a past."""
-    sizes = SMALLEST | {"hidden_size": 64, "intermediate_size": 96}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    checkpoint = write_checkpoint(tmp_path / "hf", sizes, generator_shapes(sizes, 44, 500, (1, 2)), 40, 500)
+    checkpoint = write_checkpoint(tmp_path / "hf", GROUPED, generator_shapes(GROUPED, 44, 500, (1, 2)), 40, 500)
     bundle = export_quietly(checkpoint, tokenizer_bundle(tmp_path / "tok", (1, 2), 500), tmp_path / "bundle")
     model = ir.load(bundle / "transformer.onnx")
     assert repeat_key_value_heads(model) == 1

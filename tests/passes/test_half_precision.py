@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.support.mini_generator import GROUPED, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_export.tracing.weight_quantization import quantize_blocks, quantize_weights
 from tokenflow_sdk.errors import MissingPackageError
 from tokenflow_sdk.passes.finite_pages import keep_pages_finite
@@ -43,8 +43,7 @@ def half(graph: Path, out: Path, pinned: tuple[str, ...] = ()) -> ir.Model:
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("half")
-    sizes = SMALLEST | {"hidden_size": 64, "intermediate_size": 96}
-    checkpoint = write_checkpoint(directory / "hf", sizes, generator_shapes(sizes, 44, 500, (1, 2)), 40, 500)
+    checkpoint = write_checkpoint(directory / "hf", GROUPED, generator_shapes(GROUPED, 44, 500, (1, 2)), 40, 500)
     return export_quietly(checkpoint, tokenizer_bundle(directory / "tok", (1, 2), 500), directory / "bundle")
 
 
@@ -102,8 +101,8 @@ def test_generator_graphs(generator: Path, tmp_path: Path) -> None:
         "visible": np.tile(np.arange(1, 4, dtype=np.int32), (2, 1)),
         "context": np.array([0, 5], np.int32),
         "block_tables": np.array([[0], [1]], np.int32),
-        "k_pages": rng.standard_normal((4, 16, 2, 32), np.float32),
-        "v_pages": rng.standard_normal((4, 16, 2, 32), np.float32),
+        "k_pages": rng.standard_normal((4, 16, 2, 16), np.float32),
+        "v_pages": rng.standard_normal((4, 16, 2, 16), np.float32),
     }
     expected = onnxruntime.InferenceSession(generator / "transformer.onnx").run(None, feeds)
     feeds |= {name: feeds[name].astype(np.float16) for name in ("k_pages", "v_pages")}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import uvicorn
 
+from tests.support.waiting import comes_true
 from tokenflow_sdk.server import Settings, create_app
 
 Serve = Callable[..., AbstractContextManager[str]]
@@ -27,10 +28,7 @@ def served(settings: Settings) -> Iterator[str]:
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        deadline = time.monotonic() + 60
-        while httpx.get(f"{url}/readyz").status_code != 200:
-            assert time.monotonic() < deadline, "the server did not get ready"
-            time.sleep(0.02)
+        assert comes_true(lambda: httpx.get(f"{url}/readyz").status_code == 200), "the server did not get ready"
         yield url
     finally:
         server.should_exit = True
@@ -66,3 +64,10 @@ def url(serve: Serve) -> Iterator[str]:
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=30) as opened:
         yield opened
+
+
+@pytest.fixture
+def openais(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, which would leave a socket behind if nobody closed it."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client

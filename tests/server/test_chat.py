@@ -28,47 +28,42 @@ def codes(understander: Understander) -> Codes:
     return understander.tokenizer.encode(PHOTO, preprocess=understander.config.preprocess)
 
 
-@pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
 def user(*parts: object) -> dict[str, object]:
     return {"role": "user", "content": list(parts)}
 
 
-def ask(client: openai.OpenAI, messages: list[Any], **settings: Any) -> Any:
-    return client.chat.completions.create(model="gpt-image-1", messages=messages, **({"temperature": 0} | settings))
+def ask(openais: openai.OpenAI, messages: list[Any], **settings: Any) -> Any:
+    return openais.chat.completions.create(model="gpt-image-1", messages=messages, **({"temperature": 0} | settings))
 
 
-def test_openais_client_gets_the_answer_of_the_sdk(client: openai.OpenAI, understander: Understander, codes: Codes) -> None:
+def test_openais_client_gets_the_answer_of_the_sdk(openais: openai.OpenAI, understander: Understander, codes: Codes) -> None:
     wanted = understander.answer(codes, "What is this?", params=AnswerParams(max_tokens=6))
     for parts in ((QUESTION, PICTURE), (PICTURE, QUESTION)):
-        found = ask(client, [user(*parts)], max_tokens=6)
+        found = ask(openais, [user(*parts)], max_tokens=6)
         assert found.choices[0].message.content == wanted.text
         assert found.choices[0].finish_reason == wanted.finish
         assert found.usage.prompt_tokens == wanted.prompt_tokens
         assert found.usage.completion_tokens == len(wanted.token_ids)
 
 
-def test_stored_codes_are_a_part_of_their_own(client: openai.OpenAI, understander: Understander, codes: Codes) -> None:
+def test_stored_codes_are_a_part_of_their_own(openais: openai.OpenAI, understander: Understander, codes: Codes) -> None:
     part = {"type": "image_codes", "image_codes": {"tfc": base64.b64encode(codes.to_bytes()).decode()}}
     drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     wanted = understander.answer([codes, codes], "Same?", params=AnswerParams(max_tokens=4, **drawn))  # type: ignore[arg-type]
-    found = ask(client, [user(part, PICTURE, {"type": "text", "text": "Same?"})], max_completion_tokens=4, **drawn)
+    found = ask(openais, [user(part, PICTURE, {"type": "text", "text": "Same?"})], max_completion_tokens=4, **drawn)
     assert found.choices[0].message.content == wanted.text
 
 
-def test_a_conversation_goes_on(client: openai.OpenAI, understander: Understander, codes: Codes) -> None:
+def test_a_conversation_goes_on(openais: openai.OpenAI, understander: Understander, codes: Codes) -> None:
     chat = understander.chat(codes, turns=[("What is this?", "A cat.")])
     wanted = chat.ask("And that?", max_tokens=5, params=AnswerParams())
     messages = [user(PICTURE, QUESTION), {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And that?"}]
-    assert ask(client, messages, max_tokens=5).choices[0].message.content == wanted.text
+    assert ask(openais, messages, max_tokens=5).choices[0].message.content == wanted.text
 
 
-def test_openais_client_streams(client: openai.OpenAI, understander: Understander, codes: Codes, url: str) -> None:
+def test_openais_client_streams(openais: openai.OpenAI, understander: Understander, codes: Codes, url: str) -> None:
     wanted = understander.answer(codes, "What is this?", params=AnswerParams(max_tokens=6))
-    chunks = list(ask(client, [user(PICTURE, QUESTION)], max_tokens=6, stream=True, stream_options={"include_usage": True}))
+    chunks = list(ask(openais, [user(PICTURE, QUESTION)], max_tokens=6, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted.text
     assert chunks[-2].choices[0].finish_reason == wanted.finish
     assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], wanted.prompt_tokens + len(wanted.token_ids))

@@ -14,10 +14,9 @@ PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_embeddings_work_with_openais_client(url: str, mini_bundle: Path, encoding: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def test_embeddings_work_with_openais_client(openais: openai.OpenAI, mini_bundle: Path, encoding: str) -> None:
     picture = f"data:image/jpeg;base64,{base64.b64encode(PHOTO).decode()}"
-    answer = client.embeddings.create(model="clip", input=[picture, picture], encoding_format=encoding)  # type: ignore[arg-type]
+    answer = openais.embeddings.create(model="clip", input=[picture, picture], encoding_format=encoding)  # type: ignore[arg-type]
     with Tokenizer.from_pretrained(mini_bundle) as tokenizer:
         wanted = tokenizer.semantic(tokenizer.encode(PHOTO), pool="mean")
     vectors = [
@@ -26,4 +25,4 @@ def test_embeddings_work_with_openais_client(url: str, mini_bundle: Path, encodi
     ]
     np.testing.assert_allclose(vectors, [wanted, wanted], rtol=1e-6)
     # What the client asks for where nothing is said, it reads itself.
-    assert len(client.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)
+    assert len(openais.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)

@@ -15,7 +15,7 @@ def recorded(calls: list[list[int]], gate: threading.Event | None = None) -> Ope
     def run(items: list[int]) -> list[int]:
         calls.append(items)
         if gate is not None:
-            gate.wait(10)
+            gate.wait(60)
         return [10 * item for item in items]
 
     return Operation("double", run)
@@ -41,13 +41,15 @@ def test_items_that_wait_share_a_call() -> None:
 def test_an_item_waits_for_others_no_longer_than_it_should() -> None:
     async def main() -> None:
         calls: list[list[int]] = []
-        lanes = Lanes(1, 8, 0.2, Metrics())
         operation = recorded(calls)
-        first = asyncio.create_task(lanes.run(operation, 1))
+        patient, hasty = Lanes(1, 2, 60.0, Metrics()), Lanes(1, 2, 0.01, Metrics())
+        first = asyncio.create_task(patient.run(operation, 1))
         await asyncio.sleep(0.01)
-        assert await asyncio.gather(first, lanes.run(operation, 2)) == [10, 20]
-        assert calls == [[1, 2]]
-        lanes.close()
+        assert await asyncio.gather(first, patient.run(operation, 2)) == [10, 20]
+        assert await hasty.run(operation, 3) == 30
+        assert calls == [[1, 2], [3]]
+        patient.close()
+        hasty.close()
 
     asyncio.run(main())
 
@@ -57,7 +59,7 @@ def test_calls_of_one_item_run_side_by_side() -> None:
         both = threading.Barrier(2)
 
         def run(items: list[int]) -> list[int]:
-            both.wait(10)
+            both.wait(60)
             return items
 
         lanes = Lanes(2, 1, 1.0, Metrics())

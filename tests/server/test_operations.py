@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.waiting import comes_true
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
@@ -17,7 +18,8 @@ def test_health_and_models(client: httpx.Client, url: str, mini_bundle: Path) ->
     config = Bundle.open(mini_bundle, TokenizerConfig).config
     assert client.get("/healthz").json()["status"] == "ok"
     assert client.get("/readyz").json() == {"status": "ready"}
-    names = {each.id: each.abilities for each in openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()}  # type: ignore[attr-defined]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as listing:
+        names = {each.id: each.abilities for each in listing.models.list()}  # type: ignore[attr-defined]
     assert sorted(ability for abilities in names.values() for ability in abilities) == [
         "chat",
         "embeddings",
@@ -44,11 +46,12 @@ def test_metrics_count(client: httpx.Client) -> None:
     ]
     before = [value(name) for name in names]
     client.post("/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"})
-    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1] * len(names)
+    # An answer is counted when it has been sent, and it is here before that.
+    assert comes_true(lambda: [value(name) - old for name, old in zip(names, before, strict=True)] == [1] * len(names))
     for name in ("tokenizer", "generator", "understander"):
         assert value(f'tokenflow_engines_ready{{model="{name}"}}') == 1
     assert value("tokenflow_queue_depth") == 0
-    assert value("tokenflow_requests_under_way") == 0
+    assert comes_true(lambda: value("tokenflow_requests_under_way") == 0)
 
 
 @pytest.mark.parametrize("path, status", [("/nothing", 404), ("/v1/images/tokens", 405), ("/v2/models/none", 404)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from rich.console import Console
@@ -17,9 +19,11 @@ from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_export.precision.search import store
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
-from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_export.tracing.onnx_export import file_entry
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig as BundleConfig
 from tokenflow_sdk.engines.annotations import RANGES
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
 from tokenflow_sdk.passes.quantize import inner_convolutions
 
 _PIXEL = VqganConfig(base_channels=32, blocks=1, multipliers=(1, 1, 1, 1, 2), latent_channels=32)
@@ -76,6 +80,16 @@ def mini_state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
     return load_model(mini_state(kind, seed), MINI[kind])
+
+
+def bundled_tokenizer(directory: Path) -> Path:
+    """A copy of the bundled tokenizer to change, with one picture in its reference instead of four, which take longer."""
+    path = Path(shutil.copytree(find_bundle("tiny", "tokenizer"), directory / "tiny"))
+    bundle = Bundle.open(path, BundleConfig)
+    arrays = {key: rows if key == "codebook" else rows[:1] for key, rows in vars(TokenizerReference.load(bundle)).items()}
+    np.savez(path / "reference.npz", **arrays)
+    replace(bundle, assets=dict(bundle.assets) | {"reference": file_entry(path / "reference.npz")}).write_manifest()
+    return path
 
 
 def store_ranges(bundle: Path, magnitudes: float | Mapping[str, float]) -> Bundle[BundleConfig]:

@@ -44,6 +44,14 @@ SMALLEST = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": 1,
 }
+GROUPED = SMALLEST | {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "rope_theta": 5000.0,
+}
+"""Grouped heads, and matrices of whole blocks of 4 bits. Tests that need more than `SMALLEST` share it: it is traced once."""
 PATCH_NUMS_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tests.support.waiting import comes_true
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.understanding import export_understanding
@@ -120,6 +121,10 @@ def features(seed: int) -> np.ndarray:
 def pool_is_clean(understander: Understander) -> bool:
     """Only the prefix cache holds pages."""
     scheduler = understander._runner.model.scheduler
-    cached = {page for table in scheduler.cache._tables.values() for page in table.pages}
     pool = scheduler.loop.transformer.pool
-    return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    def clean() -> bool:
+        cached = {page for table in list(scheduler.cache._tables.values()) for page in table.pages}
+        return pool.free == pool.pages - len(cached) and not scheduler._live and not scheduler._waiting
+
+    return comes_true(clean)

@@ -9,7 +9,6 @@ import gc
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.support.mini_understander import (
     write_checkpoint,
 )
 from tests.support.on_engines import certificate_of
+from tests.support.waiting import comes_true
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk import Answer, AnswerParams, Understander
 from tokenflow_sdk.backends.cuda import CudaArray
@@ -292,7 +292,7 @@ def test_turns_end_where_they_began_and_chats_go_on(
         cancelled.close()
         assert old.users == 1
         assert "".join([*pieces, *begun]) == expected
-        assert old.users == 0
+        assert comes_true(lambda: old.users == 0)
         assert old.sessions["head"]._session is None  # type: ignore[attr-defined]
         assert pool_is_clean(understander)
         assert understander.answer(features(0), LONG, params=FREE).text == expected
@@ -318,13 +318,12 @@ def test_threads_ask_on_while_engines_change(
         go.set()
         assert understander.wait_for_engines(120)
         seen = len(found)
-        while len(found) < seen + 6:
-            time.sleep(0.01)
+        assert comes_true(lambda: len(found) >= seen + 6)
         stop.set()
         for thread in threads:
             thread.join()
         assert pool_is_clean(understander)
-        assert old.users == 0
+        assert comes_true(lambda: old.users == 0)
     assert all(tokens == expected[number] for number, tokens in found)
 
 

@@ -21,11 +21,17 @@ from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["encode"]
 
+_LARGE = 10_000
+"""Most pictures that are encoded without a word about the command for data sets."""
+
 
 def encode(arguments: argparse.Namespace) -> int:
     """Encode image files; write a .tfc file for each and print its size. Skip those whose codes are there."""
     found = image_files(arguments.images)
     images = list(found)
+    if len(images) > _LARGE:
+        several = "`tokenflow tokenize` writes the codes of so many to few files, and goes on where it was ended"
+        stderr.note(f"{len(images):,} pictures: {several}", soft_wrap=True)
     outputs = dict(zip(images, output_paths(found, arguments.output, codes=True), strict=True))
     check_outputs(images, outputs.values(), codes=True, force=arguments.force)
     with open_tokenizer(arguments) as tokenizer:

@@ -92,6 +92,7 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
             bundle_name(arguments),
             runtime_options(arguments),
             arguments.tokenizer,
+            arguments.pages,
             hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )
@@ -115,6 +116,7 @@ def open_understander(arguments: argparse.Namespace) -> Understander:
             name,
             runtime_options(arguments),
             arguments.tokenizer,
+            arguments.pages,
             hub=HubOptions(arguments.revision),
             sha256=arguments.sha256,
         )

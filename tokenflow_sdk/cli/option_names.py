@@ -10,8 +10,9 @@ __all__ = ["as_options"]
 
 _SAME = (
     *("backend", "batch_limit", "batch_usual", "cfg_scale", "color", "device", "max_pixels", "max_tokens", "memory_gb"),
-    *("preprocess", "preset", "repetition_penalty", "revision", "seed", "sha256", "temperature", "threads", "tokenizer"),
-    *("top_k", "top_p", "workspace_gb"),
+    *("image_column", "key_column", "pages", "preprocess", "preset", "repetition_penalty", "revision", "seed", "sha256"),
+    *("shard_size", "temperature", "threads"),
+    *("tokenizer", "top_k", "top_p", "workspace_gb"),
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME} | {
     "build_config": "--config",

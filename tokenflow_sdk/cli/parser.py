@@ -9,9 +9,11 @@ from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, verify
+from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, tokenize, verify
 from tokenflow_sdk.cli.help import Parser, add_command
 from tokenflow_sdk.cli.outputs import STDIO, Output
+from tokenflow_sdk.dataset.job_options import EXTRAS, JobOptions
+from tokenflow_sdk.dataset.outputs import FORMATS
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
 from tokenflow_sdk.passes.quantize import EightBit
@@ -35,6 +37,7 @@ answers about images.
                                        prints the answer
   tokenflow encode photos -o codes --bundle bundles/clipb_256
                                        another model than the one in the SDK
+  tokenflow tokenize photos -o codes   a data set; goes on where it was ended
   tokenflow info photo.tfc             what a file of codes or a bundle holds
   tokenflow info                       what is installed and works here
 
@@ -78,9 +81,30 @@ An engine is used only with the TensorRT version and GPU architecture it was
 built for, and for an unchanged graph; otherwise it is built again.
 """
 
+_TOKENIZING = """\
+Encode a data set of pictures, from one directory to a bucket of millions.
+
+  tokenflow tokenize photos -o codes
+      a directory and what is below it, to Parquet files
+  tokenflow tokenize 's3://bucket/{00000..01023}.tar' -o s3://bucket/codes
+      tars as WebDataset writes them; anything that fsspec opens
+  tokenflow tokenize pictures.parquet --key-column id -o codes --also semantic
+      pictures in Parquet files, and features beside the codes
+  tokenflow tokenize photos -o codes --shard 3/16
+      the third of sixteen processes that share the job
+  tokenflow tokenize --verify codes
+      whether all is there, and as the bundle gives it
+
+Each part of the input becomes one output file, which appears whole. Whatever
+ends the command, the same command goes on. A picture that cannot be read is a
+row with its error.
+"""
+
 _LIMIT = "most images in one call (default: 1 on a CPU, 8 with CUDA, as engines were built with TensorRT)"
+_PAGES = "pages of a language model's key/value pool (default: enough for eight images or questions)"
 _INSTEAD = "the bundle, instead of the first argument"
 _OVER_IMAGES = "replace files that do not say that tokenflow wrote them, but never an input"
+_SHARED = "CPU threads of a call; as many calls run at once as fill the cores (default: 1, above 15 cores an eighth of them)"
 _SEVERAL = "{}, directories of them and what is below, or patterns like 'in/**/*'; -: stdin"
 
 
@@ -97,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers.add_parser("serve", add_help=False, help="answer over HTTP, with a page to try it; needs the extra `serve`")
     _add_info(subparsers)
     _add_encode(subparsers)
+    _add_tokenize(subparsers)
     _add_decode(subparsers)
     _add_reconstruct(subparsers)
     _add_generate(subparsers)
@@ -130,6 +155,45 @@ def _add_encode(subparsers: _Subparsers) -> None:
         "replace files that are no codes, but never an input; encode images again whose codes are there",
     )
     _add_engine_options(parser)
+    _add_image_options(parser)
+
+
+def _add_tokenize(subparsers: _Subparsers) -> None:
+    summary = "encode a data set of pictures to Parquet files or tars; goes on where it was ended"
+    parser = _add_command(subparsers, "tokenize", tokenize.tokenize, summary)
+    parser.description = _TOKENIZING
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="directories, patterns like 'in/**/*', tars or Parquet files, local or s3://... and the like; {00..99} counts",
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="directory or address of the output; a job in it goes on")
+    parser.add_argument("--format", choices=FORMATS, default="parquet", help="of the output (default: %(default)s)")
+    parser.add_argument("--also", metavar="NAME,NAME", help=f"store beside codes, in float16: {', '.join(EXTRAS)}")
+    parser.add_argument("--scales", type=int, metavar="N", help="store only the N coarsest scales (default: all)")
+    defaults = JobOptions()
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=defaults.shard_size,
+        metavar="N",
+        help="pictures of a directory in one output file (default: %(default)s); tars and Parquet files have one each",
+    )
+    parser.add_argument(
+        "--image-column",
+        default=defaults.image_column,
+        metavar="NAME",
+        help="of Parquet files: bytes or paths of pictures (default: %(default)s)",
+    )
+    parser.add_argument("--key-column", metavar="NAME", help="of Parquet files: names of pictures (default: numbers of rows)")
+    parser.add_argument("--retry-errors", action="store_true", help="also encode pictures again that had an error")
+    parser.add_argument("--shard", metavar="I/N", help="be the I-th of N processes that share the job, each with its own parts")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto for the one that is here")
+    parser.add_argument("--devices", metavar="NAMES", help="several GPUs, each with a tokenizer: cuda:0,cuda:1 or all")
+    parser.add_argument("--json", action="store_true", help="print the progress and the end as lines of JSON")
+    parser.add_argument("--verify", metavar="OUT", help="check the output of a job instead of running one")
+    _add_engine_options(parser, threads=_SHARED)
     _add_image_options(parser)
 
 
@@ -182,7 +246,7 @@ def _add_generate(subparsers: _Subparsers) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the images should not show (default: the model's)")
     parser.add_argument("--progressive", action="store_true", help="also write scales.png: each image after every scale")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser, what="the generator")
+    _add_engine_options(parser, what="the generator", paged=True)
 
 
 def _add_ask(subparsers: _Subparsers) -> None:
@@ -203,7 +267,7 @@ def _add_ask(subparsers: _Subparsers) -> None:
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed samples the same answer (default: a random one)")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser, what="the understander", default="none")
+    _add_engine_options(parser, what="the understander", default="none", paged=True)
     _add_image_options(parser)
 
 
@@ -223,6 +287,7 @@ def _add_bench(subparsers: _Subparsers) -> None:
     )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--pages", type=int, metavar="N", help=_PAGES)
     _add_tokenizer_option(parser)
     _add_engine_options(parser, what=_INSTEAD)
 
@@ -259,12 +324,7 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="SM,SM",
         help="GPU architectures to build for, e.g. sm86,sm89; tensorrt-rtx only (default: the GPU in this machine)",
     )
-    parser.add_argument(
-        "--pages",
-        type=int,
-        metavar="N",
-        help="pages of a language model's key/value pool (default: enough for eight images or questions)",
-    )
+    parser.add_argument("--pages", type=int, metavar="N", help=_PAGES)
     parser.add_argument(
         "--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use, in GiB (default: no limit)"
     )
@@ -336,7 +396,13 @@ def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokenizer", default: str = "tiny") -> None:
+def _add_engine_options(
+    parser: argparse.ArgumentParser,
+    what: str = "the tokenizer",
+    default: str = "tiny",
+    paged: bool = False,
+    threads: str = "CPU threads (default: all cores)",
+) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
     _add_pins(group)
@@ -350,8 +416,11 @@ def _add_engine_options(parser: argparse.ArgumentParser, what: str = "the tokeni
         "onnxruntime (default: %(default)s)",
     )
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group.add_argument("--batch-limit", type=int, metavar="N", help=_LIMIT)
+    group.add_argument("--threads", type=int, metavar="N", help=threads)
+    if paged:
+        group.add_argument("--pages", type=int, metavar="N", help=_PAGES)
+    else:
+        group.add_argument("--batch-limit", type=int, metavar="N", help=_LIMIT)
 
 
 def _add_pins(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

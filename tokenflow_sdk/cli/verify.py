@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import open_bundle
@@ -25,7 +26,9 @@ __all__ = ["verify", "verify_bundles"]
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify every bundle under a name."""
-    verify_bundles(bundle_paths(arguments), runtime_options(arguments), arguments.batch_limit or 1, arguments.sha256)
+    given = arguments.batch_limit
+    limit = 1 if given is None else integer("batch_limit", given, 1, 2**31 - 1, "is no number of images in a call.", "Give 1.")
+    verify_bundles(bundle_paths(arguments), runtime_options(arguments), limit, arguments.sha256)
     return 0
 
 

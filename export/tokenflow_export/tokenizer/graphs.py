@@ -147,14 +147,13 @@ class DecodeGraph(nn.Module):
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
-        self.config = model.config
+        self.grid, self.pixel_dim = model.config.grid, model.config.pixel_dim
         self.sum = CodeSum(model, model.config.semantic_dim, model.config.code_dim)
         self.post_quant_conv, self.decoder = model.post_quant_conv, model.decoder
         self.resize = SeparableResize(model.config.pixel_input_size, model.config.image_size)
 
     def forward(self, code_indices: Tensor) -> Tensor:
-        grid = self.config.grid
-        pixel = self.sum(code_indices).transpose(1, 2).reshape(-1, self.config.pixel_dim, grid, grid)
+        pixel = self.sum(code_indices).transpose(1, 2).reshape(-1, self.pixel_dim, self.grid, self.grid)
         return to_pixels(self.resize(self.decoder(self.post_quant_conv(pixel))))
 
 
@@ -163,12 +162,11 @@ class SemanticGraph(nn.Module):
 
     def __init__(self, model: TokenFlowTokenizer) -> None:
         super().__init__()
-        self.config = model.config
+        self.grid, self.semantic_dim = model.config.grid, model.config.semantic_dim
         self.sum = CodeSum(model, 0, model.config.semantic_dim)
         self.decoder_vqkd, self.decode_task_layer = model.decoder_vqkd, model.decode_task_layer
 
     def forward(self, code_indices: Tensor) -> Tensor:
-        grid = self.config.grid
-        half = self.sum(code_indices).transpose(1, 2).reshape(-1, self.config.semantic_dim, grid, grid)
+        half = self.sum(code_indices).transpose(1, 2).reshape(-1, self.semantic_dim, self.grid, self.grid)
         features: Tensor = self.decode_task_layer(self.decoder_vqkd(half))
         return features

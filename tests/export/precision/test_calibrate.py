@@ -12,11 +12,12 @@ from PIL import Image
 from rich.console import Console
 
 from tests.conftest import ROOT
+from tests.support.mini import bundled_tokenizer
 from tokenflow_export.cli import main
 from tokenflow_export.precision.calibrate import calibrate, magnitudes
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.reference_images import reference_pictures
-from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import decoder_ranges
 from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
@@ -28,7 +29,7 @@ STEPS = ProgressSteps(Console(quiet=True))
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A copy of the bundled tokenizer: with random weights, 8 bits would be too few for most convolutions."""
-    return Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / "tiny"))
+    return bundled_tokenizer(tmp_path)
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_magnitudes_are_those_of_the_largest_picture(tiny: Path) -> None:
         assert 0 < row[0] < row[1] < row[2]
 
 
-def test_what_is_found_is_stored_where_engines_are_built(tiny: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_found_is_stored_where_engines_are_built(
+    tiny: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["calibrate", str(tiny), "--images", str(photos), "--crops", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 crops of 3 photos, measured on 1 crops of 2 others" in out
@@ -64,6 +67,7 @@ def test_what_is_found_is_stored_where_engines_are_built(tiny: Path, photos: Pat
         assert figures["decode_psnr"] > EIGHT_BIT_PSNR
         assert f"{dtype:>4}  {figures['decode_psnr_mean']:.1f} dB" in out
         assert figures["pictures"] == 1
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.QUANTILES", (1.0,))
     held_out = ["--held-out", str(ROOT / "examples")]
     assert main(["calibrate", str(tiny), "--images", str(photos), *held_out, "--crops", "1"]) == 0
     assert "1 crops of 5 photos" in capsys.readouterr().out
@@ -73,6 +77,7 @@ def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeyp
     bundle = Bundle.open(tiny, TokenizerConfig)
     images = reference_pictures(256, 2)
     monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.QUANTILES", (1.0,))
     plain = calibrate(bundle, images[:1], images[1:], STEPS)
     assert plain["int8"].kept == 0
     monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
@@ -91,6 +96,7 @@ def test_pinned_nodes_are_not_rounded(tiny: Path, monkeypatch: pytest.MonkeyPatc
     bundle = Bundle.open(tiny, TokenizerConfig)
     images = reference_pictures(256, 2)
     monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.QUANTILES", (1.0,))
     calibrate(bundle, images[:1], images[1:], STEPS)
     assert name not in json.loads((tiny / "ranges.json").read_text())["int8"]["decode"]
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import ROOT
+from tests.support.mini import bundled_tokenizer
 from tokenflow_export.precision.emulate_half import emulated_graph
 from tokenflow_export.precision.search import crops
 from tokenflow_export.precision.tokenizer_search import TokenizerFinding, search_tokenizer
@@ -60,7 +61,7 @@ def test_figures_are_those_of_the_emulated_graphs(bundle_copy: Path, tmp_path: P
 
 def test_every_graph_that_misses_its_bar_is_mended(tmp_path: Path) -> None:
     """The bundled tokenizer in bfloat16, as users have it: its features differ by more than a certificate allows."""
-    copy = Path(shutil.copytree(find_bundle("tiny", "tokenizer"), tmp_path / "tiny"))
+    copy = bundled_tokenizer(tmp_path)
     found = searched(copy, "bf16", count=1)
     assert found.plain.features_error > 0.01 >= found.quality.features_error
     assert len(found.pinned["features"]) == found.nodes["features"] == 1
@@ -68,8 +69,9 @@ def test_every_graph_that_misses_its_bar_is_mended(tmp_path: Path) -> None:
     assert pinned_nodes(Bundle.open(copy, TokenizerConfig), "bf16") == {"features": found.pinned["features"]}
 
 
-def test_pinning_brings_codes_nearer(bundle_copy: Path) -> None:
+def test_pinning_brings_codes_nearer(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights in bfloat16 miss most tolerances."""
+    monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 4)
     found = searched(bundle_copy, "bf16", agreement=0.99, count=16, decoded=1)
     assert min(found.plain.agreement) < 0.99 <= min(found.quality.agreement)
     assert 0 < len(found.pinned["encode"]) <= found.nodes["encode"]
@@ -83,6 +85,7 @@ def test_pinning_brings_codes_nearer(bundle_copy: Path) -> None:
 
 def test_what_a_certificate_would_refuse_is_not_stored(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The crops are one thing, the bundle's reference another."""
+    monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
     monkeypatch.setattr(certificate, "ROUNDED", replace(certificate.ROUNDED, agreement=1.0, margin=0.0))
     with pytest.raises(ParityError, match="in bf16 would be refused: a code flipped.*--agreement"):
         searched(bundle_copy, "bf16")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses import FakeTensorMode
 
-from tests.support.mini_generator import SMALLEST, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
+from tests.support.mini_generator import GROUPED, export_quietly, generator_shapes, tokenizer_bundle, write_checkpoint
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.paged_graph import transformer_spec
 from tokenflow_export.tracing.onnx_export import GraphSpec, export_graph
@@ -35,7 +35,6 @@ from tokenflow_sdk.model.sampling import SamplingParams
 from tokenflow_sdk.model.transformer import PagedTransformer
 
 SIDES = (1, 2)
-SIZES = SMALLEST | {"hidden_size": 64, "intermediate_size": 96}
 PRECISIONS = [
     ExportPrecision("fp16"),
     ExportPrecision("fp32", "int8"),
@@ -71,7 +70,7 @@ def test_int8_in_half_precision_is_refused() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("precision") / "hf"
-    return write_checkpoint(directory, SIZES, generator_shapes(SIZES, 44, 500, SIDES), 40, 500, shards=2)
+    return write_checkpoint(directory, GROUPED, generator_shapes(GROUPED, 44, 500, SIDES), 40, 500, shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_no_weight_is_read_before_the_graph_is_written_and_then_one_at_a_time(
 
 def test_sizes_and_types(bundles: dict[str, Bundle[GeneratorConfig]]) -> None:
     """Matrices in the bits asked for and nothing outside ONNX; pages in the type of the arithmetic."""
-    matrix_count = 4 * 64 * 64 + 3 * 64 * 96
+    matrix_count = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
     kinds = {
         "fp32": (onnx.TensorProto.FLOAT, np.float32),
         "fp16": (onnx.TensorProto.FLOAT16, np.float16),
@@ -190,7 +189,7 @@ def test_a_batch_of_eight_draws_what_each_request_draws_alone(bundles: dict[str,
 def test_int4_needs_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before any graph is traced."""
     monkeypatch.delattr("tokenflow_export.language_model.bundle_writer.export_graph")
-    sizes = SIZES | {"intermediate_size": 90}
+    sizes = GROUPED | {"intermediate_size": 90}
     checkpoint = write_checkpoint(tmp_path / "hf", sizes, generator_shapes(sizes, 44, 500, SIDES), 40, 500)
     tokenizer = tokenizer_bundle(tmp_path / "tok", SIDES, 500)
     with pytest.raises(ArgumentError, match="90 inputs, which is no multiple of 32"):

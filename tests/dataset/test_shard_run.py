@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.dataset_jobs import content, fake_tokenizer, picture, write_pictures
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.dataset import shard_run
+from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
+from tokenflow_sdk.dataset.outputs import Record
+from tokenflow_sdk.dataset.reading import read_records
+from tokenflow_sdk.dataset.shard_run import STAGES, Encoder, ShardStopped, Stages, Watch, run_shard
+from tokenflow_sdk.dataset.storage import Storage
+from tokenflow_sdk.errors import ImageReadError, OutputError, StorageError
+from tokenflow_sdk.pictures.preparation import Preparation
+
+
+@pytest.fixture
+def fake() -> Iterator[Tokenizer]:
+    with fake_tokenizer() as tokenizer:
+        yield tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("tokenflow")] == []
+
+
+def begin(tokenizer: Tokenizer, inputs: Path, output: Path, **options: Any) -> Job:
+    shards = find_shards([str(inputs)])
+    return Job.begin(Storage(str(output)), JobOptions(**options), tokenizer.bundle, [str(inputs)], shards)
+
+
+def made(tokenizer: Tokenizer, inputs: Path, output: Path, workers: int = 2, lanes: int = 2, **options: Any) -> list[Record]:
+    job = begin(tokenizer, inputs, output, **options)
+    run_shard(Encoder(tokenizer, job.options, workers, lanes), job, job.shards[0])
+    return list(read_records(job.output, job.file(0)))
+
+
+def test_rows_stand_in_their_places_and_bad_pictures_are_rows(fake: Tokenizer, tmp_path: Path) -> None:
+    inputs = write_pictures(tmp_path / "in", 9, bad=(0, 4, 8))
+    job = begin(fake, inputs, tmp_path / "out", format="webdataset")
+    record = run_shard(Encoder(fake, job.options, 2, 2), job, job.shards[0])
+    rows = list(read_records(job.output, job.file(0)))
+    assert [row.key for row in rows] == [f"{i:03d}.png" for i in range(9)]
+    assert [i for i, row in enumerate(rows) if row.error is not None] == [0, 4, 8]
+    assert str(rows[4].error).startswith("CorruptImageError: <10 bytes> is not a picture in a known format")
+    for row in rows:
+        data = (inputs / row.key).read_bytes()
+        assert row.sha256 == hashlib.sha256(data).hexdigest()
+        if row.codes is None:
+            assert (row.width, row.height) == (None, None)
+        else:
+            assert (row.width, row.height) == (9, 8)
+            assert row.codes == fake.encode(data)
+            # As `tokenflow encode` writes them.
+            assert row.codes.preparation == Preparation("crop", "srgb", source=row.sha256[:16])
+    data = (tmp_path / "out" / "00000.tar").read_bytes()
+    assert job.done == {0: record}
+    assert (record.rows, record.errors, record.bad) == (9, {"CorruptImageError": 3}, 3)
+    assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert set(record.seconds) == set(STAGES)
+
+
+def test_a_picture_that_cannot_be_read_is_a_row(fake: Tokenizer) -> None:
+    row = Row("a.png", ImageReadError("a.png may not be read.", "Check its permissions."))
+    encoder = Encoder(fake, JobOptions().complete(fake.config), 1, 1)
+    (found,) = encoder.records([(row, None)], Stages())
+    assert found == Record("a.png", None, error="ImageReadError: a.png may not be read.")
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_the_bytes_are_the_same_however_it_runs(form: str, tmp_path: Path) -> None:
+    inputs, outputs = write_pictures(tmp_path / "in", 11, bad=(3,)), []
+    for i, (batch, workers, lanes) in enumerate(((1, 1, 1), (4, 3, 2), (2, 1, 3))):
+        with fake_tokenizer(batch) as tokenizer:
+            made(tokenizer, inputs, tmp_path / f"{i}", workers, lanes, format=form, also=("features",))
+        outputs.append(content(tmp_path / f"{i}"))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_features_and_coarse_scales_are_those_of_the_stored_codes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    inputs = write_pictures(tmp_path / "in", 2)
+    for row in made(tokenizer, inputs, tmp_path / "out", also=("semantic", "features"), scales=3):
+        codes = tokenizer.encode(inputs / row.key).truncate(3)
+        assert row.codes == codes
+        assert list(row.extra) == ["features", "semantic"]
+        for name, value in row.extra.items():
+            assert np.array_equal(value, getattr(tokenizer, name)(codes).astype(np.float16))
+
+
+def test_sizes_are_those_of_the_upright_picture_also_where_less_is_decoded(fake: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("RGB", (203, 100), "teal")
+    wide.save(tmp_path / "in" / "a.jpg")
+    wide.save(tmp_path / "in" / "b.jpg", exif=exif)
+    wide.save(tmp_path / "in" / "c.png", exif=exif)
+    Image.new("RGB", (100, 100)).save(tmp_path / "in" / "d.jpg", exif=exif)
+    sizes = [(203, 100), (100, 203), (100, 203), (100, 100)]
+    for fast in (False, True):
+        rows = made(fake, tmp_path / "in", tmp_path / f"{fast}", fast=fast)
+        assert [(row.width, row.height) for row in rows] == sizes
+        assert [row.codes for row in rows] == [fake.encode(path, fast=fast) for path in sorted((tmp_path / "in").iterdir())]
+
+
+class FailingReads:
+    """`read_shard` whose storage fails in the middle, some times."""
+
+    def __init__(self, times: int) -> None:
+        self.left, self.calls, self.plain = times, 0, shard_run.read_shard
+
+    def __call__(self, shard: Shard, *arguments: Any, **options: Any) -> Iterator[Row]:
+        self.calls += 1
+        for i, row in enumerate(self.plain(shard, *arguments, **options)):
+            if i == 3 and self.left:
+                self.left -= 1
+                raise StorageError("The bucket does not answer.", "Try again.")
+            yield row
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_run, "DELAYS", (0.001, 0.001, 0.001))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_storage_that_fails_gets_three_more_tries(fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = write_pictures(tmp_path / "in", 6)
+    made(fake, inputs, tmp_path / "right")
+    monkeypatch.setattr(shard_run, "read_shard", failing := FailingReads(3))
+    made(fake, inputs, tmp_path / "out")
+    assert failing.calls == 4
+    assert content(tmp_path / "out") == content(tmp_path / "right")
+    monkeypatch.setattr(shard_run, "read_shard", FailingReads(4))
+    with pytest.raises(StorageError, match="does not answer"):
+        made(fake, inputs, tmp_path / "none")
+    assert content(tmp_path / "none") == {}
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("address", ["{}/out", "memory://{}/out"])
+def test_writing_is_tried_again_where_it_is_not_a_local_disk(
+    address: str, fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = write_pictures(tmp_path / "in", 3)
+    output = Storage(address.format(tmp_path))
+    job = Job.begin(output, JobOptions(), fake.bundle, [str(inputs)], find_shards([str(inputs)]))
+    plain: Callable[..., Any] = Storage.new_file
+    calls: list[str] = []
+
+    @contextmanager
+    def full_once(self: Storage, name: str) -> Iterator[Path]:
+        calls.append(name)
+        with plain(self, name) as path:
+            yield path
+            if len(calls) == 1:
+                raise OutputError(f"{name} cannot be written: No space left on device.", "Free some space.")
+
+    monkeypatch.setattr(Storage, "new_file", full_once)
+    encoder = Encoder(fake, job.options, 1, 1)
+    if output.is_local:
+        with pytest.raises(OutputError, match="No space left"):
+            run_shard(encoder, job, job.shards[0])
+        assert (content(tmp_path / "out"), job.done, len(calls)) == ({}, {}, 1)
+    else:
+        run_shard(encoder, job, job.shards[0])
+        assert [row.key for row in read_records(output, job.file(0))] == ["000.png", "001.png", "002.png"]
+
+
+def test_good_rows_of_a_shard_that_is_done_are_not_encoded_again(fake: Tokenizer, tmp_path: Path) -> None:
+    inputs = write_pictures(tmp_path / "in", 6, bad=(1, 4))
+    made(fake, inputs, tmp_path / "out")
+    calls: list[Any] = fake.graphs.load("encode").calls  # type: ignore[attr-defined]
+    assert len(calls) == 4
+    (inputs / "001.png").write_bytes(picture(1))
+    (inputs / "002.png").write_bytes(picture(77))
+    job = Job.begin(Storage(str(tmp_path / "out")), JobOptions(), fake.bundle, ["in"], find_shards([str(inputs)]), mended=True)
+    record = run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
+    assert len(calls) == 6
+    assert record.errors == {"CorruptImageError": 1}
+    made(fake, inputs, tmp_path / "anew")
+    assert content(tmp_path / "out") == content(tmp_path / "anew")
+
+
+def test_a_record_never_stands_beside_another_file_than_its_own(
+    fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = write_pictures(tmp_path / "in", 3, bad=(1,))
+    made(fake, inputs, tmp_path / "out")
+    job = begin(fake, inputs, tmp_path / "out")
+
+    def killed(self: Job, record: DoneRecord) -> None:
+        raise OSError(errno.EIO, "killed before the record")
+
+    monkeypatch.setattr(Job, "finish", killed)
+    with pytest.raises(OSError, match="killed"):
+        run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
+    assert begin(fake, inputs, tmp_path / "out").done == {}
+
+
+def test_a_shard_that_is_stopped_leaves_nothing(fake: Tokenizer, tmp_path: Path) -> None:
+    job = begin(fake, write_pictures(tmp_path / "in", 30), tmp_path / "out")
+
+    class Stopping(Watch):
+        rows = 0
+
+        def wrote(self, record: Record) -> None:
+            self.rows += 1
+            if self.rows == 5:
+                self.stop.set()
+
+    with pytest.raises(ShardStopped):
+        run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0], Stopping())
+    assert (content(tmp_path / "out"), job.done) == ({}, {})
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(
+    fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 MB of pictures no more are in memory than the limit of those that are read ahead, and a few that are worked on."""
+    monkeypatch.setattr(shard_run, "_AHEAD", 2**21)
+    alive, most, png = [0], [0], picture(0)
+
+    class Counted(bytes):
+        def __del__(self) -> None:
+            alive[0] -= 1
+
+    def rows(shard: Shard, *arguments: Any, **options: Any) -> Iterator[Row]:
+        for i in range(200):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield Row(str(i), Counted(png + bytes(2**19)))
+
+    monkeypatch.setattr(shard_run, "read_shard", rows)
+    assert len(made(fake, write_pictures(tmp_path / "in", 1), tmp_path / "out")) == 200
+    assert most[0] < 30

@@ -1,0 +1,266 @@
+"""Makes one shard: reads its pictures, encodes them beside each other, writes one file, and records that it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import JpegImagePlugin
+
+from tokenflow_sdk.dataset.inputs import Row, Shard, read_shard
+from tokenflow_sdk.dataset.job import DoneRecord, Job
+from tokenflow_sdk.dataset.job_options import JobOptions
+from tokenflow_sdk.dataset.outputs import Record, open_writer
+from tokenflow_sdk.dataset.read_ahead import read_ahead
+from tokenflow_sdk.dataset.reading import read_records
+from tokenflow_sdk.errors import OutputError, StorageError, TokenFlowError
+from tokenflow_sdk.files import file_sha256
+from tokenflow_sdk.pictures.images import fit, load_image
+from tokenflow_sdk.pipeline import encode_ahead
+from tokenflow_sdk.tokenizer import Tokenizer
+
+__all__ = ["DELAYS", "STAGES", "Encoder", "ShardStopped", "Stages", "Watch", "run_shard"]
+
+STAGES = ("read", "prepare", "encode", "write")
+"""What is timed of a shard. They overlap."""
+DELAYS = (1.0, 4.0, 16.0)
+"""Seconds before each further try of a shard whose storage failed."""
+_AHEAD = 2**25
+"""Bytes of pictures that are read before threads prepare them."""
+_READERS = 16
+"""Single files on remote storage that are read at once."""
+
+
+class ShardStopped(BaseException):
+    """The run is to end, and the shard is left as if it had not begun."""
+
+
+class Stages:
+    """Seconds that each stage took, added up by all threads.
+
+    Args:
+        total: where they are added as well.
+    """
+
+    def __init__(self, total: Stages | None = None) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._total, self._lock = total, threading.Lock()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.add({stage: perf_counter() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by stage."""
+        with self._lock:
+            for stage, value in seconds.items():
+                self.seconds[stage] += value
+        if self._total is not None:
+            self._total.add(seconds)
+
+
+class Watch:
+    """Sees how a shard gets on. Its methods are called by the thread that makes the shard.
+
+    Args:
+        stop: set by another thread to end the shard early.
+        stages: where times are added.
+    """
+
+    def __init__(self, stop: threading.Event | None = None, stages: Stages | None = None) -> None:
+        self.stop, self.stages = stop or threading.Event(), stages
+
+    def begun(self) -> None:
+        """A try of the shard begins: rows of the one before do not count."""
+
+    def wrote(self, record: Record) -> None:
+        """A row was written."""
+
+    def idle(self) -> None:
+        """Nothing is read for now: all was, and the last pictures are encoded; or the shard waits for its next try."""
+
+
+class _Ready(NamedTuple):
+    """A picture before it is encoded: u8 [H, W, 3] of the tokenizer's size, and its row without codes."""
+
+    pixels: NDArray[np.uint8]
+    record: Record
+
+
+_Item: TypeAlias = "tuple[Row, Record | None]"
+"""A row, and what an earlier run made of it."""
+
+
+class Encoder:
+    """A tokenizer that makes records of rows; shards that run at once share its lanes.
+
+    Args:
+        tokenizer: of the job's bundle.
+        options: of the job, complete.
+        workers: threads that prepare pictures, of each shard.
+        lanes: calls of the engine at once, of all shards.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: JobOptions, workers: int, lanes: int) -> None:
+        self.tokenizer, self.options, self.workers, self.lanes = tokenizer, options, workers, lanes
+        self.stamp = options.stamp(tokenizer.bundle)
+        self._free = threading.BoundedSemaphore(lanes)
+
+    def records(self, items: Iterable[_Item], stages: Stages) -> Generator[Record, None, None]:
+        """The record of each row, in order. Rows that an earlier run made well are not encoded again."""
+
+        def prepare(item: _Item) -> _Ready | Record:
+            with stages.timed("prepare"):
+                return self._prepared(*item)
+
+        def encode(batch: Sequence[_Ready | Record]) -> list[Record]:
+            ready = [each for each in batch if isinstance(each, _Ready)]
+            with self._free, stages.timed("encode"):
+                found = iter(self._encoded(ready) if ready else ())
+            return [next(found) if isinstance(each, _Ready) else each for each in batch]
+
+        return encode_ahead(prepare, encode, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+
+    def _prepared(self, row: Row, before: Record | None) -> _Ready | Record:
+        if isinstance(row.data, TokenFlowError):
+            return Record(row.key, None, error=_text(row.data))
+        record = Record(row.key, None, sha256=hashlib.sha256(row.data).hexdigest())
+        if before is not None and before.error is None and before.sha256 == record.sha256:
+            return before
+        try:
+            pixels, (width, height) = self._pixels(row.data)
+        except TokenFlowError as error:
+            return replace(record, error=_text(error))
+        return _Ready(pixels, replace(record, width=width, height=height))
+
+    def _pixels(self, data: bytes) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """What the engine reads of a picture, u8 [H, W, 3], and the upright picture's width and height."""
+        o, size = self.options, self.tokenizer.config.image_size
+        image = load_image(data, color=o.color, max_pixels=o.max_pixels, draft_size=size if o.fast else None)
+        assert o.preprocess is not None
+        whole = _drafted_from(data, image.size) if o.fast else image.size
+        return fit(image, size, o.preprocess), whole
+
+    def _encoded(self, pictures: Sequence[_Ready]) -> list[Record]:
+        tok, scales = self.tokenizer, self.stamp.scales
+        rows = tok.encode_array(np.stack([each.pixels for each in pictures]))
+        sources = [str(each.record.sha256)[:16] for each in pictures]
+        codes = [
+            tok.codes(row, replace(self.stamp.preparation, source=source)).truncate(scales)
+            for row, source in zip(rows, sources, strict=True)
+        ]
+        columns = {name: getattr(tok, name)(codes).astype(np.float16) for name in self.stamp.shapes}
+        return [
+            replace(each.record, codes=found, extra={name: column[i] for name, column in columns.items()})
+            for i, (each, found) in enumerate(zip(pictures, codes, strict=True))
+        ]
+
+
+def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = None) -> DoneRecord:
+    """Make a shard's output file and its record. A storage that fails gets three more tries of the whole shard.
+
+    If the shard is done, its rows without an error stay as they are where their pictures are the same.
+
+    Args:
+        encoder: of the job's options.
+        job: whose shard it is.
+        shard: to make.
+        watch: told how it gets on.
+
+    Raises:
+        DatasetError, OutputError: the shard cannot be made.
+        ShardStopped: `watch.stop` was set.
+    """
+    watch = Watch() if watch is None else watch
+    for delay in DELAYS:
+        try:
+            return _attempt(encoder, job, shard, watch)
+        except (StorageError, OutputError) as error:
+            if isinstance(error, OutputError) and job.output.is_local:  # the disk is full, say, and stays so
+                raise
+            watch.idle()
+            # Others that failed with it are not to try at the same moment.
+            if watch.stop.wait(delay * random.uniform(1, 1.5)):  # noqa: S311
+                raise ShardStopped from None
+    return _attempt(encoder, job, shard, watch)
+
+
+def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
+    watch.begun()
+    stages, errors, count = Stages(watch.stages), Counter[str](), 0
+    items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
+    with job.output.new_file(job.file(shard.index)) as path:
+        with open_writer(path, encoder.stamp, job.options.format) as writer:
+            with closing(_then(items, watch.idle)) as read, closing(encoder.records(read, stages)) as records:
+                for record in records:
+                    if watch.stop.is_set():
+                        break
+                    with stages.timed("write"):
+                        writer.add(record)
+                    count += 1
+                    if record.error is not None:
+                        errors[record.error.partition(":")[0]] += 1
+                    watch.wrote(record)
+            if watch.stop.is_set():
+                raise ShardStopped
+            written = perf_counter()
+        stages.add({"write": perf_counter() - written})
+        with stages.timed("write"):
+            size, digest = path.stat().st_size, file_sha256(path)
+            # A record never stands beside another file than its own.
+            job.forget(shard.index)
+    seconds = {stage: round(value, 3) for stage, value in stages.seconds.items()}
+    done = DoneRecord(shard.index, size, digest, count, dict(sorted(errors.items())), seconds, encoder.tokenizer.device)
+    job.finish(done)
+    return done
+
+
+def _rows(job: Job, shard: Shard, stages: Stages) -> Generator[_Item, None, None]:
+    """The shard's rows, each with what an earlier run made of the same key."""
+    old = read_records(job.output, job.file(shard.index)) if shard.index in job.done else iter(())
+    rows = read_shard(shard, job.options.reading, threads=_READERS if "://" in shard.where else 1)
+    while True:
+        with stages.timed("read"):
+            row, before = next(rows, None), next(old, None)
+        if row is None:
+            return
+        yield row, before if before is not None and before.key == row.key else None
+
+
+def _then(items: Iterator[_Item], finished: Callable[[], None]) -> Generator[_Item, None, None]:
+    yield from items
+    finished()
+
+
+def _size(item: _Item) -> int:
+    data = item[0].data
+    # Of small pictures not too many either.
+    return 2**16 + (len(data) if isinstance(data, bytes) else 0)
+
+
+def _text(error: TokenFlowError) -> str:
+    return f"{type(error).__name__}: {error.message}"
+
+
+def _drafted_from(data: bytes, drafted: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an upright picture that was perhaps decoded at a reduced size, as only JPEGs are."""
+    if not data.startswith(b"\xff\xd8"):
+        return drafted
+    width, height = JpegImagePlugin.JpegImageFile(io.BytesIO(data)).size
+    turned = (width > height) != (drafted[0] > drafted[1]) and drafted[0] != drafted[1]
+    return (height, width) if turned else (width, height)
