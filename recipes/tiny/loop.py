@@ -131,7 +131,7 @@ def plot(out: Path) -> None:
     for number, name in enumerate(names, 1):
         axis = figure.add_subplot(-(-len(names) // 4), 4, number)
         rows = [row for row in curve if name in row]
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
         axis.set_title(name.replace("_", " "))
     partial = out / f"partial-{PLOT}"
     figure.savefig(partial, dpi=80)
