@@ -95,7 +95,6 @@ _SKIMAGE_PHOTOS = (
     ("CC0-1.0", "Stefan van der Walt", "chelsea"),
     ("CC0-1.0", "Rachel Michetti", "coffee"),
     ("CC0-1.0", "SpaceX", "rocket"),
-    ("CC0-1.0", "CC0Textures", "brick", "grass", "gravel"),
 )
 """Of scikit-image's documentation: licence, author, names. The licences of the other pictures are not stated as clearly."""
 
