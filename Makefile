@@ -126,7 +126,7 @@ bench-gpu: .venv-gpu/.tensorrt ## the GPU here, with TensorRT and onnxruntime, a
 		done; \
 	done; exit $$worst
 
-tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm and apt-get needed)
+tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm, apt-get and pip needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny
 
 tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and write models/tiny

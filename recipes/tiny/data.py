@@ -45,12 +45,18 @@ class Pictures:
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
         self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
-        photos: dict[str, list[Image.Image]] = {"train": [], "heldout": []}
+        photos: dict[str, list[Image.Image]] = {"train": [], "heldout": [], "others": []}
         for entry in entries:
             if entry["kind"] == "photo":
                 photos[entry["split"]].append(Image.open(directory / entry["file"]).convert("RGB"))
         self.photos = photos["train"]
         self.test_photos = [_centre(photo) for photo in photos["heldout"]]
+        self.other_photos = [_centre(photo) for photo in photos["others"]]
+
+    def held_out(self, icons: int = 48) -> dict[str, list[Pixels]]:
+        """The held-out pictures: photographs, photographs of authors that training has none of, and drawings."""
+        drawings = [np.asarray(self.icons[row]) for row in self.test_icons[:icons]]
+        return {"photos": self.test_photos, "others": self.other_photos, "icons": drawings}
 
     def batch(self, size: int, seed: int, step: int) -> list[Pixels]:
         """Choose `size` pictures of the training split, and crop, mirror and tint them at random."""

@@ -29,7 +29,9 @@ from recipes.tiny.sources import ICON_SOURCES, NAMES, PHOTO_SOURCES, FetchError,
 
 __all__ = ["held_out", "main", "split_photos", "without_near_duplicates"]
 
-HELD_OUT_PHOTOS, HELD_OUT_ICONS = 0.15, 0.04
+HELD_OUT_PHOTOS, HELD_OUT_AUTHORS, HELD_OUT_ICONS = 0.15, 0.2, 0.04
+_MANY_AUTHORS = ("Various", "OpenCV contributors", "J. Paul Getty Museum", "Library of Congress", "NASA")
+"""These stand for many authors, and are not held out as one."""
 _NEAR, _ALIKE = 6, 10
 """Pictures whose fingerprints differ in at most 6 of 64 bits count as the same, in at most 10 as pictures of one scene."""
 
@@ -47,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     except FetchError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    table = Table("source", "licence", "train", "held out")
+    table = Table("source", "licence", "train", "held out", "of other authors")
     counts = Counter((entry["source"], entry["licence"], entry["split"]) for entry in entries)
     for source, licence in sorted({key[:2] for key in counts}):
-        table.add_row(source, licence, str(counts[source, licence, "train"]), str(counts[source, licence, "heldout"]))
+        table.add_row(source, licence, *(str(counts[source, licence, split]) for split in ("train", "heldout", "others")))
     Console().print(table)
     return 0
 
@@ -89,7 +91,11 @@ def held_out(identity: str, share: float) -> bool:
 
 
 def split_photos(entries: list[Entry]) -> list[Entry]:
-    """Set the split of photographs. Those of one scene, also through others between them, get the same."""
+    """Set the split of photographs. Those of one scene, also through others between them, get the same.
+
+    Most are `train` and some `heldout`. Those of a share of the authors and of the sources kept for this are `others`, with all
+    photographs of their scenes; if they are by such an author and `heldout`, they stay so.
+    """
     leaders = list(range(len(entries)))
     for later, entry in enumerate(entries):
         for earlier in range(later):
@@ -97,7 +103,19 @@ def split_photos(entries: list[Entry]) -> list[Entry]:
                 old, new = leaders[later], leaders[earlier]
                 leaders = [new if leader == old else leader for leader in leaders]
     identities = [f"{entries[leader]['source'].split()[0]}|{entries[leader]['path_in_source']}" for leader in leaders]
-    return [entry | {"split": _split(name, HELD_OUT_PHOTOS)} for entry, name in zip(entries, identities, strict=True)]
+    pairs = list(zip(entries, leaders, strict=True))
+    kept = {leader for entry, leader in pairs if entry["others"]}
+    authors = {leader for entry, leader in pairs if _held_out_author(entry["author"])}
+    splits = [_split(identity, HELD_OUT_PHOTOS) for identity in identities]
+    splits = [
+        "others" if leader in kept or (leader in authors and split == "train") else split
+        for leader, split in zip(leaders, splits, strict=True)
+    ]
+    return [entry | {"split": split} for entry, split in zip(entries, splits, strict=True)]
+
+
+def _held_out_author(author: str) -> bool:
+    return author not in _MANY_AUTHORS and held_out(f"author|{author}", HELD_OUT_AUTHORS)
 
 
 def _split(identity: str, share: float) -> str:
@@ -120,6 +138,7 @@ def _write_photos(package: Package, out: Path) -> Iterator[Entry]:
             "author": " ".join(photo.author.split()),
             "sha256": hashlib.sha256((out / "photos" / name).read_bytes()).hexdigest(),
             "fingerprint": fingerprint(photo.image),
+            "others": package.source.others,
         }
 
 
@@ -155,13 +174,14 @@ def without_near_duplicates(entries: list[Entry]) -> list[Entry]:
 
 def attribution(entries: list[Entry], packages: list[Package]) -> str:
     """Write ATTRIBUTION.md: a line for each package, and a line for each photograph."""
-    counts = Counter(entry["source"] for entry in entries)
+    counts = Counter((entry["source"], entry["author"]) for entry in entries)
     lines = ["# Sources of the training data", ""]
     for package in packages:
         source = package.source
         licence = spdx(source.licence) if source.licence else "as below"
         who = f", {source.author}" if source.author else ""
-        lines.append(f"- {package.title}: {counts[package.title]} pictures, {licence}{who}. Archive sha256 {package.sha256}")
+        pictures = sum(n for (title, author), n in counts.items() if title == package.title and source.author in ("", author))
+        lines.append(f"- {package.title}: {pictures} pictures, {licence}{who}. Archive sha256 {package.sha256}")
         if package.version != source.version:
             lines.append(f"  (version {source.version} was asked for and is no longer served)")
     lines += ["", "## Photographs", ""]

@@ -1,9 +1,11 @@
-"""The training loop and the arguments that both trainings share."""
+"""The training loop and the arguments that both trainings share. A training can be killed at any time and goes on later."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -12,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["CHECKPOINT", "CURVE", "Training", "device", "has_bfloat16", "run", "training_parser"]
+__all__ = ["BEST", "CHECKPOINT", "CURVE", "Training", "device", "has_bfloat16", "plot", "read_curve", "run", "training_parser"]
 
-CHECKPOINT, CURVE = "checkpoint.pt", "curve.jsonl"
-SAVE_EVERY = 100
-EVALUATE_EVERY = 500
+CHECKPOINT, BEST, CURVE, PLOT = "checkpoint.pt", "best.pt", "curve.jsonl", "curve.png"
+SAVE_EVERY, EVALUATE_EVERY = 300.0, 250
+"""Seconds from one checkpoint to the next, and steps from one evaluation, with a checkpoint too, to the next."""
 
 
 class Training(Protocol):
@@ -26,7 +28,14 @@ class Training(Protocol):
     steps: int
 
     def run_step(self) -> dict[str, float]: ...
-    def evaluate(self) -> dict[str, float]: ...
+    def evaluate(self, out: Path) -> dict[str, float]:
+        """Measure on held-out pictures; no random number is drawn. A training of pictures also writes some of them to `out`."""
+        ...
+
+    def score(self, figures: dict[str, float]) -> float:
+        """How good a checkpoint with these figures is. The best checkpoint is kept."""
+        ...
+
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
 
@@ -44,43 +53,86 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 
 
-def training_parser(description: str | None, out: Path, batch: int, rate: float) -> argparse.ArgumentParser:
+def training_parser(description: str | None, out: Path, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
     """A parser with the arguments of both trainings and the defaults of one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=out, help="checkpoint and curve (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="checkpoints, curve and plots (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="of the whole training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="pictures in a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=rate, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores (default: %(default)s)")
     return parser
 
 
 def run(training: Training, out: Path) -> None:
-    """Train to the end from the checkpoint in `out`, if there is one, with checkpoints and evaluations in between."""
+    """Train to the end from the checkpoint in `out`, if there is one; at times evaluate and plot; keep the best checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
+    best, before = -float("inf"), 0.0
     if (out / CHECKPOINT).exists():
-        training.load(torch.load(out / CHECKPOINT, map_location=device(), weights_only=True))
+        state = torch.load(out / CHECKPOINT, map_location=device(), weights_only=True)
+        training.load(state)
+        torch.set_rng_state(state["rng"].cpu())
+        best, before = state["best"], state["seconds"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, began = Console(stderr=True), perf_counter()
+    saved = began
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=training.steps, completed=training.step)
         while training.step < training.steps:
             losses = training.run_step()
             shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             progress.update(task, completed=training.step, description=shown)
-            last = training.step == training.steps
-            if training.step % SAVE_EVERY == 0 or last:
-                _save(out / CHECKPOINT, training.state())
-            if training.step % EVALUATE_EVERY == 0 or last:
-                figures = {"step": training.step, "seconds": perf_counter() - began} | training.evaluate() | losses
+            evaluated = training.step % EVALUATE_EVERY == 0 or training.step == training.steps
+            if not evaluated and perf_counter() - saved < SAVE_EVERY:
+                continue
+            seconds, improved = before + perf_counter() - began, False
+            if evaluated:
+                figures = {"step": training.step, "seconds": seconds} | training.evaluate(out) | losses
+                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
                 with (out / CURVE).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(figures) + "\n")
-                console.print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+                plot(out)
+                improved = training.score(figures) > best
+                best = max(best, training.score(figures))
+            _save(out, training.state() | {"rng": torch.get_rng_state(), "best": best, "seconds": seconds}, improved)
+            saved = perf_counter()
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint through a temporary file, so that it is never half written."""
-    partial = path.with_suffix(".partial")
+def _save(out: Path, state: dict[str, Any], improved: bool) -> None:
+    """Write a checkpoint through temporary files, so that it is never half written; the best is kept as a link."""
+    partial, link = out / f"{CHECKPOINT}.partial", out / f"{BEST}.partial"
     torch.save(state, partial)
-    partial.replace(path)
+    if improved:
+        link.unlink(missing_ok=True)
+        os.link(partial, link)
+        link.replace(out / BEST)
+    partial.replace(out / CHECKPOINT)
+
+
+def read_curve(out: Path) -> list[dict[str, float]]:
+    """The figures of all evaluations by step. A line that a kill cut short is left out."""
+    rows: dict[float, dict[str, float]] = {}
+    for line in (out / CURVE).read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def plot(out: Path) -> None:
+    """Plot every figure of the curve over the steps."""
+    from matplotlib.figure import Figure
+
+    curve = read_curve(out)
+    names = [name for name in curve[-1] if name != "step"]
+    figure = Figure(figsize=(16, 3 * -(-len(names) // 4)), layout="constrained")
+    for number, name in enumerate(names, 1):
+        axis = figure.add_subplot(-(-len(names) // 4), 4, number)
+        rows = [row for row in curve if name in row]
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
+        axis.set_title(name.replace("_", " "))
+    partial = out / f"partial-{PLOT}"
+    figure.savefig(partial, dpi=80)
+    partial.replace(out / PLOT)

@@ -34,10 +34,9 @@ def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -
 
     For comparison it gives the PSNR of thumbnails (`thumbnail_psnr`).
     """
-    groups = {"photos": pictures.test_photos, "icons": [np.asarray(pictures.icons[row]) for row in pictures.test_icons[:icons]]}
     figures: dict[str, Any] = {}
     used: set[int] = set()
-    for name, group in groups.items():
+    for name, group in pictures.held_out(icons).items():
         by_scale = []
         for picture in track(group, f"reconstructing {name}"):
             codes = tokenizer.codes(tokenizer.encode_array(picture[None])[0])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.data import Pictures
-from recipes.tiny.loop import CURVE
+from recipes.tiny.loop import CURVE, read_curve
 from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.train_generator import load_tokenizer
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
     _plot(arguments.training, figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     curves = {name: arguments.training / name for name in ("tokenizer", "generator")}
-    figures["curves"] = {name: _curve(path) for name, path in curves.items() if (path / CURVE).exists()}
+    figures["curves"] = {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
     figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
@@ -96,7 +96,7 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     from matplotlib import pyplot
 
     kept = [
-        (_curve(training / name), title, wanted)
+        (read_curve(training / name), title, wanted)
         for name, title, wanted in (
             ("tokenizer", "tokenizer, held-out PSNR (dB)", ("photos", "icons")),
             ("generator", "generator, cross entropy", ("loss_5_scales", "loss_9_scales")),
@@ -115,13 +115,9 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _curve(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / CURVE).read_text(encoding="utf-8").splitlines()]
-
-
 def _history(training: Path) -> str:
-    tokenizer, generator = (int(_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator"))
-    return f"These weights took {tokenizer:,} steps of 8 pictures and {generator:,} steps of 16 to 80."
+    tokenizer, generator = (int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator"))
+    return f"The tokenizer was trained for {tokenizer:,} steps, the generator for {generator:,}."
 
 
 def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
@@ -141,7 +137,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             encode_ratio=times["encode_eager"] / times["encode"],
             decode_ms=times["decode"] * 1e3,
             decode_ratio=times["decode_eager"] / times["decode"],
-            photos=len(pictures.photos) + len(pictures.test_photos),
+            photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
             history=history,

