@@ -216,7 +216,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{report['bundle']}, float32. {report['pictures']:,} JPEG photos of {WIDTH} x {HEIGHT} px, "
         f"{report['photo_bytes']:,} bytes each, in shards of {report['shard_size']:,}; other sides: medians of "
         f"{2 * report['rounds']} turns of {report['turns']} photos, half of them before the job and half after it. "
-        "`python benchmarks/dataset_jobs.py`.",
+        f"`python benchmarks/dataset_jobs.py --pictures {report['pictures']} --shard-size {report['shard_size']} "
+        f"--turns {report['turns']} --rounds {report['rounds']}`.",
         "",
         "| | pictures a second | the job against it |",
         "| --- | --- | --- |",

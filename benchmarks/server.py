@@ -252,7 +252,8 @@ def page(report: dict[str, Any]) -> str:
         "",
         f"{report['cpu']}, {report['cores']} cores; Python {report['python']}, onnxruntime {report['onnxruntime']}; "
         f"{report['bundle']}, one photo of 451 x 300 px, {report['requests']} requests a measurement, medians of "
-        f"{report['rounds']} rounds; clients on the same machine. `python benchmarks/server.py`.",
+        f"{report['rounds']} rounds; clients on the same machine. "
+        f"`python benchmarks/server.py --requests {report['requests']} --rounds {report['rounds']}`.",
         "",
         "| | one client, median | more than the SDK | 32 clients | at 70 % of that: p50 | p99 | p99 / p50 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
