@@ -27,6 +27,7 @@ COVERED_BY = {
         ]
     ],
     "cli/test_info.py": ["tokenflow_sdk/cli/environment"],
+    "dataset/test_rows.py": ["tokenflow_sdk/dataset/parquet"],
     "engines/test_build.py": ["tokenflow_sdk/cli/build"],
     "export/checkpoints/test_tokenizer.py": ["tokenflow_export/checkpoints/strict"],
     "export/language_model/test_generator.py": [

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.server.test_run import running
+from tests.support.served import running
 from tokenflow_sdk import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need a browser: pip install playwright")
@@ -45,8 +45,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running(QUIET) as (_, address):
-        yield address
+    with running(QUIET) as served:
+        yield served.url
 
 
 @pytest.fixture
@@ -221,7 +221,8 @@ def test_axe_finds_nothing_and_nothing_moves(url: str, visit: Open, axe: str, sc
 def test_other_sizes_and_a_server_that_draws_nothing(visit: Open, mini_bundle: Path) -> None:
     tok = Tokenizer.from_pretrained(mini_bundle, threads=1)
     size, sides = tok.config.image_size, tok.config.patch_nums
-    with running(QUIET, "--tokenizer", str(mini_bundle)) as (_, url):
+    with running(QUIET, "--tokenizer", str(mini_bundle)) as served:
+        url = served.url
         page = visit(url)
         encoded(page)
         expect(page.locator("#server")).to_contain_text(f"{size} × {size} pixels in {len(sides)} scales")
@@ -235,7 +236,8 @@ def test_other_sizes_and_a_server_that_draws_nothing(visit: Open, mini_bundle: P
 
 def test_the_page_asks_for_a_key_and_keeps_it(visit: Open, tmp_path: Path, axe: str) -> None:
     (tmp_path / "keys").write_text("right-key\n")
-    with running(QUIET, "--generator", "none", "--api-key-file", str(tmp_path / "keys")) as (_, url):
+    with running(QUIET, "--generator", "none", "--api-key-file", str(tmp_path / "keys")) as served:
+        url = served.url
         page = visit(url)
         expect(page.locator("#key-dialog")).to_be_visible()
         page.evaluate(axe)

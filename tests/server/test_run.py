@@ -1,42 +1,20 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.served import COMMAND, running
 
 PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
-COMMAND = [sys.executable, "-m", "tokenflow_sdk", "serve"]
-
-
-@contextmanager
-def running(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, once it is ready, and its address."""
-    process = subprocess.Popen([*COMMAND, "--port", "0", *options], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        url = ""
-        for line in process.stderr:
-            if found := re.search(r"listening at (\S+)", line):
-                url = found[1]
-            if line.startswith("ready"):
-                break
-        assert url, "the server did not say where it listens"
-        yield process, url
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def failure(*options: str, **environment: str) -> tuple[int, str]:
@@ -46,7 +24,8 @@ def failure(*options: str, **environment: str) -> tuple[int, str]:
 
 
 def test_one_command_serves_the_bundled_models_and_sigterm_ends_it_after_what_was_accepted() -> None:
-    with running() as (process, url):
+    with running() as served:
+        process, url = served.process, served.url
         assert httpx.get(f"{url}/readyz").status_code == 200
         codes = httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"}).json()
         assert codes["model"] == "tiny"
@@ -101,7 +80,8 @@ def test_a_model_that_cannot_be_opened_ends_the_server(mini_understander: Path) 
 
 
 def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
-    with running("--tokenizer", str(mini_bundle)) as (_, url):
+    with running("--tokenizer", str(mini_bundle)) as served:
+        url = served.url
         answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "?"}]})

@@ -9,7 +9,6 @@ import argparse
 import base64
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -25,6 +23,7 @@ import psutil
 
 from tests.server.test_malformed import PHOTO, bomb, request
 from tests.soak.soak import WARM_UP, make_understander
+from tests.support.served import Served, running
 from tokenflow_sdk import Codes
 from tokenflow_sdk.bundle.bundle import find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
@@ -32,48 +31,6 @@ from tokenflow_sdk.bundle.model_config import TokenizerConfig
 GROWTH = 1.05
 """Times the memory after the warm-up that the server may have at the end."""
 JPEG = {"Content-Type": "image/jpeg"}
-
-
-class Served:
-    """A server in a process of its own, which can be killed and started again at the same port."""
-
-    def __init__(self, *options: str) -> None:
-        self._options, self._port = options, 0
-        self.lines: list[str] = []
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tokenflow_sdk", "serve", "--no-access-log", "--port", str(self._port), *self._options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        stderr: Any = self.process.stderr
-        for line in stderr:
-            self.lines.append(line)
-            if found := re.search(r"listening at http://127\.0\.0\.1:(\d+)", line):
-                self._port = int(found[1])
-            if line.startswith("ready"):
-                break
-        else:
-            raise RuntimeError("".join(self.lines))
-        self._reader = threading.Thread(target=self.lines.extend, args=(stderr,))
-        self._reader.start()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self._reader.join()
-        self.process.communicate()
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(60)
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[ {]", line)[0] == name)
 
 
 class Clients:
@@ -156,6 +113,11 @@ class Clients:
                     self._stop.set()
                 self.done[action.__name__] += 1
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = httpx.get(f"{self.served.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[ {]", line)[0] == name)
+
     def run(self, seconds: float, workers: int) -> float:
         """Work for so long. Returns the server's memory afterwards, at rest, in bytes."""
         self._stop.clear()
@@ -167,10 +129,10 @@ class Clients:
         for thread in threads:
             thread.join()
         deadline = time.monotonic() + 30
-        while self.served.metric("tokenflow_requests_under_way") and time.monotonic() < deadline:
+        while self.metric("tokenflow_requests_under_way") and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(1)
-        free, total = self.served.metric("tokenflow_pages_free"), self.served.metric("tokenflow_pages")
+        free, total = self.metric("tokenflow_pages_free"), self.metric("tokenflow_pages")
         if free < total:
             self.problems.append(f"{total - free:.0f} of {total:.0f} pages are lost")
         return float(psutil.Process(self.served.process.pid).memory_info().rss)
@@ -203,8 +165,7 @@ class Clients:
 
 def soak(options: list[str], seconds: float, seed: int, kills: int, workers: int = 8) -> tuple[Clients, tuple[float, float]]:
     """Run a soak of a server with these options. What was not as it must be is in the clients' `problems`."""
-    served = Served(*options)
-    try:
+    with running("--no-access-log", *options) as served:
         clients = Clients(served, "--understander" in options, seed)
         warm = clients.run(seconds * WARM_UP, workers)
         end = clients.run(seconds * (1 - WARM_UP), workers) if not clients.problems else warm
@@ -215,8 +176,6 @@ def soak(options: list[str], seconds: float, seed: int, kills: int, workers: int
             clients.problems.append(f"it ended with {status}")
         clients.problems += [line for line in served.lines if "Traceback" in line or "rror" in line]
         return clients, (warm / 2**20, end / 2**20)
-    finally:
-        served.kill()
 
 
 def main() -> int:

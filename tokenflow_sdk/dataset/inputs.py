@@ -189,8 +189,7 @@ def _of_pictures(pictures: Sequence[Listed]) -> Shard:
 
 
 def _of_file(kind: Kind, storage: Storage, size: int | None) -> Shard:
-    name = storage.address.rsplit("/", 1)[-1].rsplit(os.sep, 1)[-1]
-    return Shard(0, kind, storage.address, _fingerprint([Listed(name, size or 0)]))
+    return Shard(0, kind, storage.address, _fingerprint([Listed(storage.name, size or 0)]))
 
 
 def _base(pattern: str) -> tuple[Storage, str]:

@@ -15,14 +15,13 @@ from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job_options import JobOptions
-from tokenflow_sdk.dataset.outputs import FORMATS, STATE
+from tokenflow_sdk.dataset.outputs import DONE, FORMATS, STATE
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError
 from tokenflow_sdk.pipeline import map_ahead
 
 __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 
-_DONE = f"{STATE}/done"
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
@@ -215,7 +214,7 @@ def _difference(before: Job, now: Job, changed: Sequence[int]) -> str:
 
 
 def _record_name(index: int) -> str:
-    return f"{_DONE}/{index:05d}.json"
+    return f"{DONE}/{index:05d}.json"
 
 
 def _load(output: Storage) -> Job | None:
@@ -250,9 +249,9 @@ def _load(output: Storage) -> Job | None:
 def _records(job: Job) -> dict[int, DoneRecord]:
     """Records of the shards whose record and file are there and whole."""
     files = set(_names(job.output))
-    names = [name for name in _names(job.output, _DONE) if name.endswith(".json")]
+    names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
-    found = map_ahead(lambda name: _record(job.output.read(f"{_DONE}/{name}")), names, threads)
+    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
     return {record.shard: record for record in found if record is not None and job.file(record.shard) in files}
 
 

@@ -18,19 +18,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.errors import DatasetError, MissingPackageError, OutputError
+from tokenflow_sdk.dataset.parquet import import_pyarrow
+from tokenflow_sdk.errors import DatasetError, OutputError
 from tokenflow_sdk.files import reason
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
 
-__all__ = ["FORMATS", "METADATA_KEY", "PLAIN", "STATE", "Format", "Record", "Stamp", "Writer", "open_writer"]
+__all__ = ["DONE", "FORMATS", "METADATA_KEY", "PLAIN", "STATE", "Format", "Record", "Stamp", "Writer", "open_writer"]
 
 Format = Literal["parquet", "webdataset"]
 FORMATS: dict[Format, str] = {"parquet": ".parquet", "webdataset": ".tar"}
 """The formats, and the endings of their files."""
 STATE = "__tokenflow__"
 """Directory of a job's state in its output. `datasets`, pandas, pyarrow and Spark read past a directory with such a name."""
+DONE = f"{STATE}/done"
+"""Records of shards that are done, each named as the shard's file."""
 PLAIN = ("key", "width", "height", "sha256", "error")
 """Columns that are no lists."""
 METADATA_KEY = "tokenflow"
@@ -196,12 +199,7 @@ def open_writer(path: Path, stamp: Stamp, form: Format) -> Writer:
 class _Parquet(Writer):
     def __init__(self, path: Path, stamp: Stamp) -> None:
         super().__init__(path, stamp)
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            hint = "Run `pip install 'tokenflow-sdk[dataset]'`, or write WebDataset's tars."
-            raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
+        pa, pq = import_pyarrow(", or write WebDataset's tars")
         self._pa = pa
         # Not lists of a fixed size: most versions of pyarrow write or read none of them that are null.
         index = pa.uint16() if stamp.codebook_size <= 2**16 else pa.int32()

@@ -7,7 +7,8 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -58,9 +59,34 @@ def run_on_ray(
         ArgumentError: there is no cluster at the address.
         BackendError: Ray ended the job, e.g. because no actor could open the tokenizer.
     """
+    with _connected(address) as ray:
+        gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+        actors, resources = (gpus, {"num_gpus": 1}) if gpus else (max(1, cpus // cores), {"num_cpus": cores})
+        progress = Progress(shards, dict.fromkeys(("read", "prepare", "encode", "write"), actors))
+        items = [{"shard": json.dumps(shard.to_json()), "done": _as_text(job.done.get(shard.index))} for shard in shards]
+        lanes = 2 if gpus else 1
+        made = _made(items, (tokenizer, _without_shards(job), lanes), min(actors, len(items)), resources)
+        try:
+            for row in made.iter_rows():
+                _count(job, progress, row)
+                on_progress(progress.snapshot())
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise BackendError(f"Ray ended the job: {lines[-1]}", "Look into Ray's logs; the same command goes on.") from error
+    # Of actors that were killed. None is there any more.
+    job.output.delete_leftovers(names={job.file(shard.index) for shard in shards})
+    seen = {record.shard for record in progress.made} | {each.shard for each in progress.failed}
+    for shard in shards:
+        if shard.index not in seen:
+            progress.fail(FailedShard.of(shard, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs."))
+    return progress
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Give the module `ray`, connected to a cluster within the block. Errors as in `run_on_ray`."""
     require_ray()
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
 
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
@@ -69,44 +95,33 @@ def run_on_ray(
             f"There is no Ray cluster at --ray {address}: {error}", "Start one with `ray start --head`, or give --ray local."
         ) from error
     try:
-        gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
-        actors, resources = (gpus, {"num_gpus": 1}) if gpus else (max(1, cpus // cores), {"num_cpus": cores})
-        progress = Progress(shards, dict.fromkeys(("read", "prepare", "encode", "write"), actors))
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        # A shard whose actor dies each time does not end the others.
-        context.max_errored_blocks = -1
-        items = [{"shard": json.dumps(shard.to_json()), "done": _as_text(job.done.get(shard.index))} for shard in shards]
-        queue = ray.data.from_items(items, override_num_blocks=len(items))
-        with warnings.catch_warnings():
-            # Ray 2.64 will no longer be told how often, and try for ever.
-            warnings.simplefilter("ignore")
-            limited = "ray_remote_args_fn" in inspect.signature(queue.map_batches).parameters
-            made = queue.map_batches(
-                _Actor,
-                fn_constructor_args=(tokenizer, _without_shards(job), 2 if gpus else 1),
-                batch_size=1,
-                compute=ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=1),
-                **({"ray_remote_args_fn": _limits} if limited else {}),
-                **resources,
-            )
-        try:
-            for row in made.iter_rows():
-                _count(job, progress, row)
-                on_progress(progress.snapshot())
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"Ray ended the job: {lines[-1]}", "Look into Ray's logs; the same command goes on.") from error
+        yield ray
     finally:
         ray.shutdown()
-    # Of actors that were killed. None is there any more.
-    job.output.delete_leftovers(names={job.file(shard.index) for shard in shards})
-    seen = {record.shard for record in progress.made} | {each.shard for each in progress.failed}
-    for shard in shards:
-        if shard.index not in seen:
-            progress.fail(FailedShard.of(shard, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs."))
-    return progress
+
+
+def _made(items: list[dict[str, str]], arguments: tuple[Any, ...], actors: int, resources: dict[str, int]) -> Any:
+    """A Ray data set of what actors, made with these arguments, say of the shards in `items`; reading it makes them."""
+    from ray.data import ActorPoolStrategy, DataContext, from_items
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # A shard whose actor dies each time does not end the others.
+    context.max_errored_blocks = -1
+    queue = from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():
+        # Ray 2.64 will no longer be told how often, and try for ever.
+        warnings.simplefilter("ignore")
+        limited = "ray_remote_args_fn" in inspect.signature(queue.map_batches).parameters
+        return queue.map_batches(
+            _Actor,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+            **({"ray_remote_args_fn": _limits} if limited else {}),
+            **resources,
+        )
 
 
 def _limits() -> dict[str, int]:

@@ -14,16 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow_sdk.arguments import file_path, integer, items, shown
-from tokenflow_sdk.dataset.outputs import FORMATS, METADATA_KEY, PLAIN, STATE, Record, Stamp
+from tokenflow_sdk.dataset.outputs import DONE, FORMATS, METADATA_KEY, PLAIN, STATE, Record, Stamp
+from tokenflow_sdk.dataset.parquet import open_parquet
 from tokenflow_sdk.dataset.rows import tar_members
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, StorageError
+from tokenflow_sdk.errors import ArgumentError, DatasetError
 from tokenflow_sdk.pictures.codes import Codes
 
 __all__ = ["code_shards", "read_codes", "read_records"]
-
-_DONE = f"{STATE}/done"
-"""Records of shards that are done, each named as the shard's file."""
 
 
 def code_shards(path: str | os.PathLike[str]) -> list[str]:
@@ -46,7 +44,7 @@ def code_shards(path: str | os.PathLike[str]) -> list[str]:
     files = {entry.name for entry in storage.scan() if not entry.name.startswith(".")}
     files = {name for name in files if name.endswith(tuple(FORMATS.values()))}
     if storage.find(STATE) is not None:
-        done = {entry.name.removesuffix(".json") for entry in storage.scan(_DONE)} if storage.find(_DONE) else set[str]()
+        done = {entry.name.removesuffix(".json") for entry in storage.scan(DONE)} if storage.find(DONE) else set[str]()
         found = {name for name in files if name.rpartition(".")[0] in done}
         if missing := done - {name.rpartition(".")[0] for name in found}:
             hint = "Copy it again, or run `tokenflow tokenize --verify`."
@@ -147,26 +145,14 @@ def read_records(storage: Storage, name: str = "", extra: bool = True) -> Genera
 
 
 def _of_parquet(storage: Storage, extra: bool) -> Generator[Record, None, None]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        hint = "Run `pip install 'tokenflow-sdk[dataset]'`."
-        raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
-    try:
-        with storage.open() as file, pq.ParquetFile(file) as parquet:
-            metadata = parquet.schema_arrow.metadata or {}
-            if METADATA_KEY.encode() not in metadata:
-                raise _foreign(storage)
-            stamp = Stamp.from_json(metadata[METADATA_KEY.encode()])
-            shapes = stamp.shapes if extra else {}
-            for batch in parquet.iter_batches(stamp.rows_at_once, columns=[*PLAIN, "codes", *shapes], use_threads=False):
-                yield from _of_batch(batch, stamp, shapes)
-    except StorageError:
-        raise
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        again = "Fetch or make it again."
-        raise DatasetError(f"{storage.address} is damaged, or no Parquet file: {str(error).rstrip('.')}.", again) from error
+    with open_parquet(storage) as parquet:
+        metadata = parquet.schema_arrow.metadata or {}
+        if METADATA_KEY.encode() not in metadata:
+            raise _foreign(storage)
+        stamp = Stamp.from_json(metadata[METADATA_KEY.encode()])
+        shapes = stamp.shapes if extra else {}
+        for batch in parquet.iter_batches(stamp.rows_at_once, columns=[*PLAIN, "codes", *shapes], use_threads=False):
+            yield from _of_batch(batch, stamp, shapes)
 
 
 def _of_batch(batch: Any, stamp: Stamp, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import tarfile
 import zlib
@@ -12,12 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tokenflow_sdk.dataset.parquet import open_parquet
 from tokenflow_sdk.dataset.storage import Storage, as_text
 from tokenflow_sdk.errors import (
     DatasetError,
     DatasetFileError,
     ImageReadError,
-    MissingPackageError,
     StorageError,
     TokenFlowError,
 )
@@ -154,31 +153,19 @@ def parquet_cells(storage: Storage, image_column: str, key_column: str | None) -
         StorageError, DatasetFileError: it cannot be read.
         MissingPackageError: pyarrow is not installed.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        hint = "Run `pip install 'tokenflow-sdk[dataset]'`."
-        raise MissingPackageError("Parquet files need pyarrow, which is not installed.", hint) from error
-    stem = as_text(storage.address.rsplit("/", 1)[-1].rsplit(os.sep, 1)[-1]).rpartition(".")[0]
+    stem = as_text(storage.name).rpartition(".")[0]
     row = 0
-    try:
-        # Without the buffer, the whole column of a row group would be read at once.
-        with storage.open() as file, pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
-            columns = _checked_columns(parquet.schema_arrow, image_column, key_column, storage.address)
-            for batch in parquet.iter_batches(_rows_at_once(parquet), columns=columns, use_threads=False):
-                images = batch.column(columns[0])
-                keys = batch.column(columns[-1]) if key_column is not None else None
-                for i in range(len(batch)):
-                    key = None if keys is None else keys[i].as_py()
-                    value = _value(images[i].as_py(), row, storage.address)
-                    yield Cell(f"{stem}/{row}" if key is None else _key_text(key), value)
-                    row += 1
-    except StorageError:
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        again = "Fetch or make it again."
-        raise DatasetError(f"{storage.address} is damaged, or no Parquet file: {str(error).rstrip('.')}.", again) from error
+    # Without the buffer, the whole column of a row group would be read at once.
+    with open_parquet(storage, buffer_size=2**20, pre_buffer=False) as parquet:
+        columns = _checked_columns(parquet.schema_arrow, image_column, key_column, storage.address)
+        for batch in parquet.iter_batches(_rows_at_once(parquet), columns=columns, use_threads=False):
+            images = batch.column(columns[0])
+            keys = batch.column(columns[-1]) if key_column is not None else None
+            for i in range(len(batch)):
+                key = None if keys is None else keys[i].as_py()
+                value = _value(images[i].as_py(), row, storage.address)
+                yield Cell(f"{stem}/{row}" if key is None else _key_text(key), value)
+                row += 1
 
 
 def _rows_at_once(parquet: Any) -> int:

@@ -79,6 +79,11 @@ class Storage:
     def __getstate__(self) -> dict[str, Any]:
         return {"address": self.address, "is_local": self.is_local}
 
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.address.rsplit("/", 1)[-1].rsplit(os.sep, 1)[-1]
+
     def path(self, name: str = "") -> str:
         """The full address of a name."""
         if self.is_local:

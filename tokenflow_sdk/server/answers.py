@@ -11,7 +11,7 @@ __all__ = ["JsonAnswer"]
 
 
 class JsonAnswer(JSONResponse):
-    """A JSON answer; what is no number, which JSON cannot say, is null. Made by the event loop, so that others wait for it."""
+    """A JSON answer; what is no number, which JSON cannot say, is null. Mostly the event loop makes it, and all others wait."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
