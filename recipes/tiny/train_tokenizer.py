@@ -67,7 +67,7 @@ class TokenizerTraining:
         with torch.no_grad():
             self.teacher.calibrate(first[:64].to(device))
         self.quantizer = TrainingQuantizer(TINY, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.used = torch.zeros(TINY.codebook_size, device=device)
         self.step = 0
         self.reader = ThreadPoolExecutor(1)
@@ -160,8 +160,7 @@ class TokenizerTraining:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(0.999, (1 + self.step) / (10 + self.step))
-        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     @torch.no_grad()
     def evaluate(self, out: Path) -> dict[str, float]:
