@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image
 
 from recipes.tiny.concepts import concepts, taught
@@ -22,7 +21,7 @@ from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
 from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.train_generator import load_tokenizer
+from recipes.tiny.train_tokenizer import load_tokenizer
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = set(taught(concepts(train, fetch(NAMES, arguments.cache).directory)))
     trained = [entry for entry in train if entry["label"] in chosen]
     out: Path = arguments.out
-    model = load_tokenizer(arguments.training / "tokenizer", torch.device("cpu"))
+    model = load_tokenizer(arguments.training / "tokenizer")
     figures: dict[str, Any] = {}
     with Tokenizer.from_pretrained(out) as tokenizer, Generator.from_pretrained(out) as generator:
         figures["reconstruction"] = reconstruction(tokenizer, pictures)
