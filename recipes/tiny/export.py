@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as TextTokenizer
 
 from recipes.tiny.codes import codebook
+from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.config import TINY
 from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
@@ -44,7 +45,7 @@ __all__ = ["main", "write_llava_layout", "write_released_layout"]
 
 LICENSE = "Apache-2.0"
 SOURCE = {"checkpoint": "trained by recipes/tiny", "license": LICENSE}
-DRAWS = '145 things, most of them animals, plants and food, as "red apple", "tiger" or "rose", in up to six styles'
+DRAWS = f"{len(THINGS)} things in {len(DRAWN_STYLES)} styles: {', '.join(sorted(THINGS.values()))}"
 """What `tokenflow info tiny` says that can be drawn."""
 PRESET, CFG_SCALE = "fast", 1.5
 """The sampling preset and the guidance with which so small a model gives the best pictures."""

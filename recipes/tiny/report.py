@@ -16,11 +16,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from recipes.tiny.concepts import concepts, taught
+from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
 from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
-from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.train_tokenizer import load_tokenizer
 from tokenflow_sdk import Generator, Tokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
@@ -33,16 +32,13 @@ matplotlib.use("Agg")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"))
     parser.add_argument("--training", type=Path, default=Path("data/tiny"), help="where tokenizer/ and generator/ were trained")
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="the bundles, and where the card goes")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
     parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
-    train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-    chosen = set(taught(concepts(train, fetch(NAMES, arguments.cache).directory)))
-    trained = [entry for entry in train if entry["label"] in chosen]
+    trained = drawn(pictures.icon_entries)
     out: Path = arguments.out
     model = load_tokenizer(arguments.training / "tokenizer")
     figures: dict[str, Any] = {}
@@ -139,6 +135,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
+            things=", ".join(sorted({entry["label"] for entry in trained})),
             history=history,
             licences=", ".join(pictures.licences),
         )

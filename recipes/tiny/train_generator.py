@@ -22,13 +22,12 @@ from torch.nn import functional as F
 
 from recipes.tiny.captions import caption, held_out_caption
 from recipes.tiny.codes import codebook, encoded
-from recipes.tiny.concepts import concepts, taught
+from recipes.tiny.concepts import THINGS, drawn
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures
 from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import BEST, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
-from recipes.tiny.sources import NAMES, fetch
 from tokenflow_sdk import Tokenizer
 
 __all__ = ["GeneratorTraining", "load_generator", "main"]
@@ -71,7 +70,6 @@ class GeneratorTraining:
         pictures: Pictures,
         tokenizer: Tokenizer,
         rows: Tensor,
-        names: Path,
         steps: int,
         batch: int,
         rate: float,
@@ -81,15 +79,11 @@ class GeneratorTraining:
         self.device = rows.device
         self.half = has_bfloat16(self.device)
         self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
-        train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-        words = concepts(train, names)
-        self.labels = taught(words)
-        wanted = set(self.labels)
-        self.entries = [entry for entry in train if entry["label"] in wanted]
+        self.entries = drawn(pictures.icon_entries)
         # They are not mirrored, to keep the task small.
         drawings = (np.asarray(pictures.icons[entry["row"]]) for entry in track(self.entries, "encoding"))
         self.codes = encoded(drawings, tokenizer).long().to(self.device)
-        self.prompts = train_prompt_tokenizer(words, TINY.codebook_size)
+        self.prompts = train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
         self.model = GeneratorModel(text_size(self.prompts), rows).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
@@ -222,15 +216,14 @@ class GeneratorTraining:
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, default=Path("models/tiny"), help="its bundle (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    pictures, names = Pictures(arguments.data), fetch(NAMES, arguments.cache).directory
+    pictures = Pictures(arguments.data)
     rows = codebook(arguments.tokenizer).to(device())
     with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
         training = GeneratorTraining(
-            pictures, tokenizer, rows, names, arguments.steps, arguments.batch, arguments.rate, arguments.seed
+            pictures, tokenizer, rows, arguments.steps, arguments.batch, arguments.rate, arguments.seed
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     training.prompts.save(str(arguments.out / PROMPTS))
