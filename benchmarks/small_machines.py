@@ -2,7 +2,8 @@
 
 Each task runs in a process of its own, in control groups that give it one or more cores and a number of bytes; swap does not
 count as memory. A process that needs more is killed by the system, and its row says so. Memory is what the system charges to
-the process at most: its own, and the pages of files that it has read. Needs to be root, and control groups (version 1 or 2).
+the process at most: its own, and the pages of files that it has read, which is why the system's cache of files is dropped
+before. Needs to be root, and control groups (version 1 or 2).
 
     python benchmarks/small_machines.py --bundle tiny
 """
@@ -95,6 +96,7 @@ def limited(cores: int, limit: int) -> Iterator[Groups]:
 
 def measure(task: str, bundle: str, cores: int, mebibytes: int) -> dict[str, Any]:
     """Run a task under limits, and report its time and its memory."""
+    Path("/proc/sys/vm/drop_caches").write_text("1")
     with limited(cores, mebibytes << 20) as groups:
         command = [sys.executable, __file__, "--bundle", bundle, "--task", task]
         done = subprocess.run(command, preexec_fn=groups.enter, capture_output=True, text=True, check=False)
