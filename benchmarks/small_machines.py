@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def measure(task: str, bundle: str, cores: int, mebibytes: int) -> dict[str, Any
             return row | {"error": "killed: too little memory"}
         if done.returncode:
             return row | {"error": done.stderr.strip().splitlines()[-1]}
-        return row | json.loads(done.stdout) | {"peak_mib": groups.peak() / 2**20}
+        row |= json.loads(done.stdout)
+        return row | {"peak_mib": groups.peak() / 2**20}
 
 
 def run(task: str, bundle: str) -> dict[str, float]:
@@ -114,6 +115,7 @@ def run(task: str, bundle: str) -> dict[str, float]:
 
     began = time.perf_counter()
     photo = ROOT / "examples" / "chelsea.jpg"
+    calls: list[Callable[[], object]]
     if task == "encode":
         model = Tokenizer.from_pretrained(bundle, device="cpu")
         calls = [lambda: model.encode(photo)] * REPEAT

@@ -235,7 +235,9 @@ def _add_generate(subparsers: _Subparsers) -> None:
     parser.add_argument("-n", type=int, metavar="N", help="number of images (default: 1)")
     _add_output(parser, "directory for 1.png, 2.png ... (default: the current one)")
     parser.add_argument(
-        "--preset", help="sampling passes for each scale: fast (1), balanced (2) or paper (3); default: the model's"
+        "--preset",
+        help="sampling passes for each scale: fast (1), balanced (2) or paper (3); turbo: fast, without guidance at the two "
+        "finest scales (default: the model's)",
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="the same seed draws the same images (default: a random one, which is printed)"
