@@ -27,7 +27,8 @@ settings.register_profile("fuzz", max_examples=1000)
 
 
 LONGEST = (
-    *("export/test_full_size.py", "understanding/test_understander.py", "test_docs.py", "generation/test_generator.py"),
+    *("export/test_full_size.py", "export/test_every_variant.py", "server/test_malformed.py", "soak/test_server.py"),
+    *("understanding/test_understander.py", "test_docs.py", "generation/test_generator.py", "test_faults.py"),
     *("fuzz/test_public_api.py", "test_tokenizer.py", "engines/test_build.py", "passes/test_attention.py", "test_versions.py"),
     *("cli/test_files.py", "benchmarks/test_on_gpu.py", "export/language_model/test_understanding.py"),
 )
