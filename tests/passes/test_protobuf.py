@@ -19,7 +19,7 @@ def test_reads_what_the_library_wrote() -> None:
 
 
 def test_steps_over_numbers_of_fixed_width() -> None:
-    data = AttributeProto(name="alpha", f=1.5, type=1).SerializeToString()
+    data = AttributeProto(name="alpha", f=1.5, type=AttributeProto.FLOAT).SerializeToString()
     assert [number for number, _ in fields(data, slice(0, len(data)))] == [1, 20]
 
 

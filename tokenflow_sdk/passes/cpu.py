@@ -87,73 +87,70 @@ class _Graph:
         """0 stands for a dynamic dimension."""
         self.uses: Counter[str] = Counter()
         self.files: set[str] = set()
-        for number, value in fields(data, place):
-            if number == 1:
-                self._add_node(data, value)
-            elif number == 5:
-                self._add_initializer(data, value)
-            elif number in (12, 13):
-                self._add_value(data, value, output=number == 12)
-
-    def _add_node(self, data: bytes, place: Any) -> None:
         parts = _Parts(data, place)
-        node = _Node(parts.text(4), parts.texts(1), parts.texts(2), dict(_attribute(data, at) for at in parts.all(5)))
+        for node in parts.messages(1):
+            self._add_node(node)
+        for tensor in parts.messages(5):
+            self._add_initializer(tensor, data)
+        for value in parts.messages(12) + parts.messages(13):
+            self._add_shape(value)
+        self.uses.update(value.text(1) for value in parts.messages(12))
+
+    def _add_node(self, parts: _Parts) -> None:
+        node = _Node(parts.text(4), parts.texts(1), parts.texts(2), dict(map(_attribute, parts.messages(5))))
         self.nodes.append(node)
         self.uses.update(node.inputs)
         if node.operator == "Cast" and node.attributes.get("to") == _FLOAT:
             self.float_tensors.add(node.outputs[0])
 
-    def _add_initializer(self, data: bytes, place: Any) -> None:
-        parts = _Parts(data, place)
-        entries = (_Parts(data, entry) for entry in parts.all(13))
-        self.files.update(entry.text(2) for entry in entries if entry.text(1) == "location")
-        if parts.all(2) == [_FLOAT]:
+    def _add_initializer(self, parts: _Parts, data: bytes) -> None:
+        self.files.update(entry.text(2) for entry in parts.messages(13) if entry.text(1) == "location")
+        if parts.numbers(2) == [_FLOAT]:
             self.float_tensors.add(parts.text(8))
-            self.constants[parts.text(8)] = b"".join(data[at] for at in parts.all(9) if at.stop - at.start <= 64)
+            self.constants[parts.text(8)] = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)
 
-    def _add_value(self, data: bytes, place: Any, output: bool) -> None:
-        parts = _Parts(data, place)
-        self.uses.update([parts.text(1)] if output else [])
-        for kind in parts.all(2):
-            for tensor in _Parts(data, kind).all(1):
-                for shape in _Parts(data, tensor).all(2):
-                    sizes = (_Parts(data, dim).all(1) for dim in _Parts(data, shape).all(1))
-                    self.shapes[parts.text(1)] = [size[0] if size else 0 for size in sizes]
+    def _add_shape(self, value: _Parts) -> None:
+        tensors = [tensor for kind in value.messages(2) for tensor in kind.messages(1)]
+        for shape in [shape for tensor in tensors for shape in tensor.messages(2)]:
+            self.shapes[value.text(1)] = [next(iter(size.numbers(1)), 0) for size in shape.messages(1)]
 
 
 class _Parts:
     """The fields of a message, by their numbers."""
 
-    def __init__(self, data: bytes, place: slice) -> None:
+    def __init__(self, data: bytes, message: slice) -> None:
         self._data = data
-        self._values: dict[int, list[Any]] = {}
-        for number, value in fields(data, place):
-            self._values.setdefault(number, []).append(value)
+        self._fields = list(fields(data, message))
 
-    def all(self, number: int) -> list[Any]:
-        return self._values.get(number, [])
+    def numbers(self, wanted: int) -> list[int]:
+        return [value for number, value in self._fields if number == wanted and isinstance(value, int)]
 
-    def texts(self, number: int) -> list[str]:
-        return [self._data[place].decode() for place in self.all(number)]
+    def places(self, wanted: int) -> list[slice]:
+        return [value for number, value in self._fields if number == wanted and isinstance(value, slice)]
 
-    def text(self, number: int) -> str:
-        return next(iter(self.texts(number)), "")
+    def messages(self, wanted: int) -> list[_Parts]:
+        return [_Parts(self._data, place) for place in self.places(wanted)]
+
+    def texts(self, wanted: int) -> list[str]:
+        return [self._data[place].decode() for place in self.places(wanted)]
+
+    def text(self, wanted: int) -> str:
+        return next(iter(self.texts(wanted)), "")
 
 
-def _attribute(data: bytes, place: slice) -> tuple[str, int | str | list[int]]:
+def _attribute(parts: _Parts) -> tuple[str, int | str | list[int]]:
     """Name and value of a node's attribute; an empty list stands for a value that no rewrite reads."""
-    parts = _Parts(data, place)
-    if parts.all(3):
-        return parts.text(1), parts.all(3)[0]
-    return parts.text(1), parts.text(4) if parts.all(4) else parts.all(8)
+    if parts.numbers(3):
+        return parts.text(1), parts.numbers(3)[0]
+    return parts.text(1), parts.text(4) if parts.places(4) else parts.numbers(8)
 
 
 def _rewritten(data: bytes, directory: Path) -> Rewritten | None:
     whole = slice(0, len(data))
     model = _Parts(data, whole)
-    if not any(_Parts(data, opset).text(1) == "" and _Parts(data, opset).all(2) >= [_OPSET] for opset in model.all(8)):
+    if not any(opset.text(1) == "" and opset.numbers(2) >= [_OPSET] for opset in model.messages(8)):
         return None
-    (place,) = model.all(7)
+    (place,) = model.places(7)
     graph = _Graph(data, place)
     replaced = dict(_replacements(graph))
     files = {(directory / name).resolve() for name in graph.files}
@@ -162,23 +159,23 @@ def _rewritten(data: bytes, directory: Path) -> Rewritten | None:
     nodes = iter(range(len(graph.nodes)))
     pieces = []
     for number, value in fields(data, place):
-        if number == 1:
-            pieces += replaced.get(next(nodes), [encoded((1, _content(data, value)))])
-        elif number == 5:
-            pieces.append(encoded((5, _initializer(data, value, directory))))
+        if isinstance(value, int):
+            pieces.append(encoded((number, value)))
+        elif number == 1:
+            pieces += replaced.get(next(nodes), [encoded((1, data[value]))])
         else:
-            pieces.append(encoded((number, _content(data, value))))
+            pieces.append(encoded((number, _initializer(data, value, directory) if number == 5 else data[value])))
     pieces += [encoded((5, _tensor(name, array))) for name, array in _constants().items()]
     new = b"".join(pieces)
     rewritten = encoded(*((number, new if number == 7 else _content(data, value)) for number, value in fields(data, whole)))
-    return Rewritten(rewritten, next(iter(files), directory / "none").parent)
+    return Rewritten(rewritten, next((file.parent for file in files), directory))
 
 
 def _content(data: bytes, value: int | slice) -> int | bytes:
     return data[value] if isinstance(value, slice) else value
 
 
-def _initializer(data: bytes, place: Any, directory: Path) -> bytes:
+def _initializer(data: bytes, place: slice, directory: Path) -> bytes:
     """An initializer; if its weights are in another file, under that file's own name.
 
     Files may be links, as in the hub's cache. onnxruntime follows them only beside a graph that it reads from a file itself.
