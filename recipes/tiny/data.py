@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Pictures", "to_tensor"]
+__all__ = ["SIDE", "Pictures", "Pixels", "centred", "cropped", "to_tensor"]
 
 SIDE = 256
 PHOTO_SHARE = 0.45
@@ -45,13 +46,18 @@ class Pictures:
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
         self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
-        photos: dict[str, list[Image.Image]] = {"train": [], "heldout": [], "others": []}
-        for entry in entries:
-            if entry["kind"] == "photo":
-                photos[entry["split"]].append(Image.open(directory / entry["file"]).convert("RGB"))
-        self.photos = photos["train"]
-        self.test_photos = [_centre(photo) for photo in photos["heldout"]]
-        self.other_photos = [_centre(photo) for photo in photos["others"]]
+        self.photo_entries = [entry for entry in entries if entry["kind"] == "photo"]
+        self._directory = directory
+        self.photos, held_out, others = (
+            [self.photograph(entry) for entry in self.photo_entries if entry["split"] == split]
+            for split in ("train", "heldout", "others")
+        )
+        self.test_photos = [centred(photo) for photo in held_out]
+        self.other_photos = [centred(photo) for photo in others]
+
+    def photograph(self, entry: Mapping[str, Any]) -> Image.Image:
+        """Read the photograph of an entry of the manifest."""
+        return Image.open(self._directory / entry["file"]).convert("RGB")
 
     def held_out(self, icons: int = 48) -> dict[str, list[Pixels]]:
         """The held-out pictures: photographs, photographs of authors that training has none of, and drawings."""
@@ -65,11 +71,7 @@ class Pictures:
 
     def _photo(self, rng: np.random.Generator) -> Pixels:
         photo = self.photos[rng.integers(len(self.photos))]
-        shortest = min(photo.size)
-        side = int(np.exp(rng.uniform(np.log(min(140, shortest)), np.log(shortest))))
-        left, top = (int(rng.integers(extent - side + 1)) for extent in photo.size)
-        crop = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2.0)
-        return _tinted(_mirrored(np.asarray(crop), rng), rng, 0.15)
+        return _tinted(cropped(photo, rng, min(1.0, 140 / min(photo.size))), rng, 0.15)
 
     def _icon(self, rng: np.random.Generator) -> Pixels:
         picture = np.asarray(self.icons[self.train_icons[rng.integers(len(self.train_icons))]])
@@ -81,10 +83,20 @@ class Pictures:
         return _mirrored(picture, rng)
 
 
-def _centre(photo: Image.Image) -> Pixels:
+def centred(photo: Image.Image) -> Pixels:
+    """The largest square in the middle, u8 [256, 256, 3]."""
     side = min(photo.size)
     left, top = ((extent - side) // 2 for extent in photo.size)
     return np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (left, top, left + side, top + side)))
+
+
+def cropped(photo: Image.Image, rng: np.random.Generator, least: float) -> Pixels:
+    """A random square, u8 [256, 256, 3], mirrored or not. Its side is at least the share `least` of the photo's shorter one."""
+    shortest = min(photo.size)
+    side = int(np.exp(rng.uniform(np.log(least * shortest), np.log(shortest))))
+    left, top = (int(rng.integers(extent - side + 1)) for extent in photo.size)
+    crop = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2.0)
+    return _mirrored(np.asarray(crop), rng)
 
 
 def _mirrored(picture: Pixels, rng: np.random.Generator) -> Pixels:

@@ -1,8 +1,10 @@
-"""Export the trained model to its bundles.
+"""Export trained models to their bundles.
 
-    python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --generator data/tiny/generator --out models/tiny
+    python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --out models/tiny
+    python -m recipes.tiny.export --generator data/tiny/generator --understander data/tiny/understander --out models/tiny
 
-Both are exported as the released models are. For that, the generator is written to a directory in the released layout.
+They are exported as the released models are. For that, the language models are written to directories in the released layouts.
+The language models read the codes of the tokenizer's bundle in --out, so that one is exported first.
 """
 
 from __future__ import annotations
@@ -10,37 +12,46 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as PromptTokenizer
+from tokenizers import Tokenizer as TextTokenizer
 
+from recipes.tiny.codes import codebook
+from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.config import TINY
 from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.prompts import BOS, NEGATIVE_PROMPT
-from recipes.tiny.train_generator import load_generator, load_tokenizer
+from recipes.tiny.train_generator import load_generator
+from recipes.tiny.train_tokenizer import load_tokenizer
+from recipes.tiny.train_understander import load_understander
+from recipes.tiny.understander_model import MAX_TOKENS, UnderstanderModel
+from recipes.tiny.understander_model import SIZES as QWEN2
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
+from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob
 from tokenflow_export.language_model.generator import export_generator
+from tokenflow_export.language_model.understanding import export_understanding
 from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
 
-__all__ = ["main", "write_released_layout"]
+__all__ = ["main", "write_llava_layout", "write_released_layout"]
 
 LICENSE = "Apache-2.0"
 SOURCE = {"checkpoint": "trained by recipes/tiny", "license": LICENSE}
-DRAWS = '145 things, most of them animals, plants and food, as "red apple", "tiger" or "rose", in up to six styles'
+DRAWS = f"{len(THINGS)} things in {len(DRAWN_STYLES)} styles: {', '.join(sorted(THINGS.values()))}"
 """What `tokenflow info tiny` says that can be drawn."""
 PRESET, CFG_SCALE = "fast", 1.5
 """The sampling preset and the guidance with which so small a model gives the best pictures."""
 
 
-def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, directory: Path) -> None:
+def write_released_layout(model: GeneratorModel, prompts: TextTokenizer, directory: Path) -> None:
     """Write a generator as config.json, tokenizer.json and model.safetensors with the released keys."""
     config = {
         "model_type": "llava_llama",
@@ -73,39 +84,91 @@ def write_released_layout(model: GeneratorModel, prompts: PromptTokenizer, direc
     save_file(halves, directory / "model.safetensors")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"))
-    parser.add_argument("--generator", type=Path, default=Path("data/tiny/generator"))
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"))
-    parser.add_argument(
-        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance for requests that give none (default: %(default)s)"
+def write_llava_layout(model: UnderstanderModel, text: TextTokenizer, directory: Path) -> None:
+    """Write an understander as config.json, tokenizer.json and model.safetensors of a LLaVA directory in Qwen2's layout."""
+    config = {
+        "model_type": "llava_qwen",
+        "hidden_size": QWEN2.width,
+        "num_hidden_layers": QWEN2.layers,
+        "num_attention_heads": QWEN2.heads,
+        "num_key_value_heads": QWEN2.kv_heads,
+        "head_dim": QWEN2.head_dim,
+        "intermediate_size": QWEN2.mlp_width,
+        "rms_norm_eps": QWEN2.norm_eps,
+        "rope_theta": QWEN2.rope_theta,
+        "vocab_size": model.text.num_embeddings,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": MAX_TOKENS,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    text.save(str(directory / "tokenizer.json"))
+    weights = {f"model.{key}": value for key, value in model.transformer.state_dict().items()}
+    weights |= {f"model.mm_projector.{key}": value for key, value in model.projector.state_dict().items()}
+    weights["model.embed_tokens.weight"] = model.text.weight
+    save_file(
+        {key: value.detach().half().float().contiguous() for key, value in weights.items()}, directory / "model.safetensors"
     )
-    arguments = parser.parse_args(argv)
-    model = load_tokenizer(arguments.tokenizer, torch.device("cpu"))
-    out: Path = arguments.out
-    with ProgressSteps() as steps, tempfile.TemporaryDirectory() as work:
-        export_tokenizer(model, out / "tokenizer", SOURCE, steps, force=True, compress=True)
-        generator, prompts = load_generator(arguments.generator, model)
+
+
+def _export_language_model(
+    out: Path, kind: str, write: Callable[[Path], None], export: Callable[[ExportJob], Agreement], steps: ProgressSteps
+) -> None:
+    """Write a language model in its released layout, and export that to the bundle `out / kind` with int8 weights."""
+    with tempfile.TemporaryDirectory() as work:
         # The directory's name is the checkpoint's in the bundle's provenance.
         checkpoint = Path(work) / "recipes-tiny"
         checkpoint.mkdir()
-        write_released_layout(generator, prompts, checkpoint)
+        write(checkpoint)
+        tokenizer = Bundle.open(out / "tokenizer", TokenizerConfig)
         job = ExportJob(
             HfDirectory(checkpoint),
-            Bundle.open(out / "tokenizer", TokenizerConfig),
-            out / "generator",
+            tokenizer,
+            out / kind,
             steps,
             force=True,
             precision=ExportPrecision("fp32", "int8"),
             compress=True,
             license=LICENSE,
         )
-        agreement = export_generator(job, NEGATIVE_PROMPT, PRESET, arguments.cfg_scale)
-        bundle = Bundle.open(out / "generator", GeneratorConfig)
-        replace(bundle, provenance={**bundle.provenance, "draws": DRAWS}).write_manifest()
+        agreement = export(job)
+    print(f"{kind}: with int8 weights the likeliest code or token is the same at {agreement.same_code:.1%} of positions")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in ("tokenizer", "generator", "understander"):
+        parser.add_argument(f"--{kind}", type=Path, help=f"where the {kind} was trained; none is exported without it")
+    parser.add_argument("--out", type=Path, default=Path("models/tiny"))
+    parser.add_argument(
+        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance for requests that give none (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    with ProgressSteps() as steps:
+        if arguments.tokenizer:
+            export_tokenizer(load_tokenizer(arguments.tokenizer), out / "tokenizer", SOURCE, steps, force=True, compress=True)
+        if arguments.generator:
+            generator, prompts = load_generator(arguments.generator, codebook(out))
+            _export_language_model(
+                out,
+                "generator",
+                lambda directory: write_released_layout(generator, prompts, directory),
+                lambda job: export_generator(job, NEGATIVE_PROMPT, PRESET, arguments.cfg_scale),
+                steps,
+            )
+            bundle = Bundle.open(out / "generator", GeneratorConfig)
+            replace(bundle, provenance={**bundle.provenance, "draws": DRAWS}).write_manifest()
+        if arguments.understander:
+            understander, text = load_understander(arguments.understander)
+            _export_language_model(
+                out,
+                "understander",
+                lambda directory: write_llava_layout(understander, text, directory),
+                export_understanding,
+                steps,
+            )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB; int8 transformer: likeliest code the same at {agreement.same_code:.1%} of positions")
+    print(f"{out}: {size / 1e6:.1f} MB")
     return 0
 
 

@@ -19,7 +19,7 @@ __all__ = ["SIZES", "GeneratorModel"]
 
 SIZES = TransformerConfig(
     width=256,
-    layers=6,
+    layers=8,
     heads=4,
     kv_heads=4,
     head_dim=64,

@@ -1,9 +1,10 @@
-"""The training loop and the arguments that both trainings share. A training can be killed at any time and goes on later."""
+"""The training loop and the arguments that all trainings share. A training can be killed at any time and goes on later."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,28 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["BEST", "CHECKPOINT", "CURVE", "Training", "device", "has_bfloat16", "plot", "read_curve", "run", "training_parser"]
+__all__ = [
+    "BEST",
+    "CHECKPOINT",
+    "CURVE",
+    "Training",
+    "cooled",
+    "device",
+    "has_bfloat16",
+    "plot",
+    "read_curve",
+    "run",
+    "training_parser",
+]
 
 CHECKPOINT, BEST, CURVE, PLOT = "checkpoint.pt", "best.pt", "curve.jsonl", "curve.png"
 SAVE_EVERY, EVALUATE_EVERY = 300.0, 250
 """Seconds from one checkpoint to the next, and steps from one evaluation, with a checkpoint too, to the next."""
+
+COOL_DOWN = 0.3
+"""The last share of a training, in which the learning rate falls. Before, it is constant, so that a training can be made longer
+or shorter while it runs.
+"""
 
 
 class Training(Protocol):
@@ -53,8 +71,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 
 
+def cooled(step: int, steps: int) -> float:
+    """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
+    done = max(0.0, 1 - (1 - step / steps) / COOL_DOWN)
+    return min(1.0, (step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
+
+
 def training_parser(description: str | None, out: Path, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
-    """A parser with the arguments of both trainings and the defaults of one."""
+    """A parser with the arguments of all trainings and the defaults of one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="checkpoints, curve and plots (default: %(default)s)")

@@ -14,19 +14,24 @@ from PIL import Image
 from rich.progress import track
 from torch.nn import functional as F
 
-from recipes.tiny.captions import held_out_caption
+from recipes.tiny.captions import held_out_caption, with_article
+from recipes.tiny.concepts import THINGS
 from recipes.tiny.data import Pictures, Pixels, to_tensor
+from recipes.tiny.questions import KINDS, question
+from recipes.tiny.scenes import scenes
+from recipes.tiny.subjects import Names
 from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
-from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.pictures.images import psnr
 
-__all__ = ["generation", "labels_from_codes", "reconstruction", "seconds"]
+__all__ = ["generation", "labels_from_codes", "recognised", "reconstruction", "seconds", "understanding"]
 
 Floats = NDArray[np.float32]
 Entry = dict[str, Any]
 CPU = torch.device("cpu")
+ASKED_TOGETHER = 8
 
 
 def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -> dict[str, Any]:
@@ -127,9 +132,63 @@ def generation(
     return figures, tiles
 
 
-def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenizer, picture: Pixels) -> dict[str, float]:
-    """Measure the median time of calls in seconds, with encode and decode in PyTorch for comparison. All take turns."""
+def understanding(understander: Understander, pictures: Pictures, names: Names, most: int = 300) -> dict[str, Any]:
+    """Ask about held-out pictures, at most `most` questions of each kind, and measure the share of right answers.
+
+    Questions with yes or no are right by their first word, colours by the first one named, others by the whole answer.
+    `answers` are 24 of all, with the right ones beside them.
+    """
+    shown = list(scenes(pictures, names, "heldout", 1, 0.5, 0))
+    codes = [understander.tokenizer.encode(scene.picture) for scene in track(shown, "encoding")]
+    figures: dict[str, Any] = {"pictures": len(shown), "names": len(names.known)}
+    rows: list[dict[str, Any]] = []
+    for number, (kind, (_, _, needs_name)) in enumerate(track(KINDS.items(), "asking", total=len(KINDS))):
+        rng = np.random.default_rng([11, number])
+        able = [i for i, scene in enumerate(shown) if scene.subject.things or not needs_name]
+        picks = rng.permutation(able)[:most]
+        turns = [question(kind, shown[i].subject, names.known, rng) for i in picks]
+        right = []
+        for start in range(0, len(turns), ASKED_TOGETHER):
+            group = list(zip(picks, turns, strict=True))[start : start + ASKED_TOGETHER]
+            answers = understander.answer_batch([(codes[i], turn.question) for i, turn in group], max_tokens=48)
+            for (i, turn), answer in zip(group, answers, strict=True):
+                right.append(_is_right(kind, answer.text, turn.answer))
+                row = {"shown": shown[i].subject.things, "style": shown[i].subject.style, "question": turn.question}
+                rows.append(row | {"answer": answer.text, "right_answer": turn.answer, "right": right[-1]})
+        figures[kind] = float(np.mean(right))
+        figures[f"{kind}_count"] = len(right)
+    figures["answers"] = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))[:24]]
+    return figures
+
+
+def recognised(understander: Understander, generator: Generator, names: Names, seeds: int = 2) -> dict[str, Any]:
+    """Draw every thing and ask what it is, from the codes alone. Gives the share of right names."""
+    right = []
+    for label, name in track(THINGS.items(), "drawing"):
+        everyday = names.of({"kind": "icon", "split": "train", "label": label})
+        for seed in range(seeds):
+            drawn = generator.generate(f"a picture of {with_article(name)}", seed=seed)
+            answer = understander.answer(drawn.codes[0], "What is this?", max_tokens=24)
+            right.append(everyday is not None and answer.text == f"{with_article(everyday)}.".capitalize())
+    return {"own_drawings": float(np.mean(right)), "own_drawings_count": len(right)}
+
+
+def _is_right(kind: str, answer: str, right: str) -> bool:
+    if kind in ("present", "coloured", "photograph", "colour"):
+        return answer.replace(",", " ").replace(".", " ").split()[:1] == right.replace(",", " ").replace(".", " ").split()[:1]
+    return answer == right
+
+
+def seconds(
+    tokenizer: Tokenizer, generator: Generator, understander: Understander, model: TokenFlowTokenizer, picture: Pixels
+) -> dict[str, float]:
+    """Measure the median time of calls in seconds, with encode and decode in PyTorch for comparison. All take turns.
+
+    `answer` is the time to the first token of an answer about codes, `fast` and `paper` that of a picture from text.
+    """
     codes = tokenizer.encode_array(picture[None])
+    # An answer about a picture that was asked about before is faster.
+    unseen = [tokenizer.encode(np.roll(picture, 16 * i, axis=1)) for i in range(8)]
     indices = torch.from_numpy(codes).long()
     images = torch.from_numpy(np.array(picture))[None]
     with torch.inference_mode():
@@ -139,6 +198,7 @@ def seconds(tokenizer: Tokenizer, generator: Generator, model: TokenFlowTokenize
             "decode": lambda: tokenizer.decode_array(codes),
             "decode_eager": lambda: model.decode(indices),
             "fast": lambda: generator.generate("a red apple", preset="fast", seed=0).images,
+            "answer": lambda: understander.answer(unseen.pop(), "What is this?", max_tokens=1),
             "paper": lambda: generator.generate("a red apple", preset="paper", seed=0).images,
         }
         taken: dict[str, list[float]] = {name: [] for name in calls}

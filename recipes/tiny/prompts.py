@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from recipes.tiny.captions import STYLES, caption, held_out_caption
+from recipes.tiny.captions import caption, held_out_caption
+from recipes.tiny.concepts import DRAWN_STYLES
 
 __all__ = ["BOS", "FIRST_WORD", "NEGATIVE_PROMPT", "text_size", "train_prompt_tokenizer"]
 
@@ -24,7 +25,7 @@ def train_prompt_tokenizer(labels: Sequence[str], codes: int) -> Tokenizer:
         rng = np.random.default_rng(0)
         yield NEGATIVE_PROMPT
         for label in labels:
-            for style in STYLES:
+            for style in DRAWN_STYLES:
                 yield caption(label, style, rng)
                 yield held_out_caption(label, style, rng)
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image
 
-from recipes.tiny.concepts import concepts, taught
+from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
-from recipes.tiny.measure import generation, labels_from_codes, reconstruction, seconds
+from recipes.tiny.measure import generation, labels_from_codes, recognised, reconstruction, seconds, understanding
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.train_generator import load_tokenizer
-from tokenflow_sdk import Generator, Tokenizer
+from recipes.tiny.subjects import Names, amount
+from recipes.tiny.train_tokenizer import load_tokenizer
+from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 __all__ = ["main"]
@@ -34,28 +34,35 @@ matplotlib.use("Agg")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"))
-    parser.add_argument("--training", type=Path, default=Path("data/tiny"), help="where tokenizer/ and generator/ were trained")
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
+    parser.add_argument(
+        "--training", type=Path, default=Path("data/tiny"), help="where the models were trained, each in a folder of its name"
+    )
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="the bundles, and where the card goes")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
     parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
-    train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-    chosen = set(taught(concepts(train, fetch(NAMES, arguments.cache).directory)))
-    trained = [entry for entry in train if entry["label"] in chosen]
+    trained = drawn(pictures.icon_entries)
     out: Path = arguments.out
-    model = load_tokenizer(arguments.training / "tokenizer", torch.device("cpu"))
+    model = load_tokenizer(arguments.training / "tokenizer")
     figures: dict[str, Any] = {}
-    with Tokenizer.from_pretrained(out) as tokenizer, Generator.from_pretrained(out) as generator:
+    names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
+    with (
+        Tokenizer.from_pretrained(out) as tokenizer,
+        Generator.from_pretrained(out) as generator,
+        Understander.from_pretrained(out) as understander,
+    ):
         figures["reconstruction"] = reconstruction(tokenizer, pictures)
         figures["labels"] = labels_from_codes(tokenizer, pictures)
         figures["generation"], tiles = generation(generator, pictures, trained)
-        figures["seconds"] = seconds(tokenizer, generator, model, pictures.test_photos[0])
+        figures["understanding"] = understanding(understander, pictures, names)
+        figures["understanding"] |= recognised(understander, generator, names)
+        figures["seconds"] = seconds(tokenizer, generator, understander, model, pictures.test_photos[0])
         _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
     _plot(arguments.training, figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
-    curves = {name: arguments.training / name for name in ("tokenizer", "generator")}
+    curves = {name: arguments.training / name for name in ("tokenizer", "generator", "understander")}
     figures["curves"] = {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
     figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -100,6 +107,7 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
         for name, title, wanted in (
             ("tokenizer", "tokenizer, held-out PSNR (dB)", ("photos", "icons")),
             ("generator", "generator, cross entropy", ("loss_5_scales", "loss_9_scales")),
+            ("understander", "understander, right answers", ("right_what", "right_colour", "right_style", "right_present")),
         )
         if (training / name / CURVE).exists()
     ]
@@ -116,8 +124,18 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
 
 
 def _history(training: Path) -> str:
-    tokenizer, generator = (int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator"))
-    return f"The tokenizer was trained for {tokenizer:,} steps, the generator for {generator:,}."
+    steps = {name: int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator", "understander")}
+    return "Steps of training: " + ", ".join(f"the {name} {count:,}" for name, count in steps.items()) + "."
+
+
+def _answers(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of questions and answers."""
+    table = ["| shown | question | answer | right answer |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        things = " and ".join(amount(name, count) for name, count in row["shown"]) or "no name known"
+        right = "yes" if row["right"] else row["right_answer"]
+        table.append(f"| {things}, {row['style']} | {row['question']} | {row['answer']} | {right} |")
+    return "\n".join(table)
 
 
 def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
@@ -131,8 +149,11 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             l=figures["labels"],
             g=figures["generation"],
             s=times,
+            u=figures["understanding"],
+            answers=_answers(figures["understanding"]["answers"]),
             megabytes=figures["bytes"] / 1e6,
             chance=1 / figures["labels"]["labels"],
+            answer_ms=times["answer"] * 1e3,
             encode_ms=times["encode"] * 1e3,
             encode_ratio=times["encode_eager"] / times["encode"],
             decode_ms=times["decode"] * 1e3,
@@ -140,6 +161,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
             photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
             drawings=len(pictures.icon_entries),
             captioned=len(trained),
+            things=", ".join(sorted({entry["label"] for entry in trained})),
             history=history,
             licences=", ".join(pictures.licences),
         )

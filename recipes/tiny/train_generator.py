@@ -1,6 +1,6 @@
 """Train the bundled generator on the codes that the bundled tokenizer gives to captioned pictures.
 
-    python -m recipes.tiny.train_generator --data data/tiny --tokenizer data/tiny/tokenizer --out data/tiny/generator
+    python -m recipes.tiny.train_generator --data data/tiny --tokenizer models/tiny --out data/tiny/generator
 
 Resumes from the checkpoint in --out. Losses on wordings that training never uses are written to curve.jsonl there.
 """
@@ -15,21 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from tokenizers import Tokenizer as PromptTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.tiny.captions import caption, held_out_caption
-from recipes.tiny.concepts import concepts, taught
+from recipes.tiny.codes import codebook, encoded
+from recipes.tiny.concepts import THINGS, drawn
 from recipes.tiny.config import TINY
-from recipes.tiny.data import Pictures, to_tensor
+from recipes.tiny.data import Pictures
 from recipes.tiny.generator_model import GeneratorModel
 from recipes.tiny.loop import BEST, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
-from recipes.tiny.sources import NAMES, fetch
-from tokenflow_export.models.tokenizer import TokenFlowTokenizer
+from tokenflow_sdk import Tokenizer
 
-__all__ = ["GeneratorTraining", "load_generator", "load_tokenizer", "main"]
+__all__ = ["GeneratorTraining", "load_generator", "main"]
 
 PROMPTS = "tokenizer.json"
 
@@ -53,19 +54,10 @@ OWN_SAMPLES = 0.6
 """The share of these whose codes are sampled by the model itself; the others have random wrong codes."""
 
 
-def load_tokenizer(directory: Path, device: torch.device) -> TokenFlowTokenizer:
-    """Load the averaged tokenizer of a training's best checkpoint, with its weights rounded to float16, as it is bundled."""
-    model = TokenFlowTokenizer(TINY)
-    state = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
-    model.load_state_dict({key: value.half().float() for key, value in state.items()})
-    return model.to(device).eval().requires_grad_(False)
-
-
-def load_generator(directory: Path, tokenizer: TokenFlowTokenizer) -> tuple[GeneratorModel, PromptTokenizer]:
-    """Load the averaged generator of a training's best checkpoint, and its prompt tokenizer."""
+def load_generator(directory: Path, rows: Tensor) -> tuple[GeneratorModel, PromptTokenizer]:
+    """Load the averaged generator of a training's best checkpoint for a codebook [K, C], and its prompt tokenizer."""
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
-    codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-    model = GeneratorModel(text_size(prompts), codebook)
+    model = GeneratorModel(text_size(prompts), rows)
     model.load_state_dict(torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"])
     return model.eval().requires_grad_(False), prompts
 
@@ -74,33 +66,27 @@ class GeneratorTraining:
     """The training of the generator: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(
-        self, pictures: Pictures, tokenizer: TokenFlowTokenizer, names: Path, steps: int, batch: int, rate: float, seed: int
+        self,
+        pictures: Pictures,
+        tokenizer: Tokenizer,
+        rows: Tensor,
+        steps: int,
+        batch: int,
+        rate: float,
+        seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        self.device = next(tokenizer.parameters()).device
+        self.device = rows.device
         self.half = has_bfloat16(self.device)
         self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
-        train = [entry for entry in pictures.icon_entries if entry["split"] == "train"]
-        words = concepts(train, names)
-        self.labels = taught(words)
-        wanted = set(self.labels)
-        self.entries = [entry for entry in train if entry["label"] in wanted]
-        self.codes = self._encode(pictures, tokenizer)
-        self.prompts = train_prompt_tokenizer(words, TINY.codebook_size)
-        codebook = torch.cat(tokenizer.quantize.codebooks(), dim=1)
-        self.model = GeneratorModel(text_size(self.prompts), codebook).to(self.device)
+        self.entries = drawn(pictures.icon_entries)
+        # They are not mirrored, to keep the task small.
+        drawings = (np.asarray(pictures.icons[entry["row"]]) for entry in track(self.entries, "encoding"))
+        self.codes = encoded(drawings, tokenizer).long().to(self.device)
+        self.prompts = train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
+        self.model = GeneratorModel(text_size(self.prompts), rows).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
-
-    @torch.no_grad()
-    def _encode(self, pictures: Pictures, tokenizer: TokenFlowTokenizer) -> Tensor:
-        """Encode the training pictures to code indices [N, L]. They are not mirrored, to keep the task small."""
-        rows = [np.asarray(pictures.icons[entry["row"]]) for entry in self.entries]
-        parts = [
-            tokenizer.quantize.encode(tokenizer.latent(to_tensor(rows[i : i + 2], self.device)))[0]
-            for i in range(0, len(rows), 2)
-        ]
-        return torch.cat(parts)
 
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
@@ -230,19 +216,15 @@ class GeneratorTraining:
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="default: %(default)s")
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/tiny"), help="its bundle (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    training = GeneratorTraining(
-        Pictures(arguments.data),
-        load_tokenizer(arguments.tokenizer, device()),
-        fetch(NAMES, arguments.cache).directory,
-        arguments.steps,
-        arguments.batch,
-        arguments.rate,
-        arguments.seed,
-    )
+    pictures = Pictures(arguments.data)
+    rows = codebook(arguments.tokenizer).to(device())
+    with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
+        training = GeneratorTraining(
+            pictures, tokenizer, rows, arguments.steps, arguments.batch, arguments.rate, arguments.seed
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     training.prompts.save(str(arguments.out / PROMPTS))
     run(training, arguments.out)

@@ -10,7 +10,6 @@ photographs.
 from __future__ import annotations
 
 import copy
-import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ from torch.nn import functional as F
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
-from recipes.tiny.loop import device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import BEST, cooled, device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
 
-__all__ = ["TokenizerTraining", "main"]
+__all__ = ["TokenizerTraining", "load_tokenizer", "main", "thumbnail_psnr"]
 
 SAMPLES = "samples.jpg"
 
@@ -42,10 +41,14 @@ WARM_UP = 150
 RESTART_EVERY = 100
 FEWER_SCALES = 0.1
 """Share of steps that use the coarser scales only, so that these decode to a picture too."""
-COOL_DOWN = 0.3
-"""The last share of the training, in which the learning rate falls. Before, it is constant, so that a training can be made
-longer or shorter while it runs.
-"""
+
+
+def load_tokenizer(directory: Path) -> TokenFlowTokenizer:
+    """Load the averaged tokenizer of a training's best checkpoint, with its weights rounded to float16, as it is bundled."""
+    model = TokenFlowTokenizer(TINY)
+    state = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
+    model.load_state_dict({key: value.half().float() for key, value in state.items()})
+    return model.eval().requires_grad_(False)
 
 
 class TokenizerTraining:
@@ -76,7 +79,7 @@ class TokenizerTraining:
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self._schedule()
+            group["lr"] = self.rate * cooled(self.step, self.steps)
         x = to_tensor(self._pictures(), self.device)
         if self.step == WARM_UP:
             self._initialise_codes()
@@ -102,11 +105,6 @@ class TokenizerTraining:
         now = self.ahead.get(self.step) or read(self.step)
         self.ahead = {self.step + 1: read(self.step + 1)}
         return now.result()
-
-    def _schedule(self) -> float:
-        """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
-        done = max(0.0, 1 - (1 - self.step / self.steps) / COOL_DOWN)
-        return min(1.0, (self.step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
 
     def _latent(self, x: Tensor) -> Tensor:
         semantic = self.model.semantic_branch(x)

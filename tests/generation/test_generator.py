@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,34 @@ def test_the_cached_loop_is_the_uncached_one(geometry: str, checkpoints: Callabl
             found = generator.generate(prompt, negative_prompt=negative, params=params, n=count)
             for number in range(count):
                 assert codes(found)[number] == oracle.generate(prompt, negative, params, number).tolist()
+
+
+def test_without_guidance_the_negative_prompt_is_not_run(checkpoints: Callable[[str], tuple[Path, Path]]) -> None:
+    """The codes are those of both rows, alone and beside pictures with guidance, for half the work."""
+    checkpoint, path = checkpoints("grouped")
+    passes = (Pass(400, 0.8), Pass(20, 0.8))
+    plain, guided = (SamplingParams(passes, cfg_scale, 7) for cfg_scale in (0.0, 4.0))
+    with Generator.from_pretrained(path) as generator:
+        oracle = UncachedGenerator(
+            HfDirectory(checkpoint), generator.config, TokenizerReference.load(generator.tokenizer.bundle).codebook
+        )
+        expected = [oracle.generate([5, 6], [7, 8], plain, number).tolist() for number in range(3)]
+        transformer = generator._runner.model.scheduler.loop.transformer
+        work = []
+        for params in (plain, guided):
+            before = transformer.token_forwards
+            found = generator.generate([5, 6], negative_prompt=[7, 8], params=params, n=3)
+            work.append(transformer.token_forwards - before)
+            if params is plain:
+                assert codes(found) == expected
+        assert 2 * work[0] == work[1]
+        with ThreadPoolExecutor(2) as pool:
+            both = [
+                pool.submit(generator.generate, [5, 6], negative_prompt=[7, 8], params=params, n=3)
+                for params in (plain, guided, plain)
+            ]
+            assert [codes(each.result()) for each in both] == [expected, codes(found), expected]
+        assert pool_is_clean(generator)
 
 
 def test_pages_of_any_size_give_the_same_codes(bundle: Path) -> None:

@@ -47,9 +47,9 @@ class FakeLoop:
         table.append(len(ids) + 1 + len(CONFIG.image_start_ids))
         return Prefix(table, HIDDEN)
 
-    def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> ImageState:
-        forks = [Prefix(prefix.table.fork(), HIDDEN) for prefix in (conditional, unconditional)]
-        return ImageState(params, number, forks[0], forks[1], HIDDEN)
+    def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix | None) -> ImageState:
+        negative = unconditional and Prefix(unconditional.table.fork(), HIDDEN)
+        return ImageState(params, number, Prefix(conditional.table.fork(), HIDDEN), negative, HIDDEN)
 
     def sample_pass(self, images: Sequence[ImageState]) -> None:
         scale, done = images[0].position
@@ -59,7 +59,7 @@ class FakeLoop:
         self.work.append(len(images) * self.config.scales.counts[scale])
         for image in images:
             image.error = self.wrong(image)
-            for prefix in (image.conditional, image.unconditional):
+            for prefix in image.prefixes:
                 # Neither the first scale nor the last leaves keys behind, nor does a refinement pass.
                 prefix.table.append(
                     self.config.scales.counts[scale] if 0 < scale < len(self.config.scales) - 1 and not done else 0
@@ -81,9 +81,11 @@ def make(pages: int, page_size: int = 4, rows: int = 1000) -> tuple[ScaleSchedul
     return ScaleScheduler(cast(ScaleLoop, loop)), loop
 
 
-def request(prompt: int = 2, negative: Sequence[int] = (9,), n: int = 1, passes: int = 1) -> ImageRequest:
+def request(
+    prompt: int = 2, negative: Sequence[int] = (9,), n: int = 1, passes: int = 1, cfg_scale: float = 7.5
+) -> ImageRequest:
     """For a prompt of so many tokens."""
-    return ImageRequest((5,) * prompt, tuple(negative), SamplingParams((Pass(1, 0.0),) * passes), n)
+    return ImageRequest((5,) * prompt, tuple(negative), SamplingParams((Pass(1, 0.0),) * passes, cfg_scale), n)
 
 
 def drain(scheduler: ScaleScheduler, *requests: ImageRequest) -> None:
@@ -222,6 +224,26 @@ def test_pages_are_promised_for_a_whole_life() -> None:
         assert is_clean(scheduler)
 
 
+def test_without_guidance_a_request_takes_half_the_pages_and_steps_with_its_like() -> None:
+    half = 1 + CONFIG.image_pages(4) // 2
+    scheduler, loop = make(2 * half)
+    plain = [request(cfg_scale=0), request(cfg_scale=0, negative=(9, 9, 9))]
+    for each in plain:
+        scheduler.submit(each)
+    scheduler.step()
+    assert len(loop.steps[0]) == 2
+    assert loop.prompts == [(5, 5)] * 2  # no negative prompt was run
+    drain(scheduler, *plain)
+    assert is_clean(scheduler)
+    scheduler, loop = make(100)
+    both = [request(), request(cfg_scale=0), request()]
+    for each in both:
+        scheduler.submit(each)
+    drain(scheduler, *both)
+    assert {tuple({len(image.prefixes) for image in images}) for images in loop.steps} == {(1,), (2,)}
+    assert is_clean(scheduler)
+
+
 def test_a_request_that_fits_nowhere_says_how_many_pages_it_needs() -> None:
     needed = 2 + 1 + 3 * CONFIG.image_pages(4)
     scheduler, _ = make(needed - 1)
@@ -302,7 +324,7 @@ def test_removing_a_live_request_frees_its_pages_and_leaves_its_codes() -> None:
         scheduler.step()
     scheduler.remove(gone)
     assert [image.scale for image in gone.images] == [3, 3]
-    assert all(not prefix.table.pages for image in gone.images for prefix in (image.conditional, image.unconditional))
+    assert all(not prefix.table.pages for image in gone.images for prefix in image.prefixes)
     drain(scheduler, stays)
     # Finished and removed ones are unknown by now; removing them again changes nothing.
     for r in (gone, stays):
@@ -385,7 +407,7 @@ def test_any_order_of_requests_keeps_the_rules(data: st.DataObject) -> None:
         for _ in range({"step": 1, "many": 40}.get(choice, 0)):
             scheduler.step()
         live = [r for r in requests if r in scheduler._live]
-        tables = [prefix.table for r in live for image in r.images for prefix in (image.conditional, image.unconditional)]
+        tables = [prefix.table for r in live for image in r.images for prefix in image.prefixes]
         held = {page for table in tables for page in table.pages}
         negatives = {page for prefix in scheduler._negative.values() for page in prefix.table.pages}
         assert pool.free == pool.pages - len(held | negatives)

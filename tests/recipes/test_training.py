@@ -15,7 +15,7 @@ from recipes.tiny import train_tokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
-from recipes.tiny.generator_model import GeneratorModel
+from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
@@ -155,7 +155,7 @@ def test_the_generator_in_training_is_the_released_model(tmp_path: Path) -> None
         parameter.copy_(parameter.half().float())
     write_released_layout(model, prompts, tmp_path)
     config = GeneratorConfig(
-        width=256, layers=6, kv_heads=4, head_dim=64, text_size=start + 1, image_token_start=start, bos_id=BOS,
+        width=256, layers=SIZES.layers, kv_heads=4, head_dim=64, text_size=start + 1, image_token_start=start, bos_id=BOS,
         image_start_ids=(start + TINY.codebook_size,), max_prompt=128, negative_prompt="anything", preset="fast", cfg_scale=7.5,
         patch_nums=TINY.patch_nums, codebook_size=TINY.codebook_size, codebook_sha256="ab" * 32, tokenizer_variant="tiny",
         tokenizer="../tokenizer",

@@ -1,8 +1,9 @@
 """The next-scale loop: samples images scale by scale over paged keys and values (docs/model.md, section 4).
 
-Arithmetic only, without requests or threads. An image has two rows, one after the prompt and one after the negative prompt. At
-each scale both take one step over their pages. A refinement pass is the same step again with other inputs; only the first
-pass's keys and values are stored, because only those are seen by later scales. Between two passes an image may wait for others.
+Arithmetic only, without requests or threads. An image has two rows, one after the prompt and one after the negative prompt;
+without guidance it has the first alone. At each scale they take one step over their pages. A refinement pass is the same step
+again with other inputs; only the first pass's keys and values are stored, because only those are seen by later scales. Between
+two passes an image may wait for others.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ class Prefix:
 class ImageState:
     """One image being sampled.
 
-    `number` counts the images of a request from 0; `conditional` and `unconditional` are its two rows; `codes` has one array
-    for each scale so far; `f_hat` float32 [C, s, s] is the sum of their codebook rows, resized to the next scale's side.
+    `number` counts the images of a request from 0; `conditional` and `unconditional` are its rows, of which the second is None
+    without guidance; `codes` has one array for each scale so far; `f_hat` float32 [C, s, s] is the sum of their codebook rows,
+    resized to the next scale's side.
     """
 
     params: SamplingParams
     number: int
     conditional: Prefix
-    unconditional: Prefix
+    unconditional: Prefix | None
     f_hat: Float32
     codes: list[Int32] = field(default_factory=list)
     error: NotFiniteError | None = None
@@ -62,14 +64,19 @@ class ImageState:
         return len(self.codes)
 
     @property
+    def prefixes(self) -> list[Prefix]:
+        """The rows: one or two."""
+        return [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
+
+    @property
     def position(self) -> tuple[int, int]:
         """The scale and the pass of it to sample next, from 0."""
         return self.scale, self.refinement
 
     def release(self) -> None:
-        """Free the pages of both rows."""
-        self.conditional.table.release()
-        self.unconditional.table.release()
+        """Free the pages of all rows."""
+        for prefix in self.prefixes:
+            prefix.table.release()
 
 
 class ScaleLoop:
@@ -119,9 +126,10 @@ class ScaleLoop:
         hidden = output.hidden.reshape(length, c.width)[total - 1 : total]
         return Prefix(table, np.asarray(hidden, np.float32)[0].copy())
 
-    def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix) -> ImageState:
-        """An image to sample, sharing the pages of both prefixes."""
-        forks = [Prefix(prefix.table.fork(), prefix.hidden) for prefix in (conditional, unconditional)]
+    def start(self, params: SamplingParams, number: int, conditional: Prefix, unconditional: Prefix | None) -> ImageState:
+        """An image to sample, sharing the pages of its prefixes. Without `unconditional` it must be one without guidance."""
+        forks = [prefix and Prefix(prefix.table.fork(), prefix.hidden) for prefix in (conditional, unconditional)]
+        assert forks[0] is not None
         return ImageState(params, number, forks[0], forks[1], np.zeros((self._codebook.shape[1], 1, 1), np.float32))
 
     def sample_pass(self, images: Sequence[ImageState]) -> None:
@@ -130,18 +138,18 @@ class ScaleLoop:
         Images that cannot go on get an `error`, and stay where they are.
 
         Args:
-            images: at most half as many as the transformer takes rows.
+            images: of one or two rows each, all of them alike; at most as many rows as the transformer takes.
 
         Raises:
             PagesExhausted: the pool has too few free pages; the images must then be given up.
         """
         scale, refinement = images[0].position
-        assert all(image.position == (scale, refinement) for image in images)
-        padded = filled_up(images, self.transformer.padded("batch", 2 * len(images)) // 2)
+        rows = len(images[0].prefixes)
+        assert all((image.position, len(image.prefixes)) == ((scale, refinement), rows) for image in images)
+        padded = filled_up(images, self.transformer.padded("batch", rows * len(images)) // rows)
         if scale == 0:
-            conditional = np.stack([image.conditional.hidden for image in padded])
-            unconditional = np.stack([image.unconditional.hidden for image in padded])
-            codes = self._sample(padded, conditional[:, None], unconditional[:, None], 0)
+            hidden = np.stack([prefix.hidden for row in range(rows) for prefix in (image.prefixes[row] for image in padded)])
+            codes = self._sample(padded, hidden[: len(padded), None], hidden[-len(padded) :, None], 0)
         else:
             codes = self._sample_later_scale(padded, len(images), scale, refinement)
         for image, row in zip(images, codes, strict=False):
@@ -155,18 +163,21 @@ class ScaleLoop:
     def _sample_later_scale(self, images: Sequence[ImageState], count: int, scale: int, refinement: int) -> Int32:
         """Codes of images of which those after the first `count` are padding."""
         inputs = [image.f_hat if image.draft is None else image.f_hat + self._rows(image.draft, scale) for image in images]
-        tables = [image.conditional.table for image in images] + [image.unconditional.table for image in images]
+        rows = len(images[0].prefixes)
+        tables = [image.prefixes[row].table for row in range(rows) for image in images]
         last = scale + 1 == len(self.config.patch_nums)
         # A later pass does not see the keys that the first one stored for the scale itself.
         own = self.config.scales.counts[scale] if refinement and not last else 0
         output = self._step(np.stack(inputs), scale, tables, [table.length - own for table in tables])
         if not (refinement or last):
-            rows = [*range(count), *range(len(images), len(images) + count)]
-            stored = self.transformer.store(output, [tables[row] for row in rows], rows)
-            for row, image in enumerate(images[:count]):
-                if not (stored[row] and stored[row + count]):
+            own_rows = [row * len(images) + number for row in range(rows) for number in range(count)]
+            stored = self.transformer.store(output, [tables[row] for row in own_rows], own_rows)
+            for number, image in enumerate(images[:count]):
+                if not all(stored[number::count]):
                     image.error = not_finite()
-        return self._sample(images, output.hidden[: len(images)], output.hidden[len(images) :], refinement)
+        # Without guidance both are the same rows, of which the first counts.
+        start = (rows - 1) * len(images)
+        return self._sample(images, output.hidden[: len(images)], output.hidden[start:], refinement)
 
     def _finish_scale(self, image: ImageState, row: Int32) -> None:
         scale = image.scale
@@ -184,20 +195,23 @@ class ScaleLoop:
         return rows
 
     def _step(self, maps: Float32, scale: int, tables: Sequence[PageTable], context: Sequence[int]) -> StepOutput:
-        """Run maps [R, C, s, s] in both rows of R images.
+        """Run maps [R, C, s, s] in all rows of R images.
 
         Args:
             maps: the inputs of the scale.
             scale: its number, from 0.
-            tables: of all conditional rows, then of all unconditional rows.
+            tables: of all conditional rows, then of all unconditional rows, if the images have these.
             context: tokens of each table that the step sees.
         """
         c, count = self.config, maps.shape[2] * maps.shape[3]
         places = np.arange(c.scales.starts[scale], c.scales.ends[scale], dtype=np.int32)
         features = np.ascontiguousarray(maps.reshape(len(maps), -1, count).transpose(0, 2, 1))
-        rows = 2 * len(maps)
-        both = np.concatenate([features, features])
-        feeds = {"features": both, "level": np.asarray([scale + 1], np.int32), "places": places}
+        rows = len(tables)
+        feeds = {
+            "features": np.concatenate([features] * (rows // len(maps))),
+            "level": np.asarray([scale + 1], np.int32),
+            "places": places,
+        }
         return self.transformer.step(
             self._sessions["embed_image"].run_resident(feeds)["embeddings"],
             np.broadcast_to(places + np.int32(c.prefix_length), (rows, count)).copy(),

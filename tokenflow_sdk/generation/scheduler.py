@@ -74,7 +74,7 @@ class ScaleScheduler:
     def _needs(self, request: ImageRequest) -> int:
         """Pages that a request holds at most, without those of its negative prompt, which requests share."""
         config, size = self.loop.config, self.loop.transformer.pool.page_size
-        return self._prefix_pages(request.prompt) + request.n * config.image_pages(size)
+        return self._prefix_pages(request.prompt) + request.n * request.params.rows * config.image_pages(size) // 2
 
     def check(self, request: ImageRequest) -> None:
         """Raise if a request could never run.
@@ -83,7 +83,7 @@ class ScaleScheduler:
             PagesExhausted: it needs more pages than the pool has.
         """
         pool = self.loop.transformer.pool
-        needed = self._needs(request) + self._prefix_pages(request.negative)
+        needed = self._needs(request) + self._negative_pages([request])
         if needed > pool.pages:
             raise PagesExhausted(needed, pool.pages, pool.pages)
 
@@ -131,11 +131,14 @@ class ScaleScheduler:
                 self.remove(request)
 
     def _next_images(self, requests: Sequence[ImageRequest]) -> list[tuple[ImageRequest, ImageState]]:
-        """The images of the first request's next step, and with them those of the others at the same pass of the same scale."""
-        position = min(image.position for image in requests[0].images)
-        tokens = 2 * self.loop.config.scales.counts[position[0]]
-        most = max(1, min(STEP_TOKENS // tokens, self.loop.transformer.max_rows // 2))
-        return [(request, image) for request in requests for image in request.images if image.position == position][:most]
+        """The images of the first request's next step, and with them those of the others at the same pass of the same scale
+        that have as many rows.
+        """
+        position, rows = min(image.position for image in requests[0].images), requests[0].params.rows
+        tokens = rows * self.loop.config.scales.counts[position[0]]
+        most = max(1, min(STEP_TOKENS // tokens, self.loop.transformer.max_rows // rows))
+        alike = (request for request in requests if request.params.rows == rows)
+        return [(request, image) for request in alike for image in request.images if image.position == position][:most]
 
     def _left(self, request: ImageRequest) -> int:
         """Work left: codes that are still to be sampled, each as often as it has passes."""
@@ -157,22 +160,25 @@ class ScaleScheduler:
 
     def _fits(self, request: ImageRequest) -> bool:
         together = [*self._live, request]
-        negatives = {other.negative for other in together}
-        promised = sum(map(self._needs, together)) + sum(map(self._prefix_pages, negatives))
+        promised = sum(map(self._needs, together)) + self._negative_pages(together)
         return promised <= self.loop.transformer.pool.pages
 
-    def _forget_negatives(self, keep: tuple[int, ...]) -> None:
-        """Free the prefixes of negative prompts that no live request uses, except `keep`."""
-        used = {request.negative for request in self._live} | {keep}
+    def _negative_pages(self, requests: Sequence[ImageRequest]) -> int:
+        """Pages of the negative prompts of requests, which those without guidance do not read."""
+        return sum(map(self._prefix_pages, {request.negative for request in requests if request.params.rows == 2}))
+
+    def _forget_negatives(self, admitted: ImageRequest) -> None:
+        """Free the prefixes of negative prompts that no live request uses, nor the one that is being admitted."""
+        used = {request.negative for request in (*self._live, admitted) if request.params.rows == 2}
         for ids in [ids for ids in self._negative if ids not in used]:
             self._negative.pop(ids).table.release()
 
     def _admit(self, request: ImageRequest) -> None:
-        self._forget_negatives(request.negative)
-        if request.negative not in self._negative:
+        self._forget_negatives(request)
+        if request.params.rows == 2 and request.negative not in self._negative:
             self._negative[request.negative] = self.loop.prefill(request.negative)
         prefix = self.loop.prefill(request.prompt)
-        negative = self._negative[request.negative]
+        negative = self._negative[request.negative] if request.params.rows == 2 else None
         try:
             request.images = [self.loop.start(request.params, i, prefix, negative) for i in range(request.n)]
         finally:

@@ -123,6 +123,11 @@ class SamplingParams:
         object.__setattr__(self, "cfg_scale", real("cfg_scale", self.cfg_scale, 0, 1000, "cannot guide.", hint))
         object.__setattr__(self, "seed", checked_seed(self.seed))
 
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer that an image takes: with guidance two, else one."""
+        return 2 if self.cfg_scale else 1
+
     @classmethod
     def preset(cls, name: str, cfg_scale: float = 7.5, seed: int = 0) -> SamplingParams:
         """The parameters of a named preset.

@@ -1,0 +1,252 @@
+"""Train the bundled understander on the codes that the bundled tokenizer gives to labelled pictures.
+
+    python -m recipes.tiny.train_understander --data data/tiny --tokenizer models/tiny --out data/tiny/understander
+
+Resumes from the checkpoint in --out. Shares of right answers about held-out pictures are written to curve.jsonl there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from tokenizers import Tokenizer as TextTokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.tiny.codes import codebook, encoded, quantizer
+from recipes.tiny.data import Pictures, Pixels
+from recipes.tiny.loop import BEST, cooled, device, has_bfloat16, run, training_parser
+from recipes.tiny.questions import KINDS, conversation, question
+from recipes.tiny.scenes import Scene, scenes
+from recipes.tiny.sources import NAMES, fetch
+from recipes.tiny.subjects import Names, Subject
+from recipes.tiny.understander_model import Conversation, UnderstanderModel, tokenized, train_text_tokenizer
+from tokenflow_sdk import Tokenizer
+
+__all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understander", "main"]
+
+TEXT_TOKENIZER, SCENES = "tokenizer.json", "scenes.pt"
+VARIANTS, SEVERAL = 4, 0.5
+"""Variants of each training picture, and pictures of several drawings for each drawing that can be counted."""
+TURNS = 6
+"""Most questions in a conversation."""
+LOST = 0.1
+"""The share of a picture's cells whose features are left out in training, so that no single cell decides."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures as codes int16 [N, L], and what is known about each."""
+
+    codes: Tensor
+    subjects: list[Subject]
+
+    @classmethod
+    def of(cls, made: Iterable[Scene], tokenizer: Tokenizer) -> Encoded:
+        """Encode pictures as they are made."""
+        subjects: list[Subject] = []
+
+        def pictures() -> Iterator[Pixels]:
+            for scene in track(made, "encoding", total=None):
+                subjects.append(scene.subject)
+                yield scene.picture
+
+        return cls(encoded(pictures(), tokenizer), subjects)
+
+
+def load_understander(directory: Path) -> tuple[UnderstanderModel, TextTokenizer]:
+    """Load the averaged understander of a training's best checkpoint, and its text tokenizer."""
+    text = TextTokenizer.from_file(str(directory / TEXT_TOKENIZER))
+    model = UnderstanderModel(text.get_vocab_size())
+    model.load_state_dict(torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"])
+    return model.eval().requires_grad_(False), text
+
+
+class UnderstanderTraining:
+    """The training of the understander: model, average, optimizer and step, which a checkpoint keeps, and the data.
+
+    Args:
+        train: pictures to learn from. held_out: pictures to measure with.
+        names: of things that questions may be about.
+        rows: the codebook [K, C]; the model reads the quantized features of codes.
+        text: tokenizes questions and answers.
+        steps: of the whole training. batch: conversations in a step. rate: largest learning rate. seed: of all choices.
+    """
+
+    def __init__(
+        self,
+        train: Encoded,
+        held_out: Encoded,
+        names: Sequence[str],
+        rows: Tensor,
+        text: TextTokenizer,
+        steps: int,
+        batch: int,
+        rate: float,
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.device = rows.device
+        self.half = has_bfloat16(self.device)
+        self.train, self.held_out, self.names, self.text = train, held_out, names, text
+        self.quantizer = quantizer(rows)
+        self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
+        self.chances = _chances(train.subjects)
+        self.model = UnderstanderModel(text.get_vocab_size()).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+
+    def run_step(self) -> dict[str, float]:
+        """Run one optimizer step, and return the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * cooled(self.step, self.steps)
+        rng = np.random.default_rng([self.seed, self.step])
+        picks = rng.choice(len(self.chances), size=self.batch, p=self.chances)
+        turns = int(rng.integers(1, TURNS + 1))
+        asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
+        features = self._features(self.train, picks)
+        features = features * torch.from_numpy(rng.random((*features.shape[:2], 1)) >= LOST).to(features)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.model(features, asked)
+        targets, taught = _targets(asked, self.device)
+        loss = F.cross_entropy(logits[:, :-1].float()[taught], targets[taught])
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(0.999, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+        return {"loss": float(loss.detach())}
+
+    @torch.no_grad()
+    def _features(self, pictures: Encoded, picks: NDArray[np.intp]) -> Tensor:
+        """Quantized features [B, grid * grid, C] of some pictures."""
+        codes = pictures.codes[torch.from_numpy(picks)].long().to(self.device)
+        features: Tensor = self.quantizer.decode(codes).flatten(2).transpose(1, 2)
+        return features
+
+    @torch.no_grad()
+    def evaluate(self, out: Path, pictures: int = 64) -> dict[str, float]:
+        """The share of right answers by kind of question, about held-out pictures.
+
+        An answer is right if each of its tokens is the likeliest after those before it, which is to say that the model gives
+        exactly this answer.
+        """
+        figures = {}
+        for number, (kind, (_, _, needs_name)) in enumerate(KINDS.items()):
+            rng = np.random.default_rng([7, number])
+            able = [i for i, known in enumerate(self.held_out.subjects) if known.things or not needs_name]
+            right = []
+            for group in np.array_split(rng.permutation(able)[:pictures], -(-pictures // 16)):
+                asked = [tokenized(self.text, [question(kind, self.held_out.subjects[i], self.names, rng)]) for i in group]
+                logits = self.average(self._features(self.held_out, group), asked)
+                targets, taught = _targets(asked, self.device)
+                right += ((logits[:, :-1].argmax(dim=-1) == targets) | ~taught).all(dim=1).tolist()
+            figures[f"right_{kind}"] = float(np.mean(right))
+        return figures
+
+    def score(self, figures: dict[str, float]) -> float:
+        return float(np.mean([figures[f"right_{kind}"] for kind in KINDS]))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids after the pictures [B, L], and which of them are taught."""
+    longest = max(len(each.after) for each in asked)
+    ids = torch.tensor([each.after + [0] * (longest - len(each.after)) for each in asked], device=place)
+    taught = torch.tensor([each.taught + [False] * (longest - len(each.taught)) for each in asked], device=place)
+    return ids, taught
+
+
+def _chances(subjects: Sequence[Subject]) -> NDArray[np.float64]:
+    """How often each picture is chosen: pictures of a name that many have less often, those without a name a tenth."""
+    counts = Counter(known.things for known in subjects)
+    weights = np.array([counts[known.things] ** -0.5 * (1 if known.things else 0.1) for known in subjects])
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances
+
+
+def _texts(subjects: Sequence[Subject], names: Sequence[str]) -> list[str]:
+    """Questions and answers of all kinds, from which the text tokenizer is trained."""
+    rng = np.random.default_rng(0)
+    turns = (turn for known in subjects for turn in conversation(known, names, TURNS, rng))
+    return [text for turn in turns for text in (turn.question, turn.answer)]
+
+
+def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, seed: int) -> dict[str, Encoded]:
+    """The scenes of both splits as codes, from a file beside the checkpoint if they were made for this tokenizer before."""
+    codes = tokenizer.config.codebook_sha256
+    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)}"
+    path = out / SCENES
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        if stored.pop("key") == key:
+            return {
+                split: Encoded(codes, [Subject(*known) for known in subjects]) for split, (codes, subjects) in stored.items()
+            }
+    found = {
+        split: Encoded.of(scenes(pictures, names, split, variants, SEVERAL, seed), tokenizer)
+        for split, variants in (("train", VARIANTS), ("heldout", 1))
+    }
+    lists = {split: (each.codes, [(s.things, s.colours, s.style) for s in each.subjects]) for split, each in found.items()}
+    partial = path.with_suffix(".partial")
+    torch.save({"key": key, **lists}, partial)
+    partial.replace(path)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = training_parser(__doc__, out=Path("data/tiny/understander"), steps=20000, batch=16, rate=1e-3)
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/tiny"), help="its bundle (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = Pictures(arguments.data)
+    names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
+    with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
+        found = _encoded(pictures, names, tokenizer, out, arguments.seed)
+    text = train_text_tokenizer(_texts(found["train"].subjects, names.known))
+    text.save(str(out / TEXT_TOKENIZER))
+    training = UnderstanderTraining(
+        found["train"],
+        found["heldout"],
+        names.known,
+        codebook(arguments.tokenizer).to(device()),
+        text,
+        arguments.steps,
+        arguments.batch,
+        arguments.rate,
+        arguments.seed,
+    )
+    run(training, out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""The understander as it is trained: the exporter's transformer in Qwen2's layout, over whole conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from recipes.tiny.config import TINY
+from recipes.tiny.generator_model import FusedAttention
+from recipes.tiny.questions import Turn
+from tokenflow_export.models.config import TransformerConfig
+from tokenflow_export.models.llama import Transformer
+
+__all__ = ["MAX_TOKENS", "SIZES", "SYSTEM", "Conversation", "UnderstanderModel", "tokenized", "train_text_tokenizer"]
+
+SIZES = TransformerConfig(
+    width=192,
+    layers=6,
+    heads=3,
+    kv_heads=1,
+    head_dim=64,
+    mlp_width=512,
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    norm_placement="pre",
+    qk_norm=False,
+    qkv_bias=True,
+)
+MAX_TOKENS = 1024
+"""Tokens that a conversation may have, those of its pictures included."""
+VOCABULARY = 2048
+SYSTEM = "You are a helpful assistant."
+_START, _END = "<|im_start|>", "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation about one picture as token ids.
+
+    Args:
+        before: ids before the picture.
+        after: ids after it.
+        taught: for each id of `after` whether the model learns to give it: those of answers, each with what ends it.
+        spans: where the answer of each turn lies in `after`.
+    """
+
+    before: list[int]
+    after: list[int]
+    taught: list[bool]
+    spans: list[slice]
+
+
+def train_text_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """Train a byte-level BPE with ChatML's control tokens, as Qwen2's is."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|endoftext|>", _START, _END)])
+    return tokenizer
+
+
+def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
+    """Write a conversation in ChatML, in the pieces in which the runtime tokenizes it."""
+    start, end = (tokenizer.get_vocab()[text] for text in (_START, _END))
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    before = [start, *ids(f"system\n{SYSTEM}"), end, *ids("\n"), start, *ids("user\n")]
+    after: list[int] = []
+    taught: list[bool] = []
+    spans: list[slice] = []
+    for number, turn in enumerate(turns):
+        asked = [*([start, *ids(f"user\n{turn.question}")] if number else ids(f"\n{turn.question}")), end]
+        asked += [*ids("\n"), start, *ids("assistant\n")]
+        answer = [*ids(turn.answer), end]
+        spans.append(slice(len(after) + len(asked), len(after) + len(asked) + len(answer)))
+        after += [*asked, *answer, *ids("\n")]
+        taught += [False] * len(asked) + [True] * len(answer) + [False] * len(ids("\n"))
+    return Conversation(before, after, taught, spans)
+
+
+class UnderstanderModel(nn.Module):
+    """Embeddings, projector, transformer and head, which is the embeddings' table (docs/model.md, section 5)."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        width = SIZES.width
+        self.text = nn.Embedding(vocabulary, width)
+        self.projector = nn.Sequential(nn.Linear(TINY.code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.transformer = Transformer(SIZES, FusedAttention)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.startswith("transformer") and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2 and not name.startswith("projector"):
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, features: Tensor, conversations: Sequence[Conversation]) -> Tensor:
+        """The logits [B, L, V] that follow each id after the pictures, and follow the pictures themselves at index 0.
+
+        Args:
+            features: quantized features [B, grid * grid, C] of the pictures.
+            conversations: one about each picture.
+        """
+        longest = max(len(each.after) for each in conversations)
+        before = torch.tensor([each.before for each in conversations], device=features.device)
+        after = torch.tensor([each.after + [0] * (longest - len(each.after)) for each in conversations], device=features.device)
+        x = torch.cat([self.text(before), self.projector(features), self.text(after)], dim=1)
+        positions = torch.arange(x.shape[1], device=features.device)[None]
+        # Pads are at the end, where no other token sees them.
+        mask = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=features.device).tril()
+        hidden = self.transformer(x, positions, mask)
+        logits: Tensor = hidden[:, -longest - 1 :] @ self.text.weight.T
+        return logits
