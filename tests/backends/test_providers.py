@@ -6,11 +6,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tokenflow_sdk.backends import providers
-from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, preload_cuda, require_active, select_providers
+from tokenflow_sdk.backends.providers import CPU, CUDA, TENSORRT, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-ALL = [TENSORRT, CUDA, OPENVINO, CPU]
+ALL = [TENSORRT, CUDA, CPU]
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def test_cuda_takes_the_memory_and_time_that_it_needs(gpu: SimpleNamespace) -> N
     assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
-def test_openvino_computes_float32_in_float32() -> None:
-    """Its own choice on recent processors is bfloat16."""
-    assert select_providers(ALL, SessionOptions("auto", (OPENVINO, CPU))) == [
-        (OPENVINO, {"device_type": "CPU", "precision": "FP32"}),
-        (CPU, {}),
-    ]
+def test_openvino_is_a_backend_and_no_provider() -> None:
+    """The provider ended, and would compute in bfloat16 on recent processors."""
+    with pytest.raises(ArgumentError, match=r"ended with 1.24.*backend='openvino'.*tokenflow-sdk\[openvino\]"):
+        select_providers([*ALL, "OpenVINOExecutionProvider"], SessionOptions("auto", ("OpenVINOExecutionProvider", CPU)))
+    with pytest.raises(ArgumentError, match="device='gpu' is Intel's"):
+        select_providers(ALL, SessionOptions("gpu"))
 
 
 def test_cuda_is_not_tried_without_a_gpu(gpu: SimpleNamespace) -> None:

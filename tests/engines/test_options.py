@@ -22,7 +22,12 @@ def test_without_a_word_everything_is_left_to_the_machine() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"device": "gpu"}, "no device 'gpu'.*'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "tpu"}, "no device 'tpu'.*'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "gpu"}, "device='gpu' is Intel's.*backend='openvino'.*device='cuda'"),
+        ({"device": "npu", "backend": "onnxruntime"}, "device='npu' is Intel's.*backend='openvino'"),
+        ({"device": "cuda:1", "backend": "openvino"}, "device='cuda:1' is an NVIDIA GPU"),
+        ({"providers": ["CPUExecutionProvider"], "backend": "openvino"}, "providers= is not for backend='openvino'"),
+        ({"build_config": "cpu", "backend": "openvino"}, "build_config= is not for backend='openvino'"),
         ({"device": "cuda:x"}, "no device 'cuda:x'"),
         ({"device": "cpu:1"}, "no device 'cpu:1'"),
         ({"device": "cuda:-1"}, "no device 'cuda:-1'"),
@@ -31,7 +36,7 @@ def test_without_a_word_everything_is_left_to_the_machine() -> None:
         ({"device": None}, "no device None"),
         ({"providers": "CPUExecutionProvider"}, r"'CPUExecutionProvider' is one name.*providers=\['CPUExecutionProvider'\]"),
         ({"execution_contexts": "2"}, "execution_contexts='2' runs nothing"),
-        ({"backend": "tvm"}, "no backend 'tvm'. Choose one of: auto, onnxruntime, tensorrt, tensorrt-rtx"),
+        ({"backend": "tvm"}, "no backend 'tvm'. Choose one of: auto, onnxruntime, openvino, tensorrt, tensorrt-rtx"),
         ({"execution_contexts": 0}, "execution_contexts=0 runs nothing"),
         ({"serve_while_building": True}, "serve_while_building=True builds TensorRT engines.*build=True"),
         ({"serve_while_building": True, "backend": "onnxruntime"}, "serve_while_building=True"),
@@ -76,6 +81,10 @@ def test_a_build_config_is_given_or_read(tmp_path: Path) -> None:
 def test_onnxruntime_is_wanted_by_name_or_by_a_build_config_for_cpus(
     backend: str, build_config: BuildConfig | str | None
 ) -> None:
+    if backend == "openvino" and build_config is not None:
+        with pytest.raises(ArgumentError, match="build_config= is not for backend='openvino'"):
+            RuntimeOptions(backend=backend, build_config=build_config)
+        return
     options = RuntimeOptions(backend=backend, build_config=build_config)
     for_cpus = build_config in (CPU, "cpu")
     if for_cpus and backend.startswith("tensorrt"):

@@ -170,6 +170,32 @@ def test_without_guidance_the_negative_prompt_is_not_run(checkpoints: Callable[[
         assert pool_is_clean(generator)
 
 
+@pytest.mark.parametrize("unguided", [1, 2, 9])
+def test_guidance_may_be_left_out_at_the_finest_scales(unguided: int, checkpoints: Callable[[str], tuple[Path, Path]]) -> None:
+    """The codes are the oracle's; until then they are those with guidance; pages of the second row are free from then on."""
+    checkpoint, path = checkpoints("grouped")
+    params = SamplingParams((Pass(400, 0.8), Pass(20, 0.8)), 4.0, 7, unguided)
+    with Generator.from_pretrained(path) as generator:
+        oracle = UncachedGenerator(
+            HfDirectory(checkpoint), generator.config, TokenizerReference.load(generator.tokenizer.bundle).codebook
+        )
+        transformer = generator._runner.model.scheduler.loop.transformer
+        generator.generate([5], negative_prompt=[7, 8], params=params)  # the negative prompt is kept
+        work, found = [], []
+        for settings in (params, replace(params, unguided_scales=0)):
+            before = transformer.token_forwards
+            found.append(generator.generate([5, 6], negative_prompt=[7, 8], params=settings, n=2))
+            work.append(transformer.token_forwards - before)
+        assert codes(found[0]) == [oracle.generate([5, 6], [7, 8], params, number).tolist() for number in range(2)]
+        finest = 2 * 2 * sum(generator.config.scales.counts[max(1, 4 - unguided) :])
+        assert work[1] - work[0] == finest
+        same = sum(generator.config.scales.counts[: max(1, 4 - unguided)])
+        assert [row[:same] for row in codes(found[0])] == [row[:same] for row in codes(found[1])]
+        together = generator.generate_batch([[5, 6]] * 2, negative_prompt=[7, 8], params=params)
+        assert [codes(each)[0] for each in together] == [codes(found[0])[0]] * 2
+        assert pool_is_clean(generator)
+
+
 def test_pages_of_any_size_give_the_same_codes(bundle: Path) -> None:
     found = set()
     for page_size in (1, 3, 7, 16, 64, 200):

@@ -88,6 +88,9 @@ def test_guidance_grows_to_its_scale() -> None:
 
 def test_presets() -> None:
     assert SamplingParams.preset("fast").passes == (Pass(600, 0.6),)
+    turbo = SamplingParams.preset("turbo", 6.0)
+    assert turbo.passes == SamplingParams.preset("fast").passes
+    assert [turbo.guidance(scale, 4) for scale in range(4)] == [0.0, 2.0, 0.0, 0.0]
     assert SamplingParams.preset("paper", 3.0, 5) == SamplingParams(PRESETS["paper"], 3.0, 5)
     with pytest.raises(ArgumentError, match="no preset 'best'.*fast, balanced, paper"):
         SamplingParams.preset("best")

@@ -1,16 +1,18 @@
-"""How many CPU cores the process may use: its affinity, the quota of its container, and `OMP_NUM_THREADS`."""
+"""The processor, and how many of its cores the process may use: affinity, the container's quota, and `OMP_NUM_THREADS`."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_cores"]
+__all__ = ["available_cores", "processor"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cores() -> int:
@@ -52,3 +54,13 @@ def _cgroups() -> list[Path]:
                 own = Path(path.lstrip("/"))
                 found |= {root / part for part in (own, *own.parents)}
     return sorted(found)
+
+
+def processor() -> str:
+    """The processor's model, as the system names it; else its architecture."""
+    with suppress(OSError):
+        for line in CPUINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

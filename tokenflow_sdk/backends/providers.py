@@ -12,19 +12,18 @@ from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError
 
-__all__ = ["CPU", "CUDA", "OPENVINO", "SETTINGS", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
+__all__ = ["CPU", "CUDA", "SETTINGS", "TENSORRT", "Provider", "preload_cuda", "require_active", "select_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-TENSORRT, OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
+TENSORRT, _OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
 """Name and options of an execution provider."""
 
 SETTINGS: dict[str, dict[str, str]] = {
-    # By default, recent GPUs round the inputs of float32 products to TF32, and OpenVINO on recent CPUs to bfloat16. The
-    # arena would double with each extension, and every convolution be tried in all ways at each new shape.
+    # By default, recent GPUs round the inputs of float32 products to TF32. The arena would double with each extension, and
+    # every convolution be tried in all ways at each new shape.
     CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
-    OPENVINO: {"device_type": "CPU", "precision": "FP32"},
 }
 """Options that each provider gets, wherever it runs."""
 _preloaded = False
@@ -38,10 +37,16 @@ def select_providers(available: list[str], options: SessionOptions) -> list[Prov
         options: names the providers or a device. `auto` means CUDA if it is available and the driver finds a GPU, else the CPU.
 
     Raises:
-        ArgumentError: `options` names a provider that is not available.
+        ArgumentError: `options` names a provider that is not available, or what only the
+            backend `openvino` has.
         BackendError: `options` asks for CUDA, and the provider, the driver or the GPU is missing.
     """
     if options.providers is not None:
+        if _OPENVINO in options.providers:
+            raise ArgumentError(
+                "onnxruntime's OpenVINO provider ended with 1.24.",
+                "Use backend='openvino', which `pip install 'tokenflow-sdk[openvino]'` brings.",
+            )
         missing = [name for name in options.providers if name not in available]
         if missing or not options.providers:
             raise ArgumentError(
@@ -55,6 +60,10 @@ def select_providers(available: list[str], options: SessionOptions) -> list[Prov
                 "Run `pip uninstall onnxruntime` and `pip install 'tokenflow-sdk[gpu]'`, or use device='cpu'.",
             )
         names, request = (CUDA, CPU), f"device={options.device!r}"
+    elif options.device.startswith(("gpu", "npu")):
+        raise ArgumentError(
+            f"device={options.device!r} is Intel's, on which onnxruntime does not run.", "Use backend='openvino'."
+        )
     else:
         return [_with_settings(name, options) for name in _default_providers(available, options.device)]
     problem = driver_problem() if {CUDA, TENSORRT} & set(names) else None

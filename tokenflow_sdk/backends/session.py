@@ -158,7 +158,8 @@ class SessionOptions:
     """How a session runs a graph.
 
     Args:
-        device: `auto` (CUDA if it is usable, else the CPU), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (CUDA if it is usable, else the CPU), `cpu`, `cuda` or `cuda:N`; with OpenVINO also `gpu`, `gpu:N` or
+            `npu`, of Intel.
         providers: names of onnxruntime execution providers, in order of preference; overrides the choice by `device`.
         threads: CPU threads of one call; None uses all cores that the process may use.
 
@@ -171,8 +172,11 @@ class SessionOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device)):
-            raise ArgumentError(f"There is no device {shown(self.device)}.", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+        if not (isinstance(self.device, str) and re.fullmatch(r"auto|cpu|npu|(cuda|gpu)(:[0-9]{1,4})?", self.device)):
+            raise ArgumentError(
+                f"There is no device {shown(self.device)}.",
+                "Use 'auto', 'cpu', 'cuda' or 'cuda:N'; with backend='openvino' also 'gpu', 'gpu:N' or 'npu'.",
+            )
         if self.threads is not None:
             hint = "Give at least 1, or leave threads= out for all cores."
             object.__setattr__(self, "threads", integer("threads", self.threads, 1, _MOST, "cannot run anything.", hint))

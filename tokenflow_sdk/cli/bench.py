@@ -16,12 +16,13 @@ from time import perf_counter
 import numpy as np
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.bundle.bundle import bundle_kind
-from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
-from tokenflow_sdk.cli.console import make_table, stdout
-from tokenflow_sdk.cli.opening import bundle_paths, open_generator, open_tokenizer, open_understander
+from tokenflow_sdk.bundle.bundle import Bundle, bundle_kind
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.cli.console import make_table, stderr, stdout
+from tokenflow_sdk.cli.opening import bundle_paths, open_generator, open_tokenizer, open_understander, shown_path
 from tokenflow_sdk.cli.progress import progress_bar
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.engines.measured_choice import check_choice, measure_choice
+from tokenflow_sdk.errors import ArgumentError, OutputError
 from tokenflow_sdk.files import write_atomic
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.model.sampling import PRESETS
@@ -69,11 +70,43 @@ def bench(arguments: argparse.Namespace) -> int:
     batches = _batches(arguments.batch_sizes)
     if arguments.repeat < 1:
         raise ArgumentError(f"--repeat {arguments.repeat} times nothing.", "Give at least 1.")
+    if arguments.choose:
+        return _choose(arguments)
     arguments.batch_limit = max(arguments.batch_limit or 1, *batches)
     results = [_bench_one(path, arguments, batches) for path in bundle_paths(arguments)]
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
         write_atomic(arguments.json, json.dumps(machine | {"bundles": results}, indent=2).encode())
+    return 0
+
+
+def _choose(arguments: argparse.Namespace) -> int:
+    """Measure which graphs of each tokenizer under a name are faster on OpenVINO than on onnxruntime, and store it."""
+    given = [name for name in ("backend", "device") if getattr(arguments, name) != "auto"]
+    given += [name for name in ("config", "json") if getattr(arguments, name) is not None]
+    if given:
+        raise ArgumentError(f"--choose compares OpenVINO with onnxruntime on the CPU, without --{given[0]}.", "Leave it out.")
+    paths = [path for path in bundle_paths(arguments) if bundle_kind(path) == TokenizerConfig.kind]
+    if not paths:
+        raise ArgumentError("--choose is for tokenizers: language models run on onnxruntime or TensorRT.", "Name a tokenizer.")
+    for path in paths:
+        bundle = Bundle.open(path, TokenizerConfig, arguments.sha256)
+        bundle.verify()
+        with stderr.step(f"comparing {shown_path(path)} on OpenVINO with its reference"):
+            check_choice(bundle, arguments.threads)
+        with progress_bar("timing", 2 * len(bundle.graphs) * (arguments.repeat + 1)) as done:
+            choice = measure_choice(bundle, arguments.threads, arguments.repeat, done)
+        table = make_table("graph", "onnxruntime ms", "openvino ms", "ratio", "runs on", title=f"{shown_path(path)} on the CPU")
+        for name, times in choice.graphs.items():
+            figures = (f"{times.onnxruntime * 1e3:.1f}", f"{times.openvino * 1e3:.1f}", f"{times.ratio:.2f}")
+            table.add_row(name, *figures, "openvino" if times.faster else "onnxruntime")
+        stdout.print(table)
+        try:
+            stdout.print(f"stored for backend='auto' in {choice.store()}", soft_wrap=True)
+        except OutputError as error:
+            raise OutputError(
+                f"The choice is not stored: {error.message}", "Name another directory in $TOKENFLOW_CACHE."
+            ) from error
     return 0
 
 

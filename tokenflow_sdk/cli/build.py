@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle, open_bundle
 from tokenflow_sdk.bundle.hub import HubOptions
@@ -192,6 +193,8 @@ def cache(arguments: argparse.Namespace) -> int:
 
 def _verdict(engine: CachedEngine, architecture: str) -> str:
     """How the comparison on GPUs of one architecture ended, which is named if the engine is for several."""
+    if engine.key.flavour == OPENVINO:
+        return "not stored"
     certificate = Certificate.from_json(engine.certificates.get(architecture, {}))
     verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"
     return verdict if len(engine.key.targets) == 1 else f"{architecture} {verdict}"

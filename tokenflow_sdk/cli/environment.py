@@ -22,7 +22,7 @@ _PACKAGES = {
     "tensorrt": "tokenflow-sdk[tensorrt]",
     "tensorrt-rtx": "tokenflow-sdk[tensorrt-rtx]",
     "onnxruntime, CUDA": "tokenflow-sdk[gpu]",
-    "onnxruntime, OpenVINO": "onnxruntime-openvino",
+    "openvino": "tokenflow-sdk[openvino]",
 }
 """What to install for a backend, by the backend's title."""
 _FOR_DEVELOPERS = ("dev", "docs", "inspect", "train")

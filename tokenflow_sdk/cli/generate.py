@@ -103,7 +103,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata that `tokenflow generate` wrote into a PNG.
 
     Returns:
-        prompt, negative_prompt, n, seed, cfg_scale and passes as given; model: see `model_id`; image: index among the n.
+        prompt, negative_prompt, n, seed, cfg_scale, unguided_scales and passes as given; model: see `model_id`; image: index
+        among the n.
 
     Raises:
         ImageReadError: the file cannot be read, or has no such metadata.
@@ -115,7 +116,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, SyntaxError) as error:
         why = getattr(error, "strerror", None) or error
         raise ImageReadError(f"{path} cannot be read: {why}.", "Give a PNG made by `tokenflow generate`.") from error
-    keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "passes", "model", "image"}
+    keys = {"prompt", "negative_prompt", "n", "seed", "cfg_scale", "unguided_scales", "passes", "model", "image"}
+    if isinstance(metadata, dict):
+        metadata.setdefault("unguided_scales", 0)  # which early files do not have
     if not isinstance(metadata, dict) or set(metadata) != keys or type(metadata["n"]) is not int:
         raise ImageReadError(f"{path} does not say how it was made.", "Give a PNG made by `tokenflow generate`.")
     return metadata
@@ -124,7 +127,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _params_of(metadata: Mapping[str, Any]) -> SamplingParams:
     try:
         passes = tuple(Pass(top_k, top_p) for top_k, top_p in metadata["passes"])
-        return SamplingParams(passes, metadata["cfg_scale"], metadata["seed"])
+        return SamplingParams(passes, metadata["cfg_scale"], metadata["seed"], metadata["unguided_scales"])
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"The metadata in the PNG is damaged: {error}.", "Give a PNG made by `tokenflow generate`."

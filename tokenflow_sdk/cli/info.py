@@ -88,7 +88,7 @@ def _facts(bundle: Bundle[Any], ways: Sequence[Candidate]) -> dict[str, object]:
         },
         "parity": dict(bundle.parity),
         "provenance": dict(bundle.provenance),
-        "runs_on": next((way.title for way in ways if way.usable), None),
+        "runs_on": next((way.title for way in ways if way.chosen), None),
         "backends": [{"backend": way.title, "usable": way.usable, "why": way.reason} for way in ways],
     }
 
@@ -115,7 +115,7 @@ def _bundle_info(bundle: Bundle[Any], graphs: bool) -> None:
 
 def _print_choice(bundle: Bundle[Any], ways: Sequence[Candidate], explained: bool) -> None:
     """Print the backend that would run a bundle on this machine and, unless `explained` before, why the others would not."""
-    chosen = next((way for way in ways if way.usable), None)
+    chosen = next((way for way in ways if way.chosen), None)
     what = "nothing that is installed" if chosen is None else f"{chosen.title}: {chosen.reason}"
     stdout.print(f"runs on {what}", style="bold", soft_wrap=True)
     for way in [] if explained else ways:

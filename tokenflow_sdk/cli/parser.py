@@ -235,7 +235,9 @@ def _add_generate(subparsers: _Subparsers) -> None:
     parser.add_argument("-n", type=int, metavar="N", help="number of images (default: 1)")
     _add_output(parser, "directory for 1.png, 2.png ... (default: the current one)")
     parser.add_argument(
-        "--preset", help="sampling passes for each scale: fast (1), balanced (2) or paper (3); default: the model's"
+        "--preset",
+        help="sampling passes for each scale: fast (1), balanced (2) or paper (3); turbo: fast, without guidance at the two "
+        "finest scales (default: the model's)",
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="the same seed draws the same images (default: a random one, which is printed)"
@@ -284,6 +286,12 @@ def _add_bench(subparsers: _Subparsers) -> None:
     parser.add_argument("target", nargs="?", metavar="BUNDLE", help="default: tiny")
     parser.add_argument(
         "--batch-sizes", default="1", metavar="N,N..", help="numbers of images in a call to time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="measure which graphs of a tokenizer are faster on OpenVINO than on onnxruntime on this CPU, and store it for "
+        "--backend auto, here and in Python",
     )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls of each kind (default: %(default)s)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="also write the figures to this file")
@@ -406,14 +414,18 @@ def _add_engine_options(
     group = parser.add_argument_group("engine")
     group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
     _add_pins(group)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda or cuda:N; with OpenVINO also gpu, gpu:N or npu (default: %(default)s)",
+    )
     group.add_argument(
         "--backend",
         choices=BACKENDS,
         default="auto",
         metavar="NAME",
-        help=f"one of {', '.join(BACKENDS)}; auto takes the first that works without building engines: TensorRT, then "
-        "onnxruntime (default: %(default)s)",
+        help=f"one of {', '.join(BACKENDS)}; auto takes the first that works without building engines: TensorRT, "
+        "onnxruntime with CUDA, OpenVINO where `tokenflow bench --choose` found it faster, onnxruntime (default: %(default)s)",
     )
     group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help=threads)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import make_table, stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths, runtime_options, shown_path
 from tokenflow_sdk.cli.progress import progress_bar
-from tokenflow_sdk.engines.choice import Needs, engines_for
+from tokenflow_sdk.engines.choice import Needs, engines_for, require_by_picture
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
@@ -79,6 +80,8 @@ def _verify_tokenizer(tokenizer: Tokenizer) -> None:
 def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
     """Compare the graphs' results on onnxruntime here with those at export."""
     bundle = open_bundle(path)
+    if options.backend == OPENVINO:
+        require_by_picture(bundle)
     with ExitStack() as stack:
         stack.enter_context(stderr.step(f"running {shown_path(path)}"))
         bundle.verify()

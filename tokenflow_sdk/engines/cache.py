@@ -31,9 +31,9 @@ __all__ = ["CachedEngine", "EngineCache", "EngineKey", "default_directory", "def
 
 DEFAULT_LIMIT_GB = 20.0
 _WRITTEN = re.compile(
-    r"[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels|lock)|\.[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels)-[0-9a-f]{12}"
+    r"[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels|choice|lock)|\.[0-9a-f]{32}\.(json|engine|(sm\d+\.)?kernels|choice)-[0-9a-f]{12}"
 )
-"""Names of all files that the cache writes: those of engines, their locks, and the temporary files of `write_atomic`."""
+"""Names of all files that the cache holds: those of engines, measured choices, locks, and temporary files of `write_atomic`."""
 _MOST_RECORD_BYTES = 2**24
 _MARK = "CACHEDIR.TAG"
 _MARK_TEXT = (
@@ -272,6 +272,22 @@ class EngineCache:
         certificates = {**found.certificates, architecture: dict(certificate)}
         write_atomic(self._record(key), json.dumps(record | {"certificates": certificates}, indent=2).encode())
 
+    def make_directory(self) -> None:
+        """Make the directory, and mark it as an engine cache unless it holds files of others.
+
+        Raises:
+            OutputError: it cannot be made or written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not (self.directory / _MARK).exists() and self._foreign() is None:
+                write_atomic(self.directory / _MARK, _MARK_TEXT)
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.directory} cannot be written: {getattr(error, 'strerror', None) or error}.",
+                "Name another directory for engines in $TOKENFLOW_CACHE or with --cache.",
+            ) from error
+
     @contextmanager
     def building(self, key: EngineKey) -> Iterator[None]:
         """Hold a key's lock, so that one process builds its engine at a time. The system releases the lock of a dead process.
@@ -287,10 +303,8 @@ class EngineCache:
                 "Building engines needs filelock, which is not installed.", "Run `pip install 'tokenflow-sdk[build]'`."
             ) from error
         lock = FileLock(self.directory / f"{key.digest}.lock")
+        self.make_directory()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not (self.directory / _MARK).exists() and self._foreign() is None:
-                write_atomic(self.directory / _MARK, _MARK_TEXT)
             lock.acquire()
         except (OSError, ValueError) as error:
             raise OutputError(

@@ -1,28 +1,34 @@
-"""Chooses the backend that runs a bundle on this machine: TensorRT with certified engines, or onnxruntime with a provider."""
+"""Chooses the backend that runs a bundle on this machine: TensorRT with certified engines, OpenVINO, or onnxruntime."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.backends.onnxruntime import import_onnxruntime, open_onnxruntime
-from tokenflow_sdk.backends.providers import CPU, CUDA, OPENVINO, TENSORRT, select_providers
-from tokenflow_sdk.backends.session import OpenSession, SessionOptions
+from tokenflow_sdk.backends.openvino import OPENVINO, runs_by_picture, survived_fork
+from tokenflow_sdk.backends.providers import CUDA, TENSORRT, select_providers
+from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE
+from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.engine_set import Engines, progress_bar
+from tokenflow_sdk.engines.measured_choice import MeasuredChoice
+from tokenflow_sdk.engines.openvino_models import open_openvino
 from tokenflow_sdk.engines.options import RuntimeOptions
-from tokenflow_sdk.errors import ArgumentError, MissingPackageError, TokenFlowError
+from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError, TokenFlowError
+from tokenflow_sdk.parity.certificate import certify
 
-__all__ = ["Candidate", "Needs", "choose", "engines_for", "suitable_batch_limit", "survey"]
+__all__ = ["Candidate", "Needs", "choose", "engines_for", "require_by_picture", "suitable_batch_limit", "survey"]
 
 _GPU_BATCH = 8
 """Most images in a call on a GPU in onnxruntime, if nobody says."""
@@ -95,19 +101,26 @@ class Candidate:
 
     Attributes:
         title: name for tables, e.g. `onnxruntime, CUDA`.
-        backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
+        backend: `onnxruntime`, `openvino`, `tensorrt` or `tensorrt-rtx`.
         usable: whether it can run the bundle now, without building.
         reason: why it is usable or not, in words.
-        providers: onnxruntime execution providers to ask for; None: those that the device in the options implies.
         engines: of a usable TensorRT candidate; None for others.
+        automatic: whether `auto` takes it where it is usable.
+        graphs: of an OpenVINO candidate: those that it runs where `auto` takes it, and onnxruntime the others.
     """
 
     title: str
     backend: str
     usable: bool
     reason: str
-    providers: tuple[str, ...] | None = None
     engines: Engines | None = None
+    automatic: bool = True
+    graphs: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> bool:
+        """Whether `auto` may take it: the first of a survey runs."""
+        return self.usable and self.automatic
 
 
 def survey(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> Iterator[Candidate]:
@@ -115,7 +128,15 @@ def survey(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     if options.device != "cpu":
         for flavour in FLAVOURS:
             yield _tensorrt_candidate(bundle, options, needs, flavour)
-    yield from _onnxruntime_candidates(bundle, options.session)
+    if options.device != "cpu":
+        yield _cuda_candidate(bundle, options.session)
+    if not options.device.startswith("cuda"):
+        yield _openvino_candidate(bundle, options.session)
+        try:
+            import_onnxruntime()
+            yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
+        except MissingPackageError as error:
+            yield Candidate("onnxruntime, CPU", "onnxruntime", False, error.message)
 
 
 def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, flavour: str) -> Candidate:
@@ -135,64 +156,52 @@ def _tensorrt_candidate(bundle: Bundle[Any], options: RuntimeOptions, needs: Nee
     return Candidate(flavour, flavour, True, reason, engines=engines)
 
 
-def _onnxruntime_candidates(bundle: Bundle[Any], options: SessionOptions) -> Iterator[Candidate]:
+def _cuda_candidate(bundle: Bundle[Any], options: SessionOptions) -> Candidate:
+    title, backend = "onnxruntime, CUDA", "onnxruntime"
     try:
-        available = import_onnxruntime().get_available_providers()
-    except MissingPackageError as error:
-        yield Candidate("onnxruntime", "onnxruntime", False, error.message)
-        return
-    if options.device != "cpu":
-        cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
-        problem = _provider_problem(bundle, cuda, CUDA in available, driver_problem)
-        yield Candidate("onnxruntime, CUDA", "onnxruntime", problem is None, problem or "starts here")
-    if not options.device.startswith("cuda"):
-        providers = (OPENVINO, CPU)
-        openvino = replace(options, device="auto", providers=providers)
-        problem = _provider_problem(bundle, openvino, OPENVINO in available, _processor_problem)
-        yield Candidate("onnxruntime, OpenVINO", "onnxruntime", problem is None, problem or "starts here", providers)
-        yield Candidate("onnxruntime, CPU", "onnxruntime", True, "always works")
-
-
-def _provider_problem(
-    bundle: Bundle[Any], options: SessionOptions, built_in: bool, hardware_problem: Callable[[], str | None]
-) -> str | None:
-    """Why an execution provider cannot run this bundle; None: it can.
-
-    onnxruntime also lists providers whose libraries are missing, so the bundle's smallest graph is opened to find out.
-
-    Args:
-        bundle: of any kind.
-        options: ask for the provider.
-        built_in: whether this onnxruntime was built with the provider.
-        hardware_problem: says what is wrong with the provider's hardware; None: nothing.
-    """
-    problem = hardware_problem() if built_in else "this onnxruntime was built without it"
-    if problem is not None:
-        return problem
-    try:
-        _open_smallest(bundle, options)
+        problem = (
+            driver_problem()
+            if CUDA in import_onnxruntime().get_available_providers()
+            else "this onnxruntime was built without it"
+        )
+        if problem is None:
+            # onnxruntime also lists providers whose libraries are missing.
+            cuda = options if options.device.startswith("cuda") else replace(options, device="cuda")
+            _open_smallest(bundle, open_onnxruntime, cuda)
     except TokenFlowError as error:
-        return error.message
-    return None
+        problem = error.message
+    return Candidate(title, backend, problem is None, problem or "starts here")
 
 
-def _open_smallest(bundle: Bundle[Any], options: SessionOptions) -> None:
-    """Open the bundle's smallest graph in onnxruntime, and close it. Raises as `OnnxRuntimeSession`."""
+def _openvino_candidate(bundle: Bundle[Any], options: SessionOptions) -> Candidate:
+    candidate = Candidate("openvino", OPENVINO, False, "", automatic=False)
+    try:
+        require_by_picture(bundle)
+    except BackendError as error:
+        return replace(candidate, reason=error.message)
+    if importlib.util.find_spec(OPENVINO) is None:  # importing it takes a third of a second, at each start
+        return replace(candidate, reason="OpenVINO is not installed")
+    choice = MeasuredChoice.find(bundle, options.threads)
+    if choice is None:
+        reason = f"`auto` takes it where `tokenflow bench {bundle.path} --choose` measures it to be faster"
+        return replace(candidate, usable=True, reason=reason)
+    reason = f"measured here: {choice.summary}"
+    return replace(candidate, usable=True, reason=reason, automatic=bool(choice.faster), graphs=choice.faster)
+
+
+def require_by_picture(bundle: Bundle[Any]) -> None:
+    """Raise BackendError unless OpenVINO runs the bundle: its graphs have no open dimension but the batch."""
+    if not all(map(runs_by_picture, bundle.graphs.values())):
+        raise BackendError(
+            "OpenVINO runs tokenizers only: it is slower than onnxruntime with the open dimensions of a language model.",
+            "Leave backend= out; the model's tokenizer may run on OpenVINO.",
+        )
+
+
+def _open_smallest(bundle: Bundle[Any], open_session: OpenSession, options: SessionOptions) -> None:
+    """Open the bundle's smallest graph, and close it. Raises as `open_session`."""
     entry = min(bundle.graphs.values(), key=lambda graph: sum(file.size for file in graph.files))
-    open_onnxruntime(bundle.path / entry.files[0].name, entry, options).close()
-
-
-def _processor_problem() -> str | None:
-    """Why OpenVINO should not be used on this processor; None: it should.
-
-    On processors other than Intel's it is slower than onnxruntime's own kernels.
-    """
-    names = [platform.processor()]
-    with suppress(OSError):
-        names += Path("/proc/cpuinfo").read_text().splitlines()[:8]
-    return (
-        None if any("Intel" in name for name in names) else "it is for Intel's processors; name it in providers= all the same"
-    )
+    open_session(bundle.path / entry.files[0].name, entry, options).close()
 
 
 def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs()) -> tuple[OpenSession, SessionOptions]:
@@ -202,8 +211,8 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         A function that opens the bundle's graphs, and the options to call it with.
 
     Raises:
-        MissingPackageError, BackendError: the backend in the options does not work on this machine.
-        EngineBuildError, EngineRefusedError: see `Engines.prepare`.
+        MissingPackageError, BackendError: the backend in the options does not work on this machine, or not with this bundle.
+        EngineBuildError, EngineRefusedError: see `Engines.prepare`; Intel's GPU or NPU does not reproduce the reference.
         ArgumentError: the options contradict each other, or the build config cannot be read.
     """
     session = options.session
@@ -211,6 +220,8 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         # With backend="auto" it is a build config for CPUs that asks for onnxruntime: run on the CPU unless told otherwise.
         cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
         return _onnxruntime(bundle, replace(session, device="cpu") if cpu else session)
+    if options.backend == OPENVINO:
+        return _openvino(bundle, session)
     if options.backend in FLAVOURS:
         engines = engines_for(bundle, options, needs)
         with progress_bar() as progress:
@@ -221,7 +232,7 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     best, passed_over = None, list[Candidate]()
     for candidate in survey(bundle, options, needs):
         _log.debug("%s on %s: %s", "runs" if candidate.usable else "not", candidate.title, candidate.reason)
-        if candidate.usable:
+        if candidate.chosen:
             best = candidate
             break
         passed_over.append(candidate)
@@ -234,7 +245,35 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     if options.build_config is not None:
         why = "; ".join(f"{each.title}: {each.reason.rstrip('.')}" for each in passed_over if each.backend in FLAVOURS)
         _log.warning("The build config is not used, because no TensorRT engines run here (%s). %s runs.", why, best.title)
-    return open_onnxruntime, replace(session, providers=best.providers) if best.providers else session
+    if best.graphs:
+        return _openvino_for(bundle, best.graphs), replace(session, device="cpu")
+    return open_onnxruntime, session
+
+
+def _openvino(bundle: Bundle[Any], options: SessionOptions) -> tuple[OpenSession, SessionOptions]:
+    """OpenVINO, tried on the smallest graph; on a GPU or NPU all are compared with the reference each time."""
+    require_by_picture(bundle)
+    if options.device in ("auto", "cpu"):
+        _open_smallest(bundle, open_openvino, options)
+    else:
+        certificate = certify(
+            bundle, lambda path, entry, _: open_openvino(path, entry, options), "fp16" if options.device == "npu" else "fp32"
+        )
+        certificate.require(f"{bundle.path.name} on {options.device} with OpenVINO")
+    return open_openvino, options
+
+
+def _openvino_for(bundle: Bundle[Any], graphs: Collection[str]) -> OpenSession:
+    """Opens some graphs of a bundle in OpenVINO, and the others in onnxruntime: all of them where a process is forked."""
+    entries = [bundle.graph(name) for name in graphs]
+
+    def open_session(path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        in_onnxruntime = partial(open_onnxruntime, path, entry, options)
+        if entry in entries and survived_fork():
+            return open_openvino(path, entry, options, in_onnxruntime)
+        return in_onnxruntime()
+
+    return open_session
 
 
 def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> tuple[OpenSession, SessionOptions]:
@@ -244,7 +283,7 @@ def _onnxruntime(bundle: Bundle[Any], options: SessionOptions) -> tuple[OpenSess
     """
     import_onnxruntime()
     if options.providers is not None or options.device.startswith("cuda"):
-        _open_smallest(bundle, options)
+        _open_smallest(bundle, open_onnxruntime, options)
     return open_onnxruntime, options
 
 
@@ -266,5 +305,5 @@ def suitable_batch_limit(open_session: OpenSession, options: SessionOptions) -> 
             return 1
         on_gpu = any(name == CUDA for name, _ in select_providers(available, options))
     else:
-        on_gpu = options.device != "cpu"
+        on_gpu = options.device.startswith("cuda")
     return _GPU_BATCH if on_gpu else 1

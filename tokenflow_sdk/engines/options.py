@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tokenflow_sdk.arguments import flag, instance, integer, shown
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
@@ -14,7 +15,7 @@ from tokenflow_sdk.errors import ArgumentError
 
 __all__ = ["BACKENDS", "RuntimeOptions"]
 
-BACKENDS = ("auto", ONNXRUNTIME, *FLAVOURS)
+BACKENDS = ("auto", ONNXRUNTIME, OPENVINO, *FLAVOURS)
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class RuntimeOptions:
     """Which backend runs a bundle, and how.
 
     Args:
-        device: `auto` (CUDA if it works, else the CPU), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (CUDA if it works, else the CPU), `cpu`, `cuda` or `cuda:N`; with OpenVINO `auto` (the CPU), `cpu`, or
+            Intel's `gpu`, `gpu:N` or `npu`.
         providers: onnxruntime execution providers by name, overriding `device`.
         threads: CPU threads of one call; None: all cores that this process may use.
-        backend: `auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`. `auto` never builds engines; it takes the first of these
-            that works on this machine: TensorRT with engines in the cache that did not fail certification, onnxruntime with
-            CUDA, onnxruntime with OpenVINO, onnxruntime on the CPU.
+        backend: `auto`, `onnxruntime`, `openvino` (tokenizers only), `tensorrt` or `tensorrt-rtx`. `auto` never builds engines;
+            it takes the first of these that works on this machine: TensorRT with engines in the cache that did not fail
+            certification, onnxruntime with CUDA, OpenVINO for the graphs that `tokenflow bench --choose` measured to be faster
+            on it here, onnxruntime on the CPU.
         build_config: how TensorRT engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a
             TOML file. None: use cached engines if any fit, else build by `BuildConfig()`. Where `auto` finds that none
             run, a warning says that it is not used.
@@ -68,6 +71,7 @@ class RuntimeOptions:
         _ = self.session
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
             raise ArgumentError(f"There is no backend {shown(self.backend)}.", f"Choose one of: {', '.join(BACKENDS)}.")
+        self._require_openvino_fits()
         contexts = integer("execution_contexts", self.execution_contexts, 1, None, "runs nothing.", "Give at least 1.")
         object.__setattr__(self, "execution_contexts", contexts)
         if self.serve_while_building and (self.backend not in FLAVOURS or not self.build):
@@ -75,6 +79,24 @@ class RuntimeOptions:
                 "serve_while_building=True builds TensorRT engines.",
                 "Give backend='tensorrt' or 'tensorrt-rtx', and build=True.",
             )
+
+    def _require_openvino_fits(self) -> None:
+        """Raise ArgumentError for a device or option that only OpenVINO has, or has not."""
+        if self.backend != OPENVINO:
+            if self.device.startswith(("gpu", "npu")):
+                raise ArgumentError(
+                    f"device={self.device!r} is Intel's, on which backend={self.backend!r} does not run.",
+                    "Give backend='openvino'; an NVIDIA GPU is device='cuda'.",
+                )
+            return
+        if self.device.startswith("cuda"):
+            raise ArgumentError(
+                f"device={self.device!r} is an NVIDIA GPU, and OpenVINO runs on the CPU or Intel's GPU or NPU.",
+                "Leave backend= or device= out.",
+            )
+        for name in ("providers", "build_config"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(f"{name}= is not for backend='openvino'.", f"Leave {name}= or backend= out.")
 
     @property
     def session(self) -> SessionOptions:

@@ -56,7 +56,8 @@ class Generator(LanguageModel[GeneratorConfig, ImageRequest]):
             prompt: text, or token ids without BOS.
             n: number of images, each with noise of its own.
             negative_prompt: what guidance leads away from; None takes the model's own.
-            preset: `fast` (1 pass), `balanced` (2) or `paper` (3); None takes the model's own.
+            preset: `fast` (1 pass), `balanced` (2) or `paper` (3); `turbo`, see `SamplingParams.preset`; None takes the
+                model's own.
             cfg_scale: strength of guidance; 0 is none; None takes the model's own.
             seed: 0 .. 2**63 - 1; None takes a random one, which `Generation.seed` tells.
             params: passes, guidance and seed in one, instead of preset, cfg_scale and seed.

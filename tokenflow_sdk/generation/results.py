@@ -102,6 +102,7 @@ class Generation:
             "n": len(self.codes),
             "seed": self.params.seed,
             "cfg_scale": self.params.cfg_scale,
+            "unguided_scales": self.params.unguided_scales,
             "passes": [[step.top_k, step.top_p] for step in self.params.passes],
             "model": self.model,
         }

@@ -1,9 +1,9 @@
 """The next-scale loop: samples images scale by scale over paged keys and values (docs/model.md, section 4).
 
 Arithmetic only, without requests or threads. An image has two rows, one after the prompt and one after the negative prompt;
-without guidance it has the first alone. At each scale they take one step over their pages. A refinement pass is the same step
-again with other inputs; only the first pass's keys and values are stored, because only those are seen by later scales. Between
-two passes an image may wait for others.
+without guidance, or where none is left, it has the first alone. At each scale they take one step over their pages. A refinement
+pass is the same step again with other inputs; only the first pass's keys and values are stored, because only those are seen by
+later scales. Between two passes an image may wait for others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
 from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PageTable
-from tokenflow_sdk.model.sampling import TIES, SamplingParams, guidance, run_sampling, uniform
+from tokenflow_sdk.model.sampling import TIES, SamplingParams, run_sampling, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput, filled_up, not_finite
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
@@ -42,8 +42,8 @@ class ImageState:
     """One image being sampled.
 
     `number` counts the images of a request from 0; `conditional` and `unconditional` are its rows, of which the second is None
-    without guidance; `codes` has one array for each scale so far; `f_hat` float32 [C, s, s] is the sum of their codebook rows,
-    resized to the next scale's side.
+    where there is no guidance; `codes` has one array for each scale so far; `f_hat` float32 [C, s, s] is the sum of their
+    codebook rows, resized to the next scale's side.
     """
 
     params: SamplingParams
@@ -185,6 +185,9 @@ class ScaleLoop:
             up = self._up[scale]
             image.f_hat = up @ (image.f_hat + self._rows(row, scale)) @ up.T
         image.refinement, image.draft = 0, None
+        if image.unconditional is not None and scale + 1 >= len(self.config.scales) - image.params.unguided_scales:
+            image.unconditional.table.release()
+            image.unconditional = None
         # Last: other threads take the scale for sampled once its codes are here.
         image.codes.append(row)
 
@@ -230,7 +233,7 @@ class ScaleLoop:
         feeds: dict[str, Tensor] = {
             "conditional": conditional,
             "unconditional": unconditional,
-            "guidance": np.asarray([guidance(each.cfg_scale, scale, len(self.config.scales)) for each in params], np.float32),
+            "guidance": np.asarray([each.guidance(scale, len(self.config.scales)) for each in params], np.float32),
             "top_k": np.asarray([min(step.top_k, self.config.codebook_size) for step in passes], np.int32),
             "top_p": np.asarray([step.top_p for step in passes], np.float32),
             "noise": np.stack(noise),

@@ -134,11 +134,12 @@ class ScaleScheduler:
         """The images of the first request's next step, and with them those of the others at the same pass of the same scale
         that have as many rows.
         """
-        position, rows = min(image.position for image in requests[0].images), requests[0].params.rows
+        first = min(requests[0].images, key=lambda image: image.position)
+        position, rows = first.position, len(first.prefixes)
         tokens = rows * self.loop.config.scales.counts[position[0]]
         most = max(1, min(STEP_TOKENS // tokens, self.loop.transformer.max_rows // rows))
-        alike = (request for request in requests if request.params.rows == rows)
-        return [(request, image) for request in alike for image in request.images if image.position == position][:most]
+        images = [(request, image) for request in requests for image in request.images]
+        return [each for each in images if (each[1].position, len(each[1].prefixes)) == (position, rows)][:most]
 
     def _left(self, request: ImageRequest) -> int:
         """Work left: codes that are still to be sampled, each as often as it has passes."""

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.generation.results import GeneratedScale, Generation
+from tokenflow_sdk.model.sampling import Preset
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.errors import ApiError
@@ -51,7 +52,7 @@ class GenerationRequest(BaseModel):
         list[Annotated[int, Field(ge=1)]] | None, Field(max_length=64, description="scales of which a stream has previews")
     ] = None
     negative_prompt: Annotated[str | None, Field(description="what guidance leads away from")] = None
-    preset: Literal["fast", "balanced", "paper"] | None = None
+    preset: Preset | None = None
     cfg_scale: float | None = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
 

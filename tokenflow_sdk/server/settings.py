@@ -41,8 +41,10 @@ class Settings(BaseSettings):
         default=(), description="host names that requests may be for (default: localhost at 127.0.0.1, else any)"
     )
 
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
-    backend: str = Field(default="auto", description="`auto`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`")
+    device: str = Field(
+        default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; with OpenVINO also `gpu`, `gpu:N` or `npu`"
+    )
+    backend: str = Field(default="auto", description="`auto`, `onnxruntime`, `openvino`, `tensorrt` or `tensorrt-rtx`")
     build_config: str | None = Field(default=None, description="build config of TensorRT engines, as for `tokenflow build`")
     serve_while_building: bool = Field(
         default=False, description="answer by onnxruntime until the TensorRT engines are built and certified"
