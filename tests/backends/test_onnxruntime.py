@@ -36,6 +36,24 @@ def test_runs_a_graph(mini_bundle: Path) -> None:
     session.close()
 
 
+@pytest.mark.parametrize("names", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
+def test_only_the_cpu_gets_graphs_rewritten_for_its_kernels(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    opened: list[object] = []
+
+    def record(model: object, *_: object, **__: object) -> None:
+        opened.append(model)
+        raise RuntimeError("not opened")
+
+    monkeypatch.setattr(backend, "select_providers", lambda *_: [(name, {}) for name in names])
+    monkeypatch.setattr(backend, "preload_cuda", lambda _: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    with pytest.raises(BackendError, match=r"cannot load decode\.onnx: not opened"):
+        open_graph(mini_bundle, "decode")
+    assert (opened == [str(mini_bundle / "decode.onnx")]) == (len(names) > 1)
+
+
 def test_binding_gives_what_running_gives(mini_bundle: Path) -> None:
     """The path taken on a GPU, here with the CPU as the bound device."""
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)

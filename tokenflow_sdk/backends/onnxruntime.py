@@ -18,12 +18,13 @@ import numpy as np
 from tokenflow_sdk.backends.cores import available_cores
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, joined
 from tokenflow_sdk.backends.cuda_pages import CudaPages
-from tokenflow_sdk.backends.providers import CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
+from tokenflow_sdk.backends.providers import CPU, CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
 from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions, Tensor
 from tokenflow_sdk.backends.zero_points import refuse_aborting_graph
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
 from tokenflow_sdk.forking import keep_in_children, no_fork
+from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
 __all__ = ["OnnxRuntimeSession", "import_onnxruntime", "open_onnxruntime"]
 
@@ -119,10 +120,14 @@ class OnnxRuntimeSession(Session):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # On CPUs without VNNI, the default kernels add pairs of 8-bit products in 16 bits, which overflow silently.
         settings.add_session_config_entry("session.x64quantprecision", "1")
+        rewritten = rewrite_for_cpu(path) if [name for name, _ in providers] == [CPU] else None
+        if rewritten is not None:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(rewritten.weights))
+        graph = str(path) if rewritten is None else rewritten.graph
         try:
             # The fallback would print a message and run on the CPU instead.
             with no_fork():
-                self._session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+                self._session = ort.InferenceSession(graph, settings, providers=providers, enable_fallback=0)
         except Exception as error:
             if not _is_own(error):
                 raise

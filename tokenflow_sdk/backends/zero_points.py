@@ -8,10 +8,10 @@ zero points have such products. A graph is read as the protobuf that it is, beca
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
 from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.passes.protobuf import fields
 
 __all__ = ["refuse_aborting_graph"]
 
@@ -41,38 +41,15 @@ def refuse_aborting_graph(path: Path, version: str) -> None:
 def _lacks_zero_points(path: Path) -> bool:
     try:
         data = path.read_bytes()
-        for start, end in (span for number, *span in _fields(data, 0, len(data)) if number == _GRAPH):
-            for node in (span for number, *span in _fields(data, start, end) if number == _NODE):
-                parts = list(_fields(data, *node))
-                operator = next((data[a:b] for number, a, b in parts if number == _OPERATOR), b"")
-                if operator == b"MatMulInteger" and sum(number == _INPUT for number, _, _ in parts) < 4:
+        for graph in _parts(data, slice(0, len(data)), _GRAPH):
+            for node in _parts(data, graph, _NODE):
+                operator = [data[place] for place in _parts(data, node, _OPERATOR)]
+                if operator == [b"MatMulInteger"] and len(_parts(data, node, _INPUT)) < 4:
                     return True
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):
         pass  # unreadable or damaged, of which onnxruntime's own error tells more
     return False
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of every field of a protobuf message that has a length: messages and texts."""
-    while at < end:
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 2:
-            size, at = _varint(data, at)
-            yield key >> 3, at, at + size
-            at += size
-        elif kind == 0:
-            _, at = _varint(data, at)
-        else:
-            at += 8 if kind == 1 else 4
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def _parts(data: bytes, message: slice, wanted: int) -> list[slice]:
+    return [value for number, value in fields(data, message) if number == wanted and isinstance(value, slice)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.errors import CorruptBundleError
 from tokenflow_sdk.files import open_regular
+from tokenflow_sdk.passes.protobuf import fields
 
 __all__ = ["check_external_data"]
 
@@ -77,60 +78,24 @@ def _external_data(data: mmap.mmap) -> Iterator[dict[str, str]]:
     Raises:
         ValueError, IndexError: the bytes are no ONNX model, or it is one that a backend compiled, whose weights are elsewhere.
     """
-    unread = [("model", 0, len(data))]
+    unread = [("model", slice(0, len(data)))]
     while unread:
-        kind, start, end = unread.pop()
-        fields, entries = _MESSAGES[kind], []
-        for number, first, last in _fields(data, start, end):
-            inner = fields.get(number)
+        kind, message = unread.pop()
+        inside, entries = _MESSAGES[kind], []
+        for number, value in fields(data, message):
+            inner = inside.get(number)
+            if inner is None or isinstance(value, int):
+                continue
             if inner == "external data":
-                texts = {part: data[a:b].decode(errors="replace") for part, a, b in _fields(data, first, last)}
+                texts = {part: data[at].decode(errors="replace") for part, at in fields(data, value) if isinstance(at, slice)}
                 entries.append((texts.get(1, ""), texts.get(2, "")))
             elif inner == "operator":
-                if data[first:last] == _COMPILED:
+                if data[value] == _COMPILED:
                     raise ValueError("it is compiled for one device")
-            elif inner is not None:
-                unread.append((inner, first, last))
+            else:
+                unread.append((inner, value))
         if entries:
             reference = dict(entries)
             if len(reference) < len(entries):
                 raise ValueError("it says twice where a tensor is")
             yield reference
-
-
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield number, start and end of each field of a message that is text, bytes or a message; step over numbers."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 2:
-            length, at = _varint(data, at)
-            if length > end - at:
-                raise ValueError("it ends early")
-            yield tag >> 3, at, at + length
-            at += length
-        elif wire == 0:
-            at = _varint(data, at)[1]
-        elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"byte {at} is not ONNX")
-    if at > end:
-        raise ValueError("it ends early")
-
-
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """The number that begins at byte `at`, seven bits to a byte, and where it ends."""
-    value = data[at]
-    at += 1
-    if value < 128:
-        return value, at
-    value &= 127
-    for shift in range(7, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError(f"byte {at} is not ONNX")
