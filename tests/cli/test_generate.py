@@ -122,7 +122,7 @@ def test_bench_times_every_preset(bundle: Path, capsys: pytest.CaptureFixture[st
     figures = json.loads(Path("figures.json").read_text())
     rows = figures["bundles"][0]["rows"]
     names = [(row["name"], row["batch"]) for row in rows]
-    assert names == [(preset, batch) for batch in (1, 2) for preset in ("fast", "balanced", "paper")]
+    assert names == [(preset, batch) for batch in (1, 2) for preset in ("turbo", "fast", "balanced", "paper")]
     assert all(0 < row["median_s"] <= row["worst_s"] for row in rows)
     out = capsys.readouterr().out
     assert "codes a picture" in out

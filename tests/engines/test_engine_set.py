@@ -45,7 +45,9 @@ def test_a_tokenizer_on_engines_gives_the_same(machine, mini_bundle: Path, token
     expected = tokenizer.encode_array(IMAGES)
     with on_engines(mini_bundle, batch_limit=3, execution_contexts=2, cuda_graphs=True) as engines:
         np.testing.assert_array_equal(engines.encode_array(IMAGES), expected)
-        np.testing.assert_array_equal(engines.decode_array(expected), tokenizer.decode_array(expected))
+        # onnxruntime computes upsampling otherwise (passes/cpu.py), with other roundings.
+        difference = np.subtract(engines.decode_array(expected), tokenizer.decode_array(expected), dtype=int)
+        assert np.abs(difference).max() <= 1
         assert engines.device == "cuda:0"
         assert engines.wait_for_engines()
     assert sorted(machine[1].builds) == ["decode", "encode", "features", "semantic"]
@@ -220,7 +222,7 @@ def test_a_generator_on_engines_draws_the_same(machine, mini_generator: Path, mo
 
 
 def test_wrong_options_and_missing_packages_are_named(machine, mini_bundle: Path, mini_generator: Path, monkeypatch) -> None:
-    with pytest.raises(ArgumentError, match="no backend 'tvm'.*auto, onnxruntime, tensorrt, tensorrt-rtx"):
+    with pytest.raises(ArgumentError, match="no backend 'tvm'.*auto, onnxruntime, openvino, tensorrt, tensorrt-rtx"):
         Tokenizer.from_pretrained(mini_bundle, backend="tvm")
     with pytest.raises(ArgumentError, match="serve_while_building=True builds TensorRT engines"):
         Tokenizer.from_pretrained(mini_bundle, serve_while_building=True)

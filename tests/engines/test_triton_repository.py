@@ -78,7 +78,10 @@ def test_requests_that_triton_joins_get_what_each_gets_alone(mini_bundle: Path, 
     codes = run("encode", {"images": pixels})[0]
     assert np.array_equal(codes, tokenizer.encode_array(pixels))
     pictures = run("decode", {"code_indices": codes})[0]
-    assert [picture.tolist() for picture in pictures] == [tokenizer.decode_array(row[None])[0].tolist() for row in codes]
+    # Triton opens the file as it is; a Tokenizer's session rewrites it for the CPU, which rounds otherwise.
+    alone = np.concatenate([run("decode", {"code_indices": row[None]})[0] for row in codes])
+    assert np.array_equal(pictures, alone)
+    assert np.abs(np.subtract(pictures, tokenizer.decode_array(codes), dtype=int)).max() <= 1
 
 
 def test_weights_beside_a_graph_come_with_it(bundle_copy: Path, tmp_path: Path, schema: Any) -> None:

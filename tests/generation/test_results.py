@@ -71,6 +71,7 @@ def test_files_say_how_they_were_drawn(tokenizer: Tokenizer, tmp_path: Path) -> 
             "n": 2,
             "seed": 7,
             "cfg_scale": 2.5,
+            "unguided_scales": 0,
             "passes": [[5, 0.5], [1, 0.0]],
             "model": "ab" * 8,
             "image": i,

@@ -90,7 +90,7 @@ def test_presets() -> None:
     assert SamplingParams.preset("fast").passes == (Pass(600, 0.6),)
     turbo = SamplingParams.preset("turbo", 6.0)
     assert turbo.passes == SamplingParams.preset("fast").passes
-    assert [turbo.guidance(scale, 4) for scale in range(4)] == [0.0, 2.0, 0.0, 0.0]
+    assert [guidance(6.0, scale, 4, turbo.unguided_scales) for scale in range(4)] == [0.0, 2.0, 0.0, 0.0]
     assert SamplingParams.preset("paper", 3.0, 5) == SamplingParams(PRESETS["paper"], 3.0, 5)
     with pytest.raises(ArgumentError, match="no preset 'best'.*fast, balanced, paper"):
         SamplingParams.preset("best")
@@ -103,6 +103,7 @@ def test_numbers_of_other_libraries_are_pythons_own() -> None:
     assert [type(value) for value in (*vars(given).values(), *vars(given.passes[0]).values())] == [
         tuple,
         float,
+        int,
         int,
         int,
         float,

@@ -13,7 +13,7 @@ from tokenflow_export.checkpoints.architecture import read_architecture
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.models.llama import Transformer
 from tokenflow_sdk.bundle.model_config import GeneratorConfig
-from tokenflow_sdk.model.sampling import SamplingParams, sample, uniform
+from tokenflow_sdk.model.sampling import SamplingParams, guidance, sample, uniform
 
 
 class UncachedGenerator:
@@ -47,7 +47,9 @@ class UncachedGenerator:
                 if scale:
                     inputs = self._embed(f_hat if row is None else f_hat + self._rows(row, side), scale)
                     blocks = [*blocks[: scale - 1], inputs]
-                logits = self._guided(prompt, negative, blocks, side * side, params.guidance(scale, len(sides)))
+                logits = self._guided(
+                    prompt, negative, blocks, side * side, guidance(params.cfg_scale, scale, len(sides), params.unguided_scales)
+                )
                 noise = uniform(params.seed, number, scale, refinement, side * side)
                 # A GPU has finished when its logits are here.
                 values = logits.float().cpu().numpy()

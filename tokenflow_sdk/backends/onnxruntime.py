@@ -23,6 +23,7 @@ from tokenflow_sdk.backends.session import Array, Pages, Session, SessionOptions
 from tokenflow_sdk.backends.zero_points import refuse_aborting_graph
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
+from tokenflow_sdk.files import reason
 from tokenflow_sdk.forking import keep_in_children, no_fork
 from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
@@ -120,7 +121,10 @@ class OnnxRuntimeSession(Session):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # On CPUs without VNNI, the default kernels add pairs of 8-bit products in 16 bits, which overflow silently.
         settings.add_session_config_entry("session.x64quantprecision", "1")
-        rewritten = rewrite_for_cpu(path) if [name for name, _ in providers] == [CPU] else None
+        try:
+            rewritten = rewrite_for_cpu(path) if [name for name, _ in providers] == [CPU] else None
+        except OSError as error:
+            raise BackendError(f"{path} cannot be read: {reason(error)}.", "Check the file, and free memory.") from error
         if rewritten is not None:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(rewritten.weights))
         graph = str(path) if rewritten is None else rewritten.graph

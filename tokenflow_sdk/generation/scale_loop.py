@@ -19,7 +19,7 @@ from tokenflow_sdk.backends.session import Session, Tensor
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, pages_for
 from tokenflow_sdk.errors import NotFiniteError
 from tokenflow_sdk.model.kv_cache import PageTable
-from tokenflow_sdk.model.sampling import TIES, SamplingParams, run_sampling, uniform
+from tokenflow_sdk.model.sampling import TIES, SamplingParams, guidance, run_sampling, uniform
 from tokenflow_sdk.model.transformer import PagedTransformer, StepOutput, filled_up, not_finite
 from tokenflow_sdk.pictures.resize import bicubic_matrix
 
@@ -184,10 +184,10 @@ class ScaleLoop:
         if scale + 1 < len(self.config.patch_nums):
             up = self._up[scale]
             image.f_hat = up @ (image.f_hat + self._rows(row, scale)) @ up.T
+            if image.unconditional is not None and scale + 1 >= len(self.config.scales) - image.params.unguided_scales:
+                image.unconditional.table.release()
+                image.unconditional = None
         image.refinement, image.draft = 0, None
-        if image.unconditional is not None and scale + 1 >= len(self.config.scales) - image.params.unguided_scales:
-            image.unconditional.table.release()
-            image.unconditional = None
         # Last: other threads take the scale for sampled once its codes are here.
         image.codes.append(row)
 
@@ -233,7 +233,9 @@ class ScaleLoop:
         feeds: dict[str, Tensor] = {
             "conditional": conditional,
             "unconditional": unconditional,
-            "guidance": np.asarray([each.guidance(scale, len(self.config.scales)) for each in params], np.float32),
+            "guidance": np.asarray(
+                [guidance(each.cfg_scale, scale, len(self.config.scales), each.unguided_scales) for each in params], np.float32
+            ),
             "top_k": np.asarray([min(step.top_k, self.config.codebook_size) for step in passes], np.int32),
             "top_p": np.asarray([step.top_p for step in passes], np.float32),
             "noise": np.stack(noise),

@@ -168,14 +168,14 @@ class ScaleScheduler:
         """Pages of the negative prompts of requests, which those without guidance do not read."""
         return sum(map(self._prefix_pages, {request.negative for request in requests if request.params.rows == 2}))
 
-    def _forget_negatives(self, admitted: ImageRequest) -> None:
-        """Free the prefixes of negative prompts that no live request uses, nor the one that is being admitted."""
-        used = {request.negative for request in (*self._live, admitted) if request.params.rows == 2}
+    def _forget_negatives(self, keep: tuple[int, ...]) -> None:
+        """Free the prefixes of negative prompts that no live request uses, except `keep`."""
+        used = {request.negative for request in self._live if request.params.rows == 2} | {keep}
         for ids in [ids for ids in self._negative if ids not in used]:
             self._negative.pop(ids).table.release()
 
     def _admit(self, request: ImageRequest) -> None:
-        self._forget_negatives(request)
+        self._forget_negatives(request.negative)
         if request.params.rows == 2 and request.negative not in self._negative:
             self._negative[request.negative] = self.loop.prefill(request.negative)
         prefix = self.loop.prefill(request.prompt)

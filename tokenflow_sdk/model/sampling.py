@@ -135,10 +135,6 @@ class SamplingParams:
         """Rows of the transformer that an image takes at most: with guidance two, else one."""
         return 2 if self.cfg_scale else 1
 
-    def guidance(self, scale: int, n_scales: int) -> float:
-        """Guidance strength of a scale: see `guidance`; 0 at the `unguided_scales` finest ones."""
-        return guidance(self.cfg_scale, scale, n_scales) if scale < n_scales - self.unguided_scales else 0.0
-
     @classmethod
     def preset(cls, name: str, cfg_scale: float = 7.5, seed: int = 0) -> SamplingParams:
         """The parameters of a named preset.
@@ -156,21 +152,24 @@ class SamplingParams:
         return cls(PRESETS[name], cfg_scale, seed, _UNGUIDED.get(name, 0))
 
 
-def guidance(cfg_scale: float, scale: int, n_scales: int) -> float:
+def guidance(cfg_scale: float, scale: int, n_scales: int, unguided_scales: int = 0) -> float:
     """Guidance strength t of a scale, where logits are (1 + t) conditional - t unconditional.
 
     Args:
         cfg_scale: strength at the finest scale.
         scale: scale number, 0 .. n_scales - 1.
         n_scales: number of scales.
+        unguided_scales: how many of the finest scales have no guidance.
 
     Returns:
-        t, which grows linearly from 0 at the first scale to `cfg_scale` at the last.
+        t, which grows linearly from 0 at the first scale to `cfg_scale` at the last; 0 where there is no guidance.
 
     Example:
         >>> [guidance(6.0, scale, 4) for scale in range(4)]
         [0.0, 2.0, 4.0, 6.0]
     """
+    if scale >= n_scales - unguided_scales:
+        return 0.0
     return cfg_scale * scale / (n_scales - 1) if n_scales > 1 else cfg_scale
 
 

@@ -54,13 +54,16 @@ def rewrite_for_cpu(path: Path) -> Rewritten | None:
     """The graph of an `.onnx` file, rewritten for onnxruntime's CPU kernels; its weights in other files stay there.
 
     Returns:
-        The new graph, or None if there is nothing to rewrite, or the file cannot be read, of which onnxruntime says more.
+        The new graph, or None if there is nothing to rewrite, or the file is damaged, of which onnxruntime says more.
+
+    Raises:
+        OSError: the file cannot be read.
     """
+    data = path.read_bytes()
     try:
-        data = path.read_bytes()
         # Most graphs have neither, and are not read further.
         return _rewritten(data, path.parent) if b"ArgMax" in data or b"Resize" in data else None
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
 
 
