@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import inspect
+import io
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -128,7 +129,14 @@ class World:
         name = parameter.name
         picture, grey = self.directory / "picture.png", np.zeros((5, 7), np.uint8)
         table: dict[str, list[object]] = {
-            "image": [picture, str(picture), picture.read_bytes(), grey, Image.new("LA", (9, 9)), picture.open("rb")],
+            "image": [
+                picture,
+                str(picture),
+                picture.read_bytes(),
+                grey,
+                Image.new("LA", (9, 9)),
+                io.BytesIO(picture.read_bytes()),
+            ],
             "images": [[picture], [grey, picture], np.zeros((1, 64, 64, 3), np.uint8), np.zeros((16, 40)), self.codes, grey],
             "codes": [self.codes, [self.codes, self.codes.truncate(2)], self.codes.truncate(1)],
             "code_indices": [self.codes.indices, self.codes.indices[None]],
