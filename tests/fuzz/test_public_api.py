@@ -128,14 +128,15 @@ class World:
         """Values that can work for a parameter."""
         name = parameter.name
         picture, grey = self.directory / "picture.png", np.zeros((5, 7), np.uint8)
+        data = picture.read_bytes()
         table: dict[str, list[object]] = {
             "image": [
                 picture,
                 str(picture),
-                picture.read_bytes(),
+                data,
                 grey,
                 Image.new("LA", (9, 9)),
-                io.BytesIO(picture.read_bytes()),
+                io.BytesIO(data),
             ],
             "images": [[picture], [grey, picture], np.zeros((1, 64, 64, 3), np.uint8), np.zeros((16, 40)), self.codes, grey],
             "codes": [self.codes, [self.codes, self.codes.truncate(2)], self.codes.truncate(1)],
