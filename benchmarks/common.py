@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.backends.cores import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -73,16 +75,10 @@ def machine() -> dict[str, str]:
     import onnxruntime
     import torch
 
-    model = next((line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.processor())
     return {
-        "cpu": model,
+        "cpu": processor(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def cpu_lines() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    return info.read_text().splitlines() if info.exists() else []

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as TextTokenizer
+from torch import Tensor
 
 from recipes.tiny.codes import codebook
 from recipes.tiny.concepts import DRAWN_STYLES, THINGS
@@ -29,7 +30,6 @@ from recipes.tiny.train_generator import load_generator
 from recipes.tiny.train_tokenizer import load_tokenizer
 from recipes.tiny.train_understander import load_understander
 from recipes.tiny.understander_model import MAX_TOKENS, UnderstanderModel
-from recipes.tiny.understander_model import SIZES as QWEN2
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
 from tokenflow_export.language_model.agreement import Agreement
 from tokenflow_export.language_model.bundle_writer import ExportJob
@@ -55,59 +55,58 @@ def write_released_layout(model: GeneratorModel, prompts: TextTokenizer, directo
     """Write a generator as config.json, tokenizer.json and model.safetensors with the released keys."""
     config = {
         "model_type": "llava_llama",
-        "hidden_size": SIZES.width,
-        "num_hidden_layers": SIZES.layers,
-        "num_attention_heads": SIZES.heads,
-        "num_key_value_heads": SIZES.kv_heads,
-        "head_dim": SIZES.head_dim,
-        "intermediate_size": SIZES.mlp_width,
-        "rms_norm_eps": SIZES.norm_eps,
-        "rope_theta": SIZES.rope_theta,
         "bos_token_id": BOS,
     }
-    (directory / "config.json").write_text(json.dumps(config))
-    prompts.save(str(directory / "tokenizer.json"))
     text, codes = model.text.weight, TINY.codebook_size
     # Ids are those of text, then of codes, then of <img>. Codes are not embedded by this table, and only codes are predicted.
     embeddings = torch.cat([text[:-1], text.new_zeros(codes, SIZES.width), text[-1:]])
     head = torch.zeros_like(embeddings)
     head[len(text) - 1 : len(text) - 1 + codes] = model.head.weight
-    weights = {f"model.{key}": value for key, value in model.transformer.state_dict().items()}
-    weights |= {f"model.mm_projector.{key}": value for key, value in model.projector.state_dict().items()}
-    weights |= {
+    weights = {
         "model.embed_tokens.weight": embeddings,
         "lm_head.weight": head,
         "model.lvl_embed.weight": model.levels.weight,
         "model.pos_1LC": model.places.weight,
     }
-    halves = {key: value.detach().half().float().contiguous() for key, value in weights.items()}
-    save_file(halves, directory / "model.safetensors")
+    _write_layout(model, prompts, config, weights, directory)
 
 
 def write_llava_layout(model: UnderstanderModel, text: TextTokenizer, directory: Path) -> None:
     """Write an understander as config.json, tokenizer.json and model.safetensors of a LLaVA directory in Qwen2's layout."""
     config = {
         "model_type": "llava_qwen",
-        "hidden_size": QWEN2.width,
-        "num_hidden_layers": QWEN2.layers,
-        "num_attention_heads": QWEN2.heads,
-        "num_key_value_heads": QWEN2.kv_heads,
-        "head_dim": QWEN2.head_dim,
-        "intermediate_size": QWEN2.mlp_width,
-        "rms_norm_eps": QWEN2.norm_eps,
-        "rope_theta": QWEN2.rope_theta,
         "vocab_size": model.text.num_embeddings,
         "tie_word_embeddings": True,
         "max_position_embeddings": MAX_TOKENS,
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    _write_layout(model, text, config, {"model.embed_tokens.weight": model.text.weight}, directory)
+
+
+def _write_layout(
+    model: GeneratorModel | UnderstanderModel,
+    text: TextTokenizer,
+    config: Mapping[str, object],
+    weights: Mapping[str, Tensor],
+    directory: Path,
+) -> None:
+    """Write a released directory: `config` and the transformer's sizes, `weights` and those that both models have."""
+    sizes = model.transformer.config
+    shared = {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "intermediate_size": sizes.mlp_width,
+        "rms_norm_eps": sizes.norm_eps,
+        "rope_theta": sizes.rope_theta,
+    }
+    (directory / "config.json").write_text(json.dumps({**config, **shared}))
     text.save(str(directory / "tokenizer.json"))
-    weights = {f"model.{key}": value for key, value in model.transformer.state_dict().items()}
-    weights |= {f"model.mm_projector.{key}": value for key, value in model.projector.state_dict().items()}
-    weights["model.embed_tokens.weight"] = model.text.weight
-    save_file(
-        {key: value.detach().half().float().contiguous() for key, value in weights.items()}, directory / "model.safetensors"
-    )
+    every = {f"model.{key}": value for key, value in model.transformer.state_dict().items()}
+    every |= {f"model.mm_projector.{key}": value for key, value in model.projector.state_dict().items()}
+    halves = {key: value.detach().half().float().contiguous() for key, value in {**every, **weights}.items()}
+    save_file(halves, directory / "model.safetensors")
 
 
 def _export_language_model(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 __all__ = [
     "BEST",
     "CHECKPOINT",
     "CURVE",
+    "AveragedTraining",
     "Training",
+    "best_average",
     "cooled",
     "device",
     "has_bfloat16",
@@ -29,6 +33,7 @@ __all__ = [
     "training_parser",
 ]
 
+M = TypeVar("M", bound=nn.Module)
 CHECKPOINT, BEST, CURVE, PLOT = "checkpoint.pt", "best.pt", "curve.jsonl", "curve.png"
 SAVE_EVERY, EVALUATE_EVERY = 300.0, 250
 """Seconds from one checkpoint to the next, and steps from one evaluation, with a checkpoint too, to the next."""
@@ -56,6 +61,56 @@ class Training(Protocol):
 
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
+
+
+class AveragedTraining(Generic[M]):
+    """What the trainings have in common: a model, its moving average, its optimizer and the step, which a checkpoint keeps.
+
+    Args:
+        model: on its device; the average begins as a copy.
+        optimizer: of the model's weights.
+        decay: of the average in each step at most.
+    """
+
+    def __init__(self, model: M, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        self.model, self.optimizer, self.decay = model, optimizer, decay
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.step = 0
+
+    def descend(self, loss: Tensor, rate: float) -> None:
+        """Take one optimizer step down the gradient of a loss, with a learning rate, and bring the average forward."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def best_average(directory: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's best checkpoint."""
+    average: dict[str, Tensor] = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
+    return average
 
 
 def device() -> torch.device:

@@ -11,17 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.tiny.captions import with_article
+from recipes.tiny.captions import STYLES, with_article
 from recipes.tiny.colours import COLOURS
 from recipes.tiny.subjects import COUNTS, PHOTO, Subject, amount, plural
 
 __all__ = ["KINDS", "UNKNOWN", "Turn", "conversation", "question"]
 
 UNKNOWN = "The picture does not show that."
-_STYLES = {
-    "noto": "noto style", "3d": "3d style", "flat": "flat style", "twemoji": "twemoji style",
-    "emojione": "emojione style", "clipart": "clip art style",
-}  # fmt: skip
 _NOT_STYLES = ("a photograph", "a drawing")
 _WHAT = (
     "What is this?", "What is it?", "What do you see?", "What can you see?", "What is in the picture?",
@@ -86,7 +82,7 @@ def _describe(known: Subject, names: Sequence[str], rng: np.random.Generator) ->
         answer = f"A photograph of {_things(known)}, mostly {known.colours[0]}."
     else:
         answer = (
-            f"{_sentence(_things(known))[:-1]} in {_STYLES[known.style]}, mostly {known.colours[0]}, on a white background."
+            f"{_sentence(_things(known))[:-1]} in {STYLES[known.style][0]}, mostly {known.colours[0]}, on a white background."
         )
     return str(rng.choice(_DESCRIBE)), answer
 
@@ -96,7 +92,7 @@ def _colour(known: Subject, names: Sequence[str], rng: np.random.Generator) -> t
 
 
 def _style(known: Subject, names: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
-    return str(rng.choice(_STYLE)), "A photograph." if known.style == PHOTO else _sentence(_STYLES[known.style])
+    return str(rng.choice(_STYLE)), "A photograph." if known.style == PHOTO else _sentence(STYLES[known.style][0])
 
 
 def _present(known: Subject, names: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
@@ -106,7 +102,8 @@ def _present(known: Subject, names: Sequence[str], rng: np.random.Generator) -> 
         name, count = known.things[int(rng.integers(len(known.things)))]
         answer = f"Yes, {amount(name, count)}."
     else:
-        name = str(rng.choice([name for name in (str(rng.choice(names)) for _ in range(4)) if name not in shown] or ["comet"]))
+        absent = [name for name in names if name not in shown]
+        name = absent[int(rng.integers(len(absent)))]
         answer = f"No, {_things(known)}."
     return str(rng.choice(_PRESENT)).format(a=with_article(name)), answer
 

@@ -75,9 +75,9 @@ def scenes(pictures: Pictures, names: Names, split: str, variants: int, several:
             photo = pictures.photograph(entry)
             for variant in range(variants):
                 yield _scene(entry, names, cropped(photo, rng, 0.6) if variant else centred(photo))
-    single = [entry for entry in entries if names.countable(entry)]
+    single = [(entry, str(names.of(entry))) for entry in entries if names.countable(entry)]
     for _ in range(int(several * len(single))):
-        yield _several(single, pictures, names, rng)
+        yield _several(single, pictures, rng)
 
 
 def _scene(entry: Mapping[str, Any], names: Names, picture: Pixels) -> Scene:
@@ -85,16 +85,15 @@ def _scene(entry: Mapping[str, Any], names: Names, picture: Pixels) -> Scene:
     return Scene(picture, Subject(((name, 1),) if name else (), colours(picture), entry["style"] or PHOTO))
 
 
-def _several(entries: Sequence[Mapping[str, Any]], pictures: Pictures, names: Names, rng: np.random.Generator) -> Scene:
-    """Two to four of one thing, or two things of one style."""
-    first = entries[int(rng.integers(len(entries)))]
-    name = str(names.of(first))
+def _several(named: Sequence[tuple[Mapping[str, Any], str]], pictures: Pictures, rng: np.random.Generator) -> Scene:
+    """Two to four of one thing, or two things of one style, of entries and their names."""
+    first, name = named[int(rng.integers(len(named)))]
     group = [first] * int(rng.integers(2, 5))
     things: tuple[tuple[str, int], ...] = ((name, len(group)),)
     if rng.random() < 0.4:
-        others = [entry for entry in entries if entry["style"] == first["style"] and names.of(entry) != name]
+        others = [each for each in named if each[0]["style"] == first["style"] and each[1] != name]
         if others:
-            second = others[int(rng.integers(len(others)))]
-            group, things = [first, second], ((name, 1), (str(names.of(second)), 1))
+            second, other = others[int(rng.integers(len(others)))]
+            group, things = [first, second], ((name, 1), (other, 1))
     picture = composed([np.asarray(pictures.icons[entry["row"]]) for entry in group], rng)
     return Scene(picture, Subject(things, colours(picture), first["style"]))

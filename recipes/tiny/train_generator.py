@@ -7,7 +7,6 @@ Resumes from the checkpoint in --out. Losses on wordings that training never use
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from recipes.tiny.concepts import THINGS, drawn
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures
 from recipes.tiny.generator_model import GeneratorModel
-from recipes.tiny.loop import BEST, device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import AveragedTraining, best_average, device, has_bfloat16, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from tokenflow_sdk import Tokenizer
 
@@ -58,11 +57,11 @@ def load_generator(directory: Path, rows: Tensor) -> tuple[GeneratorModel, Promp
     """Load the averaged generator of a training's best checkpoint for a codebook [K, C], and its prompt tokenizer."""
     prompts = PromptTokenizer.from_file(str(directory / PROMPTS))
     model = GeneratorModel(text_size(prompts), rows)
-    model.load_state_dict(torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"])
+    model.load_state_dict(best_average(directory))
     return model.eval().requires_grad_(False), prompts
 
 
-class GeneratorTraining:
+class GeneratorTraining(AveragedTraining[GeneratorModel]):
     """The training of the generator: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(
@@ -78,15 +77,15 @@ class GeneratorTraining:
         torch.manual_seed(seed)
         self.device = rows.device
         self.half = has_bfloat16(self.device)
-        self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
+        self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
         self.entries = drawn(pictures.icon_entries)
         # They are not mirrored, to keep the task small.
         drawings = (np.asarray(pictures.icons[entry["row"]]) for entry in track(self.entries, "encoding"))
         self.codes = encoded(drawings, tokenizer).long().to(self.device)
         self.prompts = train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
-        self.model = GeneratorModel(text_size(self.prompts), rows).to(self.device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+        model = GeneratorModel(text_size(self.prompts), rows).to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+        super().__init__(model, optimizer, decay=0.998)
 
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
@@ -104,8 +103,6 @@ class GeneratorTraining:
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self._schedule()
         rng = np.random.default_rng([self.seed, self.step])
         sides = TINY.patch_nums
         kind = rng.random()
@@ -118,15 +115,7 @@ class GeneratorTraining:
         seen = torch.stack([self._corrupted(row, scales, rng) if rng.random() < CORRUPTED else row for row in codes])
         resampled = self._resampled(prompts, codes, scales, rng) if rng.random() < RESAMPLED else None
         loss = self._loss(self.model, prompts, seen, codes, scales, resampled)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(0.998, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-        self.step += 1
+        self.descend(loss, self.rate * self._schedule())
         return {"loss": float(loss.detach())}
 
     def _schedule(self) -> float:
@@ -198,20 +187,6 @@ class GeneratorTraining:
 
     def score(self, figures: dict[str, float]) -> float:
         return -figures[f"loss_{len(TINY.patch_nums)}_scales"]
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ photographs.
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
-from recipes.tiny.loop import BEST, cooled, device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import AveragedTraining, best_average, cooled, device, has_bfloat16, run, training_parser
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.teacher import Teacher
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
@@ -46,12 +45,11 @@ FEWER_SCALES = 0.1
 def load_tokenizer(directory: Path) -> TokenFlowTokenizer:
     """Load the averaged tokenizer of a training's best checkpoint, with its weights rounded to float16, as it is bundled."""
     model = TokenFlowTokenizer(TINY)
-    state = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
-    model.load_state_dict({key: value.half().float() for key, value in state.items()})
+    model.load_state_dict({key: value.half().float() for key, value in best_average(directory).items()})
     return model.eval().requires_grad_(False)
 
 
-class TokenizerTraining:
+class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
     """The training of the tokenizer: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(
@@ -64,22 +62,19 @@ class TokenizerTraining:
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
         self.half = has_bfloat16(device)
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        super().__init__(model, optimizer, decay=0.999)
         self.teacher = Teacher().to(device)
         with torch.no_grad():
             self.teacher.calibrate(first[:64].to(device))
         self.quantizer = TrainingQuantizer(TINY, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.used = torch.zeros(TINY.codebook_size, device=device)
-        self.step = 0
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[list[Pixels]]] = {}
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * cooled(self.step, self.steps)
         x = to_tensor(self._pictures(), self.device)
         if self.step == WARM_UP:
             self._initialise_codes()
@@ -88,12 +83,7 @@ class TokenizerTraining:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             latent = self._latent(x)
             losses = self._losses(x, latent.float(), scales)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(torch.stack(list(losses.values())).sum())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self._update_average()
-        self.step += 1
+        self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def _pictures(self) -> list[Pixels]:
@@ -156,11 +146,6 @@ class TokenizerTraining:
         self.average.quantize.load_state_dict(self.model.quantize.state_dict())
 
     @torch.no_grad()
-    def _update_average(self) -> None:
-        decay = min(0.999, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-
-    @torch.no_grad()
     def evaluate(self, out: Path) -> dict[str, float]:
         """The PSNR of held-out photographs, those of other authors, and drawings, and the share of codes used."""
         model = self.average.eval()
@@ -193,20 +178,11 @@ class TokenizerTraining:
         return figures["photos"]
 
     def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "teacher": {"mean": self.teacher.mean, "std": self.teacher.std},
-            "used": self.used,
-        }
+        teacher = {"mean": self.teacher.mean, "std": self.teacher.std}
+        return super().state() | {"teacher": teacher, "used": self.used}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load(state)
         self.teacher.mean, self.teacher.std = (state["teacher"][name].to(self.device) for name in ("mean", "std"))
         self.used = state["used"].to(self.device)
 

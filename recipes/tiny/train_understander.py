@@ -7,12 +7,10 @@ Resumes from the checkpoint in --out. Shares of right answers about held-out pic
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +22,12 @@ from torch.nn import functional as F
 
 from recipes.tiny.codes import codebook, encoded, quantizer
 from recipes.tiny.data import Pictures, Pixels
-from recipes.tiny.loop import BEST, cooled, device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import AveragedTraining, best_average, cooled, device, has_bfloat16, run, training_parser
 from recipes.tiny.questions import KINDS, conversation, question
 from recipes.tiny.scenes import Scene, scenes
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.subjects import Names, Subject
-from recipes.tiny.understander_model import Conversation, UnderstanderModel, tokenized, train_text_tokenizer
+from recipes.tiny.understander_model import Conversation, UnderstanderModel, filled, tokenized, train_text_tokenizer
 from tokenflow_sdk import Tokenizer
 
 __all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understander", "main"]
@@ -67,11 +65,11 @@ def load_understander(directory: Path) -> tuple[UnderstanderModel, TextTokenizer
     """Load the averaged understander of a training's best checkpoint, and its text tokenizer."""
     text = TextTokenizer.from_file(str(directory / TEXT_TOKENIZER))
     model = UnderstanderModel(text.get_vocab_size())
-    model.load_state_dict(torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"])
+    model.load_state_dict(best_average(directory))
     return model.eval().requires_grad_(False), text
 
 
-class UnderstanderTraining:
+class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
     """The training of the understander: model, average, optimizer and step, which a checkpoint keeps, and the data.
 
     Args:
@@ -99,16 +97,14 @@ class UnderstanderTraining:
         self.half = has_bfloat16(self.device)
         self.train, self.held_out, self.names, self.text = train, held_out, names, text
         self.quantizer = quantizer(rows)
-        self.steps, self.batch, self.rate, self.seed, self.step = steps, batch, rate, seed, 0
+        self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
         self.chances = _chances(train.subjects)
-        self.model = UnderstanderModel(text.get_vocab_size()).to(self.device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+        model = UnderstanderModel(text.get_vocab_size()).to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+        super().__init__(model, optimizer, decay=0.999)
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * cooled(self.step, self.steps)
         rng = np.random.default_rng([self.seed, self.step])
         picks = rng.choice(len(self.chances), size=self.batch, p=self.chances)
         turns = int(rng.integers(1, TURNS + 1))
@@ -119,14 +115,7 @@ class UnderstanderTraining:
             logits = self.model(features, asked)
         targets, taught = _targets(asked, self.device)
         loss = F.cross_entropy(logits[:, :-1].float()[taught], targets[taught])
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(0.999, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        self.step += 1
+        self.descend(loss, self.rate * cooled(self.step, self.steps))
         return {"loss": float(loss.detach())}
 
     @torch.no_grad()
@@ -159,27 +148,11 @@ class UnderstanderTraining:
     def score(self, figures: dict[str, float]) -> float:
         return float(np.mean([figures[f"right_{kind}"] for kind in KINDS]))
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
 
 def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor, Tensor]:
     """The ids after the pictures [B, L], and which of them are taught."""
-    longest = max(len(each.after) for each in asked)
-    ids = torch.tensor([each.after + [0] * (longest - len(each.after)) for each in asked], device=place)
-    taught = torch.tensor([each.taught + [False] * (longest - len(each.taught)) for each in asked], device=place)
-    return ids, taught
+    taught = torch.tensor(filled([each.taught for each in asked], False), device=place)
+    return torch.tensor(filled([each.after for each in asked], 0), device=place), taught
 
 
 def _chances(subjects: Sequence[Subject]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,8 +16,9 @@ from recipes.tiny.questions import Turn
 from tokenflow_export.models.config import TransformerConfig
 from tokenflow_export.models.llama import Transformer
 
-__all__ = ["MAX_TOKENS", "SIZES", "SYSTEM", "Conversation", "UnderstanderModel", "tokenized", "train_text_tokenizer"]
+__all__ = ["MAX_TOKENS", "SIZES", "SYSTEM", "Conversation", "UnderstanderModel", "filled", "tokenized", "train_text_tokenizer"]
 
+T = TypeVar("T")
 SIZES = TransformerConfig(
     width=192,
     layers=6,
@@ -45,13 +47,11 @@ class Conversation:
         before: ids before the picture.
         after: ids after it.
         taught: for each id of `after` whether the model learns to give it: those of answers, each with what ends it.
-        spans: where the answer of each turn lies in `after`.
     """
 
     before: list[int]
     after: list[int]
     taught: list[bool]
-    spans: list[slice]
 
 
 def train_text_tokenizer(texts: Sequence[str]) -> Tokenizer:
@@ -77,15 +77,19 @@ def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
     before = [start, *ids(f"system\n{SYSTEM}"), end, *ids("\n"), start, *ids("user\n")]
     after: list[int] = []
     taught: list[bool] = []
-    spans: list[slice] = []
     for number, turn in enumerate(turns):
         asked = [*([start, *ids(f"user\n{turn.question}")] if number else ids(f"\n{turn.question}")), end]
         asked += [*ids("\n"), start, *ids("assistant\n")]
         answer = [*ids(turn.answer), end]
-        spans.append(slice(len(after) + len(asked), len(after) + len(asked) + len(answer)))
         after += [*asked, *answer, *ids("\n")]
         taught += [False] * len(asked) + [True] * len(answer) + [False] * len(ids("\n"))
-    return Conversation(before, after, taught, spans)
+    return Conversation(before, after, taught)
+
+
+def filled(rows: Sequence[list[T]], pad: T) -> list[list[T]]:
+    """Rows of one length: shorter ones end with pads."""
+    longest = max(map(len, rows))
+    return [row + [pad] * (longest - len(row)) for row in rows]
 
 
 class UnderstanderModel(nn.Module):
@@ -112,13 +116,12 @@ class UnderstanderModel(nn.Module):
             features: quantized features [B, grid * grid, C] of the pictures.
             conversations: one about each picture.
         """
-        longest = max(len(each.after) for each in conversations)
         before = torch.tensor([each.before for each in conversations], device=features.device)
-        after = torch.tensor([each.after + [0] * (longest - len(each.after)) for each in conversations], device=features.device)
+        after = torch.tensor(filled([each.after for each in conversations], 0), device=features.device)
         x = torch.cat([self.text(before), self.projector(features), self.text(after)], dim=1)
         positions = torch.arange(x.shape[1], device=features.device)[None]
         # Pads are at the end, where no other token sees them.
         mask = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=features.device).tril()
         hidden = self.transformer(x, positions, mask)
-        logits: Tensor = hidden[:, -longest - 1 :] @ self.text.weight.T
+        logits: Tensor = hidden[:, -after.shape[1] - 1 :] @ self.text.weight.T
         return logits

@@ -30,6 +30,12 @@ def text() -> Tokenizer:
     return train_text_tokenizer([each for turn in TURNS for each in (turn.question, turn.answer)])
 
 
+def answers(said: Conversation) -> list[slice]:
+    """Where the answers lie in `after`: each run of taught ids."""
+    edges = [i for i in range(len(said.taught)) if said.taught[i] != (i > 0 and said.taught[i - 1])]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
 def test_conversations_are_written_as_the_runtime_writes_them(text: Tokenizer, tmp_path: Path) -> None:
     text.save(str(tmp_path / "tokenizer.json"))
     chat = ChatText(tmp_path / "tokenizer.json", chat_template(text, tmp_path))
@@ -38,14 +44,15 @@ def test_conversations_are_written_as_the_runtime_writes_them(text: Tokenizer, t
     first = chat.first([image], TURNS[0].question)
     second = chat.next(first, text.encode(TURNS[0].answer).ids, TURNS[1].question)
     assert found.before == list(first.blocks[0])
-    assert found.after[: found.spans[0].start] == list(first.blocks[2])
+    spans = answers(found)
+    assert found.after[: spans[0].start] == list(first.blocks[2])
     after = [i for block in second.blocks[2:] for i in block]
-    assert found.after[: found.spans[1].start] == after
+    assert found.after[: spans[1].start] == after
     end = text.token_to_id("<|im_end|>")
-    for span, turn in zip(found.spans, TURNS, strict=True):
+    for span, turn in zip(spans, TURNS, strict=True):
         assert found.after[span] == [*text.encode(turn.answer).ids, end]
         assert all(found.taught[span])
-    assert sum(found.taught) == sum(span.stop - span.start for span in found.spans)
+    assert sum(found.taught) == sum(span.stop - span.start for span in spans)
 
 
 def test_the_understander_in_training_is_qwen2(text: Tokenizer, tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_the_understander_in_training_is_qwen2(text: Tokenizer, tmp_path: Path) 
         before, after = (reference.model.embed_tokens(torch.tensor([ids])) for ids in (said.before, said.after))
         expected = reference(inputs_embeds=torch.cat([before, picture, after], dim=1)).logits[:, -len(said.after) - 1 :]
         found = model(features, [said])
-        longer = model(features.expand(2, -1, -1), [said, Conversation(said.before, said.after * 2, [], [])])
+        longer = model(features.expand(2, -1, -1), [said, Conversation(said.before, said.after * 2, [])])
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(longer[:1, : found.shape[1]], found, atol=2e-4, rtol=2e-4)  # pads are not seen
 

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 from tokenflow_sdk.errors import BackendError
-from tokenflow_sdk.passes.protobuf import fields
+from tokenflow_sdk.passes.protobuf import Message
 
 __all__ = ["refuse_aborting_graph"]
 
@@ -41,15 +41,10 @@ def refuse_aborting_graph(path: Path, version: str) -> None:
 def _lacks_zero_points(path: Path) -> bool:
     try:
         data = path.read_bytes()
-        for graph in _parts(data, slice(0, len(data)), _GRAPH):
-            for node in _parts(data, graph, _NODE):
-                operator = [data[place] for place in _parts(data, node, _OPERATOR)]
-                if operator == [b"MatMulInteger"] and len(_parts(data, node, _INPUT)) < 4:
+        for graph in Message(data, slice(0, len(data))).messages(_GRAPH):
+            for node in graph.messages(_NODE):
+                if node.text(_OPERATOR) == "MatMulInteger" and len(node.places(_INPUT)) < 4:
                     return True
     except (OSError, ValueError, IndexError):
         pass  # unreadable or damaged, of which onnxruntime's own error tells more
     return False
-
-
-def _parts(data: bytes, message: slice, wanted: int) -> list[slice]:
-    return [value for number, value in fields(data, message) if number == wanted and isinstance(value, slice)]

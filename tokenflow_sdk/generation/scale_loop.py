@@ -148,7 +148,7 @@ class ScaleLoop:
         assert all((image.position, len(image.prefixes)) == ((scale, refinement), rows) for image in images)
         padded = filled_up(images, self.transformer.padded("batch", rows * len(images)) // rows)
         if scale == 0:
-            hidden = np.stack([prefix.hidden for row in range(rows) for prefix in (image.prefixes[row] for image in padded)])
+            hidden = np.stack([image.prefixes[row].hidden for row in range(rows) for image in padded])
             codes = self._sample(padded, hidden[: len(padded), None], hidden[-len(padded) :, None], 0)
         else:
             codes = self._sample_later_scale(padded, len(images), scale, refinement)

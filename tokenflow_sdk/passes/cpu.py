@@ -12,6 +12,7 @@ Weights are not touched: operators of the new graph compute new weights of their
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_sdk.passes.protobuf import encoded, fields
+from tokenflow_sdk.files import open_regular
+from tokenflow_sdk.passes.protobuf import Message, encoded, fields
 
 __all__ = ["Rewritten", "rewrite_for_cpu"]
 
@@ -59,10 +61,11 @@ def rewrite_for_cpu(path: Path) -> Rewritten | None:
     Raises:
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()
     try:
-        # Most graphs have neither, and are not read further.
-        return _rewritten(data, path.parent) if b"ArgMax" in data or b"Resize" in data else None
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # Most graphs have neither, and are not taken apart; weights may be gigabytes.
+            found = max(data.find(b"ArgMax"), data.find(b"Resize")) >= 0
+            return _rewritten(data, path.parent) if found else None
     except (ValueError, IndexError):
         return None
 
@@ -82,7 +85,7 @@ class _Node:
 class _Graph:
     """What a rewrite asks of a graph: its nodes, and the data types, small constants, shapes and files of its tensors."""
 
-    def __init__(self, data: bytes, place: slice) -> None:
+    def __init__(self, data: bytes | mmap.mmap, place: slice) -> None:
         self.nodes: list[_Node] = []
         self.float_tensors: set[str] = set()
         self.constants: dict[str, bytes] = {}
@@ -90,7 +93,7 @@ class _Graph:
         """0 stands for a dynamic dimension."""
         self.uses: Counter[str] = Counter()
         self.files: set[str] = set()
-        parts = _Parts(data, place)
+        parts = Message(data, place)
         for node in parts.messages(1):
             self._add_node(node)
         for tensor in parts.messages(5):
@@ -99,58 +102,35 @@ class _Graph:
             self._add_shape(value)
         self.uses.update(value.text(1) for value in parts.messages(12))
 
-    def _add_node(self, parts: _Parts) -> None:
+    def _add_node(self, parts: Message) -> None:
         node = _Node(parts.text(4), parts.texts(1), parts.texts(2), dict(map(_attribute, parts.messages(5))))
         self.nodes.append(node)
         self.uses.update(node.inputs)
         if node.operator == "Cast" and node.attributes.get("to") == _FLOAT:
             self.float_tensors.add(node.outputs[0])
 
-    def _add_initializer(self, parts: _Parts, data: bytes) -> None:
+    def _add_initializer(self, parts: Message, data: bytes | mmap.mmap) -> None:
         self.files.update(entry.text(2) for entry in parts.messages(13) if entry.text(1) == "location")
         if parts.numbers(2) == [_FLOAT]:
             self.float_tensors.add(parts.text(8))
             self.constants[parts.text(8)] = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)
 
-    def _add_shape(self, value: _Parts) -> None:
+    def _add_shape(self, value: Message) -> None:
         tensors = [tensor for kind in value.messages(2) for tensor in kind.messages(1)]
         for shape in [shape for tensor in tensors for shape in tensor.messages(2)]:
             self.shapes[value.text(1)] = [next(iter(size.numbers(1)), 0) for size in shape.messages(1)]
 
 
-class _Parts:
-    """The fields of a message, by their numbers."""
-
-    def __init__(self, data: bytes, message: slice) -> None:
-        self._data = data
-        self._fields = list(fields(data, message))
-
-    def numbers(self, wanted: int) -> list[int]:
-        return [value for number, value in self._fields if number == wanted and isinstance(value, int)]
-
-    def places(self, wanted: int) -> list[slice]:
-        return [value for number, value in self._fields if number == wanted and isinstance(value, slice)]
-
-    def messages(self, wanted: int) -> list[_Parts]:
-        return [_Parts(self._data, place) for place in self.places(wanted)]
-
-    def texts(self, wanted: int) -> list[str]:
-        return [self._data[place].decode() for place in self.places(wanted)]
-
-    def text(self, wanted: int) -> str:
-        return next(iter(self.texts(wanted)), "")
-
-
-def _attribute(parts: _Parts) -> tuple[str, int | str | list[int]]:
+def _attribute(parts: Message) -> tuple[str, int | str | list[int]]:
     """Name and value of a node's attribute; an empty list stands for a value that no rewrite reads."""
     if parts.numbers(3):
         return parts.text(1), parts.numbers(3)[0]
     return parts.text(1), parts.text(4) if parts.places(4) else parts.numbers(8)
 
 
-def _rewritten(data: bytes, directory: Path) -> Rewritten | None:
+def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
     whole = slice(0, len(data))
-    model = _Parts(data, whole)
+    model = Message(data, whole)
     if not any(opset.text(1) == "" and opset.numbers(2) >= [_OPSET] for opset in model.messages(8)):
         return None
     (place,) = model.places(7)
@@ -174,11 +154,11 @@ def _rewritten(data: bytes, directory: Path) -> Rewritten | None:
     return Rewritten(rewritten, next((file.parent for file in files), directory))
 
 
-def _content(data: bytes, value: int | slice) -> int | bytes:
+def _content(data: bytes | mmap.mmap, value: int | slice) -> int | bytes:
     return data[value] if isinstance(value, slice) else value
 
 
-def _initializer(data: bytes, place: slice, directory: Path) -> bytes:
+def _initializer(data: bytes | mmap.mmap, place: slice, directory: Path) -> bytes:
     """An initializer; if its weights are in another file, under that file's own name.
 
     Files may be links, as in the hub's cache. onnxruntime follows them only beside a graph that it reads from a file itself.
@@ -187,7 +167,7 @@ def _initializer(data: bytes, place: slice, directory: Path) -> bytes:
     for number, value in fields(data, place):
         content = _content(data, value)
         if number == 13 and isinstance(value, slice):
-            entry = _Parts(data, value)
+            entry = Message(data, value)
             if entry.text(1) == "location":
                 content = encoded((1, "location"), (2, (directory / entry.text(2)).resolve().name))
         parts.append((number, content))

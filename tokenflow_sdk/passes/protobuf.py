@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 
-__all__ = ["encoded", "fields"]
+__all__ = ["Message", "encoded", "fields"]
 
 
 def fields(data: bytes | mmap.mmap, message: slice) -> Iterator[tuple[int, int | slice]]:
@@ -56,6 +56,42 @@ def _varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise ValueError(f"byte {at} is not ONNX")
+
+
+class Message:
+    """The fields of a message, by their numbers.
+
+    Args:
+        data: the file.
+        place: where in it the message is.
+
+    Raises:
+        ValueError, IndexError: the bytes are no such message; texts raise ValueError too.
+    """
+
+    def __init__(self, data: bytes | mmap.mmap, place: slice) -> None:
+        self._data = data
+        self._fields = list(fields(data, place))
+
+    def numbers(self, wanted: int) -> list[int]:
+        """The integers of a field."""
+        return [value for number, value in self._fields if number == wanted and isinstance(value, int)]
+
+    def places(self, wanted: int) -> list[slice]:
+        """Where in the file the texts, bytes and messages of a field are."""
+        return [value for number, value in self._fields if number == wanted and isinstance(value, slice)]
+
+    def messages(self, wanted: int) -> list[Message]:
+        """The messages of a field."""
+        return [Message(self._data, place) for place in self.places(wanted)]
+
+    def texts(self, wanted: int) -> list[str]:
+        """The texts of a field."""
+        return [self._data[place].decode() for place in self.places(wanted)]
+
+    def text(self, wanted: int) -> str:
+        """The first text of a field; empty if there is none."""
+        return next(iter(self.texts(wanted)), "")
 
 
 def encoded(*parts: tuple[int, int | str | bytes]) -> bytes:
