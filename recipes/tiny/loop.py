@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "Training",
     "best_average",
     "cooled",
+    "cools",
     "device",
     "has_bfloat16",
+    "kept_text_tokenizer",
     "plot",
     "read_curve",
     "run",
@@ -113,6 +117,18 @@ def best_average(directory: Path) -> dict[str, Tensor]:
     return average
 
 
+def kept_text_tokenizer(path: Path, make: Callable[[], TextTokenizer]) -> TextTokenizer:
+    """The text tokenizer in a file beside the checkpoint; made if there is none yet.
+
+    A training goes on with the one that it began with: made again, ids could mean other texts than the model has learned.
+    """
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        make().save(str(partial))
+        partial.replace(path)
+    return TextTokenizer.from_file(str(path))
+
+
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,9 +142,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16"))
 
 
+def cools(step: int, steps: int) -> bool:
+    """Whether the learning rate falls already."""
+    return step >= (1 - COOL_DOWN) * steps
+
+
 def cooled(step: int, steps: int) -> float:
     """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
-    done = max(0.0, 1 - (1 - step / steps) / COOL_DOWN)
+    done = 1 - (1 - step / steps) / COOL_DOWN if cools(step, steps) else 0.0
     return min(1.0, (step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
 
 

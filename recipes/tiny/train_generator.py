@@ -25,7 +25,7 @@ from recipes.tiny.concepts import THINGS, drawn
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures
 from recipes.tiny.generator_model import GeneratorModel
-from recipes.tiny.loop import AveragedTraining, best_average, device, has_bfloat16, run, training_parser
+from recipes.tiny.loop import AveragedTraining, best_average, device, has_bfloat16, kept_text_tokenizer, run, training_parser
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from tokenflow_sdk import Tokenizer
 
@@ -68,6 +68,7 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         self,
         pictures: Pictures,
         tokenizer: Tokenizer,
+        prompts: PromptTokenizer,
         rows: Tensor,
         steps: int,
         batch: int,
@@ -82,8 +83,8 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         # They are not mirrored, to keep the task small.
         drawings = (np.asarray(pictures.icons[entry["row"]]) for entry in track(self.entries, "encoding"))
         self.codes = encoded(drawings, tokenizer).long().to(self.device)
-        self.prompts = train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
-        model = GeneratorModel(text_size(self.prompts), rows).to(self.device)
+        self.prompts = prompts
+        model = GeneratorModel(text_size(prompts), rows).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
         super().__init__(model, optimizer, decay=0.998)
 
@@ -196,12 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     pictures = Pictures(arguments.data)
     rows = codebook(arguments.tokenizer).to(device())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    prompts = kept_text_tokenizer(
+        arguments.out / PROMPTS, lambda: train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
+    )
     with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
         training = GeneratorTraining(
-            pictures, tokenizer, rows, arguments.steps, arguments.batch, arguments.rate, arguments.seed
+            pictures, tokenizer, prompts, rows, arguments.steps, arguments.batch, arguments.rate, arguments.seed
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    training.prompts.save(str(arguments.out / PROMPTS))
     run(training, arguments.out)
     return 0
 

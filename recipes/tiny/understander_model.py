@@ -109,19 +109,24 @@ class UnderstanderModel(nn.Module):
             elif parameter.ndim == 2 and not name.startswith("projector"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, features: Tensor, conversations: Sequence[Conversation]) -> Tensor:
+    def forward(self, features: Tensor, conversations: Sequence[Conversation], cells: Tensor | None = None) -> Tensor:
         """The logits [B, L, V] that follow each id after the pictures, and follow the pictures themselves at index 0.
 
         Args:
             features: quantized features [B, grid * grid, C] of the pictures.
             conversations: one about each picture.
+            cells: int64 [N], ascending: those of the grid that the model sees; all if None.
         """
         before = torch.tensor([each.before for each in conversations], device=features.device)
         after = torch.tensor(filled([each.after for each in conversations], 0), device=features.device)
+        begin, count = before.shape[1], features.shape[1]
+        positions = torch.arange(begin + count + after.shape[1], device=features.device)
+        if cells is not None:
+            features = features[:, cells]
+            positions = torch.cat([positions[:begin], begin + cells, positions[begin + count :]])
         x = torch.cat([self.text(before), self.projector(features), self.text(after)], dim=1)
-        positions = torch.arange(x.shape[1], device=features.device)[None]
         # Pads are at the end, where no other token sees them.
         mask = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=features.device).tril()
-        hidden = self.transformer(x, positions, mask)
+        hidden = self.transformer(x, positions[None], mask)
         logits: Tensor = hidden[:, -after.shape[1] - 1 :] @ self.text.weight.T
         return logits

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recipes.tiny import loop
-from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, plot, read_curve, run
+from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, kept_text_tokenizer, plot, read_curve, run
+from recipes.tiny.understander_model import train_text_tokenizer
 
 
 class Walk:
@@ -109,3 +110,10 @@ def test_the_curve_is_plotted(tmp_path: Path) -> None:
     (tmp_path / CURVE).write_text('{"step": 1, "photos": 20.0}\n{"step": 2, "photos": 21.0, "others": 20.0}\n')
     plot(tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["curve.png"]
+
+
+def test_a_training_keeps_its_text_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    first = kept_text_tokenizer(path, lambda: train_text_tokenizer(["What is this?"] * 9))
+    again = kept_text_tokenizer(path, lambda: train_text_tokenizer(["An apple, a dog and a cat."] * 9))
+    assert again.get_vocab() == first.get_vocab()

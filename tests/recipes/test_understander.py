@@ -84,8 +84,24 @@ def test_the_understander_in_training_is_qwen2(text: Tokenizer, tmp_path: Path) 
         expected = reference(inputs_embeds=torch.cat([before, picture, after], dim=1)).logits[:, -len(said.after) - 1 :]
         found = model(features, [said])
         longer = model(features.expand(2, -1, -1), [said, Conversation(said.before, said.after * 2, [])])
+        every = model(features, [said], torch.arange(TINY.grid**2))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(longer[:1, : found.shape[1]], found, atol=2e-4, rtol=2e-4)  # pads are not seen
+    torch.testing.assert_close(every, found)
+
+
+def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(text: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = UnderstanderModel(text.get_vocab_size()).eval().requires_grad_(False)
+    features = torch.randn(1, TINY.grid**2, TINY.code_dim)
+    said, cells = [tokenized(text, TURNS)], torch.tensor([3, 70, 200])
+    found = model(features, said, cells)
+    others = features.clone()
+    others[:, 4:70] = 0
+    torch.testing.assert_close(model(others, said, cells), found)
+    assert not torch.allclose(model(features, said, cells - 1), found, atol=1e-4)
+    moved = torch.roll(features, 1, dims=1)
+    assert not torch.allclose(model(moved, said, cells + 1), found, atol=1e-6)  # the same features elsewhere
 
 
 def test_a_resumed_understander_training_repeats_the_steps(text: Tokenizer, tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
         assert answer.status_code == 404
 
 
+def test_a_head_without_end_is_refused() -> None:
+    with running("--generator", "none") as served:
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port), timeout=60) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + 1500 * (b"X-Long: " + 90 * b"x" + b"\r\n"))
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert httpx.get(f"{served.url}/healthz").status_code == 200
+
+
 def test_other_servers_run_the_factory() -> None:
     code = "import uvicorn; c = uvicorn.Config('tokenflow_sdk.server:create_app', factory=True); c.load(); print(c.loaded)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

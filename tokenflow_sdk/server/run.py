@@ -44,6 +44,7 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
         timeout_keep_alive=30,
+        http="h11",  # httptools, which uvicorn takes where it is installed, has no limit for the head of a request
         h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=8 * settings.max_queue,
     )
