@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
         with _first_warnings(), _shown(arguments) as show:
             if arguments.ray is None:
                 workers = max(1, available_cores() // len(tokenizers))
-                encoders = [Encoder(each, job.options, workers, each.lanes()) for each in tokenizers]
+                encoders = [Encoder.fitting(each, job.options, workers, each.lanes()) for each in tokenizers]
                 progress = run_local(job, encoders, shards, show)
             else:
                 from tokenflow_sdk.dataset.ray_runner import run_on_ray

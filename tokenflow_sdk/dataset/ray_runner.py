@@ -158,7 +158,7 @@ class _Actor:
     """
 
     def __init__(self, tokenizer: Tokenizer, job: Job, lanes: int) -> None:
-        self._encoder, self._job = Encoder(tokenizer, job.options, workers=max(1, lanes), lanes=lanes), job
+        self._encoder, self._job = Encoder.fitting(tokenizer, job.options, max(1, lanes), lanes), job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Make the one shard of a batch."""

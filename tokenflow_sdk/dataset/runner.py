@@ -56,7 +56,7 @@ def run_local(
         MissingPackageError: a package is not installed, which no shard can do without.
         KeyboardInterrupt: shards in the making are given up, and what they wrote is deleted.
     """
-    workers, lanes = sum(each.workers for each in encoders), sum(each.lanes for each in encoders)
+    workers, lanes = sum(each.workers or each.lanes for each in encoders), sum(each.lanes for each in encoders)
     progress = Progress(shards, {"read": len(encoders), "prepare": workers, "encode": lanes, "write": len(encoders)})
     run = _Run(job, shards, progress)
     threads = []

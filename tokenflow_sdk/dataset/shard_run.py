@@ -26,7 +26,7 @@ from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.errors import OutputError, StorageError, TokenFlowError
 from tokenflow_sdk.files import file_sha256
 from tokenflow_sdk.pictures.images import fit, load_image
-from tokenflow_sdk.pipeline import encode_ahead
+from tokenflow_sdk.pipeline import encode_ahead, map_ahead
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["DELAYS", "STAGES", "Encoder", "ShardStopped", "Stages", "Watch", "run_shard"]
@@ -112,7 +112,8 @@ class Encoder:
     Args:
         tokenizer: of the job's bundle.
         options: of the job, complete.
-        workers: threads that prepare pictures, of each shard.
+        workers: threads that prepare pictures, of each shard; 0: the lanes do, a picture at a time. Where the engine's calls
+            fill the cores, more threads would only take turns with them, and each other's caches.
         lanes: calls of the engine at once, of all shards.
     """
 
@@ -120,6 +121,12 @@ class Encoder:
         self.tokenizer, self.options, self.workers, self.lanes = tokenizer, options, workers, lanes
         self.stamp = options.stamp(tokenizer.bundle)
         self._free = threading.BoundedSemaphore(lanes)
+
+    @classmethod
+    def fitting(cls, tokenizer: Tokenizer, options: JobOptions, workers: int, lanes: int) -> Encoder:
+        """One with workers only where they do not take turns with the lanes on the same cores. Loads the graph."""
+        on_cpu = tokenizer.graphs.load("encode").device == "cpu"
+        return cls(tokenizer, options, 0 if on_cpu and tokenizer.batch_limit == 1 else workers, lanes)
 
     def records(self, items: Iterable[_Item], stages: Stages) -> Generator[Record, None, None]:
         """The record of each row, in order. Rows that an earlier run made well are not encoded again."""
@@ -130,11 +137,22 @@ class Encoder:
 
         def encode(batch: Sequence[_Ready | Record]) -> list[Record]:
             ready = [each for each in batch if isinstance(each, _Ready)]
-            with self._free, stages.timed("encode"):
+            with stages.timed("encode"):
                 found = iter(self._encoded(ready) if ready else ())
             return [next(found) if isinstance(each, _Ready) else each for each in batch]
 
-        return encode_ahead(prepare, encode, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+        def in_lane(batch: Sequence[_Ready | Record]) -> list[Record]:
+            with self._free:
+                return encode(batch)
+
+        def whole(item: _Item) -> Record:
+            with self._free:
+                return encode([prepare(item)])[0]
+
+        if not self.workers:
+            # Twice as many wait as run, so that a picture that takes long holds up no others.
+            return map_ahead(whole, items, 2 * self.lanes)
+        return encode_ahead(prepare, in_lane, items, self.tokenizer.batch_limit, self.workers, self.lanes)
 
     def _prepared(self, row: Row, before: Record | None) -> _Ready | Record:
         if isinstance(row.data, TokenFlowError):
