@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
 from tokenflow_sdk.backends import cores
-from tokenflow_sdk.backends.cores import available_cores
+from tokenflow_sdk.backends.cores import available_cores, instruction_sets, processor
 
 
 @pytest.fixture
@@ -67,3 +68,20 @@ def test_what_cannot_be_read_as_a_quota_is_none(cgroups: Path, text: str) -> Non
 def test_the_environment_decides(cgroups: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert available_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sets"),
+    [
+        ("model name\t: A CPU\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", "A CPU", ["AVX2", "AVX-512", "AVX-512 VNNI"]),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", None, ["dot product", "int8 matrix product"]),
+        ("", None, []),
+    ],
+)
+def test_the_processor_and_its_instruction_sets(
+    text: str, name: str | None, sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cores, "CPUINFO", tmp_path / "cpuinfo")
+    assert processor() == (name or platform.processor() or platform.machine())
+    assert instruction_sets() == sets

@@ -8,11 +8,17 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_cores", "processor"]
+__all__ = ["available_cores", "instruction_sets", "processor"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+_SETS = {
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx_vnni": "AVX-VNNI", "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16", "avx512_fp16": "AVX-512 FP16", "amx_int8": "AMX int8", "amx_bf16": "AMX bfloat16",
+    "asimddp": "dot product", "i8mm": "int8 matrix product", "bf16": "bfloat16", "sve": "SVE", "sve2": "SVE2",
+}  # fmt: skip
+"""Names of Linux for the instruction sets that neural networks are computed with, on x86-64 and ARM, and usual names."""
 
 
 def available_cores() -> int:
@@ -58,9 +64,20 @@ def _cgroups() -> list[Path]:
 
 def processor() -> str:
     """The processor's model, as the system names it; else its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """Names of the processor's instruction sets for neural networks, older ones first; empty where the system does not say."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [name for flag, name in _SETS.items() if flag in flags]
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor in `/proc/cpuinfo`; empty if it is not there."""
     with suppress(OSError):
         for line in CPUINFO.read_text().splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name":
+            if name.strip() == field:
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from tokenflow_sdk import __version__
-from tokenflow_sdk.backends.cores import available_cores
+from tokenflow_sdk.backends.cores import available_cores, instruction_sets, processor
 from tokenflow_sdk.backends.cuda import driver_problem
 from tokenflow_sdk.bundle.bundle import TINY, find_bundle, open_bundle
 from tokenflow_sdk.cli.console import make_table, stdout
@@ -47,6 +47,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
+        "instruction_sets": instruction_sets(),
         "cores": available_cores(),
         "gpu": driver_problem() or "the NVIDIA driver finds one",
         "variables": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
@@ -79,6 +81,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
 def print_environment(found: dict[str, Any]) -> None:
     """Print what `environment` gave, in one screen."""
     stdout.print(f"tokenflow-sdk {found['sdk']}, Python {found['python']}, {found['system']}, {found['cores']} cores")
+    stdout.print(f"processor: {', '.join([found['processor'], *found['instruction_sets']])}", soft_wrap=True)
     stdout.print(f"GPU: {found['gpu']}", soft_wrap=True)
     for name, value in found["variables"].items():
         stdout.print(f"{name}={value}", soft_wrap=True)
