@@ -112,10 +112,8 @@ docs: $(VENV)/.dev ## the documentation as a site, into site/; broken links and 
 		{ echo "error: the documentation is built with Python 3.11 or newer: make PYTHON=python3.12 clean docs"; exit 2; }
 	@$(BIN)/zensical build --clean --strict
 
-bench: $(VENV)/.dev ## the runtime against PyTorch on this machine; writes benchmarks/results/
-	@$(BIN)/python benchmarks/tokenizer_vs_eager.py
-	@$(BIN)/python benchmarks/generator_vs_eager.py
-	@$(BIN)/python benchmarks/understander_vs_transformers.py
+bench: $(VENV)/.dev ## encode and decode on this processor, against PyTorch; resumes; writes benchmarks/results/cpu.md
+	@$(BIN)/python benchmarks/on_cpu.py
 
 bench-gpu: .venv-gpu/.tensorrt ## the GPU here, with TensorRT and onnxruntime, against PyTorch; writes benchmarks/results/
 	@# TensorRT-RTX has runs of its own, because the two TensorRTs may not share a process.

@@ -46,7 +46,7 @@ _ROUNDED_PARTS = (
     *("scaling_layer", "encoder_vqkd", "encode_task_layer", "encoder", "quant_conv"),
     *("post_quant_conv", "decoder"),
 )
-"""The parts of a model that run in float16 on a float16 side."""
+"""The parts of a model that run in half precision on a side that has it."""
 _NO_MEMORY = re.compile(
     r"out of (device )?memory|has no [\d,]+ MB left|(fail|unable)\w* to allocate|OutOfMemory|MemoryAllocation|ALLOC_FAILED|"
     "bad_alloc",
@@ -96,7 +96,7 @@ class TorchCodec:
     """The PyTorch model, with pictures as u8 and codes as int32 copied to the device and back, as for an engine.
 
     Args:
-        model: on the device already; codecs may share it. Encoders and decoder of a `half_copy` run in float16; the codebook
+        model: on the device already; codecs may share it. Encoders and decoder of a `half_copy` run in its dtype; the codebook
             search and the conversion to pixels stay in float32, as in engines.
         config: of the bundle it is compared with.
         device: where the model is.
@@ -106,7 +106,7 @@ class TorchCodec:
     def __init__(self, model: TokenFlowTokenizer, config: TokenizerConfig, device: Device, compiled: bool = False) -> None:
         self.config = config
         self._model, self._device = model, device
-        self._half = model.quant_conv.weight.dtype == torch.float16
+        self._dtype = model.quant_conv.weight.dtype
         wrap = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else (lambda function: function)
         self._encode, self._decode = wrap(self.encode_on_device), wrap(self.decode_on_device)
 
@@ -151,7 +151,7 @@ class TorchCodec:
         return torch.from_numpy(array).to(self._device.torch)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(torch.float16, memory_format=torch.channels_last) if self._half else x
+        return x if self._dtype == torch.float32 else x.to(self._dtype, memory_format=torch.channels_last)
 
 
 def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowTokenizer:
@@ -165,12 +165,12 @@ def load_eager(checkpoint: Path, variant: str, device: Device) -> TokenFlowToken
     return load_model(state, config).to(device.torch)
 
 
-def half_copy(model: TokenFlowTokenizer) -> TokenFlowTokenizer:
-    """Copy a model with its encoders and decoder in float16 and channels last, as tensor cores read them; share the rest."""
+def half_copy(model: TokenFlowTokenizer, dtype: torch.dtype = torch.float16) -> TokenFlowTokenizer:
+    """Copy a model with its encoders and decoder in half precision and channels last; share the rest."""
     shared = {id(module): module for module in (model.quantize, model.decoder_vqkd, model.decode_task_layer)}
     copied = deepcopy(model, shared)
     for name in _ROUNDED_PARTS:
-        getattr(copied, name).to(torch.float16, memory_format=torch.channels_last)
+        getattr(copied, name).to(dtype, memory_format=torch.channels_last)
     return copied
 
 

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import on_cpu
+
+
+def test_rows_are_measured_once_and_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--variants", "tiny", "--seconds", "0", "--threads", "1", "--out", str(tmp_path / "cpu")]
+    on_cpu.main(words)
+    (path,) = (tmp_path / "cpu").glob("*-1.json")
+    stored = json.loads(path.read_text())
+    assert list(stored["rows"]) == ["tiny encode", "tiny decode"]
+    for row in stored["rows"].values():
+        assert all(side["seconds"] > 0 and side["calls"] >= 5 for side in row.values())
+    assert stored["rows"]["tiny encode"]["onnxruntime"]["same"] == 1
+    assert stored["rows"]["tiny decode"]["onnxruntime"]["psnr"] > 50
+
+    # A run that was interrupted measures the rest.
+    del stored["rows"]["tiny decode"]
+    stored["rows"]["tiny encode"]["ours"]["seconds"] = 123.0
+    path.write_text(json.dumps(stored))
+    (tmp_path / "cpu" / "other.json").write_text(path.read_text())
+    capsys.readouterr()
+    on_cpu.main(words)
+    again = json.loads(path.read_text())
+    assert again["rows"]["tiny encode"]["ours"]["seconds"] == 123
+    assert list(again["rows"]) == ["tiny encode", "tiny decode"]
+    table = (tmp_path / "cpu.md").read_text()
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert table.count("**") == 4
+    assert table.count("123,000 ms (100.0%)") == 2
+
+
+def test_a_side_without_a_time_says_why() -> None:
+    machine = {"cpu": "A", "cores": 2, "instruction_sets": ["AVX2"], "torch": "2", "onnxruntime": "1"}
+    row = {
+        "torch": {"seconds": 3.0, "calls": 5, "same": 0.999},
+        "compile": {"why": "no compiler"},
+        "ours": {"seconds": 2.0, "same": 1.0},
+    }
+    text = on_cpu.page([{"machine": machine, "rows": {"clipb_256 encode": row}}])
+    assert "| clipb_256 encode | 3,000 ms (99.9%) |  | no compiler |  |  | 2,000 ms (100.0%) | 1.50x |" in text
+    assert "**A, 2 cores, AVX2, torch 2, onnxruntime 1**" in text
