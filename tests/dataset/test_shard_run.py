@@ -81,6 +81,22 @@ def test_a_picture_that_cannot_be_read_is_a_row(fake: Tokenizer) -> None:
     assert found == Record("a.png", None, error="ImageReadError: a.png may not be read.")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lane_is_free_again_before_a_row_is_made_of_what_the_engine_gave(
+    workers: int, fake: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, plain, free = Encoder(fake, JobOptions().complete(fake.config), workers, 1), fake.codes, []
+
+    def codes(*arguments: Any) -> Any:
+        free.append(encoder._free.acquire(blocking=False))
+        encoder._free.release()
+        return plain(*arguments)
+
+    monkeypatch.setattr(fake, "codes", codes)
+    assert [row.key for row in encoder.records([(Row("a.png", picture(0)), None)], Stages())] == ["a.png"]
+    assert free == [True]
+
+
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
 def test_the_bytes_are_the_same_however_it_runs(form: str, tmp_path: Path) -> None:
     inputs, outputs = write_pictures(tmp_path / "in", 11, bad=(3,)), []

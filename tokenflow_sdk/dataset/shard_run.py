@@ -102,6 +102,14 @@ class _Ready(NamedTuple):
     record: Record
 
 
+class _Encoded(NamedTuple):
+    """A picture's row without codes, what the engine made of it, int32 [l], and its extra columns."""
+
+    record: Record
+    indices: NDArray[np.int32]
+    extra: dict[str, NDArray[np.float16]]
+
+
 _Item: TypeAlias = "tuple[Row, Record | None]"
 """A row, and what an earlier run made of it."""
 
@@ -120,6 +128,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, options: JobOptions, workers: int, lanes: int) -> None:
         self.tokenizer, self.options, self.workers, self.lanes = tokenizer, options, workers, lanes
         self.stamp = options.stamp(tokenizer.bundle)
+        self._length = self.stamp.length
         self._free = threading.BoundedSemaphore(lanes)
 
     @classmethod
@@ -135,24 +144,31 @@ class Encoder:
             with stages.timed("prepare"):
                 return self._prepared(*item)
 
-        def encode(batch: Sequence[_Ready | Record]) -> list[Record]:
+        def encode(batch: Sequence[_Ready | Record]) -> list[_Encoded | Record]:
             ready = [each for each in batch if isinstance(each, _Ready)]
             with stages.timed("encode"):
                 found = iter(self._encoded(ready) if ready else ())
             return [next(found) if isinstance(each, _Ready) else each for each in batch]
 
-        def in_lane(batch: Sequence[_Ready | Record]) -> list[Record]:
+        def in_lane(batch: Sequence[_Ready | Record]) -> list[_Encoded | Record]:
             with self._free:
                 return encode(batch)
 
-        def whole(item: _Item) -> Record:
+        def whole(item: _Item) -> _Encoded | Record:
             with self._free:
                 return encode([prepare(item)])[0]
 
-        if not self.workers:
+        if self.workers:
+            results = encode_ahead(prepare, in_lane, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+        else:
             # Twice as many wait as run, so that a picture that takes long holds up no others.
-            return map_ahead(whole, items, 2 * self.lanes)
-        return encode_ahead(prepare, in_lane, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+            results = map_ahead(whole, items, 2 * self.lanes)
+        with closing(results):
+            for each in results:
+                # Not in a lane, which the next pictures wait for.
+                with stages.timed("write"):
+                    record = each if isinstance(each, Record) else self._finished(*each)
+                yield record
 
     def _prepared(self, row: Row, before: Record | None) -> _Ready | Record:
         if isinstance(row.data, TokenFlowError):
@@ -174,19 +190,18 @@ class Encoder:
         whole = _drafted_from(data, image.size) if o.fast else image.size
         return fit(image, size, o.preprocess), whole
 
-    def _encoded(self, pictures: Sequence[_Ready]) -> list[Record]:
-        tok, scales = self.tokenizer, self.stamp.scales
-        rows = tok.encode_array(np.stack([each.pixels for each in pictures]))
-        sources = [str(each.record.sha256)[:16] for each in pictures]
-        codes = [
-            tok.codes(row, replace(self.stamp.preparation, source=source)).truncate(scales)
-            for row, source in zip(rows, sources, strict=True)
-        ]
-        columns = {name: getattr(tok, name)(codes).astype(np.float16) for name in self.stamp.shapes}
+    def _encoded(self, pictures: Sequence[_Ready]) -> list[_Encoded]:
+        tok, pixels = self.tokenizer, [each.pixels for each in pictures]
+        rows = tok.encode_array(pixels[0][None] if len(pixels) == 1 else np.stack(pixels))[:, : self._length]
+        columns = {name: getattr(tok, name)(rows).astype(np.float16) for name in self.stamp.shapes}
         return [
-            replace(each.record, codes=found, extra={name: column[i] for name, column in columns.items()})
-            for i, (each, found) in enumerate(zip(pictures, codes, strict=True))
+            _Encoded(each.record, rows[i], {name: column[i] for name, column in columns.items()})
+            for i, each in enumerate(pictures)
         ]
+
+    def _finished(self, record: Record, indices: NDArray[np.int32], extra: dict[str, NDArray[np.float16]]) -> Record:
+        preparation = replace(self.stamp.preparation, source=str(record.sha256)[:16])
+        return replace(record, codes=self.tokenizer.codes(indices, preparation), extra=extra)
 
 
 def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = None) -> DoneRecord:
