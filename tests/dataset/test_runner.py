@@ -168,19 +168,28 @@ def test_a_disk_that_is_full_fails_the_shards_that_it_is_full_for(
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
+class Panic(BaseException):
+    """As pyo3's."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
 def test_what_nobody_has_thought_of_fails_its_shard_and_is_logged(
-    fakes: list[Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type[BaseException],
+    fakes: list[Tokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain = shard_run.read_shard
 
     def read(shard: Shard, *arguments: Any, **options: Any) -> Iterator[Row]:
         if shard.index == 1:
-            raise RuntimeError("a bug")
+            raise kind("a bug")
         return plain(shard, *arguments, **options)
 
     monkeypatch.setattr(shard_run, "read_shard", read)
     job, progress = run(fakes[:1], str(write_pictures(tmp_path / "in", 12)), tmp_path / "out")
-    assert (sorted(job.done), [each.error for each in progress.failed]) == ([0, 2], ["RuntimeError: a bug"])
+    assert (sorted(job.done), [each.error for each in progress.failed]) == ([0, 2], [f"{kind.__name__}: a bug"])
     assert "please report it" in caplog.text
 
 

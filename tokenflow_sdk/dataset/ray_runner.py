@@ -75,10 +75,7 @@ def run_on_ray(
             raise BackendError(f"Ray ended the job: {lines[-1]}", "Look into Ray's logs; the same command goes on.") from error
     # Of actors that were killed. None is there any more.
     job.output.delete_leftovers(names={job.file(shard.index) for shard in shards})
-    seen = {record.shard for record in progress.made} | {each.shard for each in progress.failed}
-    for shard in shards:
-        if shard.index not in seen:
-            progress.fail(FailedShard.of(shard, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs."))
+    progress.fail_unseen(shards, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs.")
     return progress
 
 

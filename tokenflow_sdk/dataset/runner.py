@@ -79,6 +79,7 @@ def run_local(
                 thread.join()
     if run.fatal is not None:
         raise run.fatal
+    progress.fail_unseen(shards, "It was not begun: what makes shards failed at others.")
     return progress
 
 
@@ -115,7 +116,9 @@ class _Run:
             self.stop.set()
         except (TokenFlowError, OSError) as error:
             self.progress.fail(FailedShard.of(shard, str(error)))
-        except Exception as error:
+        except ShardStopped:
+            raise
+        except BaseException as error:  # panics of Rust's libraries are no Exceptions
             _logger.exception("Shard %05d failed in a way that nobody has thought of; please report it.", shard.index)
             self.progress.fail(FailedShard.of(shard, f"{type(error).__name__}: {error}"))
 
