@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,12 @@ from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["DELAYS", "STAGES", "Encoder", "ShardStopped", "Stages", "Watch", "run_shard"]
 
+T = TypeVar("T")
+
 STAGES = ("read", "prepare", "encode", "write")
 """What is timed of a shard. They overlap."""
 DELAYS = (1.0, 4.0, 16.0)
-"""Seconds before each further try of a shard whose storage failed."""
+"""Seconds before each further try where a storage failed."""
 _AHEAD = 2**25
 """Bytes of pictures that are read before threads prepare them."""
 _READERS = 16
@@ -205,8 +207,9 @@ class Encoder:
 
 
 def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = None) -> DoneRecord:
-    """Make a shard's output file and its record. A storage that fails gets three more tries of the whole shard.
+    """Make a shard's output file and its record.
 
+    A storage that fails gets three more tries: of the whole shard where it is read, else only to send what is made.
     If the shard is done, its rows without an error stay as they are where their pictures are the same.
 
     Args:
@@ -220,24 +223,34 @@ def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = No
         ShardStopped: `watch.stop` was set.
     """
     watch = Watch() if watch is None else watch
+    return _again(lambda: _attempt(encoder, job, shard, watch), StorageError, watch)
+
+
+def _again(call: Callable[[], T], kind: type[Exception], watch: Watch) -> T:
+    """What a call gives, which gets more tries where it raises an exception of a kind."""
     for delay in DELAYS:
         try:
-            return _attempt(encoder, job, shard, watch)
-        except (StorageError, OutputError) as error:
-            if isinstance(error, OutputError) and job.output.is_local:  # the disk is full, say, and stays so
-                raise
+            return call()
+        except kind:
             watch.idle()
             # Others that failed with it are not to try at the same moment.
             if watch.stop.wait(delay * random.uniform(1, 1.5)):  # noqa: S311
                 raise ShardStopped from None
-    return _attempt(encoder, job, shard, watch)
+    return call()
 
 
 def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
     watch.begun()
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
+
+    def sending(call: Callable[[], None]) -> None:
+        if job.output.is_local:  # the disk is full, say, and stays so
+            call()
+        else:
+            _again(call, OutputError, watch)
+
     items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
-    with job.output.new_file(job.file(shard.index)) as path:
+    with job.output.new_file(job.file(shard.index), sending) as path:
         with open_writer(path, encoder.stamp, job.options.format) as writer:
             with closing(_then(items, watch.idle)) as read, closing(encoder.records(read, stages)) as records:
                 for record in records:
@@ -256,10 +269,10 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
         with stages.timed("write"):
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.
-            job.forget(shard.index)
+            sending(lambda: job.forget(shard.index))
     seconds = {stage: round(value, 3) for stage, value in stages.seconds.items()}
     done = DoneRecord(shard.index, size, digest, count, dict(sorted(errors.items())), seconds, encoder.tokenizer.device)
-    job.finish(done)
+    sending(lambda: job.finish(done))
     return done
 
 
