@@ -144,7 +144,13 @@ class Storage:
             path = self._remote(name)
             if (self._filesystem.size(path) if size is None else size) > limit:
                 raise DatasetFileError(f"{as_text(self.path(name))} is larger than {limit:,} bytes.", "Give a smaller file.")
-            content: bytes = self._filesystem.cat_file(path)
+            try:
+                content: bytes = self._filesystem.cat_file(path)
+            except PermissionError as error:
+                # Of an object in an archive, say. Where credentials have ended, it cannot be asked about either.
+                self._filesystem.info(path)
+                hint = "Check its permissions, or restore it from its archive."
+                raise DatasetFileError(f"{as_text(self.path(name))} cannot be read: {_why(error)}.", hint) from error
             return content
 
     @contextmanager
