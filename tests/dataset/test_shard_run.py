@@ -259,6 +259,12 @@ def test_a_shard_that_is_stopped_leaves_nothing(fake: Tokenizer, tmp_path: Path)
     assert (content(tmp_path / "out"), job.done) == ({}, {})
 
 
+def test_what_is_read_ahead_counts_with_the_columns_of_an_earlier_run() -> None:
+    row, column = Row("a", b"123"), np.zeros((4, 5), np.float16)
+    before = Record("a", None, extra={"features": column, "semantic": column})
+    assert shard_run._size((row, before)) == shard_run._size((row, None)) + 80
+
+
 def test_memory_does_not_grow_with_the_number_of_pictures(
     fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,9 +294,10 @@ def _then(items: Iterator[_Item], finished: Callable[[], None]) -> Generator[_It
 
 
 def _size(item: _Item) -> int:
-    data = item[0].data
+    data, before = item[0].data, item[1]
     # Of small pictures not too many either.
-    return 2**16 + (len(data) if isinstance(data, bytes) else 0)
+    size = 2**16 + (len(data) if isinstance(data, bytes) else 0)
+    return size + (sum(column.nbytes for column in before.extra.values()) if before is not None else 0)
 
 
 def _text(error: TokenFlowError) -> str:
