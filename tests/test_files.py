@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,32 @@ def test_files_and_links_to_them_are_read_up_to_a_size(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="larger than 4 bytes") as caught:
         read_regular(tmp_path / "b", 4)
     assert (caught.value.errno, reason(caught.value)) == (errno.EFBIG, "larger than 4 bytes")
+
+
+def test_memory_is_taken_by_a_files_size_and_not_by_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "a", 2**26) == b"12345"
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("claimed", [0, 3])
+def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(
+    claimed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    plain = os.fstat
+
+    def before(handle: int) -> os.stat_result:
+        return os.stat_result([claimed if i == stat.ST_SIZE else value for i, value in enumerate(plain(handle)[:10])])
+
+    monkeypatch.setattr(files.os, "fstat", before)
+    assert read_regular(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_regular(tmp_path / "a", 4)
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ def test_order_is_kept_and_calls_run_at_once() -> None:
     assert list(map_ahead(str, (), 3)) == []
 
 
+def test_one_call_at_a_time_needs_no_thread() -> None:
+    calls = map_ahead(lambda i: threading.current_thread(), range(3), 1)
+    assert set(calls) == {threading.current_thread()}
+
+
 def test_items_are_read_when_results_are_asked_for_and_not_far_ahead() -> None:
     read: list[int] = []
 
@@ -142,7 +147,7 @@ def test_a_thread_may_be_the_one_that_drops_the_last_reference() -> None:
 
 def test_a_forked_child_is_told_to_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_in_child() -> str:
-        results = map_ahead(str, range(9), 1)
+        results = map_ahead(str, range(9), 2)
         next(results)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: -1)

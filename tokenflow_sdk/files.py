@@ -83,7 +83,11 @@ def open_regular(path: Path) -> BinaryIO:
 def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file. Raises as `open_regular`, and OSError if it has more than `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        # Room for `limit` bytes would be mapped, and unmapped, for each small file.
+        size = min(os.fstat(file.fileno()).st_size, limit)
+        content = file.read(size + 1)
+        if len(content) > size:  # it has grown, or is in /proc, where files claim to be empty
+            content += file.read(limit + 1 - len(content))
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
     return content

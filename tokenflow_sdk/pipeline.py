@@ -130,12 +130,15 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
     Args:
         function: called by the threads.
         items: may raise an `Exception`; results of what came before are yielded first.
-        threads: how many calls may run at once.
+        threads: how many calls may run at once. One call at a time is made by the thread that reads the results.
 
     Raises:
         ArgumentError: it was begun before this process was forked.
         BaseException: what `function` or `items` raised, in its place.
     """
+    if threads == 1:
+        yield from map(function, items)
+        return
     source, failure, ended = iter(items), None, False
     pending: deque[Future[R]] = deque()
     process = os.getpid()

@@ -31,6 +31,14 @@ def test_rows_count_once_however_often_a_shard_is_tried() -> None:
     assert progress.failed == [FailedShard(1, "/1.tar", "it is cut")]
 
 
+def test_shards_that_nothing_is_known_of_count_as_failed() -> None:
+    progress = Progress(SHARDS, {"read": 1})
+    progress.done(DoneRecord(0, 1, "", 10))
+    progress.fail(FailedShard.of(SHARDS[1], "it is cut"))
+    progress.fail_unseen(SHARDS, "not begun")
+    assert [(each.shard, each.error) for each in progress.failed] == [(1, "it is cut"), (2, "not begun"), (3, "not begun")]
+
+
 def test_what_is_left_is_of_the_shards_that_are_known() -> None:
     progress = Progress(SHARDS, {"read": 1, "encode": 2})
     assert progress.snapshot().expected == round(70 / 3 * 4)

@@ -47,7 +47,7 @@ def test_an_actor_makes_the_shard_of_its_batch_and_says_what_became_of_it(tmp_pa
         # As it reaches another process: without the list of shards, which may be long.
         copy = pickle.loads(pickle.dumps(ray_runner._without_shards(job)))  # noqa: S301
         assert copy.shards == []
-        actor, progress = ray_runner._Actor(tokenizer, copy, 1), Progress(job.shards, {"read": 1})
+        actor, progress = ray_runner._Actor(tokenizer, copy, 1, 1), Progress(job.shards, {"read": 1})
         (inputs / "009.png").unlink()
         for shard in job.shards:
             batch = {"shard": [json.dumps(shard.to_json())], "done": [""]}
@@ -71,9 +71,23 @@ def test_an_actor_keeps_good_rows_of_a_shard_that_is_done(tmp_path: Path) -> Non
         write_pictures(inputs, 4)
         job = begin(inputs, tmp_path / "out", mended=True)
         batch = {"shard": [json.dumps(job.shards[0].to_json())], "done": [ray_runner._as_text(job.done[0])]}
-        found = ray_runner._Actor(tokenizer, ray_runner._without_shards(job), 1)(batch)
+        found = ray_runner._Actor(tokenizer, ray_runner._without_shards(job), 1, 1)(batch)
         assert len(tokenizer.graphs.load("encode").calls) == calls + 1  # type: ignore[attr-defined]
     assert DoneRecord(**json.loads(found["record"][0])).bad == 0
+
+
+def test_what_nobody_has_thought_of_is_the_shards_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    job = begin(write_pictures(tmp_path / "in", 1), tmp_path / "out")
+    monkeypatch.setattr(ray_runner, "run_shard", fail)
+    with fake_tokenizer() as tokenizer:
+        actor = ray_runner._Actor(tokenizer, ray_runner._without_shards(job), 1, 1)
+        assert actor({"shard": [json.dumps(job.shards[0].to_json())], "done": [""]})["error"] == ["RuntimeError: a bug"]
+    assert "please report it" in caplog.text
 
 
 def test_a_ray_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

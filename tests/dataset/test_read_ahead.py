@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.mutations import no_hang
 from tokenflow_sdk.dataset.read_ahead import read_ahead
 
 
@@ -25,6 +26,19 @@ def test_items_come_in_order_and_what_is_raised_after_them() -> None:
         found.extend(read_ahead(items(), lambda item: 1, 2, threading.Event()))
     assert found == list(range(5))
     assert list(read_ahead((), lambda item: 1, 2, threading.Event())) == []
+
+
+def test_what_is_no_exception_is_raised_too() -> None:
+    class Panic(BaseException):
+        """As pyo3's."""
+
+    def items() -> Iterator[int]:
+        yield 1
+        raise Panic
+
+    rows = read_ahead(items(), lambda item: 1, 2, threading.Event())
+    with no_hang(), pytest.raises(Panic):
+        list(rows)
 
 
 def test_no_more_is_read_ahead_than_the_limit() -> None:

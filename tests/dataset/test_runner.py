@@ -31,7 +31,7 @@ from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.runner import run_local, shards_to_do, store_summary, summarize
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import MissingPackageError
+from tokenflow_sdk.errors import BackendError, MissingPackageError
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -168,20 +168,45 @@ def test_a_disk_that_is_full_fails_the_shards_that_it_is_full_for(
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
+class Panic(BaseException):
+    """As pyo3's."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
 def test_what_nobody_has_thought_of_fails_its_shard_and_is_logged(
-    fakes: list[Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type[BaseException],
+    fakes: list[Tokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain = shard_run.read_shard
 
     def read(shard: Shard, *arguments: Any, **options: Any) -> Iterator[Row]:
         if shard.index == 1:
-            raise RuntimeError("a bug")
+            raise kind("a bug")
         return plain(shard, *arguments, **options)
 
     monkeypatch.setattr(shard_run, "read_shard", read)
     job, progress = run(fakes[:1], str(write_pictures(tmp_path / "in", 12)), tmp_path / "out")
-    assert (sorted(job.done), [each.error for each in progress.failed]) == ([0, 2], ["RuntimeError: a bug"])
+    assert (sorted(job.done), [each.error for each in progress.failed]) == ([0, 2], [f"{kind.__name__}: a bug"])
     assert "please report it" in caplog.text
+
+
+def test_a_device_that_fails_leaves_the_other_shards_to_the_others(fakes: list[Tokenizer], tmp_path: Path) -> None:
+    class Gone(FakeSession):
+        def _infer(self, feeds: Any, outputs: tuple[str, ...]) -> Any:
+            raise BackendError("The GPU has fallen off the bus.", "Restart the machine.")
+
+    inputs = str(write_pictures(tmp_path / "in", 60))
+    with fake_tokenizer(open_session=Gone) as gone:
+        job, progress = run([gone, fakes[0]], inputs, tmp_path / "out")
+        assert len(job.done) + len(progress.failed) == 15
+        assert len(progress.failed) <= 2
+        alone, progress = run([gone], inputs, tmp_path / "alone")
+    assert (alone.done, len(progress.failed)) == ({}, 15)
+    assert sum("fallen off the bus" in each.error for each in progress.failed) == 2
+    assert sum("It was not begun" in each.error for each in progress.failed) == 13
 
 
 def test_a_package_that_is_missing_ends_the_run(

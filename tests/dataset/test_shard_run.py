@@ -4,12 +4,12 @@ import errno
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from tests.support.dataset_jobs import content, fake_tokenizer, picture, write_pictures
@@ -18,7 +18,7 @@ from tokenflow_sdk.dataset import shard_run
 from tokenflow_sdk.dataset.inputs import Row, Shard, find_shards
 from tokenflow_sdk.dataset.job import DoneRecord, Job
 from tokenflow_sdk.dataset.job_options import JobOptions
-from tokenflow_sdk.dataset.outputs import Record
+from tokenflow_sdk.dataset.outputs import DONE, Record
 from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.shard_run import STAGES, Encoder, ShardStopped, Stages, Watch, run_shard
 from tokenflow_sdk.dataset.storage import Storage
@@ -79,6 +79,22 @@ def test_a_picture_that_cannot_be_read_is_a_row(fake: Tokenizer) -> None:
     encoder = Encoder(fake, JobOptions().complete(fake.config), 1, 1)
     (found,) = encoder.records([(row, None)], Stages())
     assert found == Record("a.png", None, error="ImageReadError: a.png may not be read.")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lane_is_free_again_before_a_row_is_made_of_what_the_engine_gave(
+    workers: int, fake: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, plain, free = Encoder(fake, JobOptions().complete(fake.config), workers, 1), fake.codes, []
+
+    def codes(*arguments: Any) -> Any:
+        free.append(encoder._free.acquire(blocking=False))
+        encoder._free.release()
+        return plain(*arguments)
+
+    monkeypatch.setattr(fake, "codes", codes)
+    assert [row.key for row in encoder.records([(Row("a.png", picture(0)), None)], Stages())] == ["a.png"]
+    assert free == [True]
 
 
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
@@ -152,33 +168,48 @@ def test_a_storage_that_fails_gets_three_more_tries(fake: Tokenizer, tmp_path: P
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("address", ["{}/out", "memory://{}/out"])
-def test_writing_is_tried_again_where_it_is_not_a_local_disk(
-    address: str, fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["put_file", "rm_file", "pipe_file"])
+def test_what_is_sent_is_sent_again_without_encoding_it_again(
+    name: str, fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = write_pictures(tmp_path / "in", 3)
+    output, failures = Storage(f"memory://{tmp_path}/out"), [ConnectionResetError("reset")] * 3
+    job = Job.begin(output, JobOptions(), fake.bundle, [str(inputs)], find_shards([str(inputs)]))
+    output.write(f"{DONE}/00000.json", b"")
+    plain: Callable[..., Any] = getattr(MemoryFileSystem, name)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, name, failing)
+    run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
+    assert [row.key for row in read_records(output, job.file(0))] == ["000.png", "001.png", "002.png"]
+    assert (failures, list(Job.load(output).done)) == ([], [0])
+    assert len(fake.graphs.load("encode").calls) == 3  # type: ignore[attr-defined]
+    failures += [ConnectionResetError("reset")] * 4
+    with pytest.raises(OutputError, match="ConnectionResetError: reset"):
+        run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
+
+
+@pytest.mark.parametrize("address", ["{}/out", "memory://{}/out"])
+def test_a_local_disk_that_is_full_is_not_tried_again(
+    address: str, fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, calls = write_pictures(tmp_path / "in", 3), []
     output = Storage(address.format(tmp_path))
     job = Job.begin(output, JobOptions(), fake.bundle, [str(inputs)], find_shards([str(inputs)]))
-    plain: Callable[..., Any] = Storage.new_file
-    calls: list[str] = []
 
-    @contextmanager
-    def full_once(self: Storage, name: str) -> Iterator[Path]:
-        calls.append(name)
-        with plain(self, name) as path:
-            yield path
-            if len(calls) == 1:
-                raise OutputError(f"{name} cannot be written: No space left on device.", "Free some space.")
+    def full(path: Path, *arguments: Any) -> Any:
+        calls.append(path)
+        raise OutputError(f"{path} cannot be written: No space left on device.", "Free some space.")
 
-    monkeypatch.setattr(Storage, "new_file", full_once)
-    encoder = Encoder(fake, job.options, 1, 1)
-    if output.is_local:
-        with pytest.raises(OutputError, match="No space left"):
-            run_shard(encoder, job, job.shards[0])
-        assert (content(tmp_path / "out"), job.done, len(calls)) == ({}, {}, 1)
-    else:
-        run_shard(encoder, job, job.shards[0])
-        assert [row.key for row in read_records(output, job.file(0))] == ["000.png", "001.png", "002.png"]
+    monkeypatch.setattr(shard_run, "open_writer", full)
+    with pytest.raises(OutputError, match="No space left"):
+        run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0])
+    assert (job.done, len(calls)) == ({}, 1)
+    assert output.find("00000.parquet") is None
 
 
 def test_good_rows_of_a_shard_that_is_done_are_not_encoded_again(fake: Tokenizer, tmp_path: Path) -> None:
@@ -226,6 +257,12 @@ def test_a_shard_that_is_stopped_leaves_nothing(fake: Tokenizer, tmp_path: Path)
     with pytest.raises(ShardStopped):
         run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0], Stopping())
     assert (content(tmp_path / "out"), job.done) == ({}, {})
+
+
+def test_what_is_read_ahead_counts_with_the_columns_of_an_earlier_run() -> None:
+    row, column = Row("a", b"123"), np.zeros((4, 5), np.float16)
+    before = Record("a", None, extra={"features": column, "semantic": column})
+    assert shard_run._size((row, before)) == shard_run._size((row, None)) + 80
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(

@@ -185,6 +185,22 @@ def test_a_service_that_fails_is_named(error: Exception, memory: str, monkeypatc
         path.touch()
 
 
+def test_an_object_that_may_not_be_read_is_told_from_credentials_that_have_ended(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError("The operation is not valid for the object's storage class")
+
+    storage = Storage(memory)
+    storage.write("x", b"1")
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    with pytest.raises(DatasetFileError, match=r"x cannot be read: PermissionError: .*\. .*restore it from its archive"):
+        storage.read("x", 9, 1)
+    monkeypatch.setattr(MemoryFileSystem, "info", fail)
+    with pytest.raises(StorageError, match="credentials"):
+        storage.read("x", 9, 1)
+
+
 def test_an_open_file_whose_service_fails_is_named(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class File(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:

@@ -98,6 +98,7 @@ def test_nobody_can_make_codes_writable() -> None:
 def test_truncate_shares_the_array() -> None:
     codes = make()
     assert np.shares_memory(codes.truncate(2).indices, codes.indices)
+    assert codes.truncate(3) is codes
 
 
 def test_arrays_over_bytes_are_shared_only_as_contiguous_int32() -> None:

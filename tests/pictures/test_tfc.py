@@ -178,6 +178,10 @@ def test_every_flipped_bit_is_noticed(example: bytes) -> None:
                 unpack(bytes(damaged))
 
 
+def test_headers_of_a_tokenizer_share_their_scales() -> None:
+    assert Header("other", "0" * 16, 2, (1, 2)).scales is EXAMPLE.scales
+
+
 def test_a_file_may_end_at_a_scales_end_and_nowhere_else(example: bytes) -> None:
     first, last = scale_ends(EXAMPLE)
     for length in range(len(example) + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -109,6 +109,13 @@ class Progress:
             del self._live[failed.shard]
             self._known_pictures -= self._known.pop(failed.shard, 0)
             self.failed.append(failed)
+
+    def fail_unseen(self, shards: Iterable[Shard], error: str) -> None:
+        """Count shards that were neither made nor failed as failed."""
+        seen = {record.shard for record in self.made} | {each.shard for each in self.failed}
+        for shard in shards:
+            if shard.index not in seen:
+                self.fail(FailedShard.of(shard, error))
 
     def _set(self, shard: int, rows: int, errors: int) -> None:
         before = self._live.get(shard, (0, 0))

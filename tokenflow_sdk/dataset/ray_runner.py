@@ -21,6 +21,7 @@ from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["require_ray", "run_on_ray"]
 
+_logger = logging.getLogger("tokenflow_sdk")
 _TRIES = 3
 """How often an actor may die, and a shard be given to another, before it counts as failed."""
 
@@ -61,11 +62,13 @@ def run_on_ray(
     """
     with _connected(address) as ray:
         gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+        # Its share of the cores, which decode pictures while the GPU encodes others.
+        workers = max(1, cpus // gpus) if gpus else 1
         actors, resources = (gpus, {"num_gpus": 1}) if gpus else (max(1, cpus // cores), {"num_cpus": cores})
         progress = Progress(shards, dict.fromkeys(("read", "prepare", "encode", "write"), actors))
         items = [{"shard": json.dumps(shard.to_json()), "done": _as_text(job.done.get(shard.index))} for shard in shards]
         lanes = 2 if gpus else 1
-        made = _made(items, (tokenizer, _without_shards(job), lanes), min(actors, len(items)), resources)
+        made = _made(items, (tokenizer, _without_shards(job), workers, lanes), min(actors, len(items)), resources)
         try:
             for row in made.iter_rows():
                 _count(job, progress, row)
@@ -75,10 +78,7 @@ def run_on_ray(
             raise BackendError(f"Ray ended the job: {lines[-1]}", "Look into Ray's logs; the same command goes on.") from error
     # Of actors that were killed. None is there any more.
     job.output.delete_leftovers(names={job.file(shard.index) for shard in shards})
-    seen = {record.shard for record in progress.made} | {each.shard for each in progress.failed}
-    for shard in shards:
-        if shard.index not in seen:
-            progress.fail(FailedShard.of(shard, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs."))
+    progress.fail_unseen(shards, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs.")
     return progress
 
 
@@ -154,11 +154,12 @@ class _Actor:
     Args:
         tokenizer: a copy, which opens here.
         job: without shards.
+        workers: threads that prepare pictures.
         lanes: calls of the engine at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, job: Job, lanes: int) -> None:
-        self._encoder, self._job = Encoder.fitting(tokenizer, job.options, max(1, lanes), lanes), job
+    def __init__(self, tokenizer: Tokenizer, job: Job, workers: int, lanes: int) -> None:
+        self._encoder, self._job = Encoder.fitting(tokenizer, job.options, workers, lanes), job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Make the one shard of a batch."""
@@ -170,4 +171,7 @@ class _Actor:
             record = run_shard(self._encoder, self._job, shard)
         except (TokenFlowError, OSError) as error:
             problem = str(error)
+        except Exception as error:
+            _logger.exception("Shard %05d failed in a way that nobody has thought of; please report it.", shard.index)
+            problem = f"{type(error).__name__}: {error}"
         return {"shard": [shard.index], "record": [_as_text(record)], "error": [problem]}

@@ -23,7 +23,7 @@ def read_ahead(items: Iterable[T], size: Callable[[T], int], limit: int, stop: t
         stop: looked at while nothing is ready; then the iteration ends early.
 
     Raises:
-        Exception: what `items` raised, after those before it.
+        BaseException: what `items` raised, after those before it.
     """
     reader = _Reader(items, size, limit)
     thread = threading.Thread(target=reader.run, name="tokenflow-read", daemon=True)
@@ -42,7 +42,7 @@ class _Reader(Generic[T]):
         self._ready: deque[T] = deque()
         self._held = 0
         self._ended = self._closed = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
 
     def run(self) -> None:
@@ -53,7 +53,7 @@ class _Reader(Generic[T]):
                     self._read(source)
             else:
                 self._read(source)
-        except Exception as error:
+        except BaseException as error:  # raised by the thread that waits for it
             self._error = error
         with self._changed:
             self._ended = True

@@ -15,7 +15,7 @@ from tokenflow_sdk.dataset.job_lock import Task
 from tokenflow_sdk.dataset.outputs import STATE, Record
 from tokenflow_sdk.dataset.progress import FailedShard, Progress, Snapshot
 from tokenflow_sdk.dataset.shard_run import Encoder, ShardStopped, Watch, run_shard
-from tokenflow_sdk.errors import MissingPackageError, TokenFlowError
+from tokenflow_sdk.errors import BackendError, MissingPackageError, TokenFlowError
 
 __all__ = ["run_local", "shards_of", "shards_to_do", "store_summary", "summarize"]
 
@@ -79,6 +79,7 @@ def run_local(
                 thread.join()
     if run.fatal is not None:
         raise run.fatal
+    progress.fail_unseen(shards, "It was not begun, because the device failed at others.")
     return progress
 
 
@@ -92,7 +93,10 @@ class _Run:
         self._shards, self._lock = iter(shards), threading.Lock()
 
     def work(self, encoder: Encoder, turn: threading.Lock) -> None:
-        """Make one shard after the other. The thread that has the turn reads; the other encodes the end of its shard."""
+        """Make one shard after the other, until the encoder fails.
+
+        The thread that has the turn reads; the other encodes the end of its shard.
+        """
         while True:
             watch = _Turn(self, turn)
             try:
@@ -101,13 +105,15 @@ class _Run:
                 if shard is None:
                     return
                 watch.shard = shard.index
-                self._make(encoder, shard, watch)
+                if not self._make(encoder, shard, watch):
+                    return
             except ShardStopped:
                 return
             finally:
                 watch.idle()
 
-    def _make(self, encoder: Encoder, shard: Shard, watch: _Turn) -> None:
+    def _make(self, encoder: Encoder, shard: Shard, watch: _Turn) -> bool:
+        """Make a shard. Returns whether the encoder can make others."""
         try:
             self.progress.done(run_shard(encoder, self.job, shard, watch))
         except MissingPackageError as error:
@@ -115,9 +121,14 @@ class _Run:
             self.stop.set()
         except (TokenFlowError, OSError) as error:
             self.progress.fail(FailedShard.of(shard, str(error)))
-        except Exception as error:
+            # Of a device that has gone all other shards would fail as well.
+            return not isinstance(error, BackendError)
+        except ShardStopped:
+            raise
+        except BaseException as error:  # panics of Rust's libraries are no Exceptions
             _logger.exception("Shard %05d failed in a way that nobody has thought of; please report it.", shard.index)
             self.progress.fail(FailedShard.of(shard, f"{type(error).__name__}: {error}"))
+        return True
 
 
 class _Turn(Watch):

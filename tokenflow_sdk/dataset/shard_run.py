@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,12 @@ from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["DELAYS", "STAGES", "Encoder", "ShardStopped", "Stages", "Watch", "run_shard"]
 
+T = TypeVar("T")
+
 STAGES = ("read", "prepare", "encode", "write")
 """What is timed of a shard. They overlap."""
 DELAYS = (1.0, 4.0, 16.0)
-"""Seconds before each further try of a shard whose storage failed."""
+"""Seconds before each further try where a storage failed."""
 _AHEAD = 2**25
 """Bytes of pictures that are read before threads prepare them."""
 _READERS = 16
@@ -102,6 +104,14 @@ class _Ready(NamedTuple):
     record: Record
 
 
+class _Encoded(NamedTuple):
+    """A picture's row without codes, what the engine made of it, int32 [l], and its extra columns."""
+
+    record: Record
+    indices: NDArray[np.int32]
+    extra: dict[str, NDArray[np.float16]]
+
+
 _Item: TypeAlias = "tuple[Row, Record | None]"
 """A row, and what an earlier run made of it."""
 
@@ -120,6 +130,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, options: JobOptions, workers: int, lanes: int) -> None:
         self.tokenizer, self.options, self.workers, self.lanes = tokenizer, options, workers, lanes
         self.stamp = options.stamp(tokenizer.bundle)
+        self._length = self.stamp.length
         self._free = threading.BoundedSemaphore(lanes)
 
     @classmethod
@@ -135,24 +146,31 @@ class Encoder:
             with stages.timed("prepare"):
                 return self._prepared(*item)
 
-        def encode(batch: Sequence[_Ready | Record]) -> list[Record]:
+        def encode(batch: Sequence[_Ready | Record]) -> list[_Encoded | Record]:
             ready = [each for each in batch if isinstance(each, _Ready)]
             with stages.timed("encode"):
                 found = iter(self._encoded(ready) if ready else ())
             return [next(found) if isinstance(each, _Ready) else each for each in batch]
 
-        def in_lane(batch: Sequence[_Ready | Record]) -> list[Record]:
+        def in_lane(batch: Sequence[_Ready | Record]) -> list[_Encoded | Record]:
             with self._free:
                 return encode(batch)
 
-        def whole(item: _Item) -> Record:
+        def whole(item: _Item) -> _Encoded | Record:
             with self._free:
                 return encode([prepare(item)])[0]
 
-        if not self.workers:
+        if self.workers:
+            results = encode_ahead(prepare, in_lane, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+        else:
             # Twice as many wait as run, so that a picture that takes long holds up no others.
-            return map_ahead(whole, items, 2 * self.lanes)
-        return encode_ahead(prepare, in_lane, items, self.tokenizer.batch_limit, self.workers, self.lanes)
+            results = map_ahead(whole, items, 2 * self.lanes)
+        with closing(results):
+            for each in results:
+                # Not in a lane, which the next pictures wait for.
+                with stages.timed("write"):
+                    record = each if isinstance(each, Record) else self._finished(*each)
+                yield record
 
     def _prepared(self, row: Row, before: Record | None) -> _Ready | Record:
         if isinstance(row.data, TokenFlowError):
@@ -174,24 +192,24 @@ class Encoder:
         whole = _drafted_from(data, image.size) if o.fast else image.size
         return fit(image, size, o.preprocess), whole
 
-    def _encoded(self, pictures: Sequence[_Ready]) -> list[Record]:
-        tok, scales = self.tokenizer, self.stamp.scales
-        rows = tok.encode_array(np.stack([each.pixels for each in pictures]))
-        sources = [str(each.record.sha256)[:16] for each in pictures]
-        codes = [
-            tok.codes(row, replace(self.stamp.preparation, source=source)).truncate(scales)
-            for row, source in zip(rows, sources, strict=True)
-        ]
-        columns = {name: getattr(tok, name)(codes).astype(np.float16) for name in self.stamp.shapes}
+    def _encoded(self, pictures: Sequence[_Ready]) -> list[_Encoded]:
+        tok, pixels = self.tokenizer, [each.pixels for each in pictures]
+        rows = tok.encode_array(pixels[0][None] if len(pixels) == 1 else np.stack(pixels))[:, : self._length]
+        columns = {name: getattr(tok, name)(rows).astype(np.float16) for name in self.stamp.shapes}
         return [
-            replace(each.record, codes=found, extra={name: column[i] for name, column in columns.items()})
-            for i, (each, found) in enumerate(zip(pictures, codes, strict=True))
+            _Encoded(each.record, rows[i], {name: column[i] for name, column in columns.items()})
+            for i, each in enumerate(pictures)
         ]
+
+    def _finished(self, record: Record, indices: NDArray[np.int32], extra: dict[str, NDArray[np.float16]]) -> Record:
+        preparation = replace(self.stamp.preparation, source=str(record.sha256)[:16])
+        return replace(record, codes=self.tokenizer.codes(indices, preparation), extra=extra)
 
 
 def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = None) -> DoneRecord:
-    """Make a shard's output file and its record. A storage that fails gets three more tries of the whole shard.
+    """Make a shard's output file and its record.
 
+    A storage that fails gets three more tries: of the whole shard where it is read, else only to send what is made.
     If the shard is done, its rows without an error stay as they are where their pictures are the same.
 
     Args:
@@ -205,24 +223,34 @@ def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = No
         ShardStopped: `watch.stop` was set.
     """
     watch = Watch() if watch is None else watch
+    return _again(lambda: _attempt(encoder, job, shard, watch), StorageError, watch)
+
+
+def _again(call: Callable[[], T], kind: type[Exception], watch: Watch) -> T:
+    """What a call gives, which gets more tries where it raises an exception of a kind."""
     for delay in DELAYS:
         try:
-            return _attempt(encoder, job, shard, watch)
-        except (StorageError, OutputError) as error:
-            if isinstance(error, OutputError) and job.output.is_local:  # the disk is full, say, and stays so
-                raise
+            return call()
+        except kind:
             watch.idle()
             # Others that failed with it are not to try at the same moment.
             if watch.stop.wait(delay * random.uniform(1, 1.5)):  # noqa: S311
                 raise ShardStopped from None
-    return _attempt(encoder, job, shard, watch)
+    return call()
 
 
 def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
     watch.begun()
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
+
+    def sending(call: Callable[[], None]) -> None:
+        if job.output.is_local:  # the disk is full, say, and stays so
+            call()
+        else:
+            _again(call, OutputError, watch)
+
     items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
-    with job.output.new_file(job.file(shard.index)) as path:
+    with job.output.new_file(job.file(shard.index), sending) as path:
         with open_writer(path, encoder.stamp, job.options.format) as writer:
             with closing(_then(items, watch.idle)) as read, closing(encoder.records(read, stages)) as records:
                 for record in records:
@@ -241,10 +269,10 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
         with stages.timed("write"):
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.
-            job.forget(shard.index)
+            sending(lambda: job.forget(shard.index))
     seconds = {stage: round(value, 3) for stage, value in stages.seconds.items()}
     done = DoneRecord(shard.index, size, digest, count, dict(sorted(errors.items())), seconds, encoder.tokenizer.device)
-    job.finish(done)
+    sending(lambda: job.finish(done))
     return done
 
 
@@ -266,9 +294,10 @@ def _then(items: Iterator[_Item], finished: Callable[[], None]) -> Generator[_It
 
 
 def _size(item: _Item) -> int:
-    data = item[0].data
+    data, before = item[0].data, item[1]
     # Of small pictures not too many either.
-    return 2**16 + (len(data) if isinstance(data, bytes) else 0)
+    size = 2**16 + (len(data) if isinstance(data, bytes) else 0)
+    return size + (sum(column.nbytes for column in before.extra.values()) if before is not None else 0)
 
 
 def _text(error: TokenFlowError) -> str:

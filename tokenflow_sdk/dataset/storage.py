@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -144,14 +144,24 @@ class Storage:
             path = self._remote(name)
             if (self._filesystem.size(path) if size is None else size) > limit:
                 raise DatasetFileError(f"{as_text(self.path(name))} is larger than {limit:,} bytes.", "Give a smaller file.")
-            content: bytes = self._filesystem.cat_file(path)
+            try:
+                content: bytes = self._filesystem.cat_file(path)
+            except PermissionError as error:
+                # Of an object in an archive, say. Where credentials have ended, it cannot be asked about either.
+                self._filesystem.info(path)
+                hint = "Check its permissions, or restore it from its archive."
+                raise DatasetFileError(f"{as_text(self.path(name))} cannot be read: {_why(error)}.", hint) from error
             return content
 
     @contextmanager
-    def new_file(self, name: str) -> Iterator[Path]:
+    def new_file(self, name: str, sending: Callable[[Callable[[], None]], None] = lambda send: send()) -> Iterator[Path]:
         """Give a local file to write. When the block succeeds, it appears under its name, whole; else it is deleted.
 
         Object stores show an object when all of it has arrived. What is sent to others, e.g. by SFTP, may be seen half there.
+
+        Args:
+            name: of the file.
+            sending: calls its argument, which sends the file where the storage is not local, and may call it again if it fails.
         """
         if self.is_local:
             target = Path(self.path(name))
@@ -171,8 +181,12 @@ class Storage:
         with tempfile.TemporaryDirectory(prefix="tokenflow-") as directory:
             temporary = Path(directory, name.rsplit("/", 1)[-1])
             yield temporary
-            with self._writing(name):
-                self._filesystem.put_file(str(temporary), self._remote(name))
+
+            def send() -> None:
+                with self._writing(name):
+                    self._filesystem.put_file(str(temporary), self._remote(name))
+
+            sending(send)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole, or replace it."""

@@ -120,7 +120,7 @@ class Codes:
         """
         problem = f"is no number of scales to which codes of {self.n_scales} can be cut."
         n_scales = integer("n_scales", n_scales, 1, self.n_scales, problem, f"Give 1 .. {self.n_scales}.")
-        return self._of(self.header, self.indices[: self.scales.ends[n_scales - 1]])
+        return self if n_scales == self.n_scales else self._of(self.header, self.indices[: self.scales.ends[n_scales - 1]])
 
     def padded(self) -> NDArray[np.int32]:
         """The indices of all scales as the decode graph reads them: a new int32 array [L], -1 in absent scales."""

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -32,6 +33,8 @@ _CRC = struct.Struct("<I")
 # The variant's name is printed on terminals and may become part of a path, hence no control characters and no separators. Lone
 # surrogates cannot be encoded in UTF-8.
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]+")
+# Codes of a tokenizer have the same, and ask for them again and again.
+_scales = lru_cache(Scales)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Header:
     @property
     def scales(self) -> Scales:
         """All scales of the tokenizer."""
-        return Scales(self.patch_nums)
+        return _scales(self.patch_nums)
 
     def segment_size(self, count: int) -> int:
         """Size in bytes of the segment of a scale of `count` codes: the packed codes and their checksum."""
