@@ -66,7 +66,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(default=128, ge=1, description="most requests under way; others are told to come later")
     timeout: float = Field(default=120.0, gt=0, description="seconds until a request is given up")
     body_timeout: float = Field(
-        default=30.0, gt=0, description="seconds that the head and the body of a request may take to arrive, and its answer to be read"
+        default=30.0,
+        gt=0,
+        description="seconds that the head and the body of a request may take to arrive, and its answer to be read",
     )
     drain: float = Field(default=30.0, ge=0, description="seconds that accepted requests have to finish after SIGTERM")
     access_log: bool = Field(default=True, description="write a line of JSON for each request to stderr")
