@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,8 +20,12 @@ from starlette.types import Receive, Scope, Send
 from tests.conftest import ROOT
 from tests.server.conftest import listening
 from tests.support.served import COMMAND, running
+from tests.support.waiting import comes_true
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
+from tokenflow_sdk.server.models import Models
 from tokenflow_sdk.server.settings import Settings
 
 PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
@@ -88,6 +93,22 @@ def test_a_model_that_cannot_be_opened_ends_the_server(mini_understander: Path) 
     status, said = failure("--port", "0", "--understander", str(mini_understander))
     assert status == 2
     assert "codebook" in said
+
+
+def test_an_end_while_models_open_waits_for_the_one_that_is_being_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(access_log=False, threads=1, drain=1)
+    app, begun, opened = create_app(settings), threading.Event(), Tokenizer.open
+    models: Models = app.state.models
+
+    def slowly(*given: Any) -> Tokenizer:
+        begun.set()
+        assert comes_true(lambda: models.ending)
+        return opened(*given)
+
+    monkeypatch.setattr(Tokenizer, "open", slowly)
+    with listening(app, settings):
+        assert begun.wait(60)
+    assert (models.generator, models.ready) == (None, False)
 
 
 def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
