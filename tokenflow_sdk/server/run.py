@@ -60,7 +60,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=max(1, round(settings.drain)),
         timeout_keep_alive=max(1, round(settings.body_timeout)),
         http=_Connection,  # httptools, which uvicorn takes where it is installed, has no limit for the head of a request
-        ws="none",
+        ws="none",  # there is nothing to upgrade to, and an upgraded connection would have no limits
         h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=8 * settings.max_queue,
     )
