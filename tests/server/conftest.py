@@ -12,28 +12,36 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
 from tests.support.waiting import comes_true
 from tokenflow_sdk.server import Settings, create_app
+from tokenflow_sdk.server.run import server_config
 
 Serve = Callable[..., AbstractContextManager[str]]
 
 
 @contextmanager
-def served(settings: Settings) -> Iterator[str]:
-    """The address of a server that is ready."""
+def listening(app: ASGIApp, settings: Settings) -> Iterator[str]:
+    """The address of an app that is served as `tokenflow serve` serves it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(server_config(app, settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        assert comes_true(lambda: httpx.get(f"{url}/readyz").status_code == 200), "the server did not get ready"
-        yield url
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """The address of a server that is ready."""
+    with listening(create_app(settings), settings) as url:
+        assert comes_true(lambda: httpx.get(f"{url}/readyz").status_code == 200), "the server did not get ready"
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +55,7 @@ def serve(mini_bundle: Path, mini_generator: Path, mini_understander: Path) -> S
             "understander": str(mini_understander),
             "access_log": False,
             "threads": 1,
+            "drain": 5,
         }
         return served(Settings(**(given | settings)))  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -7,14 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.conftest import ROOT
-from tests.server.conftest import Serve
+from tests.server.conftest import Serve, listening
 from tests.support.waiting import comes_true
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.server import guard
@@ -181,6 +184,67 @@ def test_a_failure_here_is_told_without_its_details(serve: Serve, monkeypatch: p
         assert "secret" not in answer.text and "Traceback" not in answer.text
         monkeypatch.undo()
         assert httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers=JPEG).status_code == 200
+
+
+def test_the_log_says_which_request_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("why")
+
+    found = asked(
+        Guard(app, Settings(access_log=False), Metrics(), []), "POST", "/v1/images/tokens", headers={"X-Request-ID": "a-1"}
+    )
+    assert (found.status_code, found.headers["x-request-id"]) == (500, "a-1")
+    assert [record.getMessage() for record in caplog.records] == ["request a-1 failed"]
+
+
+def asked(app: ASGIApp, method: str, path: str, root: str = "", **more: Any) -> httpx.Response:
+    """What an app answers without a server."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, root_path=root)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(ask())
+
+
+def test_rules_for_paths_hold_behind_a_root_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.sleep(5)
+
+    monkeypatch.setattr(guard, "_GRACE", 0.0)
+    settings = Settings(access_log=False, timeout=0.01)
+    for root in ("", "/api"):
+        open_, keyed = (Guard(Response(b"here"), settings, Metrics(), keys) for keys in ([], [b"key"]))
+        paths = {
+            path: asked(keyed, "GET", root + path, root).status_code
+            for path in ("/", "/page/page.js", "/healthz", "/v1/models")
+        }
+        assert paths == {"/": 200, "/page/page.js": 200, "/healthz": 200, "/v1/models": 401}
+        assert asked(keyed, "GET", root + "/healthz", root, headers={"Host": "10.0.0.1"}).status_code == 200
+        assert asked(open_, "GET", root + "/v1/models", root, headers={"Host": "10.0.0.1"}).status_code == 403
+        slow = Guard(app, settings, Metrics(), [])
+        assert asked(slow, "POST", root + "/v1/images/tokens", root).status_code == 504
+    assert asked(keyed, "GET", "/apis/healthz", "/api").status_code == 401
+
+
+def test_requests_that_are_cut_off_by_the_servers_end_are_told() -> None:
+    begun = threading.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"  # it has no lifespan
+        begun.set()
+        await anyio.sleep_forever()
+
+    settings = Settings(access_log=False, drain=0)
+    found: list[httpx.Response] = []
+    with listening(Guard(app, settings, Metrics(), []), settings) as url:
+        thread = threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/images/tokens", timeout=30)))
+        thread.start()
+        assert begun.wait(30)
+    thread.join()
+    assert code(found[0]) == (503, "unavailable")
+    assert found[0].headers["retry-after"] == "1"
 
 
 def test_work_that_takes_too_long_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,31 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tests.conftest import ROOT
+from tests.server.conftest import listening
 from tests.support.served import COMMAND, running
+from tests.support.waiting import comes_true
+from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.server.app import create_app
+from tokenflow_sdk.server.guard import Guard
+from tokenflow_sdk.server.metrics import Metrics
+from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.settings import Settings
 
 PHOTO = (ROOT / "examples" / "chelsea.jpg").read_bytes()
+LARGE = bytes(4_000_000)
+"""An answer that is larger than what systems keep between two sockets of which one is small."""
 
 
 def failure(*options: str, **environment: str) -> tuple[int, str]:
@@ -79,6 +95,22 @@ def test_a_model_that_cannot_be_opened_ends_the_server(mini_understander: Path) 
     assert "codebook" in said
 
 
+def test_an_end_while_models_open_waits_for_the_one_that_is_being_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(access_log=False, threads=1, drain=1)
+    app, begun, opened = create_app(settings), threading.Event(), Tokenizer.open
+    models: Models = app.state.models
+
+    def slowly(*given: Any) -> Tokenizer:
+        begun.set()
+        assert comes_true(lambda: models.ending)
+        return opened(*given)
+
+    monkeypatch.setattr(Tokenizer, "open", slowly)
+    with listening(app, settings):
+        assert begun.wait(60)
+    assert (models.generator, models.ready) == (None, False)
+
+
 def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
     with running("--tokenizer", str(mini_bundle)) as served:
         url = served.url
@@ -94,6 +126,84 @@ def test_a_head_without_end_is_refused() -> None:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + 1500 * (b"X-Long: " + 90 * b"x" + b"\r\n"))
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
         assert httpx.get(f"{served.url}/healthz").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[str]:
+    """A server whose clients have a second for everything; it has no models."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(LARGE if scope["path"] == "/large" else b"small")(scope, receive, send)
+
+    settings = Settings(body_timeout=1, max_body_mb=0.001, access_log=False, drain=1)
+    with listening(Guard(app, settings, Metrics(), []), settings) as url:
+        yield url
+
+
+def connected(url: str, sent: bytes, buffer: int | None = None) -> socket.socket:
+    """A client that has sent something."""
+    connection = socket.socket()
+    if buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", httpx.URL(url).port or 0))
+    connection.sendall(sent)
+    return connection
+
+
+def test_no_client_holds_a_connection_by_sending_now_and_then(impatient: str) -> None:
+    head = b"%s / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    cases = [
+        (b"", b""),
+        (b"GET / HTTP/1.1\r\nHost: local", b""),
+        (head % (b"GET", 0), b"HTTP/1.1 200"),
+        (head % (b"GET", 10), b"HTTP/1.1 200"),  # a body that nobody reads
+        (head % (b"POST", 10), b"HTTP/1.1 408"),
+        (head % (b"POST", 10**9), b"HTTP/1.1 413"),
+    ]
+    clients = [(connected(impatient, sent), answer, bytearray()) for sent, answer in cases]
+    left, deadline = list(clients), time.monotonic() + 20
+    while left and time.monotonic() < deadline:
+        for client in list(left):
+            connection, answer, found = client
+            connection.settimeout(0.02)
+            with suppress(TimeoutError):
+                try:
+                    if piece := connection.recv(10_000):
+                        found += piece
+                    else:
+                        left.remove(client)
+                    if found or not answer:
+                        connection.sendall(b"x")  # of a body, or of a head that never ends
+                except ConnectionError:
+                    left.remove(client)
+    for connection, answer, found in clients:
+        connection.close()
+        assert found.startswith(answer)
+    assert not left, "some are held"
+
+
+def test_no_client_holds_an_answer_by_not_reading_it(impatient: str) -> None:
+    ask = b"GET /large HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+    clients = [connected(impatient, ask % more, 4096) for more in (b"", b"Connection: close\r\n")]
+    time.sleep(2)
+    for connection in clients:
+        found = 0
+        with connection, suppress(ConnectionError):
+            while piece := connection.recv(2**20):
+                found += len(piece)
+        assert found < len(LARGE)
+
+
+def test_a_client_that_reads_and_asks_keeps_its_connection(impatient: str) -> None:
+    ask = b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connected(impatient, b"", 4096) as connection:
+        for _ in range(3):
+            time.sleep(0.4)
+            connection.sendall(ask)
+            left = len(LARGE)
+            while left > 0:
+                left -= len(connection.recv(2**20))
 
 
 def test_other_servers_run_the_factory() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.settings import Settings, read_keys, settings_from
 
 
@@ -26,6 +27,20 @@ def test_flags_go_before_variables_and_these_before_the_file(tmp_path: Path, mon
 def test_settings_that_cannot_work_are_named(values: dict[str, object]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(values))):
         settings_from(values)
+
+
+def test_several_values_that_are_no_list_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "serve.toml").write_text("port = 1")
+    monkeypatch.setenv("TOKENFLOW_SERVE_CORS_ORIGINS", "https://a.example")
+    for file in (None, tmp_path / "serve.toml"):
+        with pytest.raises(ArgumentError, match=r"TOKENFLOW_SERVE_CORS_ORIGINS.*JSON list"):
+            settings_from({}, file)
+    with pytest.raises(ArgumentError, match="TOKENFLOW_SERVE_CORS_ORIGINS"):
+        create_app()
+    monkeypatch.delenv("TOKENFLOW_SERVE_CORS_ORIGINS")
+    monkeypatch.setenv("TOKENFLOW_SERVE_TIMEOUT", "soon")
+    with pytest.raises(ArgumentError, match="timeout='soon'"):
+        create_app()
 
 
 def test_files_that_are_no_settings_are_named(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from tokenflow_sdk.errors import RequestTimeoutError
 from tokenflow_sdk.server import streams
-from tokenflow_sdk.server.streams import EventStream, event
+from tokenflow_sdk.server.guard import ClientGone
+from tokenflow_sdk.server.streams import EventStream, event, pieces_of
 
 
 async def texts(stream: EventStream) -> list[str]:
@@ -53,3 +57,42 @@ def test_a_stream_that_is_dropped_ends_what_makes_its_events() -> None:
 
     asyncio.run(main())
     assert ended == [True]
+
+
+@pytest.mark.parametrize("sent", [1, 3])
+def test_a_client_that_goes_while_an_event_is_sent_ends_the_request(sent: int) -> None:
+    class Endless(Iterator[int]):
+        closed = False
+
+        def __next__(self) -> int:
+            return 1
+
+        def close(self) -> None:
+            self.closed = True
+
+    stream: Any = Endless()
+
+    async def events() -> AsyncGenerator[str, None]:
+        async for piece in pieces_of(stream, threads):
+            yield event({"piece": piece})
+
+    async def receive() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal sent
+        sent -= 1
+        if sent < 0:
+            raise ClientGone
+
+    async def main() -> None:
+        answer = EventStream(events())
+        with pytest.raises(ClientGone):
+            await answer({"type": "http"}, receive, send)
+        await asyncio.sleep(0.01)
+        # Somebody may hold the answer, or it waits for the garbage collector; its request has ended all the same.
+        assert stream.closed
+
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.run(main())

@@ -18,7 +18,7 @@ from tokenflow_sdk.server.errors import handlers
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.models import Models
-from tokenflow_sdk.server.settings import Settings, read_keys
+from tokenflow_sdk.server.settings import Settings, read_keys, settings_from
 
 __all__ = ["create_app"]
 
@@ -35,7 +35,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
     Raises:
         TokenFlowError: a bundle, the key file or a setting cannot be used.
     """
-    settings = Settings() if settings is None else settings
+    settings = settings_from({}) if settings is None else settings
     metrics = Metrics()
     models = Models(settings, metrics)
     keys = read_keys(settings.api_key_file)
@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
             _LOG.error("the models cannot be opened: %s", error)
             if failed is not None:
                 failed(error)
-        else:
+        if models.ready:
             _watch(models)
             _LOG.info("ready: %s", ", ".join(models.names()))
 
@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         try:
             yield
         finally:
+            models.ending = True
             await opening
             await asyncio.to_thread(models.close)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -23,8 +24,10 @@ from tokenflow_sdk.errors import (
     TokenFlowError,
 )
 
-__all__ = ["ApiError", "answer_of", "api_error", "envelope", "handlers"]
+__all__ = ["REQUEST_ID", "ApiError", "answer_of", "api_error", "envelope", "handlers"]
 
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="without id")
+"""Id of the request that is being answered."""
 _LOG = logging.getLogger("tokenflow_sdk.server")
 _CODES = {
     400: "bad_request",
@@ -105,9 +108,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, (ArgumentError, ArrayError, PromptError)):
         return ApiError(422, str(error))
     if not isinstance(error, TokenFlowError):
-        _LOG.error("a request failed", exc_info=error)
+        _LOG.error("request %s failed", REQUEST_ID.get(), exc_info=error)
     else:
-        _LOG.error("a request failed: %s", error)
+        _LOG.error("request %s failed: %s", REQUEST_ID.get(), error)
     return ApiError(500, "The request failed here, not for what it asked; the server's log says why.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenflow_sdk.server.errors import ApiError, answer_of, api_error
+from tokenflow_sdk.server.errors import REQUEST_ID, ApiError, answer_of, api_error
 from tokenflow_sdk.server.metrics import Metrics
 from tokenflow_sdk.server.settings import Settings
 
@@ -57,12 +58,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = _Request(scope, send, self._settings.body_timeout)
+        REQUEST_ID.set(request.id)
         try:
             await self._answer(scope, receive, request)
         except ApiError as error:
             await request.refuse(error)
         except ClientGone:
             request.status = None
+        except asyncio.CancelledError:
+            # The server ends, and has waited for as long as it may.
+            if request.status is not None:
+                raise
+            await request.refuse(ApiError(503, "The server ends before the request was finished. Send it again in a moment."))
         except Exception as error:
             if request.status is not None:
                 raise
@@ -71,7 +78,7 @@ class Guard:
             self._note(scope, request)
 
     async def _answer(self, scope: Scope, receive: Receive, request: _Request) -> None:
-        path: str = scope["path"]
+        path = _route_path(scope)
         if path not in _PROBES:
             # The page asks for a key itself.
             if self._keys and path != "/" and not path.startswith("/page/"):
@@ -203,6 +210,12 @@ class _Request:
                 return {"type": "http.disconnect"}
 
             await answer_of(error)(self._scope, nothing, self.send)
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the app's routes have it: without the root path, which what runs the app puts before it."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return str(path[len(root) :] if path.startswith(f"{root}/") else path)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -55,6 +55,8 @@ class Models:
         self.generator: Generator | None = None
         self.understander: Understander | None = None
         self.ready = False
+        self.ending = False
+        """Set where the server ends: `open` leaves out the models that it has not begun with, and nothing gets ready."""
         self._pictures = ThreadPoolExecutor(available_cores(), "tokenflow-picture")
         # As many as requests: each waits for its next piece in a thread, and asyncio's own are few.
         self.stream_threads = ThreadPoolExecutor(settings.max_queue, "tokenflow-stream")
@@ -88,13 +90,13 @@ class Models:
         codes = tok.codes(tok.encode_array(np.zeros((1, size, size, 3), np.uint8))[0])
         for warm in (tok.decode, tok.features, tok.semantic):
             warm(codes)
-        if self.generator_name != NONE:
+        if self.generator_name != NONE and not self.ending:
             self.generator = opened(Generator.open(self.generator_name, options, tok, s.pages))
             self.generator.generate("a red apple", seed=0)
-        if s.understander is not None:
+        if s.understander is not None and not self.ending:
             self.understander = opened(Understander.open(s.understander, options, tok, s.pages))
             self.understander.answer(codes, "What is this?", max_tokens=2)
-        self.ready = True
+        self.ready = not self.ending
 
     def close(self) -> None:
         """Free everything after the calls that run."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import sys
 from contextlib import suppress
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokenflow_sdk.errors import ArgumentError
 from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.settings import LOOPBACK, Settings
 
-__all__ = ["serve"]
+__all__ = ["serve", "server_config"]
 
 _LOG = logging.getLogger("tokenflow_sdk.server")
 
@@ -37,18 +40,7 @@ def serve(settings: Settings) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     if settings.host not in LOOPBACK and settings.api_key_file is None:
         _LOG.warning("everybody who reaches %s may use this server; --api-key-file asks for keys", settings.host)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
-        timeout_keep_alive=30,
-        http="h11",  # httptools, which uvicorn takes where it is installed, has no limit for the head of a request
-        h11_max_incomplete_event_size=64 * 1024,
-        limit_concurrency=8 * settings.max_queue,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, settings))
     host, port = listener.getsockname()[:2]
     _LOG.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
     # uvicorn raises the signal that ended it again afterwards, and this was the orderly end.
@@ -56,6 +48,69 @@ def serve(settings: Settings) -> None:
         server.run(sockets=[listener])
     if failures:
         raise failures[0]
+
+
+def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs the app: with limits on what clients can hold, in bytes, connections and seconds."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_keep_alive=max(1, round(settings.body_timeout)),
+        http=_Connection,  # httptools, which uvicorn takes where it is installed, has no limit for the head of a request
+        ws="none",  # there is nothing to upgrade to, and an upgraded connection would have no limits
+        h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=8 * settings.max_queue,
+    )
+
+
+class _Connection(H11Protocol):
+    """A connection that is cut when its client lets it wait for `timeout_keep_alive` seconds: for the head of a request, the
+    first or the next, or for reading what was written. uvicorn alone waits for ever for what a byte has begun.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        # Whatever the kernel does not take at once is unread, and counts: also after the last write, and while closing.
+        transport.set_write_buffer_limits(high=0)
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        """Let the deadline run, from now unless it does, while the client is waited for and not the app."""
+        if self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused:
+            self._stop()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from tokenflow_sdk.bundle.bundle import TINY
 from tokenflow_sdk.errors import ArgumentError
@@ -65,8 +71,14 @@ class Settings(BaseSettings):
     max_prompt_chars: int = Field(default=16_000, ge=1, description="characters of the longest prompt or conversation")
     max_queue: int = Field(default=128, ge=1, description="most requests under way; others are told to come later")
     timeout: float = Field(default=120.0, gt=0, description="seconds until a request is given up")
-    body_timeout: float = Field(default=30.0, gt=0, description="seconds that a body may take to arrive, and a client to read")
-    drain: float = Field(default=30.0, ge=0, description="seconds that accepted requests have to finish after SIGTERM")
+    body_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        description="seconds that the head and the body of a request may take to arrive, and its answer to be read",
+    )
+    drain: float = Field(
+        default=30.0, ge=0, description="seconds that accepted requests have to finish after SIGTERM; others get 503 then"
+    )
     access_log: bool = Field(default=True, description="write a line of JSON for each request to stderr")
 
     @field_validator("cors_origins", "allowed_hosts")
@@ -118,6 +130,10 @@ def settings_from(values: dict[str, Any], file: Path | None = None) -> Settings:
             f"{name}={first.get('input')!r} cannot be used: {first['msg'].removeprefix('Value error, ').lower()}.",
             "`tokenflow serve --help` lists all settings.",
         ) from error
+    except SettingsError as error:
+        # Only variables of several values are parsed; it tells which by the field's name in quotes.
+        name = f"TOKENFLOW_SERVE_{str(error).split(chr(34))[1].upper()}"
+        raise ArgumentError(f"The variable {name} is no JSON list.", f"""Write it as {name}='["one", "two"]'.""") from error
     except (OSError, ValueError) as error:
         if isinstance(error, ArgumentError):
             raise

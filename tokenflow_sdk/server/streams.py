@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.errors import api_error, envelope
@@ -43,9 +45,18 @@ async def pieces_of(stream: RequestStream[Piece, Any], threads: Executor) -> Asy
 class EventStream(StreamingResponse):
     """An answer of server-sent events. An error in its midst is its last event."""
 
-    def __init__(self, events: AsyncIterator[str]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_with_pings(_with_errors(events)), media_type="text/event-stream", headers=headers)
+        self._events = _with_pings(_with_errors(events))
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events. However it ends, what makes them ends with it, and nothing is left for the garbage collector."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
@@ -77,10 +88,11 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
                 await each
 
 
-async def _with_errors(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     try:
-        async for each in events:
-            yield each
+        async with aclosing(events):
+            async for each in events:
+                yield each
     except Exception as error:
         yield event(envelope(api_error(error)))
 
