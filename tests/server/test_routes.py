@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from tokenflow_sdk.server import chat, embeddings, generations, images, inference
 from tokenflow_sdk.server.errors import ApiError, handlers
 from tokenflow_sdk.server.guard import ClientGone
 from tokenflow_sdk.server.routes import WorkRoute, gathered, require_few_values
@@ -138,3 +139,35 @@ def test_the_first_error_cancels_what_is_gathered_with_it() -> None:
         assert sorted(ended) == [0, 1, 2, 3, 4]
 
     asyncio.run(main())
+
+
+def test_all_routes_that_work_end_with_their_client() -> None:
+    modules: tuple[Any, ...] = (images, embeddings, generations, chat, inference)
+    posts = [each for module in modules for each in module.router(None).routes if "POST" in each.methods]
+    assert len(posts) >= 8
+    assert all(isinstance(each, WorkRoute) for each in posts)
+
+
+CODES = {"type": "image_codes", "image_codes": {"tfc": "AAAA"}}
+WORK: list[tuple[Any, str, str, dict[str, object]]] = [
+    (images, "read_codes", "/v1/images/decode", {"tfc": "AAAA"}),
+    (images, "_arrays", "/v1/images/features", {"indices": [0] * 30}),
+    (chat, "read_codes", "/v1/chat/completions", {"messages": [{"role": "user", "content": [CODES]}]}),
+    (generations, "_Drawing", "/v1/images/generations", {"prompt": ""}),
+    (inference, "_read", "/v2/models/encode/infer", {"inputs": [], "any": "x" * 100_000}),
+]
+
+
+@pytest.mark.parametrize("module, name, path, body", WORK, ids=[f"{each[2]} {each[1]}" for each in WORK])
+def test_what_takes_long_runs_in_threads(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, path: str, body: dict[str, object]
+) -> None:
+    function, threads = getattr(module, name), []
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, noted)
+    assert client.post(path, json=body).status_code in (200, 422)
+    assert [each.startswith("tokenflow-picture") for each in threads] == [True]
