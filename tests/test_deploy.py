@@ -198,12 +198,27 @@ def test_a_pod_may_do_little_and_has_time_to_finish(manifests: dict[str, Any]) -
     assert {"cpu", "memory"} <= set(container["resources"]["limits"])
 
 
+def test_pictures_and_bodies_fit_the_memory_everywhere(
+    compose: Any, manifests: dict[str, Any], unit: dict[str, list[str]]
+) -> None:
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert (compose["services"]["cpu"]["mem_limit"], container["resources"]["limits"]["memory"]) == ("2g", "2Gi")
+    for given in (
+        compose["services"]["cpu"]["environment"],
+        {each["name"]: each["value"] for each in container["env"]},
+        dict(each.split("=", 1) for each in unit["Environment"]),
+    ):
+        pictures = 8 * int(given[f"{PREFIX}MAX_PIXELS"]) * 4  # threads
+        assert pictures + 2e6 * Settings().max_bodies_mb + 0.5e9 < 2e9
+
+
 def test_the_unit_is_one_and_is_hardened(tmp_path: Path, unit: dict[str, list[str]]) -> None:
     command = shlex.split(unit["ExecStart"][0])
-    drain = make_parser().parse_args(command[2:]).drain
-    assert command[1] == "serve"
-    assert seconds(unit["TimeoutStopSec"][0]) >= float(drain) + CLOSING
-    assert set(unit["Environment"][1].split("=")[:1]) == {f"{PREFIX}API_KEY_FILE"}
+    given = dict(each.split("=", 1) for each in unit["Environment"])
+    # No flag, which would go before the variables of serve.env.
+    assert command[1:] == ["serve"]
+    assert seconds(unit["TimeoutStopSec"][0]) >= float(given[f"{PREFIX}DRAIN"]) + CLOSING
+    assert f"{PREFIX}API_KEY_FILE" in given
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze here")
     # It looks for the command, which is not here.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -26,3 +27,9 @@ def test_embeddings_work_with_openais_client(openais: openai.OpenAI, mini_bundle
     np.testing.assert_allclose(vectors, [wanted, wanted], rtol=1e-6)
     # What the client asks for where nothing is said, it reads itself.
     assert len(openais.embeddings.create(model="gpt-image-1", input=picture).data[0].embedding) == len(wanted)
+
+
+@pytest.mark.parametrize("given, code", [([], "unprocessable"), (["AA=="] * 17, "too_many_images"), ([1] * 9, "unprocessable")])
+def test_what_cannot_be_embedded_is_named(client: httpx.Client, given: list[object], code: str) -> None:
+    answer = client.post("/v1/embeddings", json={"input": given})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)

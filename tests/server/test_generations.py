@@ -94,7 +94,7 @@ def test_a_url_is_a_data_url_and_jpeg_is_jpeg(url: str) -> None:
     "wrong, status",
     [
         ({"prompt": ""}, 422),
-        ({"prompt": "\ud800"}, 422),
+        ({"prompt": "\ud800"}, 400),
         ({"prompt": "cat " * 5000}, 422),
         ({}, 422),
         ({"prompt": PROMPT, "n": 11}, 422),

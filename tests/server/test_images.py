@@ -127,11 +127,14 @@ WRONG = {
     "no type": ({"content": PHOTO}, 415),
     "no json": ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
     "a list": ({"json": []}, 422),
-    "deep": ({"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, 400),
+    "deep": ({"content": b"[" * 50_000, "headers": {"Content-Type": "application/json"}}, 400),
     "no base64": ({"json": {"image": "!"}}, 422),
     "remote": ({"json": {"image": "https://example.org/cat.png"}}, 422),
     "no texts": ({"json": {"images": [1]}}, 422),
     "too many": ({"json": {"images": ["AA=="] * 17}}, 422),
+    "too many codes": ({"json": {"data": [{"indices": ["a"]}] * 17}}, 422),
+    "too many values": ({"json": {"images": [{}] * 100_000}}, 413),
+    "too many options": ({"json": {"image": "AA=="} | {str(i): 0 for i in range(100)}}, 422),
     "unknown field": ({"json": {"image": "AA==", "colour": "srgb"}}, 422),
     "unknown model": ({"json": {"image": "AA==", "model": "x"}}, 404),
     "unknown file": ({"files": {"picture": b"x"}}, 422),
@@ -167,5 +170,5 @@ def test_codes_that_cannot_be_decoded_are_named(client: httpx.Client, codes: Cod
 
 
 def test_one_file_form_cannot_hold_several(client: httpx.Client) -> None:
-    files = [("image", PHOTO), ("image", PHOTO)]
+    files = [("image", PHOTO), ("image", b"not even read")]
     assert client.post("/v1/images/tokens", files=files, headers={"Accept": TFC}).status_code == 406

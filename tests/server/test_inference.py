@@ -137,6 +137,9 @@ def tensor(**changes: object) -> dict[str, object]:
         [tensor(data=None)],
         [tensor(data=None, parameters={"binary_data_size": 120})],
         [tensor(data=None, parameters={"binary_data_size": -1})],
+        [tensor(data=[[0] * 30] * 1000)],
+        [tensor(data=[[]] * 1000)],
+        [tensor(data=[[[0]] * 29])],
     ],
 )
 def test_wrong_tensors_are_named(url: str, inputs: object) -> None:
@@ -148,8 +151,22 @@ def test_wrong_tensors_are_named(url: str, inputs: object) -> None:
     assert answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("length, status", [("9999", 400), ("-1", 400), ("x", 400), ("10", 422), ("0", 422)])
+@pytest.mark.parametrize(
+    "length, status",
+    [("9999", 400), ("-1", 400), ("x", 400), ("\xb2", 400), ("1" * 5000, 400), ("", 400), ("10", 422), ("0", 422)],
+)
 def test_wrong_lengths_of_the_json_are_named(url: str, length: str, status: int) -> None:
     body = json.dumps({"inputs": [tensor()]}).encode()
-    answer = httpx.post(f"{url}/v2/models/decode/infer", content=body, headers={"Inference-Header-Content-Length": length})
+    answer = httpx.post(f"{url}/v2/models/decode/infer", content=body, headers={LENGTH.encode(): length.encode("latin-1")})
     assert answer.status_code == status, answer.text
+
+
+def test_wrong_outputs_are_named_before_the_model_runs(client: httpx.Client) -> None:
+    def calls() -> list[str]:
+        return [line for line in client.get("/metrics").text.splitlines() if "tokenflow_batch" in line]
+
+    before = calls()
+    body = {"inputs": [tensor()], "outputs": [{"name": "other"}]}
+    answer = client.post("/v2/models/decode/infer", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "outputs")
+    assert before and calls() == before

@@ -146,6 +146,12 @@ def test_malformed_requests_get_4xx_answers(url: str, files: list[bytes]) -> Non
     send_all(url, 200, files)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_million_values_are_refused_before_they_are_made(client: httpx.Client, path: str) -> None:
+    answer = client.post(path, json={"any": [{}] * 10**6})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
 @pytest.mark.slow
 def test_two_thousand_malformed_requests_get_4xx_answers(url: str, files: list[bytes]) -> None:
     send_all(url, 2000, files)

@@ -59,8 +59,13 @@ def test_unknown_routes_and_methods_are_errors_in_the_envelope(client: httpx.Cli
     answer = client.get(path)
     assert answer.status_code == status
     assert set(answer.json()) == {"error"}
+    assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 def test_the_interface_is_described(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/images/tokens", "/v1/images/generations", "/v1/chat/completions", "/v2/models/{name}/infer"} <= set(paths)
+
+
+def test_nothing_is_shown_that_other_hosts_serve(client: httpx.Client) -> None:
+    assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]

@@ -75,6 +75,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         lifespan=lifespan,
         middleware=middleware,
         exception_handlers=handlers(),
+        docs_url=None,  # it would load Swagger UI from another host, beside the page's key
         redoc_url=None,
     )
     app.state.models = models

@@ -10,7 +10,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import from_json
 from python_multipart import FormParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -21,6 +20,7 @@ from tokenflow_sdk.pictures.preparation import Color, Preprocess
 from tokenflow_sdk.pictures.tfc import MAGIC
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.routes import read_json
 
 __all__ = ["TFC", "CodesJson", "Options", "Read", "picture_bytes", "read_codes", "read_inputs"]
 
@@ -28,6 +28,7 @@ TFC = "application/vnd.tokenflow.codes"
 """Media type of a `.tfc` file."""
 _FIELDS = ("image", "image[]", "images", "file", "tfc")
 """Names of a form's fields that are files; others are options."""
+_MOST_OPTIONS = 64
 Read = Callable[[], bytes]
 """Gives the content of a picture file, and may take a while for it."""
 
@@ -48,7 +49,9 @@ class CodesJson(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    indices: Annotated[list[int] | None, Field(max_length=65536, description="code indices of some whole scales")] = None
+    indices: Annotated[
+        list[int] | None, Field(max_length=65536, fail_fast=True, description="code indices of some whole scales")
+    ] = None
     tfc: Annotated[str | None, Field(description="a .tfc file, as base64")] = None
     codebook: Annotated[str | None, Field(description="SHA-256 of the codebook; others than the server's are refused")] = None
 
@@ -69,7 +72,7 @@ async def read_inputs(request: Request, models: Models) -> Inputs:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        found = _from_json(await request.body())
+        found = _from_json(await read_json(await request.body(), models), models.settings.max_images)
     elif kind == "multipart/form-data":
         form, most = await request.body(), models.settings.max_images
         found = await models.in_thread(lambda: _from_form(request.headers["content-type"], form, most))
@@ -83,12 +86,14 @@ async def read_inputs(request: Request, models: Models) -> Inputs:
             f"Bodies of type {kind[:100]!r} are not read. Send image/*, {TFC}, multipart/form-data or application/json.",
             param="Content-Type",
         )
-    count, limit = len(found.pictures) + len(found.codes), models.settings.max_images
+    count = len(found.pictures) + len(found.codes)
     if not count:
         raise ApiError(422, "The request has no picture: its body is empty, or has no field `image`.", param="image")
-    if count > limit:
-        raise ApiError(422, f"The request has {count} pictures; the most is {limit}.", "too_many_images", "images")
-    return found._replace(options={**request.query_params, **found.options})
+    _require_images(count, models.settings.max_images)
+    options = {**request.query_params, **found.options}
+    if len(options) > _MOST_OPTIONS:
+        raise ApiError(422, f"The request has {len(options)} options, of which most are not known.")
+    return found._replace(options=options)
 
 
 def picture_bytes(text: str, name: str = "image") -> bytes:
@@ -134,11 +139,7 @@ def read_codes(given: CodesJson | bytes, models: Models, scales: int | None = No
     return codes if scales is None else codes.truncate(min(scales, codes.n_scales))
 
 
-def _from_json(body: bytes) -> Inputs:
-    try:
-        data = from_json(body)
-    except ValueError as error:
-        raise ApiError(400, f"The body is no JSON: {error}.") from None
+def _from_json(data: Any, most: int) -> Inputs:
     if not isinstance(data, dict):
         raise ApiError(422, "The body is no JSON object.")
     pictures = data.pop("images", None) if "images" in data else ([data.pop("image")] if "image" in data else [])
@@ -149,6 +150,7 @@ def _from_json(body: bytes) -> Inputs:
         if not isinstance(values, list) or not all(isinstance(each, wanted) for each in values):
             kind = "base64 texts" if wanted is str else "objects with `indices` or `tfc`"
             raise ApiError(422, f"{name} is no list of {kind}.", param=name)
+        _require_images(len(values), most)
     return Inputs([partial(picture_bytes, each) for each in pictures], [CodesJson.model_validate(each) for each in codes], data)
 
 
@@ -160,7 +162,7 @@ def _from_form(kind: str, body: bytes, most: int) -> Inputs:
 
     def on_field(field: Any) -> None:
         options[_text(field.field_name)] = _text(field.value or b"")
-        _require_few(len(options), 64)
+        _require_few(len(options), _MOST_OPTIONS)
 
     def on_file(file: Any) -> None:
         file.file_object.seek(0)
@@ -181,6 +183,11 @@ def _from_form(kind: str, body: bytes, most: int) -> Inputs:
         raise ApiError(422, f"The form's file {unknown[0][:100]!r} is not known. Call it `image`.", param=unknown[0][:100])
     codes: list[CodesJson | bytes] = [data for name, data in files if _is_codes(name, data)]
     return Inputs([partial(bytes, data) for name, data in files if not _is_codes(name, data)], codes, options)
+
+
+def _require_images(count: int, most: int) -> None:
+    if count > most:
+        raise ApiError(422, f"The request has {count} pictures; the most is {most}.", "too_many_images", "images")
 
 
 def _is_codes(name: str, data: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tokenflow_sdk.model.sampling import random_seed
@@ -20,7 +18,8 @@ from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.bodies import CodesJson, picture_bytes, read_codes
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
-from tokenflow_sdk.server.streams import EventStream, event, pieces_of, unless_gone
+from tokenflow_sdk.server.routes import WorkRoute, gathered
+from tokenflow_sdk.server.streams import EventStream, event, pieces_of
 from tokenflow_sdk.understanding.answering import Answer
 from tokenflow_sdk.understanding.params import AnswerParams
 
@@ -49,7 +48,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[Part], Field(max_length=64)]
+    content: str | Annotated[list[Part], Field(max_length=64, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -63,7 +62,7 @@ class ChatRequest(BaseModel):
     """OpenAI's request; `top_k` and `repetition_penalty` are ours. What is not listed is read and means nothing here."""
 
     model_config = ConfigDict(extra="ignore")
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256, fail_fast=True)]
     model: str | None = None
     n: Annotated[int | None, Field(ge=1, le=1)] = 1
     stream: bool | None = False
@@ -85,15 +84,15 @@ class _Conversation(NamedTuple):
 
 def router(models: Models) -> APIRouter:
     """The route over some models."""
-    routes = APIRouter(prefix="/v1", tags=["answering"])
+    routes = APIRouter(prefix="/v1", tags=["answering"], route_class=WorkRoute)
 
     @routes.post("/chat/completions", summary="An answer about pictures, in OpenAI's shape", response_model=None)
-    async def completions(body: ChatRequest, request: Request) -> Response:
+    async def completions(body: ChatRequest) -> Response:
         name = models.require(body.model, "chat")
         answering = _Answering(models, name, body, await _begun(models, body))
         if body.stream:
             return EventStream(answering.events())
-        return JSONResponse(await unless_gone(request, answering.answer()))
+        return JSONResponse(await answering.answer())
 
     return routes
 
@@ -110,7 +109,7 @@ async def _begun(models: Models, body: ChatRequest) -> RequestStream[str, Answer
         "seed": random_seed() if body.seed is None else body.seed,
     }
     params = AnswerParams(**{name: value for name, value in given.items() if value is not None})
-    codes = list(await asyncio.gather(*(_codes(models, part) for part in talk.pictures)))
+    codes = await gathered(_codes(models, part) for part in talk.pictures)
     understander = models.understander
     assert understander is not None
 
@@ -125,7 +124,7 @@ async def _codes(models: Models, part: Part) -> Codes:
     """Codes of a picture, prepared as the understander was trained; given ones are its tokenizer's."""
     assert models.understander is not None
     if part.image_codes is not None:
-        return read_codes(part.image_codes, models)
+        return await models.in_thread(partial(read_codes, part.image_codes, models))
     assert part.image_url is not None
     read = partial(picture_bytes, part.image_url.url, "image_url")
     return await models.picture(read, models.understander.config.preprocess)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Literal
 
@@ -17,6 +16,7 @@ from tokenflow_sdk.server.bodies import picture_bytes
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.images import base64_text
 from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.routes import WorkRoute, gathered
 
 __all__ = ["router"]
 
@@ -26,7 +26,7 @@ class Embeddings(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    input: Annotated[str | list[str], Field(description="pictures as data URLs or base64")]
+    input: Annotated[str | Annotated[list[str], Field(fail_fast=True)], Field(description="pictures as data URLs or base64")]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -35,19 +35,20 @@ class Embeddings(BaseModel):
 
 def router(models: Models) -> APIRouter:
     """The route over some models."""
-    routes = APIRouter(prefix="/v1", tags=["pictures and codes"])
+    routes = APIRouter(prefix="/v1", tags=["pictures and codes"], route_class=WorkRoute)
 
     @routes.post("/embeddings", summary="One vector a picture, in OpenAI's shape")
     async def embeddings(body: Embeddings) -> Response:
         name = models.require(body.model, "embeddings")
         pictures = [body.input] if isinstance(body.input, str) else body.input
-        if not 1 <= len(pictures) <= models.settings.max_images:
-            raise ApiError(422, f"Give 1 to {models.settings.max_images} pictures.", "too_many_images", "input")
+        most = models.settings.max_images
+        if not 1 <= len(pictures) <= most:
+            raise ApiError(422, f"Give 1 to {most} pictures.", "too_many_images" if pictures else None, "input")
         width = models.tokenizer.config.semantic_width
         if body.dimensions not in (None, width):
             raise ApiError(422, f"This model's vectors have {width} dimensions.", param="dimensions")
-        codes = await asyncio.gather(*(models.picture(partial(picture_bytes, text, "input")) for text in pictures))
-        vectors = await asyncio.gather(*map(models.embedding, codes))
+        codes = await gathered(models.picture(partial(picture_bytes, text, "input")) for text in pictures)
+        vectors = await gathered(map(models.embedding, codes))
         data = [
             {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
             for i, vector in enumerate(vectors)

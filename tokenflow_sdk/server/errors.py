@@ -115,7 +115,10 @@ def api_error(error: Exception) -> ApiError:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return answer_of(api_error(error))
+    answer = answer_of(api_error(error))
+    if isinstance(error, HTTPException):
+        answer.headers.update(error.headers or {})  # Allow, beside 405
+    return answer
 
 
 def handlers() -> dict[Any, Any]:

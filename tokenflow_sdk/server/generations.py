@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from functools import partial
 from time import time
@@ -10,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tokenflow_sdk.generation.generator import Generator
@@ -21,7 +19,8 @@ from tokenflow_sdk.request_runner import RequestStream
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.images import PictureFormat, base64_text, picture_file
 from tokenflow_sdk.server.models import Models
-from tokenflow_sdk.server.streams import EventStream, event, pieces_of, unless_gone
+from tokenflow_sdk.server.routes import WorkRoute, gathered
+from tokenflow_sdk.server.streams import EventStream, event, pieces_of
 
 __all__ = ["GenerationRequest", "router"]
 
@@ -59,17 +58,17 @@ class GenerationRequest(BaseModel):
 
 def router(models: Models) -> APIRouter:
     """The route over some models."""
-    routes = APIRouter(prefix="/v1", tags=["drawing"])
+    routes = APIRouter(prefix="/v1", tags=["drawing"], route_class=WorkRoute)
 
     @routes.post("/images/generations", summary="A prompt to pictures, in OpenAI's shape", response_model=None)
-    async def generations(body: GenerationRequest, request: Request) -> Response:
+    async def generations(body: GenerationRequest) -> Response:
         models.require(body.model, "generations")
         generator = models.generator
         assert generator is not None
-        drawing = _Drawing(models, generator, body)
+        drawing = await models.in_thread(partial(_Drawing, models, generator, body))  # it tokenizes
         if body.stream:
             return EventStream(drawing.events())
-        return JSONResponse(await unless_gone(request, drawing.answer()))
+        return JSONResponse(await drawing.answer())
 
     return routes
 
@@ -107,7 +106,7 @@ class _Drawing:
         async for _ in pieces_of(self._stream, self._models.stream_threads):
             pass
         drawn = self._result()
-        files = await asyncio.gather(*(self._file(codes, drawn, i) for i, codes in enumerate(drawn.codes)))
+        files = await gathered(self._file(codes, drawn, i) for i, codes in enumerate(drawn.codes))
         field = "url" if self._body.response_format == "url" else "b64_json"
         data = [
             {field: self._text(file), "tfc": base64_text(codes.to_bytes())}

@@ -92,7 +92,7 @@ class Guard:
         try:
             await self._read(request.headers, receive, body)
             if not path.startswith(_WORK):
-                await self._app(scope, _replayed(bytes(body), receive), request.send)
+                await self._app(scope, _replayed(memoryview(body), receive), request.send)
                 return
             if self._working >= self._settings.max_queue:
                 self._metrics.refused.inc()
@@ -101,7 +101,7 @@ class Guard:
             try:
                 # Models give up what they work for themselves; this is for all else, a moment later.
                 with anyio.move_on_after(self._settings.timeout + _GRACE) as waiting:
-                    await self._app(scope, _replayed(bytes(body), receive), request.send)
+                    await self._app(scope, _replayed(memoryview(body), receive), request.send)
             finally:
                 self._working -= 1
             if waiting.cancelled_caught:
@@ -218,8 +218,8 @@ def _route_path(scope: Scope) -> str:
     return str(path[len(root) :] if path.startswith(f"{root}/") else path)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first, and then what comes later: that the client has gone."""
+def _replayed(body: memoryview, receive: Receive) -> Receive:
+    """A `receive` that gives the body first, which Starlette copies, and then what comes later: that the client has gone."""
     given = False
 
     async def next_message() -> Message:

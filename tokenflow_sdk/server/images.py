@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +22,7 @@ from tokenflow_sdk.server.answers import JsonAnswer
 from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, read_codes, read_inputs
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.routes import WorkRoute, gathered
 
 __all__ = ["PictureFormat", "base64_text", "codes_json", "picture_file", "router"]
 
@@ -76,7 +76,7 @@ class DecodeOptions(Options):
 
 def router(models: Models) -> APIRouter:
     """The routes over some models."""
-    routes = APIRouter(prefix="/v1", tags=["pictures and codes"])
+    routes = APIRouter(prefix="/v1", tags=["pictures and codes"], route_class=WorkRoute)
 
     async def inputs(request: Request, kind: type[Options]) -> tuple[Inputs, Any]:
         found = await read_inputs(request, models)
@@ -86,8 +86,10 @@ def router(models: Models) -> APIRouter:
 
     async def codes_of(found: Inputs, options: Options) -> list[Codes]:
         """Codes given, then those of pictures."""
-        given = [read_codes(each, models, options.scales) for each in found.codes]
-        made = await asyncio.gather(*(models.picture(read, options.preprocess, options.color) for read in found.pictures))
+        given: list[Codes] = []
+        if found.codes:
+            given = await models.in_thread(lambda: [read_codes(each, models, options.scales) for each in found.codes])
+        made = await gathered(models.picture(read, options.preprocess, options.color) for read in found.pictures)
         return given + [_truncated(each, options.scales) for each in made]
 
     @routes.post("/images/tokens", openapi_extra=_BODIES, summary="Pictures to codes")
@@ -95,12 +97,15 @@ def router(models: Models) -> APIRouter:
         found, options = await inputs(request, TokensOptions)
         if found.codes:
             raise ApiError(422, "The body has codes already; this takes pictures.", param="image")
+        as_file = _accepts(request, TFC, *_BINARY)
+        if as_file and len(found.pictures) > 1:
+            several = f"{TFC} holds one picture, and {len(found.pictures)} were sent."
+            raise ApiError(406, f"{several} Accept application/json for several.")
         way = options.preprocess, options.color
-        pixels = await asyncio.gather(*(models.prepared(read, *way) for read in found.pictures))
-        made = await asyncio.gather(*(models.coded(each, *way) for each in pixels))
+        pixels = await gathered(models.prepared(read, *way) for read in found.pictures)
+        made = await gathered(models.coded(each, *way) for each in pixels)
         codes = [_truncated(each, options.scales) for each in made]
-        if _accepts(request, TFC, *_BINARY):
-            _require_one(codes, TFC)
+        if as_file:
             return Response(codes[0].to_bytes(), media_type=TFC)
         data = [codes_json(each, i) for i, each in enumerate(codes)]
         if options.prepared:
@@ -115,7 +120,7 @@ def router(models: Models) -> APIRouter:
         if found.pictures:
             raise ApiError(422, "The body is a picture already; this takes codes.", param="tfc")
         codes = await codes_of(found, options)
-        images = await asyncio.gather(*map(models.decoded, codes))
+        images = await gathered(map(models.decoded, codes))
         files = [await models.in_thread(partial(picture_file, image, options.format, options.quality)) for image in images]
         if len(files) == 1 and not _accepts(request, "application/json"):
             return Response(files[0], media_type=f"image/{options.format}")
@@ -132,13 +137,8 @@ def router(models: Models) -> APIRouter:
 
     async def arrays(request: Request, of: Callable[[Codes], Awaitable[NDArray[np.float32]]]) -> Response:
         found, options = await inputs(request, Options)
-        result = np.stack(await asyncio.gather(*map(of, await codes_of(found, options))))
-        if _accepts(request, _NPY, *_BINARY):
-            buffer = io.BytesIO()
-            np.save(buffer, result)
-            return Response(buffer.getvalue(), media_type=_NPY)
-        data = [{"index": i, "shape": list(each.shape), "values": each.tolist()} for i, each in enumerate(result)]
-        return await models.in_thread(lambda: JsonAnswer({"object": "list", "data": data}))
+        rows = await gathered(map(of, await codes_of(found, options)))
+        return await models.in_thread(partial(_arrays, rows, _accepts(request, _NPY, *_BINARY)))
 
     return routes
 
@@ -175,6 +175,16 @@ def picture_file(
     return buffer.getvalue()
 
 
+def _arrays(rows: list[NDArray[np.float32]], npy: bool) -> Response:
+    """The answer of one array a picture: a .npy file of all, or JSON."""
+    if npy:
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack(rows))
+        return Response(buffer.getvalue(), media_type=_NPY)
+    data = [{"index": i, "shape": list(each.shape), "values": each.tolist()} for i, each in enumerate(rows)]
+    return JsonAnswer({"object": "list", "data": data})
+
+
 def _truncated(codes: Codes, scales: int | None) -> Codes:
     if scales is None:
         return codes
@@ -187,8 +197,3 @@ def _accepts(request: Request, *kinds: str) -> bool:
     """Whether the client asks for one of these media types by name."""
     named = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
     return not named.isdisjoint(kinds)
-
-
-def _require_one(codes: list[Codes], kind: str) -> None:
-    if len(codes) > 1:
-        raise ApiError(406, f"{kind} holds one picture, and {len(codes)} were sent. Accept application/json for several.")

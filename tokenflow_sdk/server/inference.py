@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from tokenflow_sdk import __version__
 from tokenflow_sdk.server.answers import JsonAnswer
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
+from tokenflow_sdk.server.routes import WorkRoute, gathered, require_few_values, unless_small
 
 __all__ = ["router"]
 
@@ -117,7 +118,7 @@ class _Model(NamedTuple):
 
 def router(models: Models) -> APIRouter:
     """The routes over some models."""
-    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], route_class=WorkRoute)
 
     def model(name: str, version: str = "1") -> _Model:
         models.require_ready()
@@ -154,14 +155,10 @@ def router(models: Models) -> APIRouter:
     @routes.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
     async def infer(request: Request, name: str, version: str = "1") -> Response:
         asked = model(name, version)
-        body, binary = _split(await request.body(), request.headers.get(_HEADER))
-        try:
-            parsed = InferRequest.model_validate_json(body)
-        except RecursionError:
-            raise ApiError(400, "The body is no JSON: it is nested too deeply.") from None
-        rows = _input(parsed, binary, asked.input, models.settings.max_images)
-        result = np.stack(await asyncio.gather(*map(asked.run, rows)))
-        return await models.in_thread(lambda: _response(name, parsed, result, asked.output))
+        head, binary = _split(await request.body(), request.headers.get(_HEADER))
+        parsed, rows = await unless_small(models, len(head), lambda: _read(head, binary, asked, models.settings.max_images))
+        results = await gathered(map(asked.run, rows))
+        return await models.in_thread(lambda: _response(name, parsed, np.stack(results), asked.output))
 
     return routes
 
@@ -178,16 +175,33 @@ def _served(models: Models) -> dict[str, _Model]:
     }
 
 
-def _split(body: bytes, length: str | None) -> tuple[bytes, bytes]:
+def _split(body: bytes, length: str | None) -> tuple[bytes, memoryview]:
     """JSON and the binary tensors behind it."""
-    if length is None:
-        return body, b""
-    if not length.isdigit() or int(length) > len(body):
-        raise ApiError(400, f"{_HEADER} is {length[:40]!r}, and the body has {len(body)} bytes.", param=_HEADER)
-    return body[: int(length)], body[int(length) :]
+    size = len(body) if length is None else int(length) if re.fullmatch("[0-9]{1,12}", length) else -1
+    if not 0 <= size <= len(body):
+        raise ApiError(400, f"{_HEADER} is {str(length)[:40]!r}, and the body has {len(body)} bytes.", param=_HEADER)
+    return body[:size], memoryview(body)[size:]
 
 
-def _input(request: InferRequest, binary: bytes, tensor: _Tensor, most: int) -> NDArray[Any]:
+def _read(head: bytes, binary: memoryview, model: _Model, most: int) -> tuple[InferRequest, NDArray[Any]]:
+    """The request and its input tensor.
+
+    Raises:
+        ApiError: the model does not read this, or does not give what is asked for.
+        ValidationError: it is no request.
+    """
+    # A value of a tensor has at most one bracket before it, where each is in a list of its own.
+    require_few_values(head, 2**16 + 2 * most * int(np.prod(model.input.shape)))
+    try:
+        request = InferRequest.model_validate_json(head)
+    except RecursionError:
+        raise ApiError(400, "The body is no JSON: it is nested too deeply.") from None
+    if request.outputs and [each.name for each in request.outputs] != [model.output.name]:
+        raise ApiError(422, f"The model gives one output, {model.output.name!r}.", param="outputs")
+    return request, _input(request, binary, model.input, most)
+
+
+def _input(request: InferRequest, binary: memoryview, tensor: _Tensor, most: int) -> NDArray[Any]:
     """The input tensor, checked.
 
     Raises:
@@ -211,22 +225,20 @@ def _input(request: InferRequest, binary: bytes, tensor: _Tensor, most: int) -> 
         return np.frombuffer(binary, kind).reshape(given.shape)
     if binary:
         raise ApiError(422, "Bytes follow the JSON, and no input has `binary_data_size`.", param="inputs")
-    values, limits = _flat(given.data), np.iinfo(kind)
+    values, limits = _flat(given.data, count), np.iinfo(kind)
     if len(values) != count or not all(type(each) is int and limits.min <= each <= limits.max for each in values):
         raise ApiError(422, f"data of {tensor.name} must be {count} integers of type {tensor.datatype}.", param="inputs")
     return np.asarray(values, kind).reshape(given.shape)
 
 
-def _flat(data: Any) -> list[Any]:
-    """The values of nested lists, or of a flat one, in order."""
-    while isinstance(data, list) and data and all(isinstance(each, list) for each in data):
+def _flat(data: Any, most: int) -> list[Any]:
+    """The values of nested lists, or of a flat one, in order; of more than so many no list is made."""
+    while isinstance(data, list) and data and all(isinstance(each, list) for each in data) and sum(map(len, data)) <= most:
         data = [value for part in data for value in part]
     return data if isinstance(data, list) else []
 
 
 def _response(name: str, request: InferRequest, result: NDArray[Any], tensor: _Tensor) -> Response:
-    if request.outputs and [each.name for each in request.outputs] != [tensor.name]:
-        raise ApiError(422, f"The model gives one output, {tensor.name!r}.", param="outputs")
     asked = request.outputs[0].parameters.binary_data if request.outputs else False
     binary = asked or request.parameters.binary_data_output
     output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(result.shape)}
