@@ -115,6 +115,28 @@ def test_pictures_of_shards_with_errors_may_be_mended(tmp_path: Path) -> None:
     begin(tmp_path, shards=mended)
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_shards_of_which_nothing_was_made_may_change(mended: bool, tmp_path: Path) -> None:
+    """As a tar that ended half-way, and was fetched again."""
+    finish(begin(tmp_path), 1)
+    again = [replace(SHARDS[0], fingerprint="f" * 64), *SHARDS[1:]]
+    assert list(begin(tmp_path, shards=again, mended=mended).done) == [1]
+    assert Job.load(Storage(str(tmp_path))).shards == again
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_mended_pictures_are_of_as_many_shards(number: int, tmp_path: Path) -> None:
+    """A picture that was deleted moves all after it: where the last shard goes, its file would stay."""
+    for index in range(3):
+        finish(job := begin(tmp_path), index, {"CorruptImageError": 1})
+    other = [replace(SHARDS[0], index=i, fingerprint="f" * 64) for i in range(number)]
+    with pytest.raises(DatasetError, match="Put them back as they were, or choose another -o.$"):
+        begin(tmp_path, shards=other, mended=True)
+    job.shards = SHARDS[:2]
+    job._store()
+    assert sorted(Job.load(job.output).done) == [0, 1]
+
+
 def test_what_is_no_output_of_a_job_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos.tar").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"holds photos.tar and is not the output of a job. Choose another -o"):
@@ -128,7 +150,7 @@ def test_what_is_no_output_of_a_job_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_state_is_an_error_that_says_what_to_do(content: str, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text(content)
-    with pytest.raises(DatasetError, match=r"is damaged: .* Delete .*__tokenflow__ and begin again"):
+    with pytest.raises(DatasetError, match=r"is damaged: .* Empty /.* and begin again, or choose another -o"):
         begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text('{"format": 2, "sdk": "9.0"}')
     with pytest.raises(DatasetError, match=r"written by tokenflow-sdk 9.0, which is newer"):

@@ -91,7 +91,7 @@ class Job:
             bundle: of the tokenizer.
             inputs: as they were given.
             shards: read once, after the bundle and the options were compared.
-            mended: pictures of shards that are done with errors may have changed.
+            mended: pictures of shards that are done with errors may have changed, as those of shards that are not done always may.
 
         Raises:
             DatasetError: the output holds something else, or the bundle, an option or the inputs are not those that the job
@@ -108,14 +108,16 @@ class Job:
         job._require_same(stored)
         job.shards, job.done = list(shards), stored.done
         changed = _changed(stored.shards, job.shards)
-        if changed and mended and all(i in job.done and job.done[i].bad for i in changed):
-            job._store()
-        elif changed or len(stored.shards) != len(job.shards):
+        # Nothing was made of a shard that is not done: a tar that ended half-way may be another one now.
+        mendable = len(stored.shards) == len(job.shards) and all(i not in job.done or job.done[i].bad for i in changed)
+        if not mendable or (not mended and any(i in job.done for i in changed)):
             raise DatasetError(
                 f"The inputs are not those that the job in {output.address} began with: {_difference(stored, job, changed)}.",
                 "Put them back as they were, or choose another -o."
-                + (" Where bad pictures were mended, give --retry-errors." if changed else ""),
+                + (" Where bad pictures were mended, give --retry-errors." if mendable else ""),
             )
+        if changed:
+            job._store()
         return job
 
     @classmethod
@@ -240,7 +242,8 @@ def _load(output: Storage) -> Job | None:
         if isinstance(error, ArgumentError):
             raise
         raise DatasetError(
-            f"The state of the job in {output.address} is damaged: {error}.", f"Delete {output.path(STATE)} and begin again."
+            f"The state of the job in {output.address} is damaged: {error}.",
+            f"Empty {output.address} and begin again, or choose another -o.",
         ) from error
     job.done = _records(job)
     return job
@@ -252,7 +255,8 @@ def _records(job: Job) -> dict[int, DoneRecord]:
     names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
     found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
-    return {record.shard: record for record in found if record is not None and job.file(record.shard) in files}
+    shards = range(len(job.shards))
+    return {record.shard: record for record in found if record and record.shard in shards and job.file(record.shard) in files}
 
 
 def _names(output: Storage, directory: str = "") -> list[str]:
