@@ -163,13 +163,14 @@ def test_a_second_run_into_an_output_is_refused(run: Run, here: Path, capsys: Ou
 def test_tasks_make_the_whole_together(run: Run, capsys: Output) -> None:
     assert run("in", "-o", "whole", "--shard-size", 2) == 0
     left = [Path("out", f".0000{i}.parquet-{'0' * 12}.partial") for i in range(3)]
+    left += [Path("out", STATE, "done", f".0000{i}.json-{'0' * 12}") for i in range(3)]
     for task in ("2/3", "1/3", "3/3"):
-        Path("out").mkdir(exist_ok=True)
+        Path("out", STATE, "done").mkdir(parents=True, exist_ok=True)
         for path in left:
             path.touch()
         assert run("in", "-o", "out", "--shard-size", 2, "--shard", task) == 0
         # What a killed task left is deleted, and others may be writing theirs.
-        assert [path.exists() for path in left] == [owner != task for owner in ("1/3", "1/3", "2/3")]
+        assert [path.exists() for path in left] == 2 * [owner != task for owner in ("1/3", "1/3", "2/3")]
     assert "in 2 of 2 shards" in capsys.readouterr().out
     for path in left:
         path.unlink(missing_ok=True)

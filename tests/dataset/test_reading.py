@@ -80,6 +80,7 @@ def test_bad_rows_are_skipped_raised_or_yielded(form: Format, tmp_path: Path, st
 def test_of_a_job_only_shards_that_are_done_are_read(job: Callable[..., Storage], place: str) -> None:
     storage = job(place, [2, 2, 2, 2], [3, 0])
     storage.write(".00002.parquet-12ab.partial", b"half")
+    storage.write(f"{STATE}/done/.00001.json-{'0' * 12}", b"{")
     assert code_shards(storage.address) == [storage.path("00000.parquet"), storage.path("00003.parquet")]
     assert keys(read_codes(storage.address)) == [f"{i}/photos/{j}.v2.jpg" for i in (0, 3) for j in (0, 1)]
     storage.delete("00003.parquet")

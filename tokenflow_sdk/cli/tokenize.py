@@ -70,7 +70,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         with stderr.step(f"listing {', '.join(arguments.inputs)}", brief=True):
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
-        output.delete_leftovers(names={job.file(shard.index) for shard in shards_of(job, task)})
+        job.delete_leftovers(shards_of(job, task))
         return _run(arguments, job, task, tokenizers)
 
 

@@ -7,6 +7,7 @@ shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
@@ -25,6 +26,9 @@ __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
+
+_LEFT = re.compile(r"\.(.*)-[0-9a-f]{12}")
+"""What `Storage.write` names a local file before it is whole."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Job:
             bundle: of the tokenizer.
             inputs: as they were given.
             shards: read once, after the bundle and the options were compared.
-            mended: pictures of shards that are done with errors may have changed, as those of shards that are not done always may.
+            mended: pictures of shards that are done with errors may have changed. Those of shards that are not done always may.
 
         Raises:
             DatasetError: the output holds something else, or the bundle, an option or the inputs are not those that the job
@@ -144,6 +148,15 @@ class Job:
         """Let a shard count as not done, before its file is replaced. Raises OutputError, StorageError."""
         self.output.delete(_record_name(index))
         self.done.pop(index, None)
+
+    def delete_leftovers(self, shards: Iterable[Shard]) -> None:
+        """Delete what killed processes left half written of these shards, which nobody else may be making."""
+        indices = [shard.index for shard in shards]
+        self.output.delete_leftovers(names={self.file(index) for index in indices})
+        records = {_record_name(index) for index in indices}
+        for name in _names(self.output, DONE) if self.output.is_local else ():
+            if (found := _LEFT.fullmatch(name)) is not None and f"{DONE}/{found[1]}" in records:
+                self.output.delete(f"{DONE}/{name}")
 
     def _store(self) -> None:
         # job.json last: where it is, the list of shards is whole.

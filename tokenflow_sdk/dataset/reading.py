@@ -44,7 +44,9 @@ def code_shards(path: str | os.PathLike[str]) -> list[str]:
     files = {entry.name for entry in storage.scan() if not entry.name.startswith(".")}
     files = {name for name in files if name.endswith(tuple(FORMATS.values()))}
     if storage.find(STATE) is not None:
-        done = {entry.name.removesuffix(".json") for entry in storage.scan(DONE)} if storage.find(DONE) else set[str]()
+        records = [entry.name for entry in storage.scan(DONE)] if storage.find(DONE) else []
+        # Others, with a dot, are not whole yet, or were left by a process that was killed.
+        done = {name.removesuffix(".json") for name in records if name.endswith(".json") and not name.startswith(".")}
         found = {name for name in files if name.rpartition(".")[0] in done}
         if missing := done - {name.rpartition(".")[0] for name in found}:
             hint = "Copy it again, or run `tokenflow tokenize --verify`."
