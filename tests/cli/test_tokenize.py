@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -74,6 +75,14 @@ def test_bad_pictures_that_were_mended_are_tried_again(run: Run, capsys: Output)
     assert run("in", "-o", "out", "--retry-errors") == 0
     assert "rows with an error" not in capsys.readouterr().err
     assert len(list(read_codes("out", errors="raise"))) == 10
+
+
+def test_the_same_command_goes_on_where_the_output_lies_below_a_pattern(run: Run, here: Path, capsys: Output) -> None:
+    with tarfile.open(here / "in" / "a.tar", "w") as archive:
+        archive.add("in/000.png")
+    assert run("in/**/*.tar", "-o", "in/codes", "--format", "webdataset") == 0
+    assert run("in/**/*.tar", "-o", "in/codes", "--format", "webdataset") == 0
+    assert "nothing to do: all 1 shards are done" in capsys.readouterr().err
 
 
 def test_json_lines_are_for_machines(run: Run, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,23 @@ def test_patterns_are_searched_as_directories_are(photos: Storage) -> None:
     assert read([photos.path("a/?.png")], InputOptions(1)) == [[Row("1.png", b"a/1.png")], [Row("2.png", b"a/2.png")]]
 
 
+def test_a_jobs_own_output_is_no_input_of_it(place: str, tmp_path: Path) -> None:
+    storage = Storage(f"{place}/data")
+    for name in ("x/1.tar", "codes/00000.tar", "codes/deep/2.tar", "codes-2/3.tar", "codes/4.jpg"):
+        storage.write(name, tar("a.jpg"))
+    pattern = storage.path("**/*")
+
+    def found(given: Storage) -> list[str]:
+        return [shard.where for shard in find_shards([pattern], output=given)]
+
+    others = [storage.path(name) for name in ("codes-2/3.tar", "x/1.tar")]
+    assert [name for name in found(Storage(storage.path("codes"))) if name.endswith(".tar")] == others
+    assert len(found(Storage(f"{place}/other"))) == len(list(find_shards([pattern])))
+    if storage.is_local:
+        (tmp_path / "link").symlink_to(storage.address)
+        assert found(Storage(str(tmp_path / "link" / "codes"))) == found(Storage(storage.path("codes")))
+
+
 def test_lists_in_braces_are_written_out(place: str) -> None:
     storage = Storage(place)
     for number in range(8, 12):

@@ -63,7 +63,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         tokenizers = [stack.enter_context(each) for each in _open(arguments)]
         options = options.complete(tokenizers[0].config)
-        shards = find_shards(arguments.inputs, options.reading)
+        shards = find_shards(arguments.inputs, options.reading, output)
         # Before anything is written: inputs that are not there leave no output.
         first = list(itertools.islice(shards, 1))
         stack.enter_context(job_lock(output, STATE, task))

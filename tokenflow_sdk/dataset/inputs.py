@@ -87,13 +87,14 @@ class Shard:
         return cls(**{**values, "names": tuple(values.get("names", ()))})
 
 
-def find_shards(inputs: Sequence[str], options: InputOptions | None = None) -> Iterator[Shard]:
+def find_shards(inputs: Sequence[str], options: InputOptions | None = None, output: Storage | None = None) -> Iterator[Shard]:
     """The shards of a job's inputs, in order, the same each time. Memory does not grow with the number of pictures.
 
     Args:
         inputs: directories, whose pictures are sorted and cut into shards; tars and Parquet files, a shard each; pictures;
             patterns (`photos/**/*.jpg`), and lists (`{00000..01023}.tar`, `{a,b}.tar`) whose files must all be there.
         options: how they are read.
+        output: where the job writes. Tars and Parquet files in it, which a pattern may fit, are no inputs.
 
     Raises:
         DatasetError: an input does not exist, cannot be listed, or holds no pictures.
@@ -108,8 +109,15 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None) -> I
         shown = ", ".join(map(as_text, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         what = "does not exist" if len(missing) == 1 else f"do not exist ({len(missing)} of {len(named)})"
         raise DatasetError(f"{shown} {what}.", "Check the paths; a pattern, e.g. *.tar, takes those that there are.")
-    for index, shard in enumerate(_shards(named, entries, options.shard_size)):
+    shards = _shards(named, entries, options.shard_size)
+    own = () if output is None else (_real(output.address) + (os.sep if output.is_local else "/"),)
+    for index, shard in enumerate(each for each in shards if each.kind == "files" or not _real(each.where).startswith(own)):
         yield replace(shard, index=index)
+
+
+def _real(address: str) -> str:
+    """An address without local links."""
+    return address if "://" in address else os.path.realpath(address)
 
 
 def _checked_names(inputs: Sequence[str]) -> list[str]:
