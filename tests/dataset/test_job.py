@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.fakes import fake_bundle
+from tokenflow_sdk.dataset import job_lock
 from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job
 from tokenflow_sdk.dataset.job_options import JobOptions
@@ -56,7 +58,7 @@ def test_a_shard_without_its_file_or_with_a_cut_record_is_not_done(tmp_path: Pat
 def test_the_state_is_the_same_bytes_whoever_begins(tmp_path: Path) -> None:
     def state(directory: Path) -> dict[str, bytes]:
         begin(directory)
-        return {path.name: path.read_bytes() for path in (directory / STATE).iterdir()}
+        return {path.name: path.read_bytes() for path in (directory / STATE).iterdir() if path.is_file()}
 
     assert state(tmp_path / "a") == state(tmp_path / "b")
 
@@ -87,6 +89,35 @@ def test_another_bundle_is_refused(tmp_path: Path) -> None:
     begin(tmp_path)
     with pytest.raises(DatasetError, match=r"began with another bundle: .* SHA-256 abab.*, this one cdcd.* same --bundle"):
         begin(tmp_path, bundle="cd" * 32)
+
+
+def test_tasks_that_begin_together_agree_on_one_job(tmp_path: Path) -> None:
+    """One may list for minutes, while another begins with other words."""
+    for i, (options, shards) in enumerate(((JobOptions(scales=1), SHARDS), (JobOptions(), SHARDS[:2]), (JobOptions(), SHARDS))):
+        output = tmp_path / f"{i}"
+
+        def listing(output: Path = output, options: JobOptions = options, shards: list[Shard] = shards) -> Iterator[Shard]:
+            yield from SHARDS
+            finish(begin(output, options, shards), 0)
+
+        def slow(output: Path = output, found: Callable[[], Iterator[Shard]] = listing) -> Job:
+            return Job.begin(Storage(str(output)), JobOptions(), BUNDLE, ["/photos"], found())
+
+        if i == 2:
+            assert list(slow().done) == [0]
+        else:
+            with pytest.raises(DatasetError, match="began with"):
+                slow()
+        assert len(Job.load(Storage(str(output))).shards) == len(shards)
+
+
+def test_the_job_is_stored_while_nobody_else_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, store = list[bool](), Job._store
+    lock = tmp_path / STATE / "locks" / "start.lock"
+    monkeypatch.setattr(Job, "_store", lambda job: (seen.append(job_lock._is_held(lock)), store(job))[1])
+    begin(tmp_path)
+    assert seen == [True]
+    assert not job_lock._is_held(lock)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.dataset.inputs import Shard
+from tokenflow_sdk.dataset.job_lock import start_lock
 from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import DONE, FORMATS, STATE
 from tokenflow_sdk.dataset.storage import Storage
@@ -105,12 +107,15 @@ class Job:
         require_usable(output)
         stored = _load(output)
         job = cls(output, options.complete(bundle.config), bundle.sha256, inputs, ())
+        if stored is not None:
+            job._require_same(stored)  # before the listing, which may take minutes
+        job.shards = list(shards)
         if stored is None:
-            job.shards = list(shards)
-            job._store()
-            return job
-        job._require_same(stored)
-        job.shards, job.done = list(shards), stored.done
+            if job._store_first():
+                return job
+            stored = cls.load(output)  # of another process, which began meanwhile
+            job._require_same(stored)
+        job.done = stored.done
         changed = _changed(stored.shards, job.shards)
         # Nothing was made of a shard that is not done: a tar that ended half-way may be another one now.
         mendable = len(stored.shards) == len(job.shards) and all(i not in job.done or job.done[i].bad for i in changed)
@@ -157,6 +162,13 @@ class Job:
         for name in _names(self.output, DONE) if self.output.is_local else ():
             if (found := _LEFT.fullmatch(name)) is not None and f"{DONE}/{found[1]}" in records:
                 self.output.delete(f"{DONE}/{name}")
+
+    def _store_first(self) -> bool:
+        """Store the job, unless another process has begun one meanwhile."""
+        with start_lock(self.output, STATE) if self.output.is_local else nullcontext():
+            if is_new := self.output.find(f"{STATE}/job.json") is None:
+                self._store()
+        return is_new
 
     def _store(self) -> None:
         # job.json last: where it is, the list of shards is whole.

@@ -6,16 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, OutputError
 from tokenflow_sdk.files import reason
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-__all__ = ["Task", "job_lock"]
+__all__ = ["Task", "job_lock", "start_lock"]
 
 _HINT = "Wait until it ends, or choose another -o."
 
@@ -63,27 +60,33 @@ def job_lock(output: Storage, state: str, task: Task | None) -> Iterator[None]:
         OutputError: the directory of the locks cannot be written.
         MissingPackageError: filelock is not installed.
     """
-    directory = Path(output.address, state, "locks") if output.is_local else _cache(output.address)
     name = "whole" if task is None else f"task-{task.number}-of-{task.total}"
     with ExitStack() as held:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # For the moment of looking and taking, so that of two processes that start at once one sees the other.
-            with _lock(directory / "start.lock", 60):
-                _refuse_others(directory, output, task)
-                try:
-                    held.enter_context(_lock(directory / f"{name}.lock"))
-                except TimeoutError:
-                    raise DatasetError(f"{_who(task)} writes {output.address} already.", _HINT) from None
-        except (OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise OutputError(
-                f"{directory} cannot be written: {reason(error)}.", "Choose another -o, or check its permissions."
-            ) from error
-        except NotImplementedError:  # a file system without locks
-            pass
+        # For the moment of looking and taking, so that of two processes that start at once one sees the other.
+        with start_lock(output, state) as directory:
+            _refuse_others(directory, output, task)
+            try:
+                held.enter_context(_lock(directory / f"{name}.lock"))
+            except TimeoutError:
+                raise DatasetError(f"{_who(task)} writes {output.address} already.", _HINT) from None
         yield
+
+
+@contextmanager
+def start_lock(output: Storage, state: str) -> Iterator[Path]:
+    """Hold what processes that begin in an output hold one after the other, each for a moment. Gives the locks' directory.
+
+    Raises:
+        DatasetError: others have held it for a minute.
+        OutputError, MissingPackageError: see `job_lock`.
+    """
+    directory = Path(output.address, state, "locks") if output.is_local else _cache(output.address)
+    with ExitStack() as held:
+        try:
+            held.enter_context(_lock(directory / "start.lock", 60))
+        except TimeoutError:
+            raise DatasetError(f"Other processes begin in {output.address}.", "Run the command again in a minute.") from None
+        yield directory
 
 
 def _refuse_others(directory: Path, output: Storage, task: Task | None) -> None:
@@ -111,14 +114,24 @@ def _is_held(path: Path) -> bool:
 
 
 @contextmanager
-def _lock(path: Path, seconds: float = 0) -> Iterator[BaseFileLock]:
-    """Hold a lock. Raises TimeoutError: another process holds it."""
+def _lock(path: Path, seconds: float = 0) -> Iterator[None]:
+    """Hold a lock; on a file system without locks nothing. Raises TimeoutError: another process holds it."""
     try:
         from filelock import FileLock
     except ImportError as error:
         raise MissingPackageError("filelock is not installed.", "Run `pip install 'tokenflow-sdk[dataset]'`.") from error
-    with FileLock(path, timeout=seconds) as lock:
-        yield lock
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path, timeout=seconds))
+        except TimeoutError:
+            raise
+        except (OSError, ValueError) as error:
+            hint = "Choose another -o, or check its permissions."
+            raise OutputError(f"{path.parent} cannot be written: {reason(error)}.", hint) from error
+        except NotImplementedError:  # a file system without locks
+            pass
+        yield
 
 
 def _cache(address: str) -> Path:
