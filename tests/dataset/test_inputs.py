@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import pyarrow as pa
@@ -81,6 +82,14 @@ def test_a_job_lists_a_directory_once_for_all_its_shards(photos: Storage, monkey
     assert [row for shard in shards for row in read_shard(shard)] == rows_of(*PHOTOS)
     assert listed == ["", "a", "b", "b/c"]
     assert len(module._walks) <= 2
+
+
+def test_a_walk_over_many_shards_goes_no_deeper(photos: Storage) -> None:
+    """Nested iterators would be slower with each shard, and end the process after enough of them."""
+    for shard in find_shards([photos.address], InputOptions(shard_size=1)):
+        list(read_shard(shard))
+        for _, walked in module._walks.values():
+            assert type(walked) is GeneratorType
 
 
 def test_the_same_pictures_have_the_same_fingerprint_wherever_they_lie(photos: Storage, place: str) -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,22 @@ def test_rows_come_back_as_they_were_written(
     good = [(row.key, row.codes) for row in written if row.codes is not None]
     assert list(read_codes(path)) == good
     assert next(read_codes(path))[1].preparation == stamp.preparation
+
+
+def test_no_more_than_a_few_row_groups_are_in_memory(
+    tmp_path: Path, stamp: Stamp, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_GROUP_ROWS", 4)
+    features = np.random.default_rng(0).normal(size=(256, 64, 64)).astype(np.float16)
+    rows = [Record(f"{i}", records(1)[0].codes, extra={"features": column}) for i, column in enumerate(features)]
+    path = write(tmp_path / "x.parquet", replace(stamp, shapes={"features": (64, 64)}), rows, "parquet")
+    tracemalloc.start()
+    found = read_records(Storage(str(path)))
+    next(found)
+    found.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size // 2
 
 
 @pytest.mark.parametrize("form", FORMATS)

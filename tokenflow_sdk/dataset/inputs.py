@@ -303,8 +303,8 @@ def _at(directory: str, name: str) -> Storage:
     return Storage(name if whole else f"{directory}/{name}")
 
 
-_walks: dict[tuple[str, str, str], Iterator[Listed]] = {}
-"""Walks that may go on: a job reads shards in order, and a large directory takes long to list."""
+_walks: dict[tuple[str, str, str], tuple[list[Listed], Iterator[Listed]]] = {}
+"""Walks that may go on, after the file they gave last. A job reads shards in order, and a large directory is slow to list."""
 
 
 def _listed_again(shard: Shard) -> list[Listed]:
@@ -315,15 +315,16 @@ def _listed_again(shard: Shard) -> list[Listed]:
         if _fingerprint(files) == shard.fingerprint:
             return files
         raise _changed(shard)
-    begun = _walks.pop((shard.where, shard.pattern, shard.first), None)
+    assert shard.count is not None
+    begun = _walks.pop((shard.where, shard.pattern, shard.first), ([], iter(())))
     # What was listed long ago may be old by now.
-    for walked in (begun, walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first)):
-        files = list(itertools.islice(walked or (), shard.count))
-        if walked is not None and _fingerprint(files) == shard.fingerprint:
+    for files, walked in (begun, ([], walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first))):
+        files += itertools.islice(walked, shard.count - len(files))
+        if _fingerprint(files) == shard.fingerprint:
             if following := next(walked, None):
                 for place in list(_walks)[:-1]:
                     _walks.pop(place, None)
-                _walks[shard.where, shard.pattern, following.path] = itertools.chain([following], walked)
+                _walks[shard.where, shard.pattern, following.path] = [following], walked
             return files
     raise _changed(shard)
 

@@ -147,7 +147,8 @@ def read_records(storage: Storage, name: str = "", extra: bool = True) -> Genera
 
 
 def _of_parquet(storage: Storage, extra: bool) -> Generator[Record, None, None]:
-    with open_parquet(storage) as parquet:
+    # Else the column chunks of all row groups would be read at once, and kept.
+    with open_parquet(storage, pre_buffer=False) as parquet:
         metadata = parquet.schema_arrow.metadata or {}
         if METADATA_KEY.encode() not in metadata:
             raise _foreign(storage)
