@@ -136,7 +136,7 @@ def test_relative_names_are_found_from_another_directory(tmp_path: Path, monkeyp
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.jpg").write_bytes(b"1")
     monkeypatch.chdir(tmp_path)
-    shards = list(find_shards(["one/a.jpg", "one", "o*/*.jpg", "*/a.jpg", "./*/a.jpg"]))
+    shards = [shard for name in ("one/a.jpg", "one", "o*/*.jpg", "*/a.jpg", "./*/a.jpg") for shard in find_shards([name])]
     monkeypatch.chdir(tmp_path / "one")
     keys = ["one/a.jpg", "a.jpg", "one/a.jpg", "one/a.jpg", "one/a.jpg"]
     assert [list(read_shard(shard)) for shard in shards] == [[Row(key, b"1")] for key in keys]
@@ -342,4 +342,4 @@ def test_local_inputs_need_no_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(storage_module.Storage, "_filesystem", None)
     (tmp_path / "a.jpg").write_bytes(b"1")
     (tmp_path / "1.tar").write_bytes(tar("a.jpg"))
-    assert len(read([str(tmp_path), str(tmp_path / "1.tar"), str(tmp_path / "*")])) == 4
+    assert len(read([str(tmp_path), str(tmp_path / "1.tar")])) == len(read([str(tmp_path / "*")])) == 2

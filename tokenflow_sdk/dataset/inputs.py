@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.dataset.keys import require_distinct_paths, require_new_stem
 from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Row, parquet_cells, read_picture, tar_rows
 from tokenflow_sdk.dataset.storage import Entry, Storage, as_text
 from tokenflow_sdk.dataset.walking import Listed, walk
@@ -97,7 +98,7 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None, outp
         output: where the job writes. Tars and Parquet files in it, which a pattern may fit, are no inputs.
 
     Raises:
-        DatasetError: an input does not exist, cannot be listed, or holds no pictures.
+        DatasetError: an input does not exist, cannot be listed, or holds no pictures; or pictures of two would have one key.
         StorageError: a storage failed; it may work later.
         ArgumentError: no input, one given twice, a list that is too long, or an address that cannot be one.
         MissingPackageError: fsspec, or what it needs for a scheme, is not installed.
@@ -111,8 +112,13 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None, outp
         raise DatasetError(f"{shown} {what}.", "Check the paths; a pattern, e.g. *.tar, takes those that there are.")
     shards = _shards(named, entries, options.shard_size)
     own = () if output is None else (_real(output.address) + (os.sep if output.is_local else "/"),)
+    stems = dict[str, str]()
     for index, shard in enumerate(each for each in shards if each.kind == "files" or not _real(each.where).startswith(own)):
+        if shard.kind == "parquet" and options.key_column is None:
+            require_new_stem(stems, shard.where)
         yield replace(shard, index=index)
+    pairs = zip(named, entries, strict=True)
+    require_distinct_paths([_place(name, entry) for name, entry in pairs if entry is None or entry.is_directory])
 
 
 def _real(address: str) -> str:
@@ -175,10 +181,8 @@ def _shards(named: Sequence[str], entries: Sequence[Entry | None], size: int) ->
         if pictures:
             yield _of_pictures(pictures)
             pictures = []
-        if entry is None:
-            yield from _of_directory(*_base(name), size)
-        elif entry.is_directory:
-            yield from _of_directory(Storage(name), "", size)
+        if entry is None or entry.is_directory:
+            yield from _of_directory(*_place(name, entry), size)
         else:
             yield _of_file(kind, Storage(name), entry.size)
     if pictures:
@@ -198,6 +202,11 @@ def _of_pictures(pictures: Sequence[Listed]) -> Shard:
 
 def _of_file(kind: Kind, storage: Storage, size: int | None) -> Shard:
     return Shard(0, kind, storage.address, _fingerprint([Listed(storage.name, size or 0)]))
+
+
+def _place(name: str, entry: Entry | None) -> tuple[Storage, str]:
+    """The directory of an input, and the pattern below it; empty if it is the directory itself."""
+    return _base(name) if entry is None else (Storage(name), "")
 
 
 def _base(pattern: str) -> tuple[Storage, str]:
