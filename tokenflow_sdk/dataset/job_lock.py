@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +19,9 @@ from tokenflow_sdk.files import reason
 __all__ = ["Task", "job_lock", "start_lock"]
 
 _HINT = "Wait until it ends, or choose another -o."
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems without locks say."""
 
 
 class Task(NamedTuple):
@@ -47,8 +54,9 @@ class Task(NamedTuple):
 def job_lock(output: Storage, state: str, task: Task | None) -> Iterator[None]:
     """Hold an output within the block: all of it, or what a task writes. The lock of a process that died is free.
 
-    Locks are files below the output's state. For output that is not on a local disk they are in the user's cache directory: two
-    processes on one machine are told apart. On several machines nothing is: what they write is the same and appears whole.
+    Locks are files below the output's state. For output that is not on a local disk they are in the user's cache directory, or,
+    where that cannot be written, in the one of temporary files: two processes on one machine are told apart. On several, and on
+    file systems without locks, nothing is: what they write is the same and appears whole.
 
     Args:
         output: where the job writes.
@@ -120,16 +128,19 @@ def _lock(path: Path, seconds: float = 0) -> Iterator[None]:
         from filelock import FileLock
     except ImportError as error:
         raise MissingPackageError("filelock is not installed.", "Run `pip install 'tokenflow-sdk[dataset]'`.") from error
+    # The existence of a file, which newer versions take for a lock where there are none, would outlive a process that died.
+    options = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path, timeout=seconds))
+            held.enter_context(FileLock(path, timeout=seconds, **options))
         except TimeoutError:
             raise
         except (OSError, ValueError) as error:
-            hint = "Choose another -o, or check its permissions."
-            raise OutputError(f"{path.parent} cannot be written: {reason(error)}.", hint) from error
-        except NotImplementedError:  # a file system without locks
+            if getattr(error, "errno", None) not in _WITHOUT_LOCKS:
+                hint = "Choose another -o, or check its permissions."
+                raise OutputError(f"{path.parent} cannot be written: {reason(error)}.", hint) from error
+        except NotImplementedError:  # of older versions, for ENOSYS
             pass
         yield
 
@@ -139,4 +150,10 @@ def _cache(address: str) -> Path:
     import platformdirs
 
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:32]
-    return platformdirs.user_cache_path() / "tokenflow" / "jobs" / digest
+    directory = platformdirs.user_cache_path() / "tokenflow" / "jobs" / digest
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if os.access(directory, os.W_OK):
+        return directory
+    # A user's own: what another has made there could not be written.
+    return Path(tempfile.gettempdir(), f"tokenflow-jobs-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}")
