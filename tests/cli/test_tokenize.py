@@ -219,6 +219,15 @@ def test_each_of_several_devices_gets_a_tokenizer(mini_bundle: Path, machine: tu
         assert main(["tokenize", "in", "-o", "out", *words.split()]) == 2
 
 
+def test_a_cpu_has_at_most_eight_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores in (1, 2, 8, 9, 15, 16, 17, 64):
+        monkeypatch.setattr(command, "available_cores", lambda cores=cores: cores)
+        opened = list[Any]()
+        monkeypatch.setattr(Tokenizer, "open", lambda name, options, *_, opened=opened: opened.append(options))
+        command._open(arguments("in"))
+        assert cores // opened[0].threads <= 8
+
+
 def test_pictures_become_the_codes_of_encode(tokenizer: Tokenizer, mini_bundle: Path) -> None:
     assert main(["tokenize", "in", "-o", "out", "--bundle", str(mini_bundle), "--format", "webdataset", "-q"]) == 0
     found = dict(read_codes("out"))

@@ -85,7 +85,7 @@ def _open(arguments: argparse.Namespace) -> list[Tokenizer]:
     runtime = runtime_options(arguments)
     if runtime.threads is None:
         # As many calls at once as there are cores, up to a limit, are faster than few calls that share them.
-        runtime = replace(runtime, threads=1 if arguments.ray is not None else max(1, available_cores() // _LANES))
+        runtime = replace(runtime, threads=1 if arguments.ray is not None else -(-available_cores() // _LANES))
     name, hub = bundle_name(arguments), HubOptions(arguments.revision)
     with stderr.step(f"opening {name}", brief=True):
         return [
