@@ -4,8 +4,8 @@
     python examples/train_on_codes.py codes
 
 Shards are shuffled, then their rows in a buffer: no more is in memory. The ranks of torchrun and the workers share them.
-Ranks get unequal numbers of rows, and DistributedDataParallel waits for ever for one that has ended: take the same number of steps in
-each, or wrap the loop in `torch.distributed.algorithms.join.Join`.
+Ranks get unequal numbers of rows, and DistributedDataParallel waits for ever for one that has ended: take the same number of
+steps in each, or wrap the loop in `torch.distributed.algorithms.join.Join`.
 """
 
 import argparse

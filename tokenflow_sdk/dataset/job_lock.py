@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, OutputError
@@ -129,7 +129,7 @@ def _lock(path: Path, seconds: float = 0) -> Iterator[None]:
     except ImportError as error:
         raise MissingPackageError("filelock is not installed.", "Run `pip install 'tokenflow-sdk[dataset]'`.") from error
     # The existence of a file, which newer versions take for a lock where there are none, would outlive a process that died.
-    options = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
+    options: Any = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
