@@ -4,8 +4,6 @@
     python examples/train_on_codes.py codes
 
 Shards are shuffled, then their rows in a buffer: no more is in memory. The ranks of torchrun and the workers share them.
-Ranks get unequal numbers of rows, and DistributedDataParallel waits for ever for one that has ended: take the same number of
-steps in each, or wrap the loop in `torch.distributed.algorithms.join.Join`.
 """
 
 import argparse
@@ -25,7 +23,7 @@ except ModuleNotFoundError:
 
 
 class ShuffledCodes(IterableDataset[torch.Tensor]):
-    """The codes of a job's pictures, int64 [L] each; in each epoch in another order."""
+    """The codes of a job's pictures, int64 [L] each; each epoch in another order. Ranks end unequally: DDP must stop by steps."""
 
     def __init__(self, path: str, buffer: int = 10_000) -> None:
         self.files, self.buffer, self.epoch = code_shards(path), buffer, 0

@@ -28,7 +28,6 @@ __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
-
 _LEFT = re.compile(r"\.(.*)-[0-9a-f]{12}")
 """What `Storage.write` names a local file before it is whole."""
 

@@ -19,7 +19,6 @@ from tokenflow_sdk.files import reason
 __all__ = ["Task", "job_lock", "start_lock"]
 
 _HINT = "Wait until it ends, or choose another -o."
-
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What file systems without locks say."""
 
