@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 
 
 class ShuffledCodes(IterableDataset[torch.Tensor]):
-    """The codes of a job's pictures, int64 [L] each; in each epoch in another order."""
+    """The codes of a job's pictures, int64 [L] each, in an order of the epoch. For DDP, count steps: ranks get unequal rows."""
 
     def __init__(self, path: str, buffer: int = 10_000) -> None:
         self.files, self.buffer, self.epoch = code_shards(path), buffer, 0

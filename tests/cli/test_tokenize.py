@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -74,6 +75,14 @@ def test_bad_pictures_that_were_mended_are_tried_again(run: Run, capsys: Output)
     assert run("in", "-o", "out", "--retry-errors") == 0
     assert "rows with an error" not in capsys.readouterr().err
     assert len(list(read_codes("out", errors="raise"))) == 10
+
+
+def test_the_same_command_goes_on_where_the_output_lies_below_a_pattern(run: Run, here: Path, capsys: Output) -> None:
+    with tarfile.open(here / "in" / "a.tar", "w") as archive:
+        archive.add("in/000.png")
+    assert run("in/**/*.tar", "-o", "in/codes", "--format", "webdataset") == 0
+    assert run("in/**/*.tar", "-o", "in/codes", "--format", "webdataset") == 0
+    assert "nothing to do: all 1 shards are done" in capsys.readouterr().err
 
 
 def test_json_lines_are_for_machines(run: Run, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +172,14 @@ def test_a_second_run_into_an_output_is_refused(run: Run, here: Path, capsys: Ou
 def test_tasks_make_the_whole_together(run: Run, capsys: Output) -> None:
     assert run("in", "-o", "whole", "--shard-size", 2) == 0
     left = [Path("out", f".0000{i}.parquet-{'0' * 12}.partial") for i in range(3)]
+    left += [Path("out", STATE, "done", f".0000{i}.json-{'0' * 12}") for i in range(3)]
     for task in ("2/3", "1/3", "3/3"):
-        Path("out").mkdir(exist_ok=True)
+        Path("out", STATE, "done").mkdir(parents=True, exist_ok=True)
         for path in left:
             path.touch()
         assert run("in", "-o", "out", "--shard-size", 2, "--shard", task) == 0
         # What a killed task left is deleted, and others may be writing theirs.
-        assert [path.exists() for path in left] == [owner != task for owner in ("1/3", "1/3", "2/3")]
+        assert [path.exists() for path in left] == 2 * [owner != task for owner in ("1/3", "1/3", "2/3")]
     assert "in 2 of 2 shards" in capsys.readouterr().out
     for path in left:
         path.unlink(missing_ok=True)
@@ -207,6 +217,15 @@ def test_each_of_several_devices_gets_a_tokenizer(mini_bundle: Path, machine: tu
         assert len({id(each) for each in opened}) == 2
     for words in ("--devices all --device cpu", "--devices all --ray auto"):
         assert main(["tokenize", "in", "-o", "out", *words.split()]) == 2
+
+
+def test_a_cpu_has_at_most_eight_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores in (1, 2, 8, 9, 15, 16, 17, 64):
+        monkeypatch.setattr(command, "available_cores", lambda cores=cores: cores)
+        opened = list[Any]()
+        monkeypatch.setattr(Tokenizer, "open", lambda name, options, *_, opened=opened: opened.append(options))
+        command._open(arguments("in"))
+        assert cores // opened[0].threads <= 8
 
 
 def test_pictures_become_the_codes_of_encode(tokenizer: Tokenizer, mini_bundle: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.fakes import fake_bundle
+from tokenflow_sdk.dataset import job_lock
 from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job
 from tokenflow_sdk.dataset.job_options import JobOptions
@@ -56,7 +58,7 @@ def test_a_shard_without_its_file_or_with_a_cut_record_is_not_done(tmp_path: Pat
 def test_the_state_is_the_same_bytes_whoever_begins(tmp_path: Path) -> None:
     def state(directory: Path) -> dict[str, bytes]:
         begin(directory)
-        return {path.name: path.read_bytes() for path in (directory / STATE).iterdir()}
+        return {path.name: path.read_bytes() for path in (directory / STATE).iterdir() if path.is_file()}
 
     assert state(tmp_path / "a") == state(tmp_path / "b")
 
@@ -89,6 +91,35 @@ def test_another_bundle_is_refused(tmp_path: Path) -> None:
         begin(tmp_path, bundle="cd" * 32)
 
 
+def test_tasks_that_begin_together_agree_on_one_job(tmp_path: Path) -> None:
+    """One may list for minutes, while another begins with other words."""
+    for i, (options, shards) in enumerate(((JobOptions(scales=1), SHARDS), (JobOptions(), SHARDS[:2]), (JobOptions(), SHARDS))):
+        output = tmp_path / f"{i}"
+
+        def listing(output: Path = output, options: JobOptions = options, shards: list[Shard] = shards) -> Iterator[Shard]:
+            yield from SHARDS
+            finish(begin(output, options, shards), 0)
+
+        def slow(output: Path = output, found: Callable[[], Iterator[Shard]] = listing) -> Job:
+            return Job.begin(Storage(str(output)), JobOptions(), BUNDLE, ["/photos"], found())
+
+        if i == 2:
+            assert list(slow().done) == [0]
+        else:
+            with pytest.raises(DatasetError, match="began with"):
+                slow()
+        assert len(Job.load(Storage(str(output))).shards) == len(shards)
+
+
+def test_the_job_is_stored_while_nobody_else_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, store = list[bool](), Job._store
+    lock = tmp_path / STATE / "locks" / "start.lock"
+    monkeypatch.setattr(Job, "_store", lambda job: (seen.append(job_lock._is_held(lock)), store(job))[1])
+    begin(tmp_path)
+    assert seen == [True]
+    assert not job_lock._is_held(lock)
+
+
 @pytest.mark.parametrize(
     ("shards", "said"),
     [
@@ -115,6 +146,28 @@ def test_pictures_of_shards_with_errors_may_be_mended(tmp_path: Path) -> None:
     begin(tmp_path, shards=mended)
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_shards_of_which_nothing_was_made_may_change(mended: bool, tmp_path: Path) -> None:
+    """As a tar that ended half-way, and was fetched again."""
+    finish(begin(tmp_path), 1)
+    again = [replace(SHARDS[0], fingerprint="f" * 64), *SHARDS[1:]]
+    assert list(begin(tmp_path, shards=again, mended=mended).done) == [1]
+    assert Job.load(Storage(str(tmp_path))).shards == again
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_mended_pictures_are_of_as_many_shards(number: int, tmp_path: Path) -> None:
+    """A picture that was deleted moves all after it: where the last shard goes, its file would stay."""
+    for index in range(3):
+        finish(job := begin(tmp_path), index, {"CorruptImageError": 1})
+    other = [replace(SHARDS[0], index=i, fingerprint="f" * 64) for i in range(number)]
+    with pytest.raises(DatasetError, match="Put them back as they were, or choose another -o.$"):
+        begin(tmp_path, shards=other, mended=True)
+    job.shards = SHARDS[:2]
+    job._store()
+    assert sorted(Job.load(job.output).done) == [0, 1]
+
+
 def test_what_is_no_output_of_a_job_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos.tar").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"holds photos.tar and is not the output of a job. Choose another -o"):
@@ -128,7 +181,7 @@ def test_what_is_no_output_of_a_job_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_state_is_an_error_that_says_what_to_do(content: str, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text(content)
-    with pytest.raises(DatasetError, match=r"is damaged: .* Delete .*__tokenflow__ and begin again"):
+    with pytest.raises(DatasetError, match=r"is damaged: .* Empty /.* and begin again, or choose another -o"):
         begin(tmp_path)
     (tmp_path / STATE / "job.json").write_text('{"format": 2, "sdk": "9.0"}')
     with pytest.raises(DatasetError, match=r"written by tokenflow-sdk 9.0, which is newer"):

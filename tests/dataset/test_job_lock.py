@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +58,33 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "codes").write_bytes(b"a file")
     with pytest.raises(OutputError, match=r"cannot be written: Not a directory. Choose another -o"), ExitStack() as stack:
         held(Storage(str(tmp_path / "codes")), stack)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its locks are others")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_without(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without the files that other machines could take for locks."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with ExitStack() as stack:
+            held(Storage(str(tmp_path / "codes")), stack)
+            held(Storage(str(tmp_path / "codes")), stack)
+    assert all(path.stat().st_size == 0 for path in tmp_path.rglob("*.lock"))
+
+
+def test_locks_of_a_bucket_need_no_home_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_bytes(b"")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda: tmp_path / "home" / ".cache")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ExitStack() as stack:
+        held(Storage("memory://bucket/codes"), stack)
+        held(Storage("memory://bucket/other"), stack)
+        with pytest.raises(DatasetError, match="Another run writes memory://bucket/codes already"):
+            held(Storage("memory://bucket/codes"), stack)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

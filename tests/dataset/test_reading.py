@@ -3,7 +3,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,22 @@ def test_rows_come_back_as_they_were_written(
     assert next(read_codes(path))[1].preparation == stamp.preparation
 
 
+def test_no_more_than_a_few_row_groups_are_in_memory(
+    tmp_path: Path, stamp: Stamp, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_GROUP_ROWS", 4)
+    features = np.random.default_rng(0).normal(size=(256, 64, 64)).astype(np.float16)
+    rows = [Record(f"{i}", records(1)[0].codes, extra={"features": column}) for i, column in enumerate(features)]
+    path = write(tmp_path / "x.parquet", replace(stamp, shapes={"features": (64, 64)}), rows, "parquet")
+    tracemalloc.start()
+    found = read_records(Storage(str(path)))
+    next(found)
+    found.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size // 2
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_bad_rows_are_skipped_raised_or_yielded(form: Format, tmp_path: Path, stamp: Stamp, records: Records) -> None:
     path = write(tmp_path / f"x{FORMATS[form]}", stamp, records(4), form)
@@ -80,6 +98,7 @@ def test_bad_rows_are_skipped_raised_or_yielded(form: Format, tmp_path: Path, st
 def test_of_a_job_only_shards_that_are_done_are_read(job: Callable[..., Storage], place: str) -> None:
     storage = job(place, [2, 2, 2, 2], [3, 0])
     storage.write(".00002.parquet-12ab.partial", b"half")
+    storage.write(f"{STATE}/done/.00001.json-{'0' * 12}", b"{")
     assert code_shards(storage.address) == [storage.path("00000.parquet"), storage.path("00003.parquet")]
     assert keys(read_codes(storage.address)) == [f"{i}/photos/{j}.v2.jpg" for i in (0, 3) for j in (0, 1)]
     storage.delete("00003.parquet")

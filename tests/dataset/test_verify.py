@@ -30,7 +30,7 @@ def fake() -> Iterator[Tokenizer]:
 
 @pytest.fixture
 def output(fake: Tokenizer, tmp_path: Path) -> Path:
-    inputs, options = str(write_pictures(tmp_path / "in", 12, bad=(2, 7))), JobOptions(shard_size=4)
+    inputs, options = str(write_pictures(tmp_path / "in", 12, bad=(2, 7))), JobOptions(shard_size=4, also=("features",))
     job = Job.begin(Storage(str(tmp_path / "out")), options, fake.bundle, [inputs], find_shards([inputs], options.reading))
     run_local(job, [Encoder(fake, job.options, 1, 1)], job.shards)
     return tmp_path / "out"
@@ -73,6 +73,13 @@ def forge(output: Path, fake: Tokenizer, change: str) -> None:
                 assert record.codes is not None
                 wrong = replace(record.codes, indices=(record.codes.indices + np.array([0, 0, 1, 0, 0])) % 256)
                 record = replace(record, codes=wrong)
+            if number == 1 and change == "size":
+                record = replace(record, height=9)
+            if number == 1 and change in ("features", "nan"):
+                wrong_features = record.extra["features"] + np.float16(np.nan if change == "nan" else 100)
+                record = replace(record, extra={"features": wrong_features})
+            if number == 1 and change == "rounding":
+                record = replace(record, extra={"features": record.extra["features"] * np.float16(1.002)})
             if number != 1 or change != "lost":
                 writer.add(record)
     path = output / "00001.parquet"
@@ -83,6 +90,22 @@ def test_a_wrong_code_in_a_sound_file_is_found(verified: Callable[[], VerifyRepo
     forge(output, fake, "codes")
     (problem,) = verified().problems
     assert problem.endswith("00001.parquet, row 1 (005.png): 1 of 5 codes differ from those that the bundle gives here.")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("size", ["its width and height are 9 x 9, and those of its picture are 9 x 8."]),
+        ("features", ["its features differ from those that the bundle gives here."]),
+        ("nan", ["its features differ from those that the bundle gives here."]),
+        ("rounding", []),
+    ],
+)
+def test_every_column_is_compared(
+    change: str, said: list[str], verified: Callable[[], VerifyReport], output: Path, fake: Tokenizer
+) -> None:
+    forge(output, fake, change)
+    assert [problem.partition("row 1 (005.png): ")[2] for problem in verified().problems] == said
 
 
 def test_rows_that_do_not_add_up_are_found(verified: Callable[[], VerifyReport], output: Path, fake: Tokenizer) -> None:

@@ -71,6 +71,12 @@ def test_loops_end_and_deep_directories_are_walked(tmp_path: Path) -> None:
     assert len(list(walk(Storage(str(tmp_path)), (".jpg",)))) == 1
 
 
+def test_names_alone_are_walked_without_a_look_at_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = tree(str(tmp_path))
+    monkeypatch.setattr(Storage, "find", lambda self, name="": pytest.fail(name))
+    assert [path for path, _ in walk(storage, (".jpg", ".png"), sizes=False)] == in_order(FILES)
+
+
 def test_what_has_gone_meanwhile_has_no_size(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jpg").write_bytes(b"1")

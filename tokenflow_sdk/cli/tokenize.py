@@ -63,14 +63,14 @@ def tokenize(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         tokenizers = [stack.enter_context(each) for each in _open(arguments)]
         options = options.complete(tokenizers[0].config)
-        shards = find_shards(arguments.inputs, options.reading)
+        shards = find_shards(arguments.inputs, options.reading, output)
         # Before anything is written: inputs that are not there leave no output.
         first = list(itertools.islice(shards, 1))
         stack.enter_context(job_lock(output, STATE, task))
         with stderr.step(f"listing {', '.join(arguments.inputs)}", brief=True):
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
-        output.delete_leftovers(names={job.file(shard.index) for shard in shards_of(job, task)})
+        job.delete_leftovers(shards_of(job, task))
         return _run(arguments, job, task, tokenizers)
 
 
@@ -85,7 +85,7 @@ def _open(arguments: argparse.Namespace) -> list[Tokenizer]:
     runtime = runtime_options(arguments)
     if runtime.threads is None:
         # As many calls at once as there are cores, up to a limit, are faster than few calls that share them.
-        runtime = replace(runtime, threads=1 if arguments.ray is not None else max(1, available_cores() // _LANES))
+        runtime = replace(runtime, threads=1 if arguments.ray is not None else -(-available_cores() // _LANES))
     name, hub = bundle_name(arguments), HubOptions(arguments.revision)
     with stderr.step(f"opening {name}", brief=True):
         return [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tokenflow_sdk.arguments import integer
+from tokenflow_sdk.dataset.keys import require_distinct_paths, require_new_stem
 from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Row, parquet_cells, read_picture, tar_rows
 from tokenflow_sdk.dataset.storage import Entry, Storage, as_text
 from tokenflow_sdk.dataset.walking import Listed, walk
@@ -87,16 +88,17 @@ class Shard:
         return cls(**{**values, "names": tuple(values.get("names", ()))})
 
 
-def find_shards(inputs: Sequence[str], options: InputOptions | None = None) -> Iterator[Shard]:
+def find_shards(inputs: Sequence[str], options: InputOptions | None = None, output: Storage | None = None) -> Iterator[Shard]:
     """The shards of a job's inputs, in order, the same each time. Memory does not grow with the number of pictures.
 
     Args:
         inputs: directories, whose pictures are sorted and cut into shards; tars and Parquet files, a shard each; pictures;
             patterns (`photos/**/*.jpg`), and lists (`{00000..01023}.tar`, `{a,b}.tar`) whose files must all be there.
         options: how they are read.
+        output: where the job writes. Tars and Parquet files in it, which a pattern may fit, are no inputs.
 
     Raises:
-        DatasetError: an input does not exist, cannot be listed, or holds no pictures.
+        DatasetError: an input does not exist, cannot be listed, or holds no pictures; or pictures of two would have one key.
         StorageError: a storage failed; it may work later.
         ArgumentError: no input, one given twice, a list that is too long, or an address that cannot be one.
         MissingPackageError: fsspec, or what it needs for a scheme, is not installed.
@@ -108,8 +110,20 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None) -> I
         shown = ", ".join(map(as_text, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         what = "does not exist" if len(missing) == 1 else f"do not exist ({len(missing)} of {len(named)})"
         raise DatasetError(f"{shown} {what}.", "Check the paths; a pattern, e.g. *.tar, takes those that there are.")
-    for index, shard in enumerate(_shards(named, entries, options.shard_size)):
+    shards = _shards(named, entries, options.shard_size)
+    own = () if output is None else (_real(output.address) + (os.sep if output.is_local else "/"),)
+    stems = dict[str, str]()
+    for index, shard in enumerate(each for each in shards if each.kind == "files" or not _real(each.where).startswith(own)):
+        if shard.kind == "parquet" and options.key_column is None:
+            require_new_stem(stems, shard.where)
         yield replace(shard, index=index)
+    pairs = zip(named, entries, strict=True)
+    require_distinct_paths([_place(name, entry) for name, entry in pairs if entry is None or entry.is_directory])
+
+
+def _real(address: str) -> str:
+    """An address without local links."""
+    return address if "://" in address else os.path.realpath(address)
 
 
 def _checked_names(inputs: Sequence[str]) -> list[str]:
@@ -167,10 +181,8 @@ def _shards(named: Sequence[str], entries: Sequence[Entry | None], size: int) ->
         if pictures:
             yield _of_pictures(pictures)
             pictures = []
-        if entry is None:
-            yield from _of_directory(*_base(name), size)
-        elif entry.is_directory:
-            yield from _of_directory(Storage(name), "", size)
+        if entry is None or entry.is_directory:
+            yield from _of_directory(*_place(name, entry), size)
         else:
             yield _of_file(kind, Storage(name), entry.size)
     if pictures:
@@ -190,6 +202,11 @@ def _of_pictures(pictures: Sequence[Listed]) -> Shard:
 
 def _of_file(kind: Kind, storage: Storage, size: int | None) -> Shard:
     return Shard(0, kind, storage.address, _fingerprint([Listed(storage.name, size or 0)]))
+
+
+def _place(name: str, entry: Entry | None) -> tuple[Storage, str]:
+    """The directory of an input, and the pattern below it; empty if it is the directory itself."""
+    return _base(name) if entry is None else (Storage(name), "")
 
 
 def _base(pattern: str) -> tuple[Storage, str]:
@@ -295,8 +312,8 @@ def _at(directory: str, name: str) -> Storage:
     return Storage(name if whole else f"{directory}/{name}")
 
 
-_walks: dict[tuple[str, str, str], Iterator[Listed]] = {}
-"""Walks that may go on: a job reads shards in order, and a large directory takes long to list."""
+_walks: dict[tuple[str, str, str], tuple[list[Listed], Iterator[Listed]]] = {}
+"""Walks that may go on, after the file they gave last. A job reads shards in order, and a large directory is slow to list."""
 
 
 def _listed_again(shard: Shard) -> list[Listed]:
@@ -307,15 +324,16 @@ def _listed_again(shard: Shard) -> list[Listed]:
         if _fingerprint(files) == shard.fingerprint:
             return files
         raise _changed(shard)
-    begun = _walks.pop((shard.where, shard.pattern, shard.first), None)
+    assert shard.count is not None
+    begun = _walks.pop((shard.where, shard.pattern, shard.first), ([], iter(())))
     # What was listed long ago may be old by now.
-    for walked in (begun, walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first)):
-        files = list(itertools.islice(walked or (), shard.count))
-        if walked is not None and _fingerprint(files) == shard.fingerprint:
+    for files, walked in (begun, ([], walk(Storage(shard.where), ENDINGS, shard.pattern, shard.first))):
+        files += itertools.islice(walked, shard.count - len(files))
+        if _fingerprint(files) == shard.fingerprint:
             if following := next(walked, None):
                 for place in list(_walks)[:-1]:
                     _walks.pop(place, None)
-                _walks[shard.where, shard.pattern, following.path] = itertools.chain([following], walked)
+                _walks[shard.where, shard.pattern, following.path] = [following], walked
             return files
     raise _changed(shard)
 

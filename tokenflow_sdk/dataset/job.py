@@ -7,13 +7,16 @@ shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.dataset.inputs import Shard
+from tokenflow_sdk.dataset.job_lock import start_lock
 from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import DONE, FORMATS, STATE
 from tokenflow_sdk.dataset.storage import Storage
@@ -25,6 +28,8 @@ __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
+_LEFT = re.compile(r"\.(.*)-[0-9a-f]{12}")
+"""What `Storage.write` names a local file before it is whole."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Job:
             bundle: of the tokenizer.
             inputs: as they were given.
             shards: read once, after the bundle and the options were compared.
-            mended: pictures of shards that are done with errors may have changed.
+            mended: pictures of shards that are done with errors may have changed. Those of shards that are not done always may.
 
         Raises:
             DatasetError: the output holds something else, or the bundle, an option or the inputs are not those that the job
@@ -101,21 +106,26 @@ class Job:
         require_usable(output)
         stored = _load(output)
         job = cls(output, options.complete(bundle.config), bundle.sha256, inputs, ())
+        if stored is not None:
+            job._require_same(stored)  # before the listing, which may take minutes
+        job.shards = list(shards)
         if stored is None:
-            job.shards = list(shards)
-            job._store()
-            return job
-        job._require_same(stored)
-        job.shards, job.done = list(shards), stored.done
+            if job._store_first():
+                return job
+            stored = cls.load(output)  # of another process, which began meanwhile
+            job._require_same(stored)
+        job.done = stored.done
         changed = _changed(stored.shards, job.shards)
-        if changed and mended and all(i in job.done and job.done[i].bad for i in changed):
-            job._store()
-        elif changed or len(stored.shards) != len(job.shards):
+        # Nothing was made of a shard that is not done: a tar that ended half-way may be another one now.
+        mendable = len(stored.shards) == len(job.shards) and all(i not in job.done or job.done[i].bad for i in changed)
+        if not mendable or (not mended and any(i in job.done for i in changed)):
             raise DatasetError(
                 f"The inputs are not those that the job in {output.address} began with: {_difference(stored, job, changed)}.",
                 "Put them back as they were, or choose another -o."
-                + (" Where bad pictures were mended, give --retry-errors." if changed else ""),
+                + (" Where bad pictures were mended, give --retry-errors." if mendable else ""),
             )
+        if changed:
+            job._store()
         return job
 
     @classmethod
@@ -142,6 +152,22 @@ class Job:
         """Let a shard count as not done, before its file is replaced. Raises OutputError, StorageError."""
         self.output.delete(_record_name(index))
         self.done.pop(index, None)
+
+    def delete_leftovers(self, shards: Iterable[Shard]) -> None:
+        """Delete what killed processes left half written of these shards, which nobody else may be making."""
+        indices = [shard.index for shard in shards]
+        self.output.delete_leftovers(names={self.file(index) for index in indices})
+        records = {_record_name(index) for index in indices}
+        for name in _names(self.output, DONE) if self.output.is_local else ():
+            if (found := _LEFT.fullmatch(name)) is not None and f"{DONE}/{found[1]}" in records:
+                self.output.delete(f"{DONE}/{name}")
+
+    def _store_first(self) -> bool:
+        """Store the job, unless another process has begun one meanwhile."""
+        with start_lock(self.output, STATE) if self.output.is_local else nullcontext():
+            if is_new := self.output.find(f"{STATE}/job.json") is None:
+                self._store()
+        return is_new
 
     def _store(self) -> None:
         # job.json last: where it is, the list of shards is whole.
@@ -240,7 +266,8 @@ def _load(output: Storage) -> Job | None:
         if isinstance(error, ArgumentError):
             raise
         raise DatasetError(
-            f"The state of the job in {output.address} is damaged: {error}.", f"Delete {output.path(STATE)} and begin again."
+            f"The state of the job in {output.address} is damaged: {error}.",
+            f"Empty {output.address} and begin again, or choose another -o.",
         ) from error
     job.done = _records(job)
     return job
@@ -252,7 +279,8 @@ def _records(job: Job) -> dict[int, DoneRecord]:
     names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
     found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
-    return {record.shard: record for record in found if record is not None and job.file(record.shard) in files}
+    shards = range(len(job.shards))
+    return {record.shard: record for record in found if record and record.shard in shards and job.file(record.shard) in files}
 
 
 def _names(output: Storage, directory: str = "") -> list[str]:

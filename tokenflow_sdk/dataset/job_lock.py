@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenflow_sdk.dataset.storage import Storage
 from tokenflow_sdk.errors import ArgumentError, DatasetError, MissingPackageError, OutputError
 from tokenflow_sdk.files import reason
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-__all__ = ["Task", "job_lock"]
+__all__ = ["Task", "job_lock", "start_lock"]
 
 _HINT = "Wait until it ends, or choose another -o."
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems without locks say."""
 
 
 class Task(NamedTuple):
@@ -50,8 +53,9 @@ class Task(NamedTuple):
 def job_lock(output: Storage, state: str, task: Task | None) -> Iterator[None]:
     """Hold an output within the block: all of it, or what a task writes. The lock of a process that died is free.
 
-    Locks are files below the output's state. For output that is not on a local disk they are in the user's cache directory: two
-    processes on one machine are told apart. On several machines nothing is: what they write is the same and appears whole.
+    Locks are files below the output's state. For output that is not on a local disk they are in the user's cache directory, or,
+    where that cannot be written, in the one of temporary files: two processes on one machine are told apart. On several, and on
+    file systems without locks, nothing is: what they write is the same and appears whole.
 
     Args:
         output: where the job writes.
@@ -63,27 +67,33 @@ def job_lock(output: Storage, state: str, task: Task | None) -> Iterator[None]:
         OutputError: the directory of the locks cannot be written.
         MissingPackageError: filelock is not installed.
     """
-    directory = Path(output.address, state, "locks") if output.is_local else _cache(output.address)
     name = "whole" if task is None else f"task-{task.number}-of-{task.total}"
     with ExitStack() as held:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # For the moment of looking and taking, so that of two processes that start at once one sees the other.
-            with _lock(directory / "start.lock", 60):
-                _refuse_others(directory, output, task)
-                try:
-                    held.enter_context(_lock(directory / f"{name}.lock"))
-                except TimeoutError:
-                    raise DatasetError(f"{_who(task)} writes {output.address} already.", _HINT) from None
-        except (OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise OutputError(
-                f"{directory} cannot be written: {reason(error)}.", "Choose another -o, or check its permissions."
-            ) from error
-        except NotImplementedError:  # a file system without locks
-            pass
+        # For the moment of looking and taking, so that of two processes that start at once one sees the other.
+        with start_lock(output, state) as directory:
+            _refuse_others(directory, output, task)
+            try:
+                held.enter_context(_lock(directory / f"{name}.lock"))
+            except TimeoutError:
+                raise DatasetError(f"{_who(task)} writes {output.address} already.", _HINT) from None
         yield
+
+
+@contextmanager
+def start_lock(output: Storage, state: str) -> Iterator[Path]:
+    """Hold what processes that begin in an output hold one after the other, each for a moment. Gives the locks' directory.
+
+    Raises:
+        DatasetError: others have held it for a minute.
+        OutputError, MissingPackageError: see `job_lock`.
+    """
+    directory = Path(output.address, state, "locks") if output.is_local else _cache(output.address)
+    with ExitStack() as held:
+        try:
+            held.enter_context(_lock(directory / "start.lock", 60))
+        except TimeoutError:
+            raise DatasetError(f"Other processes begin in {output.address}.", "Run the command again in a minute.") from None
+        yield directory
 
 
 def _refuse_others(directory: Path, output: Storage, task: Task | None) -> None:
@@ -111,14 +121,27 @@ def _is_held(path: Path) -> bool:
 
 
 @contextmanager
-def _lock(path: Path, seconds: float = 0) -> Iterator[BaseFileLock]:
-    """Hold a lock. Raises TimeoutError: another process holds it."""
+def _lock(path: Path, seconds: float = 0) -> Iterator[None]:
+    """Hold a lock; on a file system without locks nothing. Raises TimeoutError: another process holds it."""
     try:
         from filelock import FileLock
     except ImportError as error:
         raise MissingPackageError("filelock is not installed.", "Run `pip install 'tokenflow-sdk[dataset]'`.") from error
-    with FileLock(path, timeout=seconds) as lock:
-        yield lock
+    # The existence of a file, which newer versions take for a lock where there are none, would outlive a process that died.
+    options: Any = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path, timeout=seconds, **options))
+        except TimeoutError:
+            raise
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) not in _WITHOUT_LOCKS:
+                hint = "Choose another -o, or check its permissions."
+                raise OutputError(f"{path.parent} cannot be written: {reason(error)}.", hint) from error
+        except NotImplementedError:  # of older versions, for ENOSYS
+            pass
+        yield
 
 
 def _cache(address: str) -> Path:
@@ -126,4 +149,10 @@ def _cache(address: str) -> Path:
     import platformdirs
 
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:32]
-    return platformdirs.user_cache_path() / "tokenflow" / "jobs" / digest
+    directory = platformdirs.user_cache_path() / "tokenflow" / "jobs" / digest
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if os.access(directory, os.W_OK):
+        return directory
+    # A user's own: what another has made there could not be written.
+    return Path(tempfile.gettempdir(), f"tokenflow-jobs-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}")

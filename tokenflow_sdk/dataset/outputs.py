@@ -252,7 +252,8 @@ class _Parquet(Writer):
 def _lists(pa: Any, kind: Any, values: list[NDArray[Any] | None]) -> Any:
     """A column of lists, null where there is None."""
     dtype = kind.value_type.to_pandas_dtype()
-    flat = np.concatenate([np.empty(0, dtype), *(value.reshape(-1).astype(dtype) for value in values if value is not None)])
+    present = (value.reshape(-1).astype(dtype, copy=False) for value in values if value is not None)
+    flat = np.concatenate([np.empty(0, dtype), *present])
     ends = np.cumsum([0, *(0 if value is None else value.size for value in values)], dtype=np.int32)
     missing = pa.array([value is None for value in values])
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat), type=kind, mask=missing)

@@ -44,7 +44,9 @@ def code_shards(path: str | os.PathLike[str]) -> list[str]:
     files = {entry.name for entry in storage.scan() if not entry.name.startswith(".")}
     files = {name for name in files if name.endswith(tuple(FORMATS.values()))}
     if storage.find(STATE) is not None:
-        done = {entry.name.removesuffix(".json") for entry in storage.scan(DONE)} if storage.find(DONE) else set[str]()
+        records = [entry.name for entry in storage.scan(DONE)] if storage.find(DONE) else []
+        # Others, with a dot, are not whole yet, or were left by a process that was killed.
+        done = {name.removesuffix(".json") for name in records if name.endswith(".json") and not name.startswith(".")}
         found = {name for name in files if name.rpartition(".")[0] in done}
         if missing := done - {name.rpartition(".")[0] for name in found}:
             hint = "Copy it again, or run `tokenflow tokenize --verify`."
@@ -145,7 +147,8 @@ def read_records(storage: Storage, name: str = "", extra: bool = True) -> Genera
 
 
 def _of_parquet(storage: Storage, extra: bool) -> Generator[Record, None, None]:
-    with open_parquet(storage) as parquet:
+    # Else the column chunks of all row groups would be read at once, and kept.
+    with open_parquet(storage, pre_buffer=False) as parquet:
         metadata = parquet.schema_arrow.metadata or {}
         if METADATA_KEY.encode() not in metadata:
             raise _foreign(storage)

@@ -23,7 +23,9 @@ class Listed(NamedTuple):
     size: int
 
 
-def walk(storage: Storage, endings: tuple[str, ...], pattern: str = "", first: str = "") -> Iterator[Listed]:
+def walk(
+    storage: Storage, endings: tuple[str, ...], pattern: str = "", first: str = "", sizes: bool = True
+) -> Iterator[Listed]:
     """The files in a directory and below it, in the order of their paths' parts.
 
     Hidden files and directories, whose names begin with a dot, are left out, and links to directories.
@@ -33,6 +35,7 @@ def walk(storage: Storage, endings: tuple[str, ...], pattern: str = "", first: s
         endings: those of the files, in lower case.
         pattern: that the paths fit, e.g. `2024/**/*.jpg`; empty: all.
         first: the path to begin at.
+        sizes: whether sizes are asked for where a listing lacks them, which takes a while for each file; else they are 0.
 
     Raises:
         DatasetFileError, StorageError: a directory cannot be listed.
@@ -52,7 +55,7 @@ def walk(storage: Storage, endings: tuple[str, ...], pattern: str = "", first: s
             places.append(_listed(storage, path, endings, wanted, inside))
         else:
             rest, name = (), "/".join(path)
-            yield Listed(name, _size(storage, name) if entry.size is None else entry.size)
+            yield Listed(name, _size(storage, name) if sizes and entry.size is None else entry.size or 0)
 
 
 def _size(storage: Storage, name: str) -> int:
