@@ -209,7 +209,7 @@ def test_pictures_and_bodies_fit_the_memory_everywhere(
         dict(each.split("=", 1) for each in unit["Environment"]),
     ):
         pictures = 8 * int(given[f"{PREFIX}MAX_PIXELS"]) * 4  # threads
-        assert pictures + 2e6 * Settings().max_bodies_mb + 0.5e9 < 2e9
+        assert pictures + 4e6 * float(given[f"{PREFIX}MAX_BODIES_MB"]) + 0.5e9 < 2e9
 
 
 def test_the_unit_is_one_and_is_hardened(tmp_path: Path, unit: dict[str, list[str]]) -> None:
