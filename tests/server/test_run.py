@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -120,8 +122,16 @@ def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
         assert answer.status_code == 404
 
 
-def test_a_head_without_end_is_refused() -> None:
+def test_a_head_without_end_is_refused_and_a_pictures_odd_profile_is_not_logged() -> None:
     with running("--generator", "none") as served:
+        odd = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(odd, "PNG", icc_profile=b"no profile")
+        assert (
+            httpx.post(
+                f"{served.url}/v1/images/tokens", content=odd.getvalue(), headers={"Content-Type": "image/png"}
+            ).status_code
+            == 200
+        )
         with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port), timeout=60) as connection:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + 1500 * (b"X-Long: " + 90 * b"x" + b"\r\n"))
             assert connection.recv(100).startswith(b"HTTP/1.1 400")

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import socket
 import sys
+import warnings
 from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.errors import ArgumentError, ColorProfileWarning
 from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.settings import LOOPBACK, Settings
 
@@ -38,6 +39,8 @@ def serve(settings: Settings) -> None:
     _access_log()
     # It warns of each damaged form, whose sender is told already.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    # Of a sender's picture; each has a text of its own, which Python would keep for ever.
+    warnings.simplefilter("ignore", ColorProfileWarning)
     if settings.host not in LOOPBACK and settings.api_key_file is None:
         _LOG.warning("everybody who reaches %s may use this server; --api-key-file asks for keys", settings.host)
     server = uvicorn.Server(server_config(app, settings))
