@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Lanes:
         self._free, self._limit, self._metrics = count, limit, metrics
         self._wait = wait if limit > 1 else 0.0
         self._waiting: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
         self._pool = ThreadPoolExecutor(count, "tokenflow-lane")
         self._running: set[asyncio.Task[None]] = set()
         metrics.gauge("tokenflow_queue_depth", "Pictures that wait for the engine.", lambda: len(self._waiting))
@@ -57,6 +59,7 @@ class Lanes:
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(operation, item, result, perf_counter())
         self._waiting.append(waiting)
+        self._arrived.set()
         if self._free:
             self._free -= 1
             task = asyncio.create_task(self._lane())
@@ -77,14 +80,22 @@ class Lanes:
         """Make calls until nothing waits."""
         try:
             while self._waiting:
-                missing = self._limit > sum(each.operation is self._waiting[0].operation for each in self._waiting)
-                left = self._waiting[0].since + self._wait - perf_counter()
-                if missing and left > 0:
-                    await asyncio.sleep(left)
+                while (left := self._patience()) > 0:
+                    self._arrived.clear()
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._arrived.wait(), left)
                 if batch := self._taken():
                     await self._call(batch)
         finally:
             self._free += 1
+
+    def _patience(self) -> float:
+        """Seconds that the item that has waited longest waits for others; none where a call is full, or nothing waits."""
+        if not self._waiting:
+            return 0.0
+        first = self._waiting[0]
+        full = sum(each.operation is first.operation for each in self._waiting) >= self._limit
+        return 0.0 if full else first.since + self._wait - perf_counter()
 
     def _taken(self) -> list[_Waiting]:
         """The item that has waited longest, and those after it for the same operation, as many as a call takes."""
