@@ -7,7 +7,6 @@ shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -28,8 +27,6 @@ __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
-_LEFT = re.compile(r"\.(.*)-[0-9a-f]{12}")
-"""What `Storage.write` names a local file before it is whole."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,7 @@ class Job:
         """Delete what killed processes left half written of these shards, which nobody else may be making."""
         indices = [shard.index for shard in shards]
         self.output.delete_leftovers(names={self.file(index) for index in indices})
-        records = {_record_name(index) for index in indices}
-        for name in _names(self.output, DONE) if self.output.is_local else ():
-            if (found := _LEFT.fullmatch(name)) is not None and f"{DONE}/{found[1]}" in records:
-                self.output.delete(f"{DONE}/{name}")
+        self.output.delete_leftovers(DONE, {_record_name(index).removeprefix(f"{DONE}/") for index in indices})
 
     def _store_first(self) -> bool:
         """Store the job, unless another process has begun one meanwhile."""

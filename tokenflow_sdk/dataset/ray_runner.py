@@ -77,7 +77,7 @@ def run_on_ray(
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise BackendError(f"Ray ended the job: {lines[-1]}", "Look into Ray's logs; the same command goes on.") from error
     # Of actors that were killed. None is there any more.
-    job.output.delete_leftovers(names={job.file(shard.index) for shard in shards})
+    job.delete_leftovers(shards)
     progress.fail_unseen(shards, f"The process that made it died {_TRIES + 1} times. Look into Ray's logs.")
     return progress
 

@@ -35,7 +35,8 @@ _OF_THE_FILE = (
 """What is wrong with a local file itself, and not with its disk."""
 _ACCESS = "Check that the service can be reached, and that this machine has credentials for it."
 _PARTIAL = ".partial"
-_LEFT = re.compile(rf"\.(.*)-[0-9a-f]{{12}}{re.escape(_PARTIAL)}")
+_LEFT = re.compile(rf"\.(.*)-[0-9a-f]{{12}}({re.escape(_PARTIAL)})?")
+"""Names of local files before they are whole: of `new_file`, and of `write`, which leaves out the ending."""
 
 
 def as_text(name: str) -> str:
@@ -207,7 +208,7 @@ class Storage:
                 self._filesystem.rm_file(self._remote(name))
 
     def delete_leftovers(self, directory: str = "", names: Collection[str] | None = None) -> None:
-        """Delete what `new_file` left in a local directory because its process was killed.
+        """Delete what `new_file` and `write` left in a local directory because its process was killed.
 
         Args:
             directory: where to look.
