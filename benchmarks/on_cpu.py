@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,13 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import machine, prepare, random_codes
-from benchmarks.gpu.codecs import TorchCodec, half_copy, load_eager
+from benchmarks.gpu.codecs import Codec, TorchCodec, half_copy, load_eager
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.timing import Pace, Times, alternate, bar
 from recipes.tiny.loop import has_bfloat16
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.cores import available_cores, instruction_sets
 from tokenflow_sdk.backends.onnxruntime import import_onnxruntime
+from tokenflow_sdk.bundle.bundle import find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.pictures.images import preprocess, psnr
 
@@ -63,8 +63,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu")
     arguments = parser.parse_args(words)
     about = machine() | {"cores": arguments.threads, "instruction_sets": instruction_sets()}
-    name = re.sub("[^a-z0-9]+", "-", f"{about['cpu']} {arguments.threads}".lower()).strip("-")
-    path = arguments.out / f"{name}.json"
+    path = arguments.out / f"{Device().slug}-{arguments.threads}.json"
     report = json.loads(path.read_text()) if path.exists() and not arguments.again else {"rows": {}}
     for variant in arguments.variants:
         missing = [graph for graph in GRAPHS if f"{variant} {graph}" not in report["rows"]]
@@ -86,34 +85,35 @@ def main(words: list[str] | None = None) -> None:
 def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[str, Side]]]:
     """Open the sides of a model; its checkpoint and its bundle are made if they are not there."""
     bundle, checkpoint = ROOT / "bundles" / variant, ROOT / "checkpoints" / f"{variant}.pt"
-    if variant != "tiny":
+    if variant == "tiny":
+        bundle = find_bundle(variant, TokenizerConfig.kind)
+    else:
         prepare(variant, checkpoint, bundle)
     backends = {"ours": "onnxruntime"} | ({"openvino": "openvino"} if importlib.util.find_spec("openvino") else {})
     with ExitStack() as stack:
         opened: dict[str, Tokenizer] = {}
         for side, backend in backends.items():
-            tokenizer = Tokenizer.from_pretrained(
-                variant if variant == "tiny" else bundle, device="cpu", threads=threads, backend=backend
-            )
+            tokenizer = Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, backend=backend)
             opened[side] = stack.enter_context(tokenizer)
-        own = opened["ours"].bundle
+        config = opened["ours"].config
+        codecs: dict[str, Codec] = (
+            {**opened} if variant == "tiny" else {**opened, **eager(variant, checkpoint, config, threads)}
+        )
         found: dict[str, Side] = {
-            side: {"encode": each.encode_array, "decode": each.decode_array} for side, each in opened.items()
+            side: {"encode": codec.encode_array, "decode": codec.decode_array} for side, codec in codecs.items()
         }
-        found["onnxruntime"] = plain(own.path, threads)
-        if variant != "tiny":
-            found |= eager(variant, checkpoint, own.config, threads)
-        yield own.config, {side: found[side] for side in SIDES if side in found}
+        found["onnxruntime"] = plain(bundle, threads)
+        yield config, {side: found[side] for side in SIDES if side in found}
 
 
-def eager(variant: str, checkpoint: Path, config: TokenizerConfig, threads: int) -> dict[str, Side]:
+def eager(variant: str, checkpoint: Path, config: TokenizerConfig, threads: int) -> dict[str, TorchCodec]:
     """PyTorch as it is, in bfloat16 where the processor has it, and compiled."""
     device = Device(threads)
     model = load_eager(checkpoint, variant, device)
     codecs = {"torch": TorchCodec(model, config, device), "compile": TorchCodec(model, config, device, compiled=True)}
     if has_bfloat16(device.torch):
         codecs["torch-bf16"] = TorchCodec(half_copy(model, torch.bfloat16), config, device)
-    return {side: {"encode": codec.encode_array, "decode": codec.decode_array} for side, codec in codecs.items()}
+    return codecs
 
 
 def plain(bundle: Path, threads: int) -> Side:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +88,7 @@ class Stamp:
     preparation: Preparation
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Codes of one picture."""
         return Scales(self.patch_nums).ends[self.scales - 1]

@@ -130,7 +130,6 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, options: JobOptions, workers: int, lanes: int) -> None:
         self.tokenizer, self.options, self.workers, self.lanes = tokenizer, options, workers, lanes
         self.stamp = options.stamp(tokenizer.bundle)
-        self._length = self.stamp.length
         self._free = threading.BoundedSemaphore(lanes)
 
     @classmethod
@@ -193,8 +192,8 @@ class Encoder:
         return fit(image, size, o.preprocess), whole
 
     def _encoded(self, pictures: Sequence[_Ready]) -> list[_Encoded]:
-        tok, pixels = self.tokenizer, [each.pixels for each in pictures]
-        rows = tok.encode_array(pixels[0][None] if len(pixels) == 1 else np.stack(pixels))[:, : self._length]
+        tok = self.tokenizer
+        rows = tok.encode_array(np.stack([each.pixels for each in pictures]))[:, : self.stamp.length]
         columns = {name: getattr(tok, name)(rows).astype(np.float16) for name in self.stamp.shapes}
         return [
             _Encoded(each.record, rows[i], {name: column[i] for name, column in columns.items()})
