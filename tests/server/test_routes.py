@@ -30,7 +30,10 @@ async def in_thread(function: Callable[[], Any]) -> Any:
 def app() -> FastAPI:
     app, routes = FastAPI(exception_handlers=handlers()), APIRouter(route_class=WorkRoute)
     settings = SimpleNamespace(max_images=2, max_prompt_chars=100)
-    app.state.models = SimpleNamespace(settings=settings, tokenizer_config=SimpleNamespace(n_codes=5), in_thread=in_thread)
+    config = SimpleNamespace(n_codes=5)
+    app.state.models = SimpleNamespace(
+        settings=settings, tokenizer_config=config, in_thread=in_thread, require_ready=lambda: None
+    )
 
     @routes.post("/length")
     async def length(body: Asked) -> int:

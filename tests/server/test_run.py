@@ -183,6 +183,7 @@ def test_no_client_holds_a_connection_by_sending_now_and_then(impatient: str) ->
                         found += piece
                     else:
                         left.remove(client)
+                        continue
                     if found or not answer:
                         connection.sendall(b"x")  # of a body, or of a head that never ends
                 except ConnectionError:

@@ -136,9 +136,17 @@ def pack_scale(indices: NDArray[np.int32], bits: int, previous_crc: int) -> tupl
     Returns:
         The segment, and its CRC-32 for the next scale.
     """
-    # The bits of big-endian words are in the file's order; packbits pads the last byte with zeros.
-    words = np.unpackbits(indices.astype(">u4").view(np.uint8)).reshape(-1, 32)
-    payload = np.packbits(words[:, 32 - bits :]).tobytes()
+    return _segment(_bits(indices, bits), previous_crc)
+
+
+def _bits(indices: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """The bits of codes in the file's order, u8 [n, bits]: that of big-endian words."""
+    return np.unpackbits(indices.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - bits :]
+
+
+def _segment(rows: NDArray[np.uint8], previous_crc: int) -> tuple[bytes, int]:
+    """What `pack_scale` gives, of codes' bits; packbits pads the last byte with zeros."""
+    payload = np.packbits(rows).tobytes()
     crc = zlib.crc32(payload, previous_crc)
     return payload + _CRC.pack(crc), crc
 
@@ -152,10 +160,11 @@ def pack(header: Header, indices: NDArray[np.int32]) -> bytes:
     """
     data, crc = pack_header(header)
     parts = [data]
-    for scale in header.scales.split(indices):
-        if not len(scale):
+    rows = _bits(indices, header.bits)  # of all scales in one step: scales are small
+    for start, end in zip(header.scales.starts, header.scales.ends, strict=True):
+        if start >= len(rows):
             break
-        segment, crc = pack_scale(scale, header.bits, crc)
+        segment, crc = _segment(rows[start:end], crc)
         parts.append(segment)
     return b"".join(parts)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
                 failed(error)
         if models.ready:
             _watch(models)
-            _LOG.info("ready: %s", ", ".join(models.names()))
+            _LOG.info("ready: %s", ", ".join(models.names))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,9 +60,6 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
             models.ending = True
             await opening
             await asyncio.to_thread(models.close)
-
-    async def ready() -> None:
-        models.require_ready()
 
     middleware = [Middleware(Guard, settings=settings, metrics=metrics, keys=keys)]
     if settings.cors_origins:
@@ -79,13 +76,9 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         redoc_url=None,
     )
     app.state.models = models
+    for each in (images, embeddings, inference, generations, chat, operations):
+        app.include_router(each.router(models))
     app.include_router(page.router())
-    app.include_router(operations.router(models))
-    work = APIRouter(dependencies=[Depends(ready)])
-    for each in (images, embeddings, generations, chat):
-        work.include_router(each.router(models))
-    app.include_router(work)
-    app.include_router(inference.router(models))
     return app
 
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from tokenflow_sdk.generation.results import png
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.server.answers import JsonAnswer
-from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, read_codes, read_inputs
+from tokenflow_sdk.server.bodies import TFC, CodesJson, Inputs, Options, Read, read_codes, read_inputs
 from tokenflow_sdk.server.errors import ApiError
 from tokenflow_sdk.server.models import Models
 from tokenflow_sdk.server.routes import WorkRoute, gathered
@@ -101,10 +101,12 @@ def router(models: Models) -> APIRouter:
         if as_file and len(found.pictures) > 1:
             several = f"{TFC} holds one picture, and {len(found.pictures)} were sent."
             raise ApiError(406, f"{several} Accept application/json for several.")
-        way = options.preprocess, options.color
-        pixels = await gathered(models.prepared(read, *way) for read in found.pictures)
-        made = await gathered(models.coded(each, *way) for each in pixels)
-        codes = [_truncated(each, options.scales) for each in made]
+
+        async def one(read: Read) -> tuple[NDArray[np.uint8], Codes]:
+            pixels, codes = await models.prepared_picture(read, options.preprocess, options.color)
+            return pixels, _truncated(codes, options.scales)
+
+        pixels, codes = zip(*await gathered(map(one, found.pictures)), strict=True)
         if as_file:
             return Response(codes[0].to_bytes(), media_type=TFC)
         data = [codes_json(each, i) for i, each in enumerate(codes)]

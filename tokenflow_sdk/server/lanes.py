@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -49,9 +49,10 @@ class Lanes:
         self._free, self._limit, self._metrics = count, limit, metrics
         self._wait = wait if limit > 1 else 0.0
         self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._lock = threading.Lock()
+        """Of `_free`, which `run_here` changes from other threads."""
         self._pool = ThreadPoolExecutor(count, "tokenflow-lane")
-        self._running: set[asyncio.Task[None]] = set()
         metrics.gauge("tokenflow_queue_depth", "Pictures that wait for the engine.", lambda: len(self._waiting))
 
     async def run(self, operation: Operation, item: Any) -> Any:
@@ -59,12 +60,7 @@ class Lanes:
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(operation, item, result, perf_counter())
         self._waiting.append(waiting)
-        self._arrived.set()
-        if self._free:
-            self._free -= 1
-            task = asyncio.create_task(self._lane())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        self._fill()
         try:
             return await result
         except asyncio.CancelledError:
@@ -72,59 +68,92 @@ class Lanes:
                 self._waiting.remove(waiting)
             raise
 
+    def run_here(self, operation: Operation, item: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        """The operation's result for one item, run by this thread, which is not the event loop's; None where it should wait: no
+        lane is free, others wait, or calls take several items. For who has the item in a thread: a change of thread takes time.
+        """
+        with self._lock:
+            if not self._free or self._waiting or self._limit > 1:
+                return None
+            self._free -= 1
+        began = perf_counter()
+        self._note(operation, [began], began)
+        try:
+            return next(iter(operation.run([item])))
+        finally:
+            self._metrics.observe("engine", perf_counter() - began)
+            with self._lock:
+                self._free += 1
+            if self._waiting:
+                loop.call_soon_threadsafe(self._fill)
+
     def close(self) -> None:
         """End the threads after the calls that run."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def _lane(self) -> None:
-        """Make calls until nothing waits."""
-        try:
-            while self._waiting:
-                while (left := self._patience()) > 0:
-                    self._arrived.clear()
-                    with suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._arrived.wait(), left)
-                if batch := self._taken():
-                    await self._call(batch)
-        finally:
-            self._free += 1
+    def _fill(self) -> None:
+        """Begin calls in the lanes that are free, or set a timer where others are waited for first."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            if (left := self._patience()) > 0:
+                self._timer = loop.call_later(left, self._fill)
+                return
+            with self._lock:
+                if not self._free:
+                    return
+                self._free -= 1
+            batch = self._taken()
+            began = perf_counter()
+            self._note(batch[0].operation, [each.since for each in batch], began)
+            self._pool.submit(self._call, loop, batch, began)
+
+    def _note(self, operation: Operation, since: list[float], began: float) -> None:
+        """Tell the metrics of a call's items, which have waited since then."""
+        for each in since:
+            self._metrics.observe("queue", began - each)
+        self._metrics.batches.labels(operation.name).observe(len(since))
 
     def _patience(self) -> float:
-        """Seconds that the item that has waited longest waits for others; none where a call is full, or nothing waits."""
-        if not self._waiting:
-            return 0.0
+        """Seconds that the item that has waited longest waits for others; none where a call is full."""
         first = self._waiting[0]
         full = sum(each.operation is first.operation for each in self._waiting) >= self._limit
         return 0.0 if full else first.since + self._wait - perf_counter()
 
     def _taken(self) -> list[_Waiting]:
         """The item that has waited longest, and those after it for the same operation, as many as a call takes."""
-        if not self._waiting:
-            return []
         operation = self._waiting[0].operation
         batch = [each for each in self._waiting if each.operation is operation][: self._limit]
         taken = set(batch)
         self._waiting = deque(each for each in self._waiting if each not in taken)
         return batch
 
-    async def _call(self, batch: list[_Waiting]) -> None:
-        operation, began = batch[0].operation, perf_counter()
-        for each in batch:
-            self._metrics.observe("queue", began - each.since)
-        self._metrics.batches.labels(operation.name).observe(len(batch))
-        loop = asyncio.get_running_loop()
-        try:
-            results = await loop.run_in_executor(self._pool, operation.run, [each.item for each in batch])
-        except Exception as error:
-            if len(batch) > 1:
-                # Whatever it was, it must not fail those that only shared the call.
-                for each in batch:
-                    await self._call([each])
-            elif not batch[0].result.done():
-                batch[0].result.set_exception(error)
-        else:
-            for each, found in zip(batch, results, strict=True):
-                if not each.result.done():
-                    each.result.set_result(found)
-        finally:
-            self._metrics.observe("engine", perf_counter() - began)
+    def _call(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting], began: float) -> None:
+        """Run the operation in a thread, and hand its results to the event loop in one step, which wakes it once."""
+        results = _results(batch[0].operation, [each.item for each in batch])
+        loop.call_soon_threadsafe(self._done, batch, results, perf_counter() - began)
+
+    def _done(self, batch: list[_Waiting], results: list[Any], seconds: float) -> None:
+        self._metrics.observe("engine", seconds)
+        for each, found in zip(batch, results, strict=True):
+            if each.result.done():
+                continue
+            if isinstance(found, BaseException):
+                each.result.set_exception(found)
+            else:
+                each.result.set_result(found)
+        with self._lock:
+            self._free += 1
+        self._fill()
+
+
+def _results(operation: Operation, items: list[Any]) -> list[Any]:
+    """A result or an error for each item. Where several fail together, each is run again alone: whatever the error was, it must
+    not fail those that only shared the call.
+    """
+    try:
+        return list(operation.run(items))
+    except BaseException as error:  # of a thread, whose waiters would wait for ever
+        return [error] if len(items) == 1 else [found for each in items for found in _results(operation, [each])]

@@ -52,12 +52,15 @@ class Models:
             _checked(self.generator_name, GeneratorConfig)
         if settings.understander is not None:
             _checked(settings.understander, UnderstanderConfig)
+        self.names = self._names()
+        """Names of the models, and what each can do."""
         self.generator: Generator | None = None
         self.understander: Understander | None = None
         self.ready = False
         self.ending = False
         """Set where the server ends: `open` leaves out the models that it has not begun with, and nothing gets ready."""
-        self._pictures = ThreadPoolExecutor(available_cores(), "tokenflow-picture")
+        # As many to make pixels of files as there are cores, while others of them encode.
+        self._pictures = ThreadPoolExecutor(2 * available_cores(), "tokenflow-picture")
         # As many as requests: each waits for its next piece in a thread, and asyncio's own are few.
         self.stream_threads = ThreadPoolExecutor(settings.max_queue, "tokenflow-stream")
         self._closing = ExitStack()
@@ -112,25 +115,29 @@ class Models:
             raise ApiError(503, "The models are being opened. Try again in a moment.")
 
     async def picture(self, read: Callable[[], bytes], preprocess: Preprocess | None = None, color: Color = "srgb") -> Codes:
-        """Codes of a picture file: u8 pixels are made of it by a thread for pictures, then it waits for a lane.
+        """Codes of a picture file; see `prepared_picture`."""
+        return (await self.prepared_picture(read, preprocess, color))[1]
+
+    async def prepared_picture(
+        self, read: Callable[[], bytes], preprocess: Preprocess | None = None, color: Color = "srgb"
+    ) -> tuple[NDArray[np.uint8], Codes]:
+        """A picture as it is encoded, u8 [H, W, 3] of the tokenizer's size, and its codes. A thread for pictures makes the
+        pixels of the file, and encodes them where a lane is free; otherwise they wait for one.
 
         Args:
             read: gives the file's content; called by that thread.
             preprocess, color: as in `Tokenizer.encode`.
         """
-        return await self.coded(await self.prepared(read, preprocess, color), preprocess, color)
+        tok, limit, loop = self.tokenizer, self.settings.max_pixels, asyncio.get_running_loop()
 
-    async def coded(self, pixels: NDArray[np.uint8], preprocess: Preprocess | None = None, color: Color = "srgb") -> Codes:
-        """Codes of a picture that `prepared` gave for the same arguments."""
-        return self.tokenizer.codes(await self.encoded(pixels), self.tokenizer.preparation(preprocess, color))
+        def prepared() -> tuple[NDArray[np.uint8], NDArray[np.int32] | None]:
+            with self.metrics.stage("picture"):
+                pixels = tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit)
+            return pixels, self._lanes.run_here(self._encode, pixels, loop)
 
-    async def prepared(
-        self, read: Callable[[], bytes], preprocess: Preprocess | None = None, color: Color = "srgb"
-    ) -> NDArray[np.uint8]:
-        """What `picture` encodes of a picture file: u8 [H, W, 3] of the tokenizer's size."""
-        tok, limit = self.tokenizer, self.settings.max_pixels
-        with self.metrics.stage("picture"):
-            return await self.in_thread(lambda: tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit))
+        pixels, row = await self.in_thread(prepared)
+        row = await self.encoded(pixels) if row is None else row
+        return pixels, tok.codes(row, tok.preparation(preprocess, color))
 
     async def encoded(self, pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
         """u8 [H, W, 3] of the tokenizer's size -> code indices int32 [L]."""
@@ -175,8 +182,7 @@ class Models:
         found = {"tokenizer": self.tokenizer, "generator": self.generator, "understander": self.understander}
         return {name: model for name, model in found.items() if model is not None}
 
-    def names(self) -> dict[str, list[str]]:
-        """Names of the models, and what each can do."""
+    def _names(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {_name(self.settings.tokenizer): ["tokens", "embeddings"]}
         for name, ability in ((self.generator_name, "generations"), (self.settings.understander or NONE, "chat")):
             if name != NONE:
@@ -189,8 +195,7 @@ class Models:
         Raises:
             ApiError: there is none that does it, or none of this name.
         """
-        names = self.names()
-        able = next((each for each, abilities in names.items() if ability in abilities), None)
+        able = next((each for each, abilities in self.names.items() if ability in abilities), None)
         if able is None:
             what = {"generations": "draws pictures", "chat": "answers questions"}[ability]
             raise ApiError(404, f"No model of this server {what}.", "model_not_found", "model")

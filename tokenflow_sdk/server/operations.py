@@ -35,11 +35,11 @@ def router(models: Models) -> APIRouter:
 
     @routes.get("/v1/models", summary="Names of the models, and what each can do")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in models.names()]}
+        return {"object": "list", "data": [model(name) for name in models.names]}
 
     @routes.get("/v1/models/{name:path}", summary="One model")
     async def one_model(name: str) -> dict[str, Any]:
-        if name not in models.names():
+        if name not in models.names:
             raise ApiError(404, f"There is no model {name[:200]!r} here.", "model_not_found", "model")
         return model(name)
 
@@ -48,6 +48,6 @@ def router(models: Models) -> APIRouter:
         common = {"object": "model", "created": began, "owned_by": "tokenflow-sdk"}
         config = models.tokenizer_config
         sizes = {"image_size": config.image_size, "patch_nums": list(config.patch_nums)}
-        return {"id": name, **common, "abilities": models.names()[name], **sizes}
+        return {"id": name, **common, "abilities": models.names[name], **sizes}
 
     return routes

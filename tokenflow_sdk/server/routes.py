@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,20 +25,24 @@ _SMALL = 64 * 1024
 
 
 class WorkRoute(APIRoute):
-    """A POST route that `read_json` reads for, and whose work is cancelled as soon as the client has gone."""
+    """A POST route that `read_json` reads for when the models are ready. Its work is cancelled once its client has gone."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, in that."""
+        """FastAPI's handler, in that; of a function that takes the request alone, the function itself."""
         answer = super().get_route_handler()
         if self.methods != {"POST"}:
             return answer
+        if list(signature(self.endpoint).parameters) == ["request"]:
+            answer = self.endpoint
 
         async def handler(request: Request) -> Response:
+            models: Models = request.app.state.models
+            models.require_ready()
             # All of it is read before anything else waits for what the client sends.
             body = await request.body()
             if body and self.body_field is not None:
                 # Where Starlette keeps what it has parsed, so that FastAPI does not parse it again on the event loop.
-                request._json = await read_json(body, request.app.state.models)
+                request._json = await read_json(body, models)
             return await unless_gone(request, answer(request))
 
         return handler
@@ -81,6 +86,9 @@ async def unless_small(models: Models, size: int, function: Callable[[], T]) -> 
 
 async def gathered(works: Iterable[Awaitable[T]]) -> list[T]:
     """The results of all, in order. The first error cancels the others, whose results nobody gets."""
+    works = list(works)
+    if len(works) == 1:
+        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -71,21 +71,18 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         ClientGone: it has.
     """
 
-    async def gone() -> None:
+    async def gone(scope: anyio.CancelScope) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        scope.cancel()
 
-    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        for each in (working, waiting):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
+    with anyio.CancelScope() as scope:
+        waiting = asyncio.ensure_future(gone(scope))
+        try:
+            return await work
+        finally:
+            waiting.cancel()
+    raise ClientGone
 
 
 async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
