@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +15,7 @@ from starlette.types import ASGIApp
 
 from tests.support.waiting import comes_true
 from tokenflow_sdk.server import Settings, create_app
-from tokenflow_sdk.server.run import server_config
+from tokenflow_sdk.server.run import listen, server_config
 
 Serve = Callable[..., AbstractContextManager[str]]
 
@@ -24,7 +23,7 @@ Serve = Callable[..., AbstractContextManager[str]]
 @contextmanager
 def listening(app: ASGIApp, settings: Settings) -> Iterator[str]:
     """The address of an app that is served as `tokenflow serve` serves it."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(server_config(app, settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -129,3 +130,83 @@ def test_an_item_that_is_taken_back_is_not_run() -> None:
         lanes.close()
 
     asyncio.run(main())
+
+
+def test_a_thread_runs_its_own_item_where_a_lane_is_free() -> None:
+    async def main() -> None:
+        loop, calls, gate = asyncio.get_running_loop(), list[list[int]](), threading.Event()
+        lanes, operation = Lanes(1, 1, 0.0, Metrics()), recorded(calls, gate)
+
+        def here(item: int) -> asyncio.Task[object]:
+            return asyncio.create_task(asyncio.to_thread(lanes.run_here, operation, item, loop))
+
+        first = here(1)
+        await asyncio.wait_for(comes(lambda: bool(calls)), 60)
+        assert await here(2) is None, "the only lane is taken"
+        waiting = asyncio.create_task(lanes.run(operation, 3))
+        await asyncio.sleep(0.01)
+        gate.set()
+        assert (await first, await waiting) == (10, 30)
+        assert await here(4) == 40
+        assert calls == [[1], [3], [4]]
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_a_lane_is_free_again_after_a_thread_has_failed_in_it() -> None:
+    def fail(items: list[int]) -> list[int]:
+        raise ValueError(str(items))
+
+    async def main() -> None:
+        loop, lanes = asyncio.get_running_loop(), Lanes(1, 1, 0.0, Metrics())
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"\[1\]"):
+                await asyncio.to_thread(lanes.run_here, Operation("fail", fail), 1, loop)
+        assert await lanes.run(recorded([]), 2) == 20
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_a_thread_leaves_its_item_to_others_where_calls_take_several() -> None:
+    async def main() -> None:
+        lanes = Lanes(1, 2, 0.0, Metrics())
+        assert lanes.run_here(recorded([]), 1, asyncio.get_running_loop()) is None
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_who_waits_when_lanes_are_closed_is_told_so() -> None:
+    async def main() -> None:
+        gate = threading.Event()
+        operation, lanes = recorded([], gate), Lanes(1, 1, 0.0, Metrics())
+        tasks = [asyncio.create_task(lanes.run(operation, i)) for i in range(3)]
+        await asyncio.sleep(0.01)
+        closing = asyncio.create_task(asyncio.to_thread(lanes.close))
+        await asyncio.sleep(0.01)
+        gate.set()
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert found[0] == 0 and all(isinstance(each, RuntimeError) for each in found[1:])
+        await closing
+
+    asyncio.run(main())
+
+
+def test_an_operation_that_loses_results_fails_all_its_items() -> None:
+    async def main() -> None:
+        lanes = Lanes(1, 3, 0.01, Metrics())
+        lost = Operation("lost", lambda items: [])
+        found = await asyncio.wait_for(asyncio.gather(*(lanes.run(lost, i) for i in range(3)), return_exceptions=True), 60)
+        assert all(isinstance(each, RuntimeError) for each in found)
+        with pytest.raises(ValueError, match="unpack"):
+            await asyncio.to_thread(Lanes(1, 1, 0.0, Metrics()).run_here, lost, 1, asyncio.get_running_loop())
+        lanes.close()
+
+    asyncio.run(main())
+
+
+async def comes(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.001)

@@ -76,9 +76,9 @@ def create_app(settings: Settings | None = None, failed: Callable[[BaseException
         redoc_url=None,
     )
     app.state.models = models
-    for each in (images, embeddings, inference, generations, chat, operations):
-        app.include_router(each.router(models))
-    app.include_router(page.router())
+    routers = [each.router(models) for each in (images, embeddings, inference, generations, chat, operations)]
+    for each in (*routers, page.router()):
+        app.router.routes += each.routes  # `include_router` looks for the route of each request twice
     return app
 
 

@@ -79,7 +79,8 @@ class Lanes:
         began = perf_counter()
         self._note(operation, [began], began)
         try:
-            return next(iter(operation.run([item])))
+            [found] = operation.run([item])
+            return found
         finally:
             self._metrics.observe("engine", perf_counter() - began)
             with self._lock:
@@ -89,7 +90,7 @@ class Lanes:
 
     def close(self) -> None:
         """End the threads after the calls that run."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
 
     def _fill(self) -> None:
         """Begin calls in the lanes that are free, or set a timer where others are waited for first."""
@@ -108,7 +109,11 @@ class Lanes:
             batch = self._taken()
             began = perf_counter()
             self._note(batch[0].operation, [each.since for each in batch], began)
-            self._pool.submit(self._call, loop, batch, began)
+            try:
+                self._pool.submit(self._call, loop, batch, began)
+            except RuntimeError as error:  # closed; those that wait are told so
+                self._done(batch, [error] * len(batch), 0.0)
+                return
 
     def _note(self, operation: Operation, since: list[float], began: float) -> None:
         """Tell the metrics of a call's items, which have waited since then."""
@@ -136,6 +141,8 @@ class Lanes:
         loop.call_soon_threadsafe(self._done, batch, results, perf_counter() - began)
 
     def _done(self, batch: list[_Waiting], results: list[Any], seconds: float) -> None:
+        with self._lock:
+            self._free += 1
         self._metrics.observe("engine", seconds)
         for each, found in zip(batch, results, strict=True):
             if each.result.done():
@@ -144,8 +151,6 @@ class Lanes:
                 each.result.set_exception(found)
             else:
                 each.result.set_result(found)
-        with self._lock:
-            self._free += 1
         self._fill()
 
 
@@ -154,6 +159,9 @@ def _results(operation: Operation, items: list[Any]) -> list[Any]:
     not fail those that only shared the call.
     """
     try:
-        return list(operation.run(items))
+        found = list(operation.run(items))
+        if len(found) != len(items):
+            raise RuntimeError(f"{operation.name} gave {len(found)} results for {len(items)} items")
+        return found
     except BaseException as error:  # of a thread, whose waiters would wait for ever
         return [error] if len(items) == 1 else [found for each in items for found in _results(operation, [each])]

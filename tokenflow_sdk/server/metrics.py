@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from time import perf_counter
 
@@ -33,6 +34,7 @@ class Metrics:
             registry=self._registry, buckets=(1, 2, 4, 8, 16, 32, 64),
         )  # fmt: skip
         self.refused = Counter("tokenflow_refused", "Requests refused for lack of room.", registry=self._registry)
+        self._stage = cache(self._stages.labels)
         self._gauges: dict[str, Gauge] = {}
 
     def gauge(self, name: str, text: str, value: Callable[[], float], **labels: str) -> None:
@@ -53,7 +55,7 @@ class Metrics:
 
     def observe(self, stage: str, seconds: float) -> None:
         """Note how long a stage took."""
-        self._stages.labels(stage).observe(seconds)
+        self._stage(stage).observe(seconds)
 
     def observe_steps(self, stage: str, times: Iterable[float]) -> None:
         """Note how long each step took, from the seconds from the start to each one's end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -59,8 +60,10 @@ class Models:
         self.ready = False
         self.ending = False
         """Set where the server ends: `open` leaves out the models that it has not begun with, and nothing gets ready."""
-        # As many to make pixels of files as there are cores, while others of them encode.
-        self._pictures = ThreadPoolExecutor(2 * available_cores(), "tokenflow-picture")
+        cores = available_cores()
+        # Some may encode meanwhile, so there are more than make pixels at once, which takes memory.
+        self._pictures = ThreadPoolExecutor(2 * cores, "tokenflow-picture")
+        self._preparing = threading.BoundedSemaphore(cores)
         # As many as requests: each waits for its next piece in a thread, and asyncio's own are few.
         self.stream_threads = ThreadPoolExecutor(settings.max_queue, "tokenflow-stream")
         self._closing = ExitStack()
@@ -131,11 +134,15 @@ class Models:
         tok, limit, loop = self.tokenizer, self.settings.max_pixels, asyncio.get_running_loop()
 
         def prepared() -> tuple[NDArray[np.uint8], NDArray[np.int32] | None]:
-            with self.metrics.stage("picture"):
+            with self._preparing, self.metrics.stage("picture"):
                 pixels = tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit)
-            return pixels, self._lanes.run_here(self._encode, pixels, loop)
+            return pixels, self._lanes.run_here(self._encode, pixels, loop) if wanted else None
 
-        pixels, row = await self.in_thread(prepared)
+        wanted = True
+        try:
+            pixels, row = await self.in_thread(prepared)
+        finally:
+            wanted = False  # by nobody, if the thread has not encoded it yet
         row = await self.encoded(pixels) if row is None else row
         return pixels, tok.codes(row, tok.preparation(preprocess, color))
 

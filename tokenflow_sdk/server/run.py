@@ -11,16 +11,15 @@ from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokenflow_sdk.errors import ArgumentError, ColorProfileWarning
 from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.settings import LOOPBACK, Settings
 
-__all__ = ["serve", "server_config"]
+__all__ = ["listen", "serve", "server_config"]
 
 _LOG = logging.getLogger("tokenflow_sdk.server")
-_MAX_HEAD = 64 * 1024
 
 
 def serve(settings: Settings) -> None:
@@ -36,7 +35,7 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     app = create_app(settings, failed)
-    listener = _listener(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     _access_log()
     # It warns of each damaged form, whose sender is told already.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -63,21 +62,19 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
         timeout_keep_alive=max(1, round(settings.body_timeout)),
-        http=_Connection,
+        http=_Connection,  # httptools, which uvicorn takes where it is installed, has no limit for the head of a request
         ws="none",  # there is nothing to upgrade to, and an upgraded connection would have no limits
+        h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=8 * settings.max_queue,
     )
 
 
-class _Connection(HttpToolsProtocol):
+class _Connection(H11Protocol):
     """A connection that is cut when its client lets it wait for `timeout_keep_alive` seconds: for the head of a request, the
-    first or the next, or for reading what was written. uvicorn alone waits for ever for what a byte has begun. It is cut as
-    well when it sends much that is neither a whole head nor a body, which the parser would keep.
+    first or the next, or for reading what was written. uvicorn alone waits for ever for what a byte has begun.
     """
 
     _deadline: asyncio.TimerHandle | None = None
-    _parsing = 0
-    """Bytes since the last head or piece of a body: of a head that does not end, or of fields after a body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # Whatever the kernel does not take at once is unread, and counts: also after the last write, and while closing.
@@ -86,19 +83,8 @@ class _Connection(HttpToolsProtocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        self._parsing += len(data)
         super().data_received(data)
-        if self._parsing > _MAX_HEAD and not self.transport.is_closing():
-            self.send_400_response(f"The head of a request has more than {_MAX_HEAD} bytes, which is the most.")
         self._watch()
-
-    def on_headers_complete(self) -> None:
-        self._parsing = 0
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._parsing = 0
-        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -130,7 +116,7 @@ class _Connection(HttpToolsProtocol):
             self._deadline = None
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         plain = socket.create_server((str(address[0]), port), family=family, backlog=2048)
