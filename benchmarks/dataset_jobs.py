@@ -1,16 +1,17 @@
 """Measures `tokenflow tokenize` against the encoder alone, decoding alone, and a plain loop over `Tokenizer.encode`.
 
 The photos are JPEG files of 500 x 400 pixels, all different, made here. The job runs as a user runs it, as a process of its
-own, whose memory is watched; its rate is what it says itself, without the time in which Python starts. Before it and after it,
-the other sides take turns on some of the photos: the encoder alone on arrays that are decoded already, with one thread a call
-and as many calls at once as cores, and with the calls of `Tokenizer`; decoding alone on all cores; and the loop. On a CPU
-decoding and the encoder take the same cores, so the rate that can be reached is the sum of both times.
+own, whose memory is watched; its rate is what it says itself, without the time in which Python starts. Every minute it is
+stopped (SIGSTOP), and the other sides take a turn on some of the photos, because a machine may be a tenth slower a minute
+later: the encoder alone on arrays that are decoded already, with one thread a call and as many calls at once as cores, and with
+the calls of `Tokenizer`; decoding alone on all cores; and the loop. On a CPU decoding and the encoder take the same cores, so
+the time that can be reached is the sum of both.
 
 Beside it the bookkeeping of a large job is measured alone: 10,000 shards of 1,000 pictures each, none of which is read. With
 Ray installed, the same job runs on Ray as well, an actor on each core.
 
     python benchmarks/dataset_jobs.py
-    python benchmarks/dataset_jobs.py --pictures 400 --turns 100     # a try of a minute or two
+    python benchmarks/dataset_jobs.py --pictures 400 --turn 100     # a try of a minute or two
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -55,12 +58,12 @@ def main() -> None:
     parser.add_argument("--bundle", default="tiny")
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--shard-size", type=int, default=2_000)
-    parser.add_argument("--turns", type=int, default=500, help="photos of each turn of the other sides")
-    parser.add_argument("--rounds", type=int, default=3, help="turns before the job, and as many after it")
+    parser.add_argument("--turn", type=int, default=200, help="photos of each turn of the other sides")
+    parser.add_argument("--every", type=float, default=60, help="seconds of the job between two turns")
     parser.add_argument("--shards", type=int, default=SHARDS, help="of the bookkeeping")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "dataset_jobs_cpu")
     arguments = parser.parse_args()
-    names = ("bundle", "pictures", "shard_size", "turns", "rounds")
+    names = ("bundle", "pictures", "shard_size", "turn", "every")
     report: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"cores": available_cores()} | machine()
     with tempfile.TemporaryDirectory() as text:
         directory = Path(text)
@@ -69,12 +72,17 @@ def main() -> None:
         report["photo_bytes"] = sum(path.stat().st_size for path in paths) // len(paths)
         command = ["tokenize", directory / "photos", "--bundle", arguments.bundle, "--device", "cpu", "--json"]
         command += ["--shard-size", arguments.shard_size]
-        rounds = turns(arguments.bundle, paths[: arguments.turns], arguments.rounds)
-        report["job"] = run_job([*command, "-o", directory / "codes"])
+        found: list[dict[str, float]] = []
+        with opened_sides(arguments.bundle, paths[: arguments.turn]) as sides:
+            take_turn(sides, arguments.turn, found)
+            report["job"] = run_job(
+                [*command, "-o", directory / "codes"], lambda: take_turn(sides, arguments.turn, found), arguments.every
+            )
         if importlib.util.find_spec("ray") is not None:
             report["ray"] = run_job([*command, "-o", directory / "codes_ray", "--ray", "local"])
-        rounds += turns(arguments.bundle, paths[: arguments.turns], arguments.rounds)
-    report["sides"] = {name: median(each[name] for each in rounds) for name in rounds[0]}
+    # The job's rate is its mean, so these are means too, of the seconds that a picture takes.
+    report["sides"] = {name: 1 / mean(1 / each[name] for each in found) for name in found[0]}
+    report["turns"] = len(found)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     text = as_markdown(report)
@@ -102,31 +110,37 @@ def photos(directory: Path, count: int) -> list[Path]:
         return list(pool.map(make, range(count)))
 
 
-def turns(bundle: str, paths: Sequence[Path], rounds: int) -> list[dict[str, float]]:
-    """Pictures a second of each side, in each round."""
-    cores, found = available_cores(), []
+Sides = Mapping[str, Callable[[], object]]
+
+
+@contextmanager
+def opened_sides(bundle: str, paths: Sequence[Path]) -> Iterator[Sides]:
+    """What encodes or decodes the photos in each way."""
+    cores = available_cores()
     with (
         Tokenizer.from_pretrained(bundle, device="cpu") as shared,
         Tokenizer.from_pretrained(bundle, device="cpu", threads=1) as single,
     ):
         arrays = [shared.preprocess(path)[None] for path in paths]
-        calls: dict[str, Callable[[], object]] = {
+        for tokenizer in (shared, single):
+            tokenizer.encode_array(arrays[0])
+        yield {
             "loop": lambda: [shared.encode(path) for path in paths],
             "encode_iter": lambda: list(shared.encode_iter(paths)),
             "decode": partial(in_threads, shared.preprocess, paths, cores),
             "encoder, one thread a call": partial(in_threads, single.encode_array, arrays, cores),
             "encoder, two calls on all cores": partial(in_threads, shared.encode_array, arrays, 2),
         }
-        for tokenizer in (shared, single):
-            tokenizer.encode_array(arrays[0])
-        for _ in range(rounds):
-            rates = {}
-            for name, call in calls.items():
-                began = time.perf_counter()
-                call()
-                rates[name] = len(paths) / (time.perf_counter() - began)
-            found.append(rates)
-    return found
+
+
+def take_turn(sides: Sides, count: int, found: list[dict[str, float]]) -> None:
+    """Add the pictures a second of each side."""
+    rates = {}
+    for name, call in sides.items():
+        began = time.perf_counter()
+        call()
+        rates[name] = count / (time.perf_counter() - began)
+    found.append(rates)
 
 
 def in_threads(function: Callable[[Any], object], values: Sequence[Any], threads: int) -> None:
@@ -134,8 +148,13 @@ def in_threads(function: Callable[[Any], object], values: Sequence[Any], threads
         list(pool.map(function, values))
 
 
-def run_job(words: Sequence[object]) -> dict[str, Any]:
+def run_job(words: Sequence[object], meanwhile: Callable[[], None] | None = None, every: float = 60) -> dict[str, Any]:
     """Run the command, and watch its memory. Returns what it says, its wall time, and resident bytes.
+
+    Args:
+        words: of the command.
+        meanwhile: called every so many seconds, in which the command's process stands still; times are without it.
+        every: seconds.
 
     Raises:
         SystemExit: it failed.
@@ -144,7 +163,8 @@ def run_job(words: Sequence[object]) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    began, resident = time.perf_counter(), []
+    began, resident, stopped = time.perf_counter(), [], 0.0
+    due = began + every
     command = [sys.executable, "-m", "tokenflow_sdk.cli", *map(str, words)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -153,14 +173,23 @@ def run_job(words: Sequence[object]) -> dict[str, Any]:
             while process.poll() is None:
                 resident.append(resident_bytes(process.pid))
                 time.sleep(0.2)
+                if meanwhile is not None and time.perf_counter() > due:
+                    stop = time.perf_counter()
+                    process.send_signal(signal.SIGSTOP)
+                    meanwhile()
+                    process.send_signal(signal.SIGCONT)
+                    stopped += time.perf_counter() - stop
+                    due = time.perf_counter() + every
             lines = said.result().splitlines()
-    wall = time.perf_counter() - began
+    wall = time.perf_counter() - began - stopped
     if process.returncode:
         raise SystemExit(process.returncode)
     # In the first quarter it grows to what it works with.
     working = resident[len(resident) // 4 :] or resident
     growth = median(working[-max(1, len(working) // 4) :]) - median(working[: max(1, len(working) // 4)])
     said_of_run: dict[str, Any] = json.loads(lines[-1])["this_run"]
+    seconds = said_of_run["seconds"] - stopped
+    said_of_run |= {"seconds": seconds, "pictures_per_second": said_of_run["pictures"] / seconds}
     return said_of_run | {"wall_seconds": wall, "peak_resident": max(resident), "growth": growth}
 
 
@@ -207,17 +236,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     sides, job, kept = report["sides"], report["job"], report["bookkeeping"]
     rate = job["pictures_per_second"]
     encoder = max(sides["encoder, one thread a call"], sides["encoder, two calls on all cores"])
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job["stage_seconds"].items())
     reachable = 1 / (1 / encoder + 1 / sides["decode"])
     lines = [
         "# `tokenflow tokenize`",
         "",
         f"{report['cpu']}, {report['cores']} cores; Python {report['python']}, onnxruntime {report['onnxruntime']}; "
         f"{report['bundle']}, float32. {report['pictures']:,} JPEG photos of {WIDTH} x {HEIGHT} px, "
-        f"{report['photo_bytes']:,} bytes each, in shards of {report['shard_size']:,}; other sides: medians of "
-        f"{2 * report['rounds']} turns of {report['turns']} photos, half of them before the job and half after it. "
+        f"{report['photo_bytes']:,} bytes each, in shards of {report['shard_size']:,}; other sides: means of "
+        f"{report['turns']} turns of {report['turn']} photos, for which the job stood still every {report['every']:g} s. "
         f"`python benchmarks/dataset_jobs.py --pictures {report['pictures']} --shard-size {report['shard_size']} "
-        f"--turns {report['turns']} --rounds {report['rounds']}`.",
+        f"--turn {report['turn']} --every {report['every']:g}`.",
         "",
         "| | pictures a second | the job against it |",
         "| --- | --- | --- |",
@@ -232,7 +260,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"Memory of the job: {job['peak_resident'] / 1e6:,.0f} MB at most; from its second to its last quarter it grew by "
         f"{job['growth'] / 1e6:,.1f} MB. It took {job['wall_seconds']:.1f} s from the command to its end, "
-        f"{job['seconds']:.1f} s of them for pictures. Seconds of its stages, which overlap: {stages}.",
+        f"{job['seconds']:.1f} s of them for pictures.",
         "",
         f"Bookkeeping alone, {kept['pictures']:,} pictures in {kept['shards']:,} shards: {kept['start_s']:.2f} s to begin, "
         f"{kept['resume_s']:.2f} s to go on when all but one are done; its state has {kept['state_bytes'] / 1e6:.1f} MB, "

@@ -1,10 +1,12 @@
-"""Measures `tokenflow serve` on this machine's loopback against calling the SDK, and against a plain one-at-a-time service.
+"""Measures `tokenflow serve` on this machine's loopback against calling the SDK, and against plain services.
 
 One photo is encoded. The sides take turns in every round, and medians over the rounds are compared: the SDK's own best with
-`encode_iter`; the server; and a service that answers one request at a time (`http.server` and one `Tokenizer`). Each service
+`encode_iter`; the server; a service that answers one request at a time (`http.server` and one `Tokenizer`); and the least that
+FastAPI does, a function that encodes in a thread and answers with the codes, without limits, keys or metrics. Each service
 is asked by one client, in turns with a call of the SDK here, and what it takes longer is its overhead; by 32 clients at once,
-in turns with `encode_iter`; and by requests that come at random (Poisson) at 70 % of what it answered then. All clients are threads of this process, with
-`http.client`: they take the same cores, and that one takes least. Ray Serve is a side if a Python with `ray[serve]` is named.
+in turns with `encode_iter`; and by requests that come at random (Poisson) at 70 % of what it answered then. All clients are
+threads of this process, with `http.client`: they take the same cores, and that one takes least. Ray Serve is a side if a Python
+with `ray[serve]` is named.
 
     python benchmarks/server.py --ray .venv/bin/python
 """
@@ -12,6 +14,7 @@ in turns with `encode_iter`; and by requests that come at random (Poisson) at 70
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -34,6 +37,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import uvicorn
+from fastapi import FastAPI, Request, Response
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import machine
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.cores import available_cores
+from tokenflow_sdk.server.run import listen
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 CLIENTS = 32
@@ -56,17 +62,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "server_cpu")
     parser.add_argument("--ray", metavar="PYTHON", help="one that has ray[serve], to measure Ray Serve as well")
-    parser.add_argument("--plain", action="store_true", help="run the plain service instead")
+    parser.add_argument("--run", choices=("plain", "least"), help="run that service instead")
     arguments = parser.parse_args()
-    if arguments.plain:
-        plain(arguments.bundle)
+    if arguments.run:
+        {"plain": plain, "least": least}[arguments.run](arguments.bundle)
         return
     serve = [sys.executable, "-m", "tokenflow_sdk", "serve", "--port", "0", "--no-access-log", "--max-queue", "256"]
     bundle = ["--tokenizer", arguments.bundle, "--generator", "none"]
-    plain_service = [sys.executable, __file__, "--bundle", arguments.bundle, "--plain"]
+    own = [sys.executable, __file__, "--bundle", arguments.bundle, "--run"]
     services: dict[str, Callable[[], AbstractContextManager[tuple[str, float]]]] = {
         "tokenflow serve": lambda: service([*serve, *bundle], "/v1/images/tokens"),
-        "one at a time": lambda: service(plain_service, "/"),
+        "one at a time": lambda: service([*own, "plain"], "/"),
+        "FastAPI's least": lambda: service([*own, "least"], "/"),
     }
     if arguments.ray:
         services["Ray Serve"] = lambda: ray_serve(arguments.ray, arguments.bundle)
@@ -190,6 +197,21 @@ def plain(bundle: str) -> None:
     server.socket.listen(512)
     print(f"listening at http://127.0.0.1:{server.server_port}\nready", file=sys.stderr, flush=True)
     server.serve_forever()
+
+
+def least(bundle: str) -> None:
+    """As `plain`, in the framework of `tokenflow serve`."""
+    tokenizer = Tokenizer.from_pretrained(bundle).load("encode")
+    pool, app, listener = ThreadPoolExecutor(tokenizer.lanes()), FastAPI(), listen("127.0.0.1", 0)
+
+    @app.post("/")
+    async def tokens(request: Request) -> Response:
+        data = await request.body()
+        codes = await asyncio.get_running_loop().run_in_executor(pool, tokenizer.encode, data)
+        return Response(json.dumps({"indices": codes.indices.tolist()}), media_type="application/json")
+
+    print(f"listening at http://127.0.0.1:{listener.getsockname()[1]}\nready", file=sys.stderr, flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http="h11")).run(sockets=[listener])
 
 
 @contextmanager
