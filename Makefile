@@ -69,14 +69,17 @@ lock: | $(VENV)/pyvenv.cfg ## pin in constraints.txt what pyproject.toml asks fo
 demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, with the bundled model
 	@$(BIN)/python examples/demo.py
 
+# Two processes test at once, and threads of each that wait for the other's would spin.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 test: $(VENV)/.dev ## the everyday tests, minutes
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile --no-loadscope-reorder
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-one: $(VENV)/.dev ## one file or test: make test-one T=tests/pictures/test_codes.py
 	@$(BIN)/python -m pytest $(T)
 
 test-slow: $(VENV)/.dev ## full-size models: gigabytes of memory and disk, tens of minutes
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(VENV)/.dev ## random inputs and calls, ten times as many as in make test and new ones each time
 	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -n 2

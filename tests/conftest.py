@@ -28,6 +28,8 @@ settings.register_profile("fuzz", max_examples=1000)
 
 LONGEST = (
     *("export/test_full_size.py", "export/test_every_variant.py", "server/test_malformed.py", "soak/test_server.py"),
+    *("support/test_fake_gpu.py", "export/language_model/test_transformers_model.py", "server/test_page_in_browser.py"),
+    *("test_package.py", "export/precision/test_tokenizer_search.py"),
     *("understanding/test_understander.py", "test_docs.py", "generation/test_generator.py", "test_faults.py"),
     *("fuzz/test_public_api.py", "test_tokenizer.py", "engines/test_build.py", "passes/test_attention.py", "test_versions.py"),
     *("cli/test_files.py", "benchmarks/test_on_gpu.py", "export/language_model/test_understanding.py"),
@@ -42,14 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared_traces() -> Iterator[Path]:
     """Each module is traced once by whichever test process exports it first. The directory of traces."""
-    from tests.support.shared_traces import SharedTraces, keep_registry
+    from tests.support.shared_traces import SharedTraces, keep_registry, traces_of
     from tokenflow_export.tracing import onnx_export
 
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
-    directory.mkdir(exist_ok=True)
+    directory = traces_of(ROOT)
     # What was imported stays; looking for garbage in it takes long.
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:

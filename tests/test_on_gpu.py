@@ -84,6 +84,10 @@ def cpu(mini_bundle: Path) -> Iterator[Tokenizer]:
         yield tokenizer
 
 
+SHARE = int(os.environ.get("TOKENFLOW_TEST_SHARE", "1"))
+"""By which the calls that look for leaks are divided."""
+
+
 def free_memory() -> int:
     status, free, _ = Cuda().runtime.cudaMemGetInfo()
     assert int(status) == 0
@@ -104,6 +108,7 @@ def check_for_leaks(call: Callable[[int], object], calls: int) -> None:
 
     Other processes come and go, and a heap settles, so what counts is the window that grew least.
     """
+    calls //= SHARE
     process, grown = psutil.Process(), []
     for number in range(calls // 3):
         call(number)
@@ -114,8 +119,9 @@ def check_for_leaks(call: Callable[[int], object], calls: int) -> None:
             call(number)
         gc.collect()
         grown.append((gpu - free_memory(), process.memory_info().rss - host))
-    for place, sizes in zip(("the GPU", "the process"), zip(*grown, strict=True), strict=True):
-        assert min(sizes) < 2**21, f"{place} lost {sizes} bytes in three times {calls} calls"
+    # Where a share of the calls is made, on a GPU that is not there, its memory is counted to the byte.
+    for place, most, sizes in zip(("the GPU", "the process"), (2**21 // SHARE, 2**21), zip(*grown, strict=True), strict=True):
+        assert min(sizes) < most, f"{place} lost {sizes} bytes in three times {calls} calls"
 
 
 def check_that_closing_frees(use: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.support.mini import export_mini
 from tokenflow_export.checkpoints.standin import standin_arrays
 from tokenflow_export.checkpoints.tokenizer import load_model
 from tokenflow_export.models.config import VARIANTS
+from tokenflow_export.tokenizer import export
+from tokenflow_export.tokenizer.reference_images import reference_pictures
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
 from tokenflow_sdk.pictures.images import psnr
@@ -21,8 +24,11 @@ from tokenflow_sdk.pictures.images import psnr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["clipb_224", "vitamin_256", "siglip_384"])
-def test_every_variant_goes_the_same_way(variant: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
+def test_every_variant_goes_the_same_way(
+    variant: str, tmp_path: Path, figure: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The export checks itself; the runtime then repeats the check from the files alone, on a photo's crop as well."""
+    monkeypatch.setattr(export, "reference_pictures", partial(reference_pictures, count=2))
     config = VARIANTS[variant]
     state = {key: torch.from_numpy(array) for key, array in standin_arrays(config)}
     model = load_model(state, config)

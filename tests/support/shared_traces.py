@@ -9,8 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import pickle
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tokenflow_export.tracing.onnx_export import GraphSpec
 
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+"""What computes traces."""
 LARGEST = 64 * 2**20
 """Bytes of weights; modules of released sizes are traced each time."""
 
@@ -68,6 +75,23 @@ class SharedTraces:
             model.graph.inputs.remove(value)
             model.graph.initializers[value.name] = value
         return torch.onnx.ONNXProgram(model, None)
+
+
+def traces_of(root: Path) -> Path:
+    """The directory of the traces that a checkout's code makes, kept from one run of the tests to the next. Other sources, and
+    other versions of the packages, have other directories; what was made for them goes after a day.
+    """
+    digest = hashlib.sha256(repr([(name, version(name)) for name in PACKAGES]).encode())
+    for source in sorted(path for name in ("export", "recipes", "tests") for path in (root / name).rglob("*.py")):
+        digest.update(source.read_bytes())
+    directory = root / ".cache" / "traces" / digest.hexdigest()[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    os.utime(directory)
+    for other in directory.parent.iterdir():
+        with suppress(FileNotFoundError):  # another process deletes it
+            if time.time() - other.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(other, ignore_errors=True)
+    return directory
 
 
 def keep_registry(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("words", ["tensorrt-rtx", "not tensorrt-rtx"])
 def test_the_suite_for_gpus_runs(words: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.support.fake_gpu_plugin", "-m", "gpu", "-k", words]
-    done = subprocess.run([*command, "tests/test_on_gpu.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, "TOKENFLOW_TEST_SHARE": "10"}
+    done = subprocess.run([*command, "tests/test_on_gpu.py"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None

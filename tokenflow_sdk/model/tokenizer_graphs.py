@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,11 @@ class TokenizerGraphs:
         """Images u8 [B, H, W, 3] -> the encoders' output before the codebook search, float32 [B, C, g, g]."""
         return self._run("encode", "images", images, "latent").astype(np.float32, copy=False)
 
+    def encode_with_latent(self, images: NDArray[np.uint8]) -> tuple[Int32, Float32]:
+        """What `encode` and `latent` give, in one run of the graph."""
+        codes, latent = self._run_for("encode", "images", images, ("code_indices", "latent"))
+        return codes.astype(np.int32, copy=False), latent.astype(np.float32, copy=False)
+
     def decode(self, code_indices: Int32) -> NDArray[np.uint8]:
         """Code indices -> images u8 [B, H, W, 3]."""
         return self._run("decode", "code_indices", code_indices, "images").astype(np.uint8, copy=False)
@@ -96,6 +102,11 @@ class TokenizerGraphs:
             self._sessions.clear()
 
     def _run(self, graph: str, feed: str, array: Array, output: str) -> NDArray[Any]:
+        """One output of `_run_for`."""
+        [found] = self._run_for(graph, feed, array, (output,))
+        return found
+
+    def _run_for(self, graph: str, feed: str, array: Array, outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Run a graph on all rows, at most `batch_limit` in a call.
 
         Raises:
@@ -103,7 +114,7 @@ class TokenizerGraphs:
         """
         # Asked for at every call, because another thread may close this between two.
         parts = [
-            self.load(graph).run({feed: array[start : start + self.batch_limit]}, [output])[output]
+            self.load(graph).run({feed: array[start : start + self.batch_limit]}, outputs)
             for start in range(0, len(array), self.batch_limit)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return [parts[0][name] if len(parts) == 1 else np.concatenate([part[name] for part in parts]) for name in outputs]

@@ -186,8 +186,8 @@ def check_tokenizer(
     equal, errors, semantic_errors, cosines, psnrs, ssims = [], [], [], [], [], []
     for i in range(len(reference.images)):
         image, expected = reference.images[i : i + 1], reference.code_indices[i]
-        codes = graphs.encode(image)[0]
-        flips += find_flips(i, reference, config, codes, graphs.latent(image)[0])
+        codes, latent = (found[0] for found in graphs.encode_with_latent(image))
+        flips += find_flips(i, reference, config, codes, latent)
         equal.append(float((codes == expected).mean()))
         features = graphs.features(expected[None])[0].T.reshape(reference.features[i].shape)
         errors.append(float(np.abs(features - reference.features[i]).max()))

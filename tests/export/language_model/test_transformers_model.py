@@ -245,7 +245,7 @@ def test_random_checkpoints_are_read_as_transformers_reads_them_or_refused(
 
 @pytest.mark.slow
 @pytest.mark.fuzz
-@examples(20)
+@examples(10)
 @given(checkpoints(FEW_SIZES))
 def test_bundles_of_random_checkpoints_compute_what_transformers_computes(
     drawn: tuple[dict[str, Any], torch.dtype, str, int],
