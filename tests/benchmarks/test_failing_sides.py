@@ -40,7 +40,7 @@ def test_a_refused_engine_is_a_row(broken: str, words: Words, machine, capsys: p
 
 def test_a_wrong_session_is_a_row(words: Words, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a certificate in between: codes that nothing explains."""
-    right = TokenizerGraphs.latent
+    right, both = TokenizerGraphs.latent, TokenizerGraphs.encode_with_latent
     calls: list[int] = []
 
     def latent(self: TokenizerGraphs, images: Any) -> Any:
@@ -48,7 +48,12 @@ def test_a_wrong_session_is_a_row(words: Words, monkeypatch, capsys: pytest.Capt
         # The first call makes the reference.
         return right(self, images) * (1 if len(calls) == 1 else -1)
 
+    def encode_with_latent(self: TokenizerGraphs, images: Any) -> Any:
+        codes, found = both(self, images)
+        return codes, -found
+
     monkeypatch.setattr(TokenizerGraphs, "latent", latent)
+    monkeypatch.setattr(TokenizerGraphs, "encode_with_latent", encode_with_latent)
     assert main(["--device", "cpu", *words, "--parts", "tokenizer"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "onnxruntime, float32: a code flipped at a margin of" in error

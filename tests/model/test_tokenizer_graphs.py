@@ -171,3 +171,11 @@ def test_a_signal_handler_may_close_while_its_thread_loads_a_graph() -> None:
     assert not loading.is_alive()
     with pytest.raises(ArgumentError, match="closed"):
         graphs.encode(IMAGES)
+
+
+def test_codes_and_latent_come_from_one_run(mini_bundle: Path) -> None:
+    with Tokenizer.from_pretrained(mini_bundle, batch_limit=2) as tokenizer:
+        graphs = tokenizer.graphs
+        codes, latent = graphs.encode_with_latent(IMAGES)
+        np.testing.assert_array_equal(codes, graphs.encode(IMAGES))
+        np.testing.assert_array_equal(latent, graphs.latent(IMAGES))
