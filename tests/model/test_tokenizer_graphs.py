@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import CONFIG, GRAPHS, FakeSession, fake_bundle
+from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError
@@ -175,7 +176,8 @@ def test_a_signal_handler_may_close_while_its_thread_loads_a_graph() -> None:
 
 def test_codes_and_latent_come_from_one_run(mini_bundle: Path) -> None:
     with Tokenizer.from_pretrained(mini_bundle, batch_limit=2) as tokenizer:
-        graphs = tokenizer.graphs
-        codes, latent = graphs.encode_with_latent(IMAGES)
-        np.testing.assert_array_equal(codes, graphs.encode(IMAGES))
-        np.testing.assert_array_equal(latent, graphs.latent(IMAGES))
+        graphs, size = tokenizer.graphs, tokenizer.config.image_size
+        images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+        codes, latent = graphs.encode_with_latent(images)
+        np.testing.assert_array_equal(codes, graphs.encode(images))
+        np.testing.assert_array_equal(latent, graphs.latent(images))
