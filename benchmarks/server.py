@@ -211,7 +211,9 @@ def least(bundle: str) -> None:
         return Response(json.dumps({"indices": codes.indices.tolist()}), media_type="application/json")
 
     print(f"listening at http://127.0.0.1:{listener.getsockname()[1]}\nready", file=sys.stderr, flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http="h11")).run(sockets=[listener])
+    uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http="h11", timeout_keep_alive=60)).run(
+        sockets=[listener]
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -60,10 +59,9 @@ class Models:
         self.ready = False
         self.ending = False
         """Set where the server ends: `open` leaves out the models that it has not begun with, and nothing gets ready."""
-        cores = available_cores()
-        # Some may encode meanwhile, so there are more than make pixels at once, which takes memory.
-        self._pictures = ThreadPoolExecutor(2 * cores, "tokenflow-picture")
-        self._preparing = threading.BoundedSemaphore(cores)
+        # Apart, because a thread that makes pixels of a picture file may go on to encode them.
+        self._pictures = ThreadPoolExecutor(available_cores(), "tokenflow-picture")
+        self._others = ThreadPoolExecutor(available_cores(), "tokenflow-work")
         # As many as requests: each waits for its next piece in a thread, and asyncio's own are few.
         self.stream_threads = ThreadPoolExecutor(settings.max_queue, "tokenflow-stream")
         self._closing = ExitStack()
@@ -107,7 +105,8 @@ class Models:
     def close(self) -> None:
         """Free everything after the calls that run."""
         self.ready = False
-        self._pictures.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._pictures, self._others):
+            threads.shutdown(wait=True, cancel_futures=True)
         self._closing.close()
 
     def require_ready(self) -> None:
@@ -134,13 +133,13 @@ class Models:
         tok, limit, loop = self.tokenizer, self.settings.max_pixels, asyncio.get_running_loop()
 
         def prepared() -> tuple[NDArray[np.uint8], NDArray[np.int32] | None]:
-            with self._preparing, self.metrics.stage("picture"):
+            with self.metrics.stage("picture"):
                 pixels = tok.preprocess(read(), preprocess=preprocess, color=color, max_pixels=limit)
             return pixels, self._lanes.run_here(self._encode, pixels, loop) if wanted else None
 
         wanted = True
         try:
-            pixels, row = await self.in_thread(prepared)
+            pixels, row = await loop.run_in_executor(self._pictures, prepared)
         finally:
             wanted = False  # by nobody, if the thread has not encoded it yet
         row = await self.encoded(pixels) if row is None else row
@@ -181,8 +180,8 @@ class Models:
         return found
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run what takes a while, such as reading or writing a picture file, in a thread for pictures."""
-        return await asyncio.get_running_loop().run_in_executor(self._pictures, function)
+        """Run what takes a while, such as writing a picture file or reading much JSON, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._others, function)
 
     def opened(self) -> dict[str, Tokenizer | Generator | Understander]:
         """The models that are open, by what they are."""
