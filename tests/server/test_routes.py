@@ -173,4 +173,4 @@ def test_what_takes_long_runs_in_threads(
 
     monkeypatch.setattr(module, name, noted)
     assert client.post(path, json=body).status_code in (200, 422)
-    assert [each.startswith("tokenflow-picture") for each in threads] == [True]
+    assert [each.startswith("tokenflow-work") for each in threads] == [True]
