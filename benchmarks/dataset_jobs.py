@@ -73,11 +73,11 @@ def main() -> None:
         command = ["tokenize", directory / "photos", "--bundle", arguments.bundle, "--device", "cpu", "--json"]
         command += ["--shard-size", arguments.shard_size]
         found: list[dict[str, float]] = []
-        with opened_sides(arguments.bundle, paths[: arguments.turn]) as sides:
-            take_turn(sides, arguments.turn, found)
-            report["job"] = run_job(
-                [*command, "-o", directory / "codes"], lambda: take_turn(sides, arguments.turn, found), arguments.every
-            )
+        few = paths[: arguments.turn]
+        with opened_sides(arguments.bundle, few) as sides:
+            turn = partial(take_turn, sides, len(few), found)
+            turn()
+            report["job"] = run_job([*command, "-o", directory / "codes"], turn, arguments.every)
         if importlib.util.find_spec("ray") is not None:
             report["ray"] = run_job([*command, "-o", directory / "codes_ray", "--ray", "local"])
     # The job's rate is its mean, so these are means too, of the seconds that a picture takes.

@@ -15,7 +15,7 @@ from tests.pictures.test_preparation import EVERY
 from tokenflow_sdk import Codes
 from tokenflow_sdk.errors import CodesError, CorruptCodesError
 from tokenflow_sdk.pictures.preparation import Preparation
-from tokenflow_sdk.pictures.tfc import MAX_BYTES, Header, pack, pack_header, pack_scale, scale_ends, unpack
+from tokenflow_sdk.pictures.tfc import MAX_BYTES, Header, code_bits, pack, pack_header, pack_scale, scale_ends, unpack
 
 EXAMPLE = Header("mini", "00112233445566ff", 500, (1, 2))
 
@@ -216,7 +216,7 @@ def test_scales_of_two_files_cannot_be_mixed(example: bytes) -> None:
 def test_scales_can_be_written_as_they_arrive(example: bytes) -> None:
     content, crc = pack_header(EXAMPLE)
     for indices, end in zip(([499], [0, 1, 2, 3]), scale_ends(EXAMPLE), strict=True):
-        segment, crc = pack_scale(np.array(indices, np.int32), EXAMPLE.bits, crc)
+        segment, crc = pack_scale(code_bits(np.array(indices, np.int32), EXAMPLE.bits), crc)
         content += segment
         assert len(content) == end
     assert content == example

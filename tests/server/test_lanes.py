@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.support.waiting import comes_true
 from tokenflow_sdk.server.lanes import Lanes, Operation
 from tokenflow_sdk.server.metrics import Metrics
 
@@ -141,7 +141,7 @@ def test_a_thread_runs_its_own_item_where_a_lane_is_free() -> None:
             return asyncio.create_task(asyncio.to_thread(lanes.run_here, operation, item, loop))
 
         first = here(1)
-        await asyncio.wait_for(comes(lambda: bool(calls)), 60)
+        assert await asyncio.to_thread(comes_true, lambda: bool(calls))
         assert await here(2) is None, "the only lane is taken"
         waiting = asyncio.create_task(lanes.run(operation, 3))
         await asyncio.sleep(0.01)
@@ -182,7 +182,7 @@ def test_who_waits_when_lanes_are_closed_is_told_so() -> None:
     async def main() -> None:
         gate = threading.Event()
         operation, lanes = recorded([], gate), Lanes(1, 1, 0.0, Metrics())
-        tasks = [asyncio.create_task(lanes.run(operation, i)) for i in range(3)]
+        tasks = [asyncio.create_task(lanes.run(operation, i)) for i in range(1500)]
         await asyncio.sleep(0.01)
         closing = asyncio.create_task(asyncio.to_thread(lanes.close))
         await asyncio.sleep(0.01)
@@ -205,8 +205,3 @@ def test_an_operation_that_loses_results_fails_all_its_items() -> None:
         lanes.close()
 
     asyncio.run(main())
-
-
-async def comes(true: Callable[[], bool]) -> None:
-    while not true():
-        await asyncio.sleep(0.001)

@@ -16,7 +16,7 @@ from tokenflow_sdk.errors import CorruptCodesError
 from tokenflow_sdk.pictures.preparation import Preparation
 from tokenflow_sdk.pictures.scales import Scales
 
-__all__ = ["MAX_BYTES", "Header", "pack", "pack_header", "pack_scale", "scale_ends", "unpack"]
+__all__ = ["MAX_BYTES", "Header", "code_bits", "pack", "pack_header", "pack_scale", "scale_ends", "unpack"]
 
 MAGIC = b"TFC"
 VERSION = 1
@@ -125,28 +125,27 @@ def pack_header(header: Header) -> tuple[bytes, int]:
     return data + _CRC.pack(crc), crc
 
 
-def pack_scale(indices: NDArray[np.int32], bits: int, previous_crc: int) -> tuple[bytes, int]:
+def code_bits(indices: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """The bits of codes in the file's order, that of big-endian words: u8 [n, bits], each 0 or 1.
+
+    Args:
+        indices: codes int32 [n], each in [0, 2^bits).
+        bits: bits of one code.
+    """
+    return np.unpackbits(indices.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - bits :]
+
+
+def pack_scale(rows: NDArray[np.uint8], previous_crc: int) -> tuple[bytes, int]:
     """The segment of one scale: its packed codes and checksum.
 
     Args:
-        indices: codes int32 [s * s], each in [0, 2^bits).
-        bits: bits of one code.
+        rows: bits of the scale's codes, u8 [s * s, bits].
         previous_crc: CRC-32 of the header or of the previous scale, which this scale's CRC-32 continues.
 
     Returns:
         The segment, and its CRC-32 for the next scale.
     """
-    return _segment(_bits(indices, bits), previous_crc)
-
-
-def _bits(indices: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """The bits of codes in the file's order, u8 [n, bits]: that of big-endian words."""
-    return np.unpackbits(indices.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - bits :]
-
-
-def _segment(rows: NDArray[np.uint8], previous_crc: int) -> tuple[bytes, int]:
-    """What `pack_scale` gives, of codes' bits; packbits pads the last byte with zeros."""
-    payload = np.packbits(rows).tobytes()
+    payload = np.packbits(rows).tobytes()  # pads the last byte with zeros
     crc = zlib.crc32(payload, previous_crc)
     return payload + _CRC.pack(crc), crc
 
@@ -160,11 +159,11 @@ def pack(header: Header, indices: NDArray[np.int32]) -> bytes:
     """
     data, crc = pack_header(header)
     parts = [data]
-    rows = _bits(indices, header.bits)  # of all scales in one step: scales are small
+    rows = code_bits(indices, header.bits)  # of all scales in one step: scales are small
     for start, end in zip(header.scales.starts, header.scales.ends, strict=True):
         if start >= len(rows):
             break
-        segment, crc = _segment(rows[start:end], crc)
+        segment, crc = pack_scale(rows[start:end], crc)
         parts.append(segment)
     return b"".join(parts)
 

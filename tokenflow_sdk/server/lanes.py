@@ -112,8 +112,7 @@ class Lanes:
             try:
                 self._pool.submit(self._call, loop, batch, began)
             except RuntimeError as error:  # closed; those that wait are told so
-                self._done(batch, [error] * len(batch), 0.0)
-                return
+                self._hand_over(batch, [error] * len(batch))
 
     def _note(self, operation: Operation, since: list[float], began: float) -> None:
         """Tell the metrics of a call's items, which have waited since then."""
@@ -141,9 +140,14 @@ class Lanes:
         loop.call_soon_threadsafe(self._done, batch, results, perf_counter() - began)
 
     def _done(self, batch: list[_Waiting], results: list[Any], seconds: float) -> None:
+        self._metrics.observe("engine", seconds)
+        self._hand_over(batch, results)
+        self._fill()
+
+    def _hand_over(self, batch: list[_Waiting], results: list[Any]) -> None:
+        """Free a call's lane, and give its results to who waits for them."""
         with self._lock:
             self._free += 1
-        self._metrics.observe("engine", seconds)
         for each, found in zip(batch, results, strict=True):
             if each.result.done():
                 continue
@@ -151,7 +155,6 @@ class Lanes:
                 each.result.set_exception(found)
             else:
                 each.result.set_result(found)
-        self._fill()
 
 
 def _results(operation: Operation, items: list[Any]) -> list[Any]:

@@ -117,6 +117,11 @@ class _Connection(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at a host's port; 0: at any that is free.
+
+    Raises:
+        ArgumentError: the port is taken, or the host is none of this machine.
+    """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         plain = socket.create_server((str(address[0]), port), family=family, backlog=2048)
