@@ -1,6 +1,7 @@
 """Measure the bundled model and write its model card.
 
 python -m recipes.tiny.report --data data/tiny --out models/tiny
+python -m recipes.tiny.report --data data/tiny --out models/tiny --only understander
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from recipes.tiny.card import card, with_understander
 from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
-from recipes.tiny.measure import generation, labels_from_codes, recognised, reconstruction, seconds, understanding
+from recipes.tiny.measure import first_token, generation, labels_from_codes, recognised, reconstruction, seconds, understanding
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.subjects import Names, amount
+from recipes.tiny.subjects import Names
 from recipes.tiny.train_tokenizer import load_tokenizer
 from tokenflow_sdk import Generator, Tokenizer, Understander
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
@@ -41,13 +43,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="the bundles, and where the card goes")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
     parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
+    parser.add_argument(
+        "--only", choices=["understander"], help="measure this one alone, and change nothing else in the card that is there"
+    )
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
     trained = drawn(pictures.icon_entries)
     out: Path = arguments.out
-    model = load_tokenizer(arguments.training / "tokenizer")
-    figures: dict[str, Any] = {}
     names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
+    if arguments.only:
+        figures = json.loads((out / "figures.json").read_text(encoding="utf-8"))
+        with Generator.from_pretrained(out) as generator, Understander.from_pretrained(out) as understander:
+            figures["understanding"] = _understanding(understander, generator, pictures, names)
+        figures["curves"]["understander"] = read_curve(arguments.training / "understander")
+        _write_figures(figures, out)
+        path = out / "README.md"
+        path.write_text(with_understander(path.read_text(encoding="utf-8"), figures["understanding"]), encoding="utf-8")
+        return 0
+    model = load_tokenizer(arguments.training / "tokenizer")
+    figures = {}
     with (
         Tokenizer.from_pretrained(out) as tokenizer,
         Generator.from_pretrained(out) as generator,
@@ -56,21 +70,30 @@ def main(argv: list[str] | None = None) -> int:
         figures["reconstruction"] = reconstruction(tokenizer, pictures)
         figures["labels"] = labels_from_codes(tokenizer, pictures)
         figures["generation"], tiles = generation(generator, pictures, trained)
-        figures["understanding"] = understanding(understander, pictures, names)
-        figures["understanding"] |= recognised(understander, generator, names)
-        figures["seconds"] = seconds(tokenizer, generator, understander, model, pictures.test_photos[0])
+        figures["understanding"] = _understanding(understander, generator, pictures, names)
+        figures["seconds"] = seconds(tokenizer, generator, model, pictures.test_photos[0])
         _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
     _plot(arguments.training, figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     curves = {name: arguments.training / name for name in ("tokenizer", "generator", "understander")}
     figures["curves"] = {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
-    figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_figures(figures, out)
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
     history = arguments.history.read_text(encoding="utf-8") if arguments.history else _history(arguments.training)
     (out / "README.md").write_text(card(figures, pictures, trained, history.strip()), encoding="utf-8")
-    print(json.dumps(figures, indent=2))
     return 0
+
+
+def _understanding(understander: Understander, generator: Generator, pictures: Pictures, names: Names) -> dict[str, Any]:
+    figures = understanding(understander, pictures, names) | recognised(understander, generator, names)
+    return figures | {"first_token": first_token(understander, pictures.test_photos[0])}
+
+
+def _write_figures(figures: dict[str, Any], out: Path) -> None:
+    figures["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    text = json.dumps(figures, indent=2)
+    (out / "figures.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def _reconstruction_grid(tokenizer: Tokenizer, pictures: Pictures) -> Image.Image:
@@ -126,46 +149,6 @@ def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
 def _history(training: Path) -> str:
     steps = {name: int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator", "understander")}
     return "Steps of training: " + ", ".join(f"the {name} {count:,}" for name, count in steps.items()) + "."
-
-
-def _answers(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of questions and answers."""
-    table = ["| shown | question | answer | right answer |", "| --- | --- | --- | --- |"]
-    for row in rows:
-        things = " and ".join(amount(name, count) for name, count in row["shown"]) or "no name known"
-        right = "yes" if row["right"] else row["right_answer"]
-        table.append(f"| {things}, {row['style']} | {row['question']} | {row['answer']} | {right} |")
-    return "\n".join(table)
-
-
-def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
-    """Fill the figures into the model card `card.md`."""
-    times = figures["seconds"]
-    return (
-        (Path(__file__).parent / "card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            r=figures["reconstruction"],
-            l=figures["labels"],
-            g=figures["generation"],
-            s=times,
-            u=figures["understanding"],
-            answers=_answers(figures["understanding"]["answers"]),
-            megabytes=figures["bytes"] / 1e6,
-            chance=1 / figures["labels"]["labels"],
-            answer_ms=times["answer"] * 1e3,
-            encode_ms=times["encode"] * 1e3,
-            encode_ratio=times["encode_eager"] / times["encode"],
-            decode_ms=times["decode"] * 1e3,
-            decode_ratio=times["decode_eager"] / times["decode"],
-            photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
-            drawings=len(pictures.icon_entries),
-            captioned=len(trained),
-            things=", ".join(sorted({entry["label"] for entry in trained})),
-            history=history,
-            licences=", ".join(pictures.licences),
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ Pixels = NDArray[np.uint8]
 
 _PLACES = ((0.03, 0.03), (0.51, 0.51), (0.51, 0.03), (0.03, 0.51))
 """Left upper corners of up to four drawings in one picture; two stand diagonally."""
+_FEW = 20
+"""Most pictures of a name of which there are all variants."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def scenes(pictures: Pictures, names: Names, split: str, variants: int, several:
         pictures: the gathered ones.
         names: of what they show.
         split: `train` or `heldout`.
-        variants: how many of each picture; the first is the picture itself.
+        variants: how many of each picture whose name few have; of others a quarter, but the picture itself always.
         several: how many pictures of several drawings there are for each drawing with a name.
         seed: of all choices.
     """
@@ -68,7 +70,9 @@ def scenes(pictures: Pictures, names: Names, split: str, variants: int, several:
     entries = [entry for entry in pictures.icon_entries if entry["split"] == split]
     for entry in entries:
         picture = np.asarray(pictures.icons[entry["row"]])
-        for variant in range(variants):
+        name = names.of(entry)
+        made = variants if names.counts[name] <= _FEW else max(1, variants // 4)
+        for variant in range(made if name else 1):
             yield _scene(entry, names, changed(picture, rng) if variant else picture)
     for entry in pictures.photo_entries:
         if entry["split"] == split:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.tiny.captions import ADJECTIVES, with_article
+from recipes.tiny.concepts import THINGS
 from recipes.tiny.icons import plain_words
 
 __all__ = ["COUNTS", "PHOTO", "Names", "Subject", "amount", "plural"]
@@ -23,8 +24,8 @@ PHOTO = "photo"
 """The style of photographs."""
 COUNTS = ("no", "one", "two", "three", "four")
 
-_FEWEST = 3
-"""A name is learned if at least this many training pictures have it."""
+_FEWEST = 8
+"""A name is learned if at least this many training pictures have it, or if the generator draws it."""
 _FACES, _PEOPLE, _NATURE, _FOOD, _PLACES, _ACTIVITIES, _OBJECTS = 0, 1, 3, 4, 5, 6, 7
 """Groups of emojibase. Others are skin tones, symbols and flags."""
 _EVERYDAY = (
@@ -38,6 +39,8 @@ _EVERYDAY = (
     (r"(black cat|cat face)", "cat"),
     (r"(front facing|hatching|baby)? ?(baby )?chick", "chick"),
     (r"(cow|horse|monkey|mouse|pig|rabbit|tiger|dragon) face", r"\1"),
+    (r"(lady beetle)", "ladybug"),
+    (r"(evergreen|deciduous) tree", "tree"),
     (r"(two hump camel)", "camel"),
     (r"(spouting whale)", "whale"),
     (r"(tropical fish)", "fish"),
@@ -139,15 +142,17 @@ class Names:
     """The names of pictures, from the manifest of the gathered data.
 
     Args:
-        entries: of all pictures; a name needs `_FEWEST` of the training split.
+        entries: of all pictures.
         emojibase: the directory of the unpacked package emojibase-data.
     """
 
     def __init__(self, entries: Iterable[Mapping[str, Any]], emojibase: Path) -> None:
         data = json.loads((emojibase / "package" / "en" / "data.json").read_text(encoding="utf-8"))
         self._groups: dict[str, int | None] = {plain_words(entry["label"]): entry.get("group") for entry in data}
-        train = Counter(self._name(entry) for entry in entries if entry["split"] == "train")
-        self.known = sorted(name for name, count in train.items() if name is not None and count >= _FEWEST)
+        self.counts = Counter(self._name(entry) for entry in entries if entry["split"] == "train")
+        """How many training pictures have each name."""
+        drawn = {self._name({"kind": "icon", "label": label}) for label in THINGS}
+        self.known = sorted(name for name, count in self.counts.items() if name and (count >= _FEWEST or name in drawn))
         """The names of things in drawings that are learned."""
 
     def of(self, entry: Mapping[str, Any]) -> str | None:

@@ -11,16 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from tokenizers import Tokenizer as TextTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.tiny.captions import STYLES
 from recipes.tiny.codes import codebook, encoded, quantizer
+from recipes.tiny.colours import COLOURS
 from recipes.tiny.data import Pictures, Pixels
 from recipes.tiny.loop import (
     AveragedTraining,
@@ -36,19 +39,35 @@ from recipes.tiny.loop import (
 from recipes.tiny.questions import KINDS, conversation, question
 from recipes.tiny.scenes import Scene, scenes
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.subjects import Names, Subject
-from recipes.tiny.understander_model import Conversation, UnderstanderModel, filled, tokenized, train_text_tokenizer
+from recipes.tiny.subjects import COUNTS, PHOTO, Names, Subject
+from recipes.tiny.understander_model import (
+    SIZES,
+    Conversation,
+    UnderstanderModel,
+    filled,
+    tokenized,
+    train_text_tokenizer,
+)
 from tokenflow_sdk import Tokenizer
 
 __all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understander", "main"]
 
 TEXT_TOKENIZER, SCENES = "tokenizer.json", "scenes.pt"
-VARIANTS, SEVERAL = 4, 0.5
-"""Variants of each training picture, and pictures of several drawings for each drawing that can be counted."""
+VARIANTS, SEVERAL = 8, 0.5
+"""Variants of a training picture at most, and pictures of several drawings for each drawing that can be counted."""
 TURNS = 6
-"""Most questions in a conversation."""
-SEEN = 0.5
-"""The share of a picture's cells that the model sees until the learning rate falls: a step then takes half the time."""
+"""Most questions in a conversation; until the learning rate falls half as many, about twice as many pictures."""
+LOOK = 0.4
+"""The first share of a training, in which nothing is asked, so that a step has four times as many pictures.
+
+All the time a linear layer guesses name, first colour, style and number from what the transformer gives at a picture's cells.
+It teaches to see, since each picture says directly what is in it, and is not part of the model.
+"""
+SEEN = 0.25
+"""The share of a picture's cells that the model sees until the learning rate falls."""
+_STYLES = [*STYLES, PHOTO]
+_UNNAMED = -100
+"""What the cross entropy ignores."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +128,42 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         self.quantizer = quantizer(rows)
         self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
         self.chances = _chances(train.subjects)
+        self.known = torch.tensor([_labels(known, names) for known in train.subjects], device=self.device)
+        self.groups = (len(names), len(COLOURS), len(_STYLES), len(COUNTS))
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-        super().__init__(model, optimizer, decay=0.999)
+        self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
+        weights = [*model.parameters(), *self.guess.parameters()]
+        optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+        super().__init__(model, optimizer, decay=0.998)
 
     def run_step(self) -> dict[str, float]:
-        """Run one optimizer step, and return the loss."""
+        """Run one optimizer step, and return the losses."""
         rng = np.random.default_rng([self.seed, self.step])
-        picks = rng.choice(len(self.chances), size=self.batch, p=self.chances)
-        turns = int(rng.integers(1, TURNS + 1))
+        looks, last = self.step < LOOK * self.steps, cools(self.step, self.steps)
+        picks = rng.choice(len(self.chances), size=self.batch * (4 if looks else 1 if last else 2), p=self.chances)
+        turns = 0 if looks else int(rng.integers(1, TURNS // (1 if last else 2) + 1))
         asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
         features = self._features(self.train, picks)
-        cells = None
-        if not cools(self.step, self.steps):
-            seen = rng.permutation(features.shape[1])[: int(SEEN * features.shape[1])]
-            cells = torch.from_numpy(np.sort(seen)).to(self.device)
+        count = features.shape[1] if last else int(SEEN * features.shape[1])
+        cells = torch.from_numpy(np.sort(rng.permutation(features.shape[1])[:count])).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.model(features, asked, cells)
-        targets, taught = _targets(asked, self.device)
-        loss = F.cross_entropy(logits[:, :-1].float()[taught], targets[taught])
-        self.descend(loss, self.rate * cooled(self.step, self.steps))
-        return {"loss": float(loss.detach())}
+            hidden = self.model.hidden(features, asked, cells)
+            guesses = self.guess(hidden[:, count // 2 : count])
+            logits = hidden[:, count - 1 :] @ self.model.text.weight.T
+        losses = {"guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)])}
+        if turns:
+            targets, taught = _targets(asked, self.device)
+            losses["loss"] = F.cross_entropy(logits[:, :-1].float()[taught], targets[taught])
+        self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _guessed(self, guesses: Tensor, known: Tensor) -> Tensor:
+        """The cross entropy of guesses [B, N, labels] of what is known [B, 4] about pictures."""
+        loss = guesses.new_zeros(())
+        for group, right in zip(guesses.split(self.groups, dim=-1), known.T, strict=True):
+            every = F.cross_entropy(group.flatten(0, 1), right.repeat_interleave(group.shape[1]), reduction="none")
+            loss = loss + every.sum() / max(1, int((right != _UNNAMED).sum()) * group.shape[1])
+        return loss
 
     @torch.no_grad()
     def _features(self, pictures: Encoded, picks: NDArray[np.intp]) -> Tensor:
@@ -161,6 +195,20 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
     def score(self, figures: dict[str, float]) -> float:
         return float(np.mean([figures[f"right_{kind}"] for kind in KINDS]))
 
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"guess": self.guess.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.guess.load_state_dict(state["guess"])
+
+
+def _labels(known: Subject, names: Sequence[str]) -> tuple[int, int, int, int]:
+    """What is guessed of a picture: the indices of name, first colour, style and number. Of two things the first is named."""
+    name, count = known.things[0] if known.things else (None, 0)
+    index = names.index(name) if name in names else _UNNAMED
+    return index, COLOURS.index(known.colours[0]), _STYLES.index(known.style), count if name else _UNNAMED
+
 
 def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor, Tensor]:
     """The ids after the pictures [B, L], and which of them are taught."""
@@ -169,9 +217,9 @@ def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor
 
 
 def _chances(subjects: Sequence[Subject]) -> NDArray[np.float64]:
-    """How often each picture is chosen: pictures of a name that many have less often, those without a name a tenth."""
+    """How often each picture is chosen: a name comes as the fourth root of how many have it, none three times as often."""
     counts = Counter(known.things for known in subjects)
-    weights = np.array([counts[known.things] ** -0.5 * (1 if known.things else 0.1) for known in subjects])
+    weights = np.array([counts[known.things] ** -0.75 * (1 if known.things else 3) for known in subjects])
     chances: NDArray[np.float64] = weights / weights.sum()
     return chances
 
@@ -186,7 +234,8 @@ def _texts(subjects: Sequence[Subject], names: Sequence[str]) -> list[str]:
 def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, seed: int) -> dict[str, Encoded]:
     """The scenes of both splits as codes, from a file beside the checkpoint if they were made for this tokenizer before."""
     codes = tokenizer.config.codebook_sha256
-    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)}"
+    counts = f"{len(pictures.icon_entries)} {len(pictures.photo_entries)} {len(names.known)}"
+    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {counts}"
     path = out / SCENES
     if path.exists():
         stored = torch.load(path, weights_only=True)

@@ -112,13 +112,23 @@ class UnderstanderModel(nn.Module):
     def forward(self, features: Tensor, conversations: Sequence[Conversation], cells: Tensor | None = None) -> Tensor:
         """The logits [B, L, V] that follow each id after the pictures, and follow the pictures themselves at index 0.
 
+        The arguments are those of `hidden`.
+        """
+        hidden = self.hidden(features, conversations, cells)
+        seen = features.shape[1] if cells is None else len(cells)
+        logits: Tensor = hidden[:, seen - 1 :] @ self.text.weight.T
+        return logits
+
+    def hidden(self, features: Tensor, conversations: Sequence[Conversation], cells: Tensor | None = None) -> Tensor:
+        """What the transformer gives [B, N + L, H] at the cells that it sees and at the ids after the pictures.
+
         Args:
             features: quantized features [B, grid * grid, C] of the pictures.
             conversations: one about each picture.
             cells: int64 [N], ascending: those of the grid that the model sees; all if None.
         """
         before = torch.tensor([each.before for each in conversations], device=features.device)
-        after = torch.tensor(filled([each.after for each in conversations], 0), device=features.device)
+        after = torch.tensor(filled([each.after for each in conversations], 0), dtype=torch.long, device=features.device)
         begin, count = before.shape[1], features.shape[1]
         positions = torch.arange(begin + count + after.shape[1], device=features.device)
         if cells is not None:
@@ -127,6 +137,5 @@ class UnderstanderModel(nn.Module):
         x = torch.cat([self.text(before), self.projector(features), self.text(after)], dim=1)
         # Pads are at the end, where no other token sees them.
         mask = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=features.device).tril()
-        hidden = self.transformer(x, positions[None], mask)
-        logits: Tensor = hidden[:, -after.shape[1] - 1 :] @ self.text.weight.T
-        return logits
+        out: Tensor = self.transformer(x, positions[None], mask)
+        return out[:, begin:]

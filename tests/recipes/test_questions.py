@@ -58,13 +58,13 @@ def test_plurals(name: str, expected: str) -> None:
 
 
 def _names(directory: Path, *entries: dict[str, Any]) -> Names:
-    """The names of entries, each of which is there three times."""
+    """The names of entries, each of which is there eight times."""
     (directory / "package" / "en").mkdir(parents=True)
     groups = {"cat face": 3, "eight thirty": 5, "man walking": 1, "waving hand": 1, "brain": 1, "grinning face": 0, "aries": 8}
     groups |= {"red apple": 4, "party popper": 6, "fish": 3}
     data = [{"label": label, "group": group} for label, group in groups.items()]
     (directory / "package" / "en" / "data.json").write_text(json.dumps(data))
-    return Names(list(entries) * 3, directory)
+    return Names(list(entries) * 8, directory)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Fills what was measured into the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.tiny.data import Pictures
+from recipes.tiny.subjects import amount
+
+__all__ = ["card", "with_understander"]
+
+_TEMPLATE = Path(__file__).parent / "card.md"
+
+
+def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str, Any]], history: str) -> str:
+    """Fill the figures into the model card `card.md`."""
+    times = figures["seconds"]
+    return _TEMPLATE.read_text(encoding="utf-8").format(
+        r=figures["reconstruction"],
+        l=figures["labels"],
+        g=figures["generation"],
+        s=times,
+        **_about_understanding(figures["understanding"]),
+        megabytes=figures["bytes"] / 1e6,
+        chance=1 / figures["labels"]["labels"],
+        encode_ms=times["encode"] * 1e3,
+        encode_ratio=times["encode_eager"] / times["encode"],
+        decode_ms=times["decode"] * 1e3,
+        decode_ratio=times["decode_eager"] / times["decode"],
+        photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
+        drawings=len(pictures.icon_entries),
+        captioned=len(trained),
+        things=", ".join(sorted({entry["label"] for entry in trained})),
+        history=history,
+        licences=", ".join(pictures.licences),
+    )
+
+
+def with_understander(card: str, figures: dict[str, Any]) -> str:
+    """Put the understander's section into a card, in place of the one that is there or after the generator's."""
+    title = "## Understander\n"
+    section = title + _TEMPLATE.read_text(encoding="utf-8").split(title)[1].split("\n## ")[0]
+    before, _, old = card.partition(title)
+    if old:
+        after = old.partition("\n## ")[2]
+    else:
+        before, _, after = card.partition("\n## Time")
+        before, after = before + "\n", "Time" + after
+    return f"{before}{section.format(**_about_understanding(figures))}\n## {after}"
+
+
+def _about_understanding(figures: dict[str, Any]) -> dict[str, Any]:
+    return {"u": figures, "answers": _answers(figures["answers"]), "answer_ms": figures["first_token"] * 1e3}
+
+
+def _answers(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of questions and answers."""
+    table = ["| shown | question | answer | right answer |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        things = " and ".join(amount(name, count) for name, count in row["shown"]) or "no name known"
+        right = "yes" if row["right"] else row["right_answer"]
+        table.append(f"| {things}, {row['style']} | {row['question']} | {row['answer']} | {right} |")
+    return "\n".join(table)
