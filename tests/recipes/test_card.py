@@ -11,13 +11,7 @@ CARD = "# tiny\n\n## Generator\n\nDraws.\n\n## Time\n\nSoon.\n\n## Data\n\nMuch.
 
 
 def figures(share: float) -> dict[str, Any]:
-    row = {
-        "shown": (("apple", 2),),
-        "style": "3d",
-        "question": "What is this?",
-        "answer": "A pear.",
-        "right_answer": "Two apples.",
-    }
+    asked = {"question": "What is this?", "answer": "A pear.", "right_answer": "Two apples.", "right": False}
     shares = dict.fromkeys(KINDS, share) | {f"{kind}_count": 12 for kind in KINDS}
     counts = {"pictures": 9, "names": 100, "own_drawings": share, "own_drawings_count": 8, "first_token": 0.0314}
     return {**shares, **counts, "answers": [{"shown": (("apple", 2),), "style": "3d"} | asked]}
