@@ -105,7 +105,7 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None, outp
     """
     options = options or InputOptions()
     named = _checked_names(inputs)
-    entries = list(map_ahead(_look_up, named, _LOOKUPS))
+    entries = list(map_ahead(_look_up, named, _LOOKUPS, may_hang=True))
     if missing := [name for name, entry in zip(named, entries, strict=True) if entry is None and not _is_pattern(name)]:
         shown = ", ".join(map(as_text, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         what = "does not exist" if len(missing) == 1 else f"do not exist ({len(missing)} of {len(named)})"
@@ -276,7 +276,7 @@ def read_shard(shard: Shard, options: InputOptions | None = None, threads: int =
     if shard.kind == "files":
         files = _listed_again(shard)
         read = _named_row if shard.names else _row
-        yield from map_ahead(lambda file: read(storage, file), files, threads)
+        yield from map_ahead(lambda file: read(storage, file), files, threads, may_hang=True)
         return
     entry = storage.find()
     if entry is not None and _of_file(shard.kind, storage, entry.size).fingerprint != shard.fingerprint:
@@ -286,7 +286,7 @@ def read_shard(shard: Shard, options: InputOptions | None = None, threads: int =
         return
     beside = os.path.dirname(storage.address) if storage.is_local else storage.address.rpartition("/")[0]  # noqa: PTH120
     cells = parquet_cells(storage, options.image_column, options.key_column)
-    yield from map_ahead(lambda cell: _cell_row(beside, cell), cells, threads)
+    yield from map_ahead(lambda cell: _cell_row(beside, cell), cells, threads, may_hang=True)
 
 
 def _row(storage: Storage, file: Listed) -> Row:

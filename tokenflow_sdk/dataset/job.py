@@ -272,7 +272,7 @@ def _records(job: Job) -> dict[int, DoneRecord]:
     files = set(_names(job.output))
     names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
-    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
+    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads, may_hang=True)
     shards = range(len(job.shards))
     return {record.shard: record for record in found if record and record.shard in shards and job.file(record.shard) in files}
 

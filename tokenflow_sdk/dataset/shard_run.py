@@ -238,6 +238,13 @@ def _again(call: Callable[[], T], kind: type[Exception], watch: Watch) -> T:
     return call()
 
 
+def _unless_stopped(call: Callable[[], T], stop: threading.Event) -> T:
+    """What a call gives that may never return, as those of a network. Nothing waits for it when the run is to end."""
+    for made in read_ahead((call() for _ in range(1)), lambda _: 0, 1, stop):
+        return made
+    raise ShardStopped
+
+
 def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
     watch.begun()
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
@@ -246,7 +253,7 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
         if job.output.is_local:  # the disk is full, say, and stays so
             call()
         else:
-            _again(call, OutputError, watch)
+            _again(lambda: _unless_stopped(call, watch.stop), OutputError, watch)
 
     items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
     with job.output.new_file(job.file(shard.index), sending) as path:
