@@ -71,6 +71,16 @@ def test_a_directory_becomes_codes_and_the_same_command_has_nothing_to_do(run: R
     assert "complete and equal" in capsys.readouterr().out
 
 
+def test_an_output_file_that_was_cut_is_said_and_made_again(run: Run, here: Path, capsys: Output) -> None:
+    assert run("in", "-o", "out", "--shard-size", 4) == 0
+    right, path = content(Path("out")), here / "out" / "00001.parquet"
+    path.write_bytes(right[path.name][:100])
+    assert run("in", "-o", "out", "--shard-size", 4) == 0
+    said = f"warning: {path} has 100 bytes, and {len(right[path.name])} were written: shard 00001 is made again."
+    assert said in capsys.readouterr().err
+    assert content(Path("out")) == right
+
+
 def test_bad_pictures_that_were_mended_are_tried_again(run: Run, capsys: Output) -> None:
     assert run("in", "-o", "out") == 0
     write_pictures(Path("in"), 10)

@@ -227,6 +227,16 @@ def test_good_rows_of_a_shard_that_is_done_are_not_encoded_again(fake: Tokenizer
     assert content(tmp_path / "out") == content(tmp_path / "anew")
 
 
+def test_rows_of_a_file_that_was_changed_are_encoded_again(fake: Tokenizer, tmp_path: Path) -> None:
+    inputs, path = write_pictures(tmp_path / "in", 6, bad=(1,)), tmp_path / "out" / "00000.tar"
+    made(fake, inputs, tmp_path / "out", format="webdataset")
+    right, wrong = path.read_bytes(), bytearray(path.read_bytes())
+    wrong[wrong.index(b'"width": 9') + 9] = ord("7")
+    path.write_bytes(wrong)
+    made(fake, inputs, tmp_path / "out", format="webdataset")
+    assert path.read_bytes() == right
+
+
 def test_a_record_never_stands_beside_another_file_than_its_own(
     fake: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

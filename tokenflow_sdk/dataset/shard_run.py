@@ -284,7 +284,10 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
 
 def _rows(job: Job, shard: Shard, stages: Stages) -> Generator[_Item, None, None]:
     """The shard's rows, each with what an earlier run made of the same key."""
-    old = read_records(job.output, job.file(shard.index)) if shard.index in job.done else iter(())
+    done = job.done.get(shard.index)
+    # Rows of a file that somebody changed are not to be taken over into one whose record says that it is well.
+    keeps = done is not None and job.is_as_written(done)
+    old = read_records(job.output, job.file(shard.index)) if keeps else iter(())
     rows = read_shard(shard, job.options.reading, threads=_READERS if "://" in shard.where else 1)
     while True:
         with stages.timed("read"):

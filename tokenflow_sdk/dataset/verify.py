@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -106,12 +105,7 @@ def _file_problems(job: Job, record: DoneRecord) -> list[str]:
     name = job.file(record.shard)
     path = job.output.path(name)
     again = f"Delete {path} and run the command of the job again."
-    digest, size = hashlib.sha256(), 0
-    with job.output.open(name) as file:
-        while part := file.read(2**22):
-            digest.update(part)
-            size += len(part)
-    if (size, digest.hexdigest()) != (record.bytes, record.sha256):
+    if not job.is_as_written(record):
         return [f"{path} is not the file that was written: its size or SHA-256 differs from its record. {again}"]
     rows, errors = 0, Counter[str]()
     try:
