@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from tests.support.waiting import comes_true
 from tokenflow_sdk.errors import ArgumentError, ArrayError, ImageReadError
 from tokenflow_sdk.pictures.codes import Codes
 from tokenflow_sdk.pipeline import Pipeline, Prepared, map_ahead
@@ -99,6 +100,28 @@ def test_an_interrupt_is_raised_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert own_threads() == []
+
+
+def test_calls_that_may_hang_come_in_order_and_nothing_waits_for_one_that_does() -> None:
+    going, begun = threading.Event(), list[int]()
+
+    def hang(i: int) -> int:
+        begun.append(i)
+        if i == 3:
+            going.wait()
+        return 10 // (5 - i)
+
+    assert list(map_ahead(hang, range(3), 2, may_hang=True)) == [2, 2, 3]
+    assert own_threads() == []
+    results = map_ahead(hang, range(100), 2, may_hang=True)
+    assert [next(results) for _ in range(3)] == [2, 2, 3]
+    results.close()
+    going.set()
+    assert comes_true(lambda: own_threads() == [])
+    assert len(begun) < 12
+    with pytest.raises(ZeroDivisionError):
+        list(map_ahead(hang, range(9), 2, may_hang=True))
+    assert comes_true(lambda: own_threads() == [])
 
 
 def test_what_a_call_raises_comes_in_its_place_and_ends_the_rest() -> None:

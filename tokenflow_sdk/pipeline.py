@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from functools import partial
 from math import ceil
-from threading import BoundedSemaphore, local
+from queue import Empty, SimpleQueue
+from threading import BoundedSemaphore, Thread, local
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,9 @@ __all__ = ["Pipeline", "Prepared", "encode_ahead", "map_ahead"]
 T = TypeVar("T")
 R = TypeVar("R")
 P = TypeVar("P")
+
+_POLL = 0.2
+"""Seconds at most before Ctrl-C is seen where calls may hang."""
 
 
 class Prepared(NamedTuple):
@@ -121,7 +125,7 @@ def encode_ahead(
             yield from batch_results
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, may_hang: bool = False) -> Generator[R, None, None]:
     """Yield `function(item)` of each item, in order, computed by threads.
 
     Items are read by the thread that reads the results, whenever it asks for one, at most twice as many ahead as there are
@@ -131,6 +135,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
         function: called by the threads.
         items: may raise an `Exception`; results of what came before are yielded first.
         threads: how many calls may run at once. One call at a time is made by the thread that reads the results.
+        may_hang: calls may never return, as those of a network. Nothing waits for them, not even the end of Python.
 
     Raises:
         ArgumentError: it was begun before this process was forked.
@@ -142,7 +147,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
     source, failure, ended = iter(items), None, False
     pending: deque[Future[R]] = deque()
     process = os.getpid()
-    with _Pool(threads) as pool:
+    with _Daemons(threads) if may_hang else _Pool(threads) as pool:
         while True:
             _require_process(process)
             asked = False
@@ -157,7 +162,11 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
                     failure, ended = error, True
             if not pending:
                 break
-            yield pending.popleft().result()
+            following = pending.popleft()
+            while may_hang and not following.done():
+                # A signal that comes just before a wait without an end is not seen.
+                wait([following], _POLL)
+            yield following.result()
     if failure is not None:
         raise failure
 
@@ -176,6 +185,47 @@ class _Pool(ThreadPoolExecutor):
         if os.getpid() == self._made_in:
             # The garbage collector may end the block in a thread of a pool, for which nothing may wait there.
             self.shutdown(wait=not getattr(_thread, "in_pool", False), cancel_futures=True)
+
+
+class _Daemons:
+    """As `_Pool`, but calls that have begun are waited for only where the block ends well: those of a network may never return.
+
+    Python joins the threads of its own pools when it ends.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [Thread(target=self._work, name="tokenflow-daemon", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[[T], R], item: T) -> Future[R]:
+        future = Future[R]()
+        self._calls.put(partial(_call, future, function, item))
+        return future
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def __enter__(self) -> _Daemons:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if kind is None else ():
+            thread.join()
+
+
+def _call(future: Future[R], function: Callable[[T], R], item: T) -> None:
+    try:
+        future.set_result(function(item))
+    except BaseException as error:  # raised by the thread that waits for it
+        future.set_exception(error)
 
 
 def _require_process(process: int) -> None:

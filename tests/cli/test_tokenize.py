@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.support.dataset_jobs import content, fake_tokenizer, write_pictures
 from tests.support.fake_cuda import FakeCuda
 from tests.support.file_faults import ERRORS, file_faults
+from tests.support.waiting import PATIENCE
 from tokenflow_sdk import Tokenizer
 from tokenflow_sdk.cli import encode as encode_command
 from tokenflow_sdk.cli import main
@@ -65,6 +69,16 @@ def test_a_directory_becomes_codes_and_the_same_command_has_nothing_to_do(run: R
     assert content(Path("out")) == before
     assert run("--verify", "out") == 0
     assert "complete and equal" in capsys.readouterr().out
+
+
+def test_an_output_file_that_was_cut_is_said_and_made_again(run: Run, here: Path, capsys: Output) -> None:
+    assert run("in", "-o", "out", "--shard-size", 4) == 0
+    right, path = content(Path("out")), here / "out" / "00001.parquet"
+    path.write_bytes(right[path.name][:100])
+    assert run("in", "-o", "out", "--shard-size", 4) == 0
+    said = f"warning: {path} has 100 bytes, and {len(right[path.name])} were written: shard 00001 is made again."
+    assert said in capsys.readouterr().err
+    assert content(Path("out")) == right
 
 
 def test_bad_pictures_that_were_mended_are_tried_again(run: Run, capsys: Output) -> None:
@@ -199,6 +213,33 @@ def test_ctrl_c_says_how_far_it_is_and_what_goes_on(
     assert run("in", "-o", "out") == status
     assert "0 of 1 shards are done; the same command goes on\ninterrupted" in capsys.readouterr().err
     assert threading.active_count() < 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent")
+@pytest.mark.parametrize(
+    ("hangs", "words"),
+    [
+        ("cat_file:/in/", "memory://in -o out"),
+        ("open:/tars/", "memory://tars/*.tar -o out"),
+        ("info:/in/", "memory://in/{000..039}.png -o out"),
+        ("put_file:/out/", "memory://in -o memory://out"),
+        ("pipe_file:/done/", "memory://in -o memory://out"),
+        ("cat_file:/done/", "memory://in -o memory://made --shard-size 8 --format webdataset"),
+    ],
+)
+def test_ctrl_c_does_not_wait_for_a_bucket_that_hangs(hangs: str, words: str) -> None:
+    command = [sys.executable, "-m", "tests.support.hanging_storage", hangs, "tokenize", *words.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, said.splitlines()[-1:]) == (130, ["interrupted"])
+    assert [path for path in Path("out").rglob("*") if STATE not in path.parts and path.is_file()] == []
 
 
 def arguments(words: str) -> argparse.Namespace:

@@ -306,18 +306,18 @@ def test_a_directory_that_changes_while_it_is_read_costs_only_the_rows_that_have
 def test_paths_in_a_column_are_read_from_beside_the_file(place: str) -> None:
     storage = Storage(f"{place}/data")
     storage.write("photos/a.jpg", b"1")
-    paths = ["photos/a.jpg", "nothing.jpg", storage.path("photos/a.jpg"), "https://example.com/a.jpg", "photos"]
+    paths = ["photos/a.jpg", "nothing.jpg", storage.path("photos/a.jpg"), "https://example.com/a.jpg", "nope://a", "photos"]
     storage.write("x.parquet", parquet({"file": paths}))
-    ((near, missing, whole, address, directory),) = read([storage.path("x.parquet")], InputOptions(image_column="file"))
+    ((near, missing, whole, http, unknown, directory),) = read([storage.path("x.parquet")], InputOptions(image_column="file"))
     assert near.data == whole.data == b"1"
     assert "nothing.jpg does not exist" in str(missing.data)
-    assert "is an address, not a file. Download the pictures first" in str(address.data)
-    assert all(isinstance(row.data, ImageReadError) for row in (missing, address))
+    assert "is an address, not a file. Download the pictures first" in str(http.data)
+    assert all(isinstance(row.data, ImageReadError) for row in (missing, http, unknown))
     if "://" not in place:
         assert isinstance(directory.data, ImageReadError)
 
 
-def test_a_service_that_fails_fails_the_shard_and_no_row(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_fails_is_raised_where_nothing_else_is_wished(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(memory)
     for name in "abc":
         storage.write(f"{name}.jpg", b"1")
@@ -334,6 +334,14 @@ def test_a_service_that_fails_fails_the_shard_and_no_row(memory: str, monkeypatc
     assert next(rows) == Row("a.jpg", b"1")
     with pytest.raises(StorageError, match=r"b\.jpg cannot be read: ConnectionResetError"):
         next(rows)
+
+    def given(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except StorageError as error:
+            return error
+
+    assert [type(row.data) for row in read_shard(shard, threads=2, reading=given)] == [bytes, StorageError, bytes]
     monkeypatch.setattr(MemoryFileSystem, "cat_file", plain)
     assert len(list(read_shard(shard))) == 3
 

@@ -55,6 +55,19 @@ def test_a_shard_without_its_file_or_with_a_cut_record_is_not_done(tmp_path: Pat
     assert begin(tmp_path).done == {}
 
 
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_shard_whose_file_was_cut_or_swapped_is_not_done(where: str, tmp_path: Path, memory: str) -> None:
+    output = Storage(memory if where == "memory" else str(tmp_path))
+    job = Job.begin(output, JobOptions(), BUNDLE, ["/photos"], iter(SHARDS))
+    for index, content in enumerate((b"cut", b"codes", b"a longer one")):
+        output.write(job.file(index), content)
+        job.finish(DoneRecord(index, 5, "cd" * 32, 10))
+    job.forget_changed(SHARDS[1:])
+    assert sorted(job.done) == sorted(Job.load(output).done) == [0, 1]
+    job.forget_changed(SHARDS)
+    assert sorted(job.done) == sorted(Job.load(output).done) == [1]
+
+
 def test_the_state_is_the_same_bytes_whoever_begins(tmp_path: Path) -> None:
     def state(directory: Path) -> dict[str, bytes]:
         begin(directory)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -264,6 +265,24 @@ def test_ctrl_c_ends_at_once_and_leaves_whole_shards_only(fakes: list[Tokenizer]
     assert {Path(name).stem for name in found} == done
     run(fakes, inputs, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "right")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent")
+def test_ctrl_c_waits_for_calls_of_the_engine_and_what_they_began_is_deleted(tmp_path: Path) -> None:
+    pressed = threading.Lock()
+
+    class Slow(FakeSession):
+        def _infer(self, feeds: Any, outputs: tuple[str, ...]) -> Any:
+            if pressed.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.5)
+            return super()._infer(feeds, outputs)
+
+    inputs = str(write_pictures(tmp_path / "in", 2))
+    with fake_tokenizer(open_session=Slow) as tokenizer:
+        with pytest.raises(KeyboardInterrupt):
+            run([tokenizer], inputs, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [STATE]
 
 
 def killed(output: Path, points: Sequence[str], *words: object) -> list[str]:

@@ -3,11 +3,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
@@ -22,7 +25,8 @@ from tokenflow_sdk.dataset.outputs import DONE, Record
 from tokenflow_sdk.dataset.reading import read_records
 from tokenflow_sdk.dataset.shard_run import STAGES, Encoder, ShardStopped, Stages, Watch, run_shard
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import ImageReadError, OutputError, StorageError
+from tokenflow_sdk.dataset.verify import verify_job
+from tokenflow_sdk.errors import DatasetError, ImageReadError, OutputError, StorageError
 from tokenflow_sdk.pictures.preparation import Preparation
 
 
@@ -167,6 +171,79 @@ def test_a_storage_that_fails_gets_three_more_tries(fake: Tokenizer, tmp_path: P
     assert content(tmp_path / "none") == {}
 
 
+class BadFiles:
+    """Files of some names, which a storage does not give. `tries` counts how often each was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names, self.tries, self.plain = set[str](), Counter[str](), Storage.read
+        monkeypatch.setattr(Storage, "read", lambda *arguments: self.read(*arguments))
+
+    def read(self, storage: Storage, name: str = "", *arguments: Any) -> bytes:
+        last = storage.path(name).rpartition("/")[2]
+        self.tries[last] += 1
+        if last in self.names:
+            raise StorageError(f"{last} cannot be read: 500.", "Try again.")
+        return self.plain(storage, name, *arguments)
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> BadFiles:
+    return BadFiles(monkeypatch)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("kind", ["local", "memory", "paths"])
+def test_a_file_that_its_storage_does_not_give_is_a_row_that_can_be_tried_again(
+    kind: str, fake: Tokenizer, tmp_path: Path, memory: str, bad: BadFiles
+) -> None:
+    place = Storage(memory if kind == "memory" else str(tmp_path / "in"))
+    names = [f"{i:03d}.png" for i in range(5)]
+    for i, name in enumerate(names):
+        place.write(name, picture(i))
+    if kind == "paths":
+        pq.write_table(pa.table({"image": names, "id": names}), tmp_path / "in" / "x.parquet")
+    options = JobOptions(format="webdataset", key_column="id" if kind == "paths" else None)
+    where = place.path("x.parquet") if kind == "paths" else place.address
+    output, tries = Storage(str(tmp_path / "out")), Counter[str]()
+
+    def run(errors: dict[str, int]) -> list[Record]:
+        job = Job.begin(output, options, fake.bundle, [where], find_shards([where], options.reading))
+        assert run_shard(Encoder(fake, job.options, 1, 1), job, job.shards[0]).errors == errors
+        tries.update(bad.tries)
+        assert verify_job(Job.load(output), fake).problems == ()
+        return list(read_records(output, job.file(0)))
+
+    bad.names = {"001.png", "002.png"}
+    rows = run({"StorageError": 2})
+    assert [row.key for row in rows] == names
+    assert [row.error for row in rows[1:3]] == [f"StorageError: {name} cannot be read: 500." for name in names[1:3]]
+    # The one after a file that was given up is asked for once, where they are not asked for at the same time.
+    assert tries["001.png"] == 4
+    assert tries["002.png"] == 1 or kind == "memory"
+    bad.names = set()
+    assert verify_job(Job.load(output), fake).problems == ()
+    assert [row.error for row in run({})] == [None] * 5
+    bad.names = {"003.png"}
+    (problem,) = verify_job(Job.load(output), fake).problems
+    assert problem.endswith("(003.png): its picture could not be read to compare: StorageError: 003.png cannot be read: 500.")
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(("good", "fails"), [(0, 3), (30, 16), (30, 15)])
+def test_a_storage_that_gives_no_files_any_more_fails_the_shard(
+    good: int, fails: int, fake: Tokenizer, tmp_path: Path, bad: BadFiles
+) -> None:
+    inputs = write_pictures(tmp_path / "in", good + fails)
+    bad.names = {f"{good + i:03d}.png" for i in range(fails)}
+    if fails == 15:
+        assert [row.error is None for row in made(fake, inputs, tmp_path / "out")] == [True] * good + [False] * fails
+        return
+    with pytest.raises(DatasetError, match=rf"^{fails} pictures in a row could not be read\. The last: 0.*png cannot be read"):
+        made(fake, inputs, tmp_path / "out")
+    assert content(tmp_path / "out") == {}
+    assert sum(bad.tries[name] for name in bad.names) == fails + 3
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("name", ["put_file", "rm_file", "pipe_file"])
 def test_what_is_sent_is_sent_again_without_encoding_it_again(
@@ -225,6 +302,16 @@ def test_good_rows_of_a_shard_that_is_done_are_not_encoded_again(fake: Tokenizer
     assert record.errors == {"CorruptImageError": 1}
     made(fake, inputs, tmp_path / "anew")
     assert content(tmp_path / "out") == content(tmp_path / "anew")
+
+
+def test_rows_of_a_file_that_was_changed_are_encoded_again(fake: Tokenizer, tmp_path: Path) -> None:
+    inputs, path = write_pictures(tmp_path / "in", 6, bad=(1,)), tmp_path / "out" / "00000.tar"
+    made(fake, inputs, tmp_path / "out", format="webdataset")
+    right, wrong = path.read_bytes(), bytearray(path.read_bytes())
+    wrong[wrong.index(b'"width": 9') + 9] = ord("7")
+    path.write_bytes(wrong)
+    made(fake, inputs, tmp_path / "out", format="webdataset")
+    assert path.read_bytes() == right
 
 
 def test_a_record_never_stands_beside_another_file_than_its_own(

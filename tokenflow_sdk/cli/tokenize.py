@@ -71,6 +71,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
             every = itertools.chain(first, shards)
             job = Job.begin(output, options, tokenizers[0].bundle, arguments.inputs, every, arguments.retry_errors)
         job.delete_leftovers(shards_of(job, task))
+        job.forget_changed(shards_of(job, task))
         return _run(arguments, job, task, tokenizers)
 
 

@@ -7,13 +7,13 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.dataset.keys import require_distinct_paths, require_new_stem
-from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Row, parquet_cells, read_picture, tar_rows
+from tokenflow_sdk.dataset.rows import ENDINGS, Cell, Picture, Row, parquet_cells, read_picture, tar_rows
 from tokenflow_sdk.dataset.storage import Entry, Storage, as_text
 from tokenflow_sdk.dataset.walking import Listed, walk
 from tokenflow_sdk.errors import ArgumentError, DatasetError, ImageReadError
@@ -22,6 +22,7 @@ from tokenflow_sdk.pipeline import map_ahead
 __all__ = ["InputOptions", "Row", "Shard", "find_shards", "read_shard"]
 
 Kind = Literal["files", "tar", "parquet"]
+Reading: TypeAlias = "Callable[[Callable[[], Picture]], Picture]"
 _TAR = (".tar", ".tar.gz", ".tgz")
 _PARQUET = (".parquet", ".parq", ".pq")
 _LOOKUPS = 16
@@ -105,7 +106,7 @@ def find_shards(inputs: Sequence[str], options: InputOptions | None = None, outp
     """
     options = options or InputOptions()
     named = _checked_names(inputs)
-    entries = list(map_ahead(_look_up, named, _LOOKUPS))
+    entries = list(map_ahead(_look_up, named, _LOOKUPS, may_hang=True))
     if missing := [name for name, entry in zip(named, entries, strict=True) if entry is None and not _is_pattern(name)]:
         shown = ", ".join(map(as_text, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         what = "does not exist" if len(missing) == 1 else f"do not exist ({len(missing)} of {len(named)})"
@@ -258,13 +259,16 @@ def _fingerprint(files: Iterable[Listed]) -> str:
     return digest.hexdigest()
 
 
-def read_shard(shard: Shard, options: InputOptions | None = None, threads: int = 1) -> Iterator[Row]:
+def read_shard(
+    shard: Shard, options: InputOptions | None = None, threads: int = 1, reading: Reading = lambda read: read()
+) -> Iterator[Row]:
     """The pictures of a shard, in order.
 
     Args:
         shard: of `find_shards`.
         options: those that it was found with.
         threads: that read single files side by side; services take many at once.
+        reading: calls its argument, which reads a single file, and may call it again, or give the StorageError that it raised.
 
     Raises:
         DatasetError: the shard is not as it was found, is damaged, or lacks the column.
@@ -275,8 +279,9 @@ def read_shard(shard: Shard, options: InputOptions | None = None, threads: int =
     storage = Storage(shard.where)
     if shard.kind == "files":
         files = _listed_again(shard)
-        read = _named_row if shard.names else _row
-        yield from map_ahead(lambda file: read(storage, file), files, threads)
+        read = _named if shard.names else _listed
+        found = map_ahead(lambda file: reading(lambda: read(storage, file)), files, threads, may_hang=True)
+        yield from (Row(as_text(file.path), data) for file, data in zip(files, found, strict=True))
         return
     entry = storage.find()
     if entry is not None and _of_file(shard.kind, storage, entry.size).fingerprint != shard.fingerprint:
@@ -286,24 +291,25 @@ def read_shard(shard: Shard, options: InputOptions | None = None, threads: int =
         return
     beside = os.path.dirname(storage.address) if storage.is_local else storage.address.rpartition("/")[0]  # noqa: PTH120
     cells = parquet_cells(storage, options.image_column, options.key_column)
-    yield from map_ahead(lambda cell: _cell_row(beside, cell), cells, threads)
+    yield from map_ahead(lambda cell: _cell_row(beside, cell, reading), cells, threads, may_hang=True)
 
 
-def _row(storage: Storage, file: Listed) -> Row:
-    return Row(as_text(file.path), read_picture(storage, file.path, file.size))
+def _listed(storage: Storage, file: Listed) -> Picture:
+    return read_picture(storage, file.path, file.size)
 
 
-def _named_row(storage: Storage, file: Listed) -> Row:
-    return Row(as_text(file.path), read_picture(_at(storage.address, file.path), "", file.size))
+def _named(storage: Storage, file: Listed) -> Picture:
+    return read_picture(_at(storage.address, file.path), "", file.size)
 
 
-def _cell_row(beside: str, cell: Cell) -> Row:
+def _cell_row(beside: str, cell: Cell, reading: Reading) -> Row:
     """The row of a cell, which may hold the picture's address, relative to the Parquet file's directory."""
     if not isinstance(cell.value, str):
         return Row(cell.key, cell.value)
     if cell.value.startswith(("http://", "https://")):
         return Row(cell.key, ImageReadError(f"{cell.value} is an address, not a file.", "Download the pictures first."))
-    return Row(cell.key, read_picture(_at(beside, cell.value), ""))
+    place = _at(beside, cell.value)
+    return Row(cell.key, reading(lambda: read_picture(place, "")))
 
 
 def _at(directory: str, name: str) -> Storage:

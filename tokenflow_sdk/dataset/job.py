@@ -6,7 +6,9 @@ shard that is done, `done/NNNNN.json`. A shard's output file appears whole, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +26,7 @@ from tokenflow_sdk.pipeline import map_ahead
 
 __all__ = ["DoneRecord", "Job", "place", "require_usable"]
 
+_logger = logging.getLogger("tokenflow_sdk")
 _FORMAT = 1
 _READERS = 16
 """Records of shards that are read at once: on remote storage each takes a while."""
@@ -150,6 +153,36 @@ class Job:
         self.output.delete(_record_name(index))
         self.done.pop(index, None)
 
+    def forget_changed(self, shards: Iterable[Shard]) -> None:
+        """Let those of these shards count as not done whose output file has not the size that was written.
+
+        Nobody else may be making them. `is_as_written` notices more, but reads the file.
+
+        Raises:
+            OutputError, StorageError: the output cannot be read, or a record not deleted.
+        """
+        sizes = {} if self.output.is_local else {entry.name: entry.size for entry in self.output.scan()}
+        for index in [shard.index for shard in shards if shard.index in self.done]:
+            name, written = self.file(index), self.done[index].bytes
+            if (size := sizes.get(name)) is None:  # a local listing has none
+                found = self.output.find(name)
+                size = found.size if found else None
+            if size != written:
+                _logger.warning(
+                    "%s has %s bytes, and %s were written: shard %05d is made again.",
+                    self.output.path(name), size, written, index,
+                )  # fmt: skip
+                self.forget(index)
+
+    def is_as_written(self, record: DoneRecord) -> bool:
+        """Whether the output file of a shard has the bytes that were written. Raises DatasetFileError, StorageError."""
+        digest, size = hashlib.sha256(), 0
+        with self.output.open(self.file(record.shard)) as file:
+            while part := file.read(2**22):
+                digest.update(part)
+                size += len(part)
+        return (size, digest.hexdigest()) == (record.bytes, record.sha256)
+
     def delete_leftovers(self, shards: Iterable[Shard]) -> None:
         """Delete what killed processes left half written of these shards, which nobody else may be making."""
         indices = [shard.index for shard in shards]
@@ -272,7 +305,7 @@ def _records(job: Job) -> dict[int, DoneRecord]:
     files = set(_names(job.output))
     names = [name for name in _names(job.output, DONE) if name.endswith(".json")]
     threads = 1 if job.output.is_local else _READERS
-    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads)
+    found = map_ahead(lambda name: _record(job.output.read(f"{DONE}/{name}")), names, threads, may_hang=True)
     shards = range(len(job.shards))
     return {record.shard: record for record in found if record and record.shard in shards and job.file(record.shard) in files}
 

@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tokenflow_sdk.dataset.parquet import open_parquet
 from tokenflow_sdk.dataset.storage import Storage, as_text
 from tokenflow_sdk.errors import (
+    ArgumentError,
     DatasetError,
     DatasetFileError,
     ImageReadError,
@@ -25,7 +26,7 @@ from tokenflow_sdk.pictures.images import SUFFIXES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Row", "parquet_cells", "read_picture", "tar_members", "tar_rows"]
+__all__ = ["ENDINGS", "MAX_BYTES", "Cell", "Picture", "Row", "parquet_cells", "read_picture", "tar_members", "tar_rows"]
 
 MAX_BYTES = 256 * 2**20
 """Most bytes of one picture's file."""
@@ -35,11 +36,15 @@ _BATCH_BYTES = 32 * 2**20
 _KEY = re.compile(r"(?:\./)*((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
+Picture: TypeAlias = "bytes | TokenFlowError"
+"""A picture's file, or why it cannot be read."""
+
+
 class Row(NamedTuple):
     """One picture of a shard: its key, and its file's bytes or why they cannot be read."""
 
     key: str
-    data: bytes | TokenFlowError
+    data: Picture
 
 
 class Cell(NamedTuple):
@@ -49,11 +54,11 @@ class Cell(NamedTuple):
     value: bytes | str | TokenFlowError
 
 
-def read_picture(storage: Storage, name: str, size: int | None = None) -> bytes | TokenFlowError:
-    """A picture's file, or what is wrong with it. Raises StorageError where the storage is at fault."""
+def read_picture(storage: Storage, name: str, size: int | None = None) -> Picture:
+    """A picture's file, or what is wrong with it or its address. Raises StorageError where the storage is at fault."""
     try:
         return storage.read(name, MAX_BYTES, size)
-    except DatasetFileError as error:
+    except (DatasetFileError, ArgumentError) as error:
         return ImageReadError(error.message, error.hint)
 
 

@@ -65,13 +65,14 @@ def run_local(
         threads += [
             threading.Thread(target=run.work, args=(encoder, turn), name=f"tokenflow-shard-{i}", daemon=True) for i in range(2)
         ]
+    run.working, ended = len(threads), False
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_POLL)
-                on_progress(progress.snapshot())
+        while not ended:
+            # Not `join`: up to Python 3.12, an interrupted one takes its thread for ended.
+            ended = run.ended.wait(_POLL)
+            on_progress(progress.snapshot())
     finally:
         run.stop.set()
         for thread in threads:
@@ -88,15 +89,22 @@ class _Run:
 
     def __init__(self, job: Job, shards: Sequence[Shard], progress: Progress) -> None:
         self.job, self.progress = job, progress
-        self.stop = threading.Event()
+        self.stop, self.ended, self.working = threading.Event(), threading.Event(), 0
         self.fatal: BaseException | None = None
         self._shards, self._lock = iter(shards), threading.Lock()
 
     def work(self, encoder: Encoder, turn: threading.Lock) -> None:
-        """Make one shard after the other, until the encoder fails.
+        """Make one shard after the other, until the encoder fails. The last thread to end says so."""
+        try:
+            self._make_shards(encoder, turn)
+        finally:
+            with self._lock:
+                self.working -= 1
+            if not self.working:
+                self.ended.set()
 
-        The thread that has the turn reads; the other encodes the end of its shard.
-        """
+    def _make_shards(self, encoder: Encoder, turn: threading.Lock) -> None:
+        """The thread that has the turn reads; the other encodes the end of its shard."""
         while True:
             watch = _Turn(self, turn)
             try:

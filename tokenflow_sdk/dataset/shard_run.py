@@ -23,7 +23,8 @@ from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import Record, open_writer
 from tokenflow_sdk.dataset.read_ahead import read_ahead
 from tokenflow_sdk.dataset.reading import read_records
-from tokenflow_sdk.errors import OutputError, StorageError, TokenFlowError
+from tokenflow_sdk.dataset.rows import Picture
+from tokenflow_sdk.errors import DatasetError, OutputError, StorageError, TokenFlowError
 from tokenflow_sdk.files import file_sha256
 from tokenflow_sdk.pictures.images import fit, load_image
 from tokenflow_sdk.pipeline import encode_ahead, map_ahead
@@ -41,6 +42,8 @@ _AHEAD = 2**25
 """Bytes of pictures that are read before threads prepare them."""
 _READERS = 16
 """Single files on remote storage that are read at once."""
+_DOWN = 16
+"""Single files in a row that a storage does not give when it is down."""
 
 
 class ShardStopped(BaseException):
@@ -208,7 +211,8 @@ class Encoder:
 def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = None) -> DoneRecord:
     """Make a shard's output file and its record.
 
-    A storage that fails gets three more tries: of the whole shard where it is read, else only to send what is made.
+    A storage that fails gets three more tries: of a single file or the whole shard where it is read, else only to send what
+    is made.
     If the shard is done, its rows without an error stay as they are where their pictures are the same.
 
     Args:
@@ -238,6 +242,13 @@ def _again(call: Callable[[], T], kind: type[Exception], watch: Watch) -> T:
     return call()
 
 
+def _unless_stopped(call: Callable[[], T], stop: threading.Event) -> T:
+    """What a call gives that may never return, as those of a network. Nothing waits for it when the run is to end."""
+    for made in read_ahead((call() for _ in range(1)), lambda _: 0, 1, stop):
+        return made
+    raise ShardStopped
+
+
 def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneRecord:
     watch.begun()
     stages, errors, count = Stages(watch.stages), Counter[str](), 0
@@ -246,9 +257,9 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
         if job.output.is_local:  # the disk is full, say, and stays so
             call()
         else:
-            _again(call, OutputError, watch)
+            _again(lambda: _unless_stopped(call, watch.stop), OutputError, watch)
 
-    items = read_ahead(_rows(job, shard, stages), _size, _AHEAD, watch.stop)
+    items = read_ahead(_rows(job, shard, stages, watch.stop), _size, _AHEAD, watch.stop)
     with job.output.new_file(job.file(shard.index), sending) as path:
         with open_writer(path, encoder.stamp, job.options.format) as writer:
             with closing(_then(items, watch.idle)) as read, closing(encoder.records(read, stages)) as records:
@@ -275,16 +286,48 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
     return done
 
 
-def _rows(job: Job, shard: Shard, stages: Stages) -> Generator[_Item, None, None]:
-    """The shard's rows, each with what an earlier run made of the same key."""
-    old = read_records(job.output, job.file(shard.index)) if shard.index in job.done else iter(())
-    rows = read_shard(shard, job.options.reading, threads=_READERS if "://" in shard.where else 1)
+def _rows(job: Job, shard: Shard, stages: Stages, stop: threading.Event) -> Generator[_Item, None, None]:
+    """The shard's rows, each with what an earlier run made of the same key.
+
+    A single file that the storage does not give is a row with its error, unless too many are not given.
+    """
+    done = job.done.get(shard.index)
+    # Rows of a file that somebody changed are not to be taken over into one whose record says that it is well.
+    keeps = done is not None and job.is_as_written(done)
+    old = read_records(job.output, job.file(shard.index)) if keeps else iter(())
+    rows = read_shard(shard, job.options.reading, _READERS if "://" in shard.where else 1, _patient(stop))
+    count = failed = 0
     while True:
         with stages.timed("read"):
             row, before = next(rows, None), next(old, None)
+        if row is not None:
+            count += 1
+            failed = failed + 1 if isinstance(row.data, StorageError) else 0
+            error = row.data
+        if failed == _DOWN or (row is None and failed == count > 0):
+            assert isinstance(error, StorageError)
+            raise DatasetError(f"{failed} pictures in a row could not be read. The last: {error.message}", error.hint)
         if row is None:
             return
         yield row, before if before is not None and before.key == row.key else None
+
+
+def _patient(stop: threading.Event) -> Callable[[Callable[[], Picture]], Picture]:
+    """Reads a single file, with more tries; gives the StorageError of the last. May be called by several threads."""
+    gave_up = False
+
+    def read_again(read: Callable[[], Picture]) -> Picture:
+        nonlocal gave_up
+        try:
+            # Once one was given up, others get one try until the storage gives one again.
+            found = read() if gave_up else _again(read, StorageError, Watch(stop))
+        except StorageError as error:
+            gave_up = True
+            return error
+        gave_up = False
+        return found
+
+    return read_again
 
 
 def _then(items: Iterator[_Item], finished: Callable[[], None]) -> Generator[_Item, None, None]:
