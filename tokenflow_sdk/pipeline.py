@@ -195,12 +195,14 @@ class _Daemons:
 
     def __init__(self, threads: int) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = [Thread(target=self._work, name="tokenflow-daemon", daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._most, self._threads = threads, list[Thread]()
 
     def submit(self, function: Callable[[T], R], item: T) -> Future[R]:
         future = Future[R]()
+        if len(self._threads) < self._most:
+            thread = Thread(target=self._work, name="tokenflow-daemon", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         self._calls.put(partial(_call, future, function, item))
         return future
 

@@ -129,7 +129,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
         self.chances = _chances(train.subjects)
         self.known = torch.tensor([_labels(known, names) for known in train.subjects], device=self.device)
-        self.groups = (len(names), len(COLOURS), len(_STYLES), len(COUNTS))
+        self.groups = [len(names), len(COLOURS), len(_STYLES), len(COUNTS)]
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
         self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
         weights = [*model.parameters(), *self.guess.parameters()]
@@ -160,7 +160,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
     def _guessed(self, guesses: Tensor, known: Tensor) -> Tensor:
         """The cross entropy of guesses [B, N, labels] of what is known [B, 4] about pictures."""
         loss = guesses.new_zeros(())
-        for group, right in zip(guesses.split(self.groups, dim=-1), known.T, strict=True):
+        for group, right in zip(torch.split(guesses, self.groups, dim=-1), known.T, strict=True):
             every = F.cross_entropy(group.flatten(0, 1), right.repeat_interleave(group.shape[1]), reduction="none")
             loss = loss + every.sum() / max(1, int((right != _UNNAMED).sum()) * group.shape[1])
         return loss

@@ -31,6 +31,7 @@ from tokenflow_sdk.dataset.outputs import STATE
 from tokenflow_sdk.dataset.progress import Snapshot
 from tokenflow_sdk.dataset.reading import read_codes
 from tokenflow_sdk.dataset.storage import Storage
+from tokenflow_sdk.errors import StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_an_output_file_that_was_cut_is_said_and_made_again(run: Run, here: Path
     right, path = content(Path("out")), here / "out" / "00001.parquet"
     path.write_bytes(right[path.name][:100])
     assert run("in", "-o", "out", "--shard-size", 4) == 0
-    said = f"warning: {path} has 100 bytes, and {len(right[path.name])} were written: shard 00001 is made again."
+    said = f"warning: {path} has 100 of the {len(right[path.name])} bytes that were written: shard 00001 is made again."
     assert said in capsys.readouterr().err
     assert content(Path("out")) == right
 
@@ -133,6 +134,26 @@ def test_shards_that_fail_are_listed_and_the_status_is_1(run: Run, here: Path, c
     assert f"error: shard 00001 ({here / 'a.tar'}): " in said.err
     assert "1 of 2 shards failed; the same command tries them again" in said.err
     assert "10 pictures in 1 of 2 shards" in said.out
+
+
+def test_pictures_that_a_storage_does_not_give_are_said_and_tried_again(
+    run: Run, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Storage.read
+
+    def read(storage: Storage, name: str = "", *arguments: Any) -> bytes:
+        if name == "003.png":
+            raise StorageError("003.png cannot be read: 403.", "Check its permissions.") from PermissionError("403")
+        return plain(storage, name, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "read", read)
+        assert run("in", "-o", "out") == 1
+    assert "1 pictures were not given by their storage; the same command tries them again" in capsys.readouterr().err
+    assert run("in", "-o", "out") == 0
+    assert len(list(read_codes("out", errors="raise"))) == 10
+    assert run("in", "-o", "out") == 0
+    assert "nothing to do" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tokenflow_sdk.dataset.inputs import Shard
 from tokenflow_sdk.dataset.job import DoneRecord, Job
 from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import STATE
-from tokenflow_sdk.dataset.storage import Storage
+from tokenflow_sdk.dataset.storage import Entry, Storage
 from tokenflow_sdk.errors import DatasetError
 
 BUNDLE = replace(fake_bundle(), sha256="ab" * 32)
@@ -56,7 +56,9 @@ def test_a_shard_without_its_file_or_with_a_cut_record_is_not_done(tmp_path: Pat
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_a_shard_whose_file_was_cut_or_swapped_is_not_done(where: str, tmp_path: Path, memory: str) -> None:
+def test_a_shard_whose_file_was_cut_or_swapped_is_not_done(
+    where: str, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = Storage(memory if where == "memory" else str(tmp_path))
     job = Job.begin(output, JobOptions(), BUNDLE, ["/photos"], iter(SHARDS))
     for index, content in enumerate((b"cut", b"codes", b"a longer one")):
@@ -64,6 +66,11 @@ def test_a_shard_whose_file_was_cut_or_swapped_is_not_done(where: str, tmp_path:
         job.finish(DoneRecord(index, 5, "cd" * 32, 10))
     job.forget_changed(SHARDS[1:])
     assert sorted(job.done) == sorted(Job.load(output).done) == [0, 1]
+    with monkeypatch.context() as patched:  # a service that does not say how large its objects are
+        patched.setattr(Storage, "find", lambda storage, name="": Entry(name, False, None))
+        patched.setattr(Storage, "scan", lambda storage: [Entry(job.file(i), False, None) for i in range(3)])
+        job.forget_changed(SHARDS)
+    assert sorted(job.done) == [0, 1]
     job.forget_changed(SHARDS)
     assert sorted(job.done) == sorted(Job.load(output).done) == [1]
 

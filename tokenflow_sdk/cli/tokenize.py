@@ -28,7 +28,7 @@ from tokenflow_sdk.dataset.progress import Progress, Snapshot
 from tokenflow_sdk.dataset.runner import run_local, shards_of, shards_to_do, store_summary, summarize
 from tokenflow_sdk.dataset.shard_run import Encoder
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import ArgumentError
+from tokenflow_sdk.errors import ArgumentError, StorageError
 from tokenflow_sdk.tokenizer import Tokenizer
 
 __all__ = ["tokenize"]
@@ -134,7 +134,12 @@ def _run(arguments: argparse.Namespace, job: Job, task: Task | None, tokenizers:
     summary = summarize(job, progress, task)
     store_summary(job, summary, task)
     _say_end(arguments, summary)
-    return 1 if progress.failed else 0
+    return 1 if progress.failed or _not_given(summary) else 0
+
+
+def _not_given(summary: dict[str, Any]) -> int:
+    """How many pictures their storage did not give."""
+    return int(summary["errors"].get(StorageError.__name__, 0))
 
 
 @contextmanager
@@ -209,6 +214,9 @@ def _say_end(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
     if failed:
         more = f" ({STATE}/summary.json has all)" if len(failed) > _SHOWN else ""
         words = f"{len(failed):,} of {summary['shards']:,} shards failed{more}; the same command tries them again"
+        stderr.print(words, style="red", soft_wrap=True)
+    if count := _not_given(summary):
+        words = f"{count:,} pictures were not given by their storage; the same command tries them again"
         stderr.print(words, style="red", soft_wrap=True)
     if errors:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in errors.items())

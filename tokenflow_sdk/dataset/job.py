@@ -21,7 +21,7 @@ from tokenflow_sdk.dataset.job_lock import start_lock
 from tokenflow_sdk.dataset.job_options import JobOptions
 from tokenflow_sdk.dataset.outputs import DONE, FORMATS, STATE
 from tokenflow_sdk.dataset.storage import Storage
-from tokenflow_sdk.errors import ArgumentError, DatasetError
+from tokenflow_sdk.errors import ArgumentError, DatasetError, StorageError
 from tokenflow_sdk.pipeline import map_ahead
 
 __all__ = ["DoneRecord", "Job", "place", "require_usable"]
@@ -57,6 +57,11 @@ class DoneRecord:
     def bad(self) -> int:
         """Rows with an error."""
         return sum(self.errors.values())
+
+    @property
+    def not_given(self) -> int:
+        """Rows whose picture a storage did not give, which may do so later."""
+        return self.errors.get(StorageError.__name__, 0)
 
 
 class Job:
@@ -164,12 +169,11 @@ class Job:
         sizes = {} if self.output.is_local else {entry.name: entry.size for entry in self.output.scan()}
         for index in [shard.index for shard in shards if shard.index in self.done]:
             name, written = self.file(index), self.done[index].bytes
-            if (size := sizes.get(name)) is None:  # a local listing has none
-                found = self.output.find(name)
-                size = found.size if found else None
-            if size != written:
+            found = self.output.find(name) if sizes.get(name) is None else None  # a local listing has no sizes
+            size = found.size if found else sizes.get(name, 0)
+            if size not in (written, None):
                 _logger.warning(
-                    "%s has %s bytes, and %s were written: shard %05d is made again.",
+                    "%s has %s of the %s bytes that were written: shard %05d is made again.",
                     self.output.path(name), size, written, index,
                 )  # fmt: skip
                 self.forget(index)

@@ -30,11 +30,14 @@ def shards_of(job: Job, task: Task | None) -> list[Shard]:
 
 
 def shards_to_do(job: Job, task: Task | None = None, retry_errors: bool = False) -> list[Shard]:
-    """The shards that a run makes: those of its task that are not done, or have rows with an error if those are tried again."""
+    """The shards that a run makes: those of its task that are not done, or of which a storage did not give all pictures.
+
+    With `retry_errors` also those that have rows with another error.
+    """
     return [
         shard
         for shard in shards_of(job, task)
-        if (record := job.done.get(shard.index)) is None or (retry_errors and record.bad)
+        if (record := job.done.get(shard.index)) is None or record.not_given or (retry_errors and record.bad)
     ]
 
 

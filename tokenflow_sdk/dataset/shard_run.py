@@ -42,6 +42,8 @@ _AHEAD = 2**25
 """Bytes of pictures that are read before threads prepare them."""
 _READERS = 16
 """Single files on remote storage that are read at once."""
+_PATIENCE = 3
+"""Single files in a row that are given up before others get one try only."""
 _DOWN = 16
 """Single files in a row that a storage does not give when it is down."""
 
@@ -230,11 +232,13 @@ def run_shard(encoder: Encoder, job: Job, shard: Shard, watch: Watch | None = No
 
 
 def _again(call: Callable[[], T], kind: type[Exception], watch: Watch) -> T:
-    """What a call gives, which gets more tries where it raises an exception of a kind."""
+    """What a call gives, which gets more tries where it raises an exception of a kind, unless it was not permitted."""
     for delay in DELAYS:
         try:
             return call()
-        except kind:
+        except kind as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
             watch.idle()
             # Others that failed with it are not to try at the same moment.
             if watch.stop.wait(delay * random.uniform(1, 1.5)):  # noqa: S311
@@ -314,17 +318,17 @@ def _rows(job: Job, shard: Shard, stages: Stages, stop: threading.Event) -> Gene
 
 def _patient(stop: threading.Event) -> Callable[[Callable[[], Picture]], Picture]:
     """Reads a single file, with more tries; gives the StorageError of the last. May be called by several threads."""
-    gave_up = False
+    given_up = 0
 
     def read_again(read: Callable[[], Picture]) -> Picture:
-        nonlocal gave_up
+        nonlocal given_up
         try:
-            # Once one was given up, others get one try until the storage gives one again.
-            found = read() if gave_up else _again(read, StorageError, Watch(stop))
+            # The storage seems to be down: one try each, until it gives one again.
+            found = read() if given_up >= _PATIENCE else _again(read, StorageError, Watch(stop))
         except StorageError as error:
-            gave_up = True
+            given_up += 1
             return error
-        gave_up = False
+        given_up = 0
         return found
 
     return read_again

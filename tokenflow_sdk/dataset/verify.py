@@ -83,6 +83,11 @@ def verify_job(job: Job, tokenizer: Tokenizer, seed: int = 0) -> VerifyReport:
         for shard in job.shards
         if shard.index not in job.done
     ]
+    problems += [
+        f"Of shard {record.shard:05d} a storage did not give {record.not_given:,} pictures. Run the command of the job again."
+        for record in job.done.values()
+        if record.not_given
+    ]
     sound = []
     for _, record in sorted(job.done.items()):
         found = _file_problems(job, record)
