@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.conftest import ROOT
 from tests.support.mini import bundled_tokenizer
-from tokenflow_export.precision.emulate_half import emulated_graph
+from tokenflow_export.precision.emulate_half import emulated_graph, emulated_sessions
 from tokenflow_export.precision.search import crops
 from tokenflow_export.precision.tokenizer_search import TokenizerFinding, search_tokenizer
 from tokenflow_export.progress import ProgressSteps
@@ -69,8 +69,8 @@ def test_every_graph_that_misses_its_bar_is_mended(tmp_path: Path) -> None:
     assert pinned_nodes(Bundle.open(copy, TokenizerConfig), "bf16") == {"features": found.pinned["features"]}
 
 
-def test_pinning_brings_codes_nearer(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights in bfloat16 miss most tolerances."""
+def test_pinning_brings_codes_nearer(bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights in bfloat16 miss most tolerances. The certificate is that of all graphs run anew."""
     monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 4)
     found = searched(bundle_copy, "bf16", agreement=0.99, count=16, decoded=1)
     assert min(found.plain.agreement) < 0.99 <= min(found.quality.agreement)
@@ -78,6 +78,7 @@ def test_pinning_brings_codes_nearer(bundle_copy: Path, monkeypatch: pytest.Monk
     bundle = Bundle.open(bundle_copy, TokenizerConfig)
     assert pinned_nodes(bundle, "bf16")["encode"] == found.pinned["encode"]
     assert bundle.parity["bf16"]["agreement"] == list(found.quality.agreement)
+    assert certificate.certify(bundle, emulated_sessions(bundle, "bf16", tmp_path, found.pinned), "bf16") == found.certificate
     shown = "\n".join(found.lines(bundle.config.patch_nums))
     assert f"encode: {len(found.pinned['encode'])} of {found.nodes['encode']} products and convolutions pinned" in shown
     assert f"{min(found.plain.agreement):.3%}" in shown[shown.index("with nothing pinned") :]
