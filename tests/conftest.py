@@ -37,6 +37,17 @@ LONGEST = (
 """Files that take long, the longest first."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For slow tests alone only the files that have some are imported: a file without one does not have the word."""
+    if (
+        config.option.markexpr == "slow"
+        and collection_path.suffix == ".py"
+        and "slow" not in collection_path.read_text("utf-8")
+    ):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long begin first, so that no process of several works alone at the end."""
     ranks = {DATA.parent / name: rank for rank, name in enumerate(LONGEST)}
