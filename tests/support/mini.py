@@ -82,13 +82,20 @@ def mini_model(kind: str, seed: int = 0) -> TokenFlowTokenizer:
     return load_model(mini_state(kind, seed), MINI[kind])
 
 
+def shorten_reference(path: Path, pictures: int) -> None:
+    """Leave fewer pictures in a bundle's reference, each of which takes long. Files that are links are not written into."""
+    bundle = Bundle.open(path, BundleConfig)
+    stored = vars(TokenizerReference.load(bundle))
+    arrays = {key: rows if key == "codebook" else rows[:pictures] for key, rows in stored.items()}
+    (path / "reference.npz").unlink()
+    np.savez(path / "reference.npz", **arrays)
+    replace(bundle, assets=dict(bundle.assets) | {"reference": file_entry(path / "reference.npz")}).write_manifest()
+
+
 def bundled_tokenizer(directory: Path) -> Path:
     """A copy of the bundled tokenizer to change, with one picture in its reference instead of four, which take longer."""
     path = Path(shutil.copytree(find_bundle("tiny", "tokenizer"), directory / "tiny"))
-    bundle = Bundle.open(path, BundleConfig)
-    arrays = {key: rows if key == "codebook" else rows[:1] for key, rows in vars(TokenizerReference.load(bundle)).items()}
-    np.savez(path / "reference.npz", **arrays)
-    replace(bundle, assets=dict(bundle.assets) | {"reference": file_entry(path / "reference.npz")}).write_manifest()
+    shorten_reference(path, 1)
     return path
 
 
