@@ -50,6 +50,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long begin first, so that no process of several works alone at the end."""
+    hidden = {item.path for item in items if item.get_closest_marker("slow") and "slow" not in item.path.read_text("utf-8")}
+    assert not hidden, f"For slow tests alone these are not imported: {hidden}"
     ranks = {DATA.parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
