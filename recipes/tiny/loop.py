@@ -149,7 +149,7 @@ def cools(step: int, steps: int) -> bool:
 
 def cooled(step: int, steps: int) -> float:
     """The learning rate as a share of the largest: it rises for 100 steps, is constant, then falls to 3 % by `1 - sqrt`."""
-    done = 1 - (1 - step / steps) / COOL_DOWN if cools(step, steps) else 0.0
+    done = max(0.0, 1 - (1 - step / steps) / COOL_DOWN)
     return min(1.0, (step + 1) / 100) * (1 - 0.97 * math.sqrt(done))
 
 

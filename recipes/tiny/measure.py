@@ -132,7 +132,7 @@ def generation(
     return figures, tiles
 
 
-def understanding(understander: Understander, pictures: Pictures, names: Names, most: int = 300) -> dict[str, Any]:
+def understanding(understander: Understander, pictures: Pictures, names: Names, most: int = 200) -> dict[str, Any]:
     """Ask about held-out pictures, at most `most` questions of each kind, and measure the share of right answers.
 
     Questions with yes or no are right by their first word, colours by the first one named, others by the whole answer.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes.tiny import loop
-from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, kept_text_tokenizer, plot, read_curve, run
+from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, cooled, kept_text_tokenizer, plot, read_curve, run
 from recipes.tiny.understander_model import train_text_tokenizer
 
 
@@ -45,6 +45,13 @@ class Walk:
 def _checkpoints_at_every_step_without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "EVALUATE_EVERY", 1)
     monkeypatch.setattr(loop, "plot", lambda out: None)
+
+
+def test_the_learning_rate_rises_stays_and_falls_whatever_the_number_of_steps() -> None:
+    for steps in (1, 10, 1800, 2000):  # 0.3 is no binary fraction, so that the fall may begin a little below 0
+        rates = [cooled(step, steps) for step in range(steps)]
+        assert all(0 < rate <= 1 for rate in rates)
+        assert rates[100 : int(0.69 * steps)] == [1.0] * len(rates[100 : int(0.69 * steps)])
 
 
 def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

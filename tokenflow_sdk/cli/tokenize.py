@@ -216,7 +216,7 @@ def _say_end(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
         words = f"{len(failed):,} of {summary['shards']:,} shards failed{more}; the same command tries them again"
         stderr.print(words, style="red", soft_wrap=True)
     if count := _not_given(summary):
-        words = f"{count:,} pictures were not given by their storage; the same command tries them again"
+        words = f"pictures that their storage did not give: {count:,}; the same command tries them again"
         stderr.print(words, style="red", soft_wrap=True)
     if errors:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in errors.items())
