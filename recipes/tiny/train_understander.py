@@ -7,6 +7,7 @@ Resumes from the checkpoint in --out. Shares of right answers about held-out pic
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,10 @@ __all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understand
 TEXT_TOKENIZER, SCENES = "tokenizer.json", "scenes.pt"
 VARIANTS, SEVERAL = 8, 0.5
 """Variants of a training picture at most, and pictures of several drawings for each drawing that can be counted."""
-TURNS = 6
+TURNS = 8
 """Most questions in a conversation; until the learning rate falls half as many, about twice as many pictures."""
-LOOK = 0.4
-"""The first share of a training, in which nothing is asked, so that a step has four times as many pictures.
+LOOK = 1200
+"""The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
 
 All the time a linear layer guesses name, first colour, style and number from what the transformer gives at a picture's cells.
 It teaches to see, since each picture says directly what is in it, and is not part of the model.
@@ -139,7 +140,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
         rng = np.random.default_rng([self.seed, self.step])
-        looks, last = self.step < LOOK * self.steps, cools(self.step, self.steps)
+        looks, last = self.step < min(LOOK, self.steps // 2), cools(self.step, self.steps)
         picks = rng.choice(len(self.chances), size=self.batch * (4 if looks else 1 if last else 2), p=self.chances)
         turns = 0 if looks else int(rng.integers(1, TURNS // (1 if last else 2) + 1))
         asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
@@ -234,8 +235,8 @@ def _texts(subjects: Sequence[Subject], names: Sequence[str]) -> list[str]:
 def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, seed: int) -> dict[str, Encoded]:
     """The scenes of both splits as codes, from a file beside the checkpoint if they were made for this tokenizer before."""
     codes = tokenizer.config.codebook_sha256
-    counts = f"{len(pictures.icon_entries)} {len(pictures.photo_entries)} {len(names.known)}"
-    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {counts}"
+    known = hashlib.sha256(" ".join(names.known).encode()).hexdigest()
+    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)} {known}"
     path = out / SCENES
     if path.exists():
         stored = torch.load(path, weights_only=True)

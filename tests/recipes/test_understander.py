@@ -104,7 +104,10 @@ def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(tex
     assert not torch.allclose(model(moved, said, cells + 1), found, atol=1e-6)  # the same features elsewhere
 
 
-def test_a_resumed_understander_training_repeats_the_steps(text: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "losses"), [(0, ["guess"]), (5, ["guess", "loss"]), (8, ["guess", "loss"])])
+def test_a_resumed_understander_training_repeats_the_steps(
+    text: Tokenizer, tmp_path: Path, step: int, losses: list[str]
+) -> None:
     rng = np.random.default_rng(0)
     subjects = [Subject((("apple", 1 + i % 2),), ("red",), "3d") for i in range(5)] + [Subject((), ("blue",), PHOTO)]
     codes = torch.from_numpy(rng.integers(0, TINY.codebook_size, (6, TINY.n_codes)).astype(np.int16))
@@ -115,7 +118,8 @@ def test_a_resumed_understander_training_repeats_the_steps(text: Tokenizer, tmp_
         return UnderstanderTraining(pictures, pictures, ["apple", "dog"], rows, text, 10, 2, 1e-3, 3)
 
     first = training()
-    first.run_step()
+    first.step = step
+    assert list(first.run_step()) == losses
     torch.save(first.state(), tmp_path / "state")
     expected = first.run_step()
     again = training()
