@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,12 @@ LONGEST = (
     *("cli/test_files.py", "benchmarks/test_on_gpu.py", "export/language_model/test_understanding.py"),
 )
 """Files that take long, the longest first."""
+
+
+def pytest_configure() -> None:
+    """A shell starts what it runs in the background without Ctrl-C, which tests send to themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
