@@ -39,14 +39,16 @@ from tokenflow_export.progress import ProgressSteps
 from tokenflow_export.tokenizer.export import export_tokenizer
 from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 
 __all__ = ["main", "write_llava_layout", "write_released_layout"]
 
+KINDS = ("tokenizer", "generator", "understander")
 LICENSE = "Apache-2.0"
 SOURCE = {"checkpoint": "trained by recipes/tiny", "license": LICENSE}
 DRAWS = f"{len(THINGS)} things in {len(DRAWN_STYLES)} styles: {', '.join(sorted(THINGS.values()))}"
-"""What `tokenflow info tiny` says that can be drawn."""
+ANSWERS = "what is this, is there a ..., which colours, is it red, which style, how many, photograph or drawing, describe it"
+"""What `tokenflow info tiny` says that can be drawn, and asked."""
 PRESET, CFG_SCALE = "fast", 1.5
 """The sampling preset and the guidance with which so small a model gives the best pictures."""
 
@@ -135,7 +137,7 @@ def _export_language_model(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind in ("tokenizer", "generator", "understander"):
+    for kind in KINDS:
         parser.add_argument(f"--{kind}", type=Path, help=f"where the {kind} was trained; none is exported without it")
     parser.add_argument("--out", type=Path, default=Path("models/tiny"))
     parser.add_argument(
@@ -166,6 +168,15 @@ def main(argv: list[str] | None = None) -> int:
                 export_understanding,
                 steps,
             )
+            # LLaVA's layout knows no `crop`; its pictures are prepared as the tokenizer's are.
+            asking = Bundle.open(out / "understander", UnderstanderConfig)
+            replace(
+                asking,
+                config=replace(asking.config, preprocess=None),
+                provenance={**asking.provenance, "answers": ANSWERS},
+            ).write_manifest()
+    for kind in KINDS:
+        (out / kind / "README.md").unlink(missing_ok=True)  # there is one card for all, which `recipes.tiny.report` writes
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
     return 0

@@ -108,7 +108,7 @@ def _bundle_info(bundle: Bundle[Any], graphs: bool) -> None:
     if graphs:
         _print_graphs(bundle.graphs)
     for key, value in source.items():
-        if key == "draws" or (graphs and key not in ("license", "checkpoint")):
+        if key in ("draws", "answers") or (graphs and key not in ("license", "checkpoint")):
             stdout.print(f"{key}: {value}", soft_wrap=True)
     stdout.print(f"SHA-256 of bundle.json: {bundle.sha256}", soft_wrap=True)
 
