@@ -45,19 +45,19 @@ def pytest_configure() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """For slow tests alone only the files that have some are imported: a file without one does not have the word."""
-    if (
-        config.option.markexpr == "slow"
-        and collection_path.suffix == ".py"
-        and "slow" not in collection_path.read_text("utf-8")
-    ):
-        return True
-    return None
+    """For slow tests alone only the files that have some are imported."""
+    alone = config.option.markexpr == "slow" and collection_path.suffix == ".py"
+    return True if alone and not _may_be_slow(collection_path) else None
+
+
+def _may_be_slow(path: Path) -> bool:
+    """Whether a file has the word, without which it has no slow test."""
+    return "slow" in path.read_text("utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long begin first, so that no process of several works alone at the end."""
-    hidden = {item.path for item in items if item.get_closest_marker("slow") and "slow" not in item.path.read_text("utf-8")}
+    hidden = {item.path for item in items if item.get_closest_marker("slow") and not _may_be_slow(item.path)}
     assert not hidden, f"For slow tests alone these are not imported: {hidden}"
     ranks = {DATA.parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))

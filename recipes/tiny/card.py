@@ -42,12 +42,10 @@ def with_understander(card: str, figures: dict[str, Any]) -> str:
     """Put the understander's section into a card, in place of the one that is there or after the generator's."""
     title = "## Understander\n"
     section = title + _TEMPLATE.read_text(encoding="utf-8").split(title)[1].split("\n## ")[0]
+    if title not in card:
+        card = card.replace("## Time\n", f"{title}\n## Time\n")
     before, _, old = card.partition(title)
-    if old:
-        after = old.partition("\n## ")[2]
-    else:
-        before, _, after = card.partition("\n## Time")
-        before, after = before + "\n", "Time" + after
+    after = old.partition("\n## ")[2]
     return f"{before}{section.format(**_about_understanding(figures))}\n## {after}"
 
 

@@ -141,8 +141,9 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         """Run one optimizer step, and return the losses."""
         rng = np.random.default_rng([self.seed, self.step])
         looks, last = self.step < min(LOOK, self.steps // 2), cools(self.step, self.steps)
-        picks = rng.choice(len(self.chances), size=self.batch * (4 if looks else 1 if last else 2), p=self.chances)
-        turns = 0 if looks else int(rng.integers(1, TURNS // (1 if last else 2) + 1))
+        times, most = (4, 0) if looks else (1, TURNS) if last else (2, TURNS // 2)
+        picks = rng.choice(len(self.chances), size=self.batch * times, p=self.chances)
+        turns = int(rng.integers(1, most + 1)) if most else 0
         asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
@@ -150,7 +151,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             hidden = self.model.hidden(features, asked, cells)
             guesses = self.guess(hidden[:, count // 2 : count])
-            logits = hidden[:, count - 1 :] @ self.model.text.weight.T
+            logits = self.model.logits(hidden[:, count - 1 :])
         losses = {"guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)])}
         if turns:
             targets, taught = _targets(asked, self.device)

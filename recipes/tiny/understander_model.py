@@ -114,9 +114,12 @@ class UnderstanderModel(nn.Module):
 
         The arguments are those of `hidden`.
         """
-        hidden = self.hidden(features, conversations, cells)
         seen = features.shape[1] if cells is None else len(cells)
-        logits: Tensor = hidden[:, seen - 1 :] @ self.text.weight.T
+        return self.logits(self.hidden(features, conversations, cells)[:, seen - 1 :])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] of what the transformer gives [..., H]."""
+        logits: Tensor = hidden @ self.text.weight.T
         return logits
 
     def hidden(self, features: Tensor, conversations: Sequence[Conversation], cells: Tensor | None = None) -> Tensor:

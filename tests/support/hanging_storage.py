@@ -7,7 +7,6 @@ The bucket is fsspec's file system in memory, with pictures in `memory://in` and
 from __future__ import annotations
 
 import io
-import signal
 import sys
 import tarfile
 import threading
@@ -45,8 +44,6 @@ def _hang(function: str, part: str) -> None:
 
 
 if __name__ == "__main__":
-    # A shell's background jobs ignore Ctrl-C, and so would the command.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     command._open = lambda arguments: [fake_tokenizer()]  # type: ignore[assignment]
     _fill(MemoryFileSystem())
     main(["tokenize", "memory://in", "-o", "memory://made", "--shard-size", "8", "-q", "--format", "webdataset"])
