@@ -134,8 +134,9 @@ tiny: $(VENV)/.train ## train the bundled models (days on a CPU; resumes) and wr
 	@$(BIN)/python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 	@$(BIN)/python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --out models/tiny
 	@$(BIN)/python -m recipes.tiny.train_generator --data data/tiny --tokenizer models/tiny --out data/tiny/generator
-	@$(BIN)/python -m recipes.tiny.train_understander --data data/tiny --tokenizer models/tiny --out data/tiny/understander
-	@$(BIN)/python -m recipes.tiny.export --generator data/tiny/generator --understander data/tiny/understander --out models/tiny
+	@$(BIN)/python -m recipes.tiny.export --generator data/tiny/generator --out models/tiny
+	@$(BIN)/python -m recipes.tiny.train_understander --data data/tiny --models models/tiny --out data/tiny/understander
+	@$(BIN)/python -m recipes.tiny.export --understander data/tiny/understander --out models/tiny
 	@$(BIN)/python -m recipes.tiny.report --data data/tiny --out models/tiny
 
 clean: ## remove .venv, caches and what the demo made

@@ -1,8 +1,9 @@
 """Train the bundled understander on the codes that the bundled tokenizer gives to labelled pictures.
 
-    python -m recipes.tiny.train_understander --data data/tiny --tokenizer models/tiny --out data/tiny/understander
+    python -m recipes.tiny.train_understander --data data/tiny --models models/tiny --out data/tiny/understander
 
-Resumes from the checkpoint in --out. Shares of right answers about held-out pictures are written to curve.jsonl there.
+It also learns to name what the bundled generator draws, so both are exported before. Resumes from the checkpoint in --out.
+Shares of right answers about held-out pictures are written to curve.jsonl there.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.tiny.captions import STYLES
+from recipes.tiny.captions import STYLES, with_article
 from recipes.tiny.codes import codebook, encoded, quantizer
-from recipes.tiny.colours import COLOURS
+from recipes.tiny.colours import COLOURS, colours
+from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.data import Pictures, Pixels
 from recipes.tiny.loop import (
     AveragedTraining,
@@ -49,15 +51,17 @@ from recipes.tiny.understander_model import (
     tokenized,
     train_text_tokenizer,
 )
-from tokenflow_sdk import Tokenizer
+from tokenflow_sdk import Generator, Tokenizer
 
 __all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understander", "main"]
 
 TEXT_TOKENIZER, SCENES = "tokenizer.json", "scenes.pt"
-VARIANTS, SEVERAL = 8, 0.5
+VARIANTS, SEVERAL = 12, 0.5
 """Variants of a training picture at most, and pictures of several drawings for each drawing that can be counted."""
+DRAWINGS, FIRST_SEED = 5, 1000
+"""Pictures that the generator draws of each thing in each style, and their seed, which is none of those that are measured."""
 TURNS = 8
-"""Most questions in a conversation; until the learning rate falls half as many, about twice as many pictures."""
+"""Most questions in a conversation."""
 LOOK = 1200
 """The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
 
@@ -89,6 +93,21 @@ class Encoded:
                 yield scene.picture
 
         return cls(encoded(pictures(), tokenizer), subjects)
+
+    @classmethod
+    def drawn(cls, generator: Generator, names: Names) -> Encoded:
+        """Draw the generator's things. What was asked for counts as shown, though not every drawing shows it."""
+        codes, subjects = [], []
+        for label, thing in track(THINGS.items(), "drawing"):
+            name = names.of({"kind": "icon", "split": "train", "label": label})
+            for style in DRAWN_STYLES if name else ():
+                made = generator.generate(f"{with_article(thing)} in {STYLES[style][0]}", n=DRAWINGS, seed=FIRST_SEED)
+                codes += [torch.from_numpy(each.indices.astype(np.int16)) for each in made.codes]
+                subjects += [Subject(((str(name), 1),), colours(np.asarray(image)), style) for image in made.images]
+        return cls(torch.stack(codes), subjects)
+
+    def __add__(self, other: Encoded) -> Encoded:
+        return Encoded(torch.cat([self.codes, other.codes]), self.subjects + other.subjects)
 
 
 def load_understander(directory: Path) -> tuple[UnderstanderModel, TextTokenizer]:
@@ -141,9 +160,9 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         """Run one optimizer step, and return the losses."""
         rng = np.random.default_rng([self.seed, self.step])
         looks, last = self.step < min(LOOK, self.steps // 2), cools(self.step, self.steps)
-        times, most = (4, 0) if looks else (1, TURNS) if last else (2, TURNS // 2)
+        times = 4 if looks else 1 if last else 2
         picks = rng.choice(len(self.chances), size=self.batch * times, p=self.chances)
-        turns = int(rng.integers(1, most + 1)) if most else 0
+        turns = 0 if looks else int(rng.integers(1, TURNS + 1))
         asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
@@ -233,11 +252,14 @@ def _texts(subjects: Sequence[Subject], names: Sequence[str]) -> list[str]:
     return [text for turn in turns for text in (turn.question, turn.answer)]
 
 
-def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, seed: int) -> dict[str, Encoded]:
-    """The scenes of both splits as codes, from a file beside the checkpoint if they were made for this tokenizer before."""
-    codes = tokenizer.config.codebook_sha256
-    known = hashlib.sha256(" ".join(names.known).encode()).hexdigest()
-    key = f"{codes} {VARIANTS} {SEVERAL} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)} {known}"
+def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: int) -> dict[str, Encoded]:
+    """The scenes of both splits as codes, and the generator's drawings, which are learned from.
+
+    They come from a file beside the checkpoint if they were made with these models before.
+    """
+    made_with = [(models / kind / "bundle.json").read_text(encoding="utf-8") for kind in ("tokenizer", "generator")]
+    known = hashlib.sha256(" ".join([*made_with, *names.known]).encode()).hexdigest()
+    key = f"{VARIANTS} {SEVERAL} {DRAWINGS} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)} {known}"
     path = out / SCENES
     if path.exists():
         stored = torch.load(path, weights_only=True)
@@ -245,10 +267,13 @@ def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, 
             return {
                 split: Encoded(codes, [Subject(*known) for known in subjects]) for split, (codes, subjects) in stored.items()
             }
-    found = {
-        split: Encoded.of(scenes(pictures, names, split, variants, SEVERAL, seed), tokenizer)
-        for split, variants in (("train", VARIANTS), ("heldout", 1))
-    }
+    with Tokenizer.from_pretrained(models) as tokenizer:
+        found = {
+            split: Encoded.of(scenes(pictures, names, split, variants, SEVERAL, seed), tokenizer)
+            for split, variants in (("heldout", 1), ("train", VARIANTS))
+        }
+    with Generator.from_pretrained(models) as generator:
+        found["train"] += Encoded.drawn(generator, names)
     lists = {split: (each.codes, [(s.things, s.colours, s.style) for s in each.subjects]) for split, each in found.items()}
     partial = path.with_suffix(".partial")
     torch.save({"key": key, **lists}, partial)
@@ -259,27 +284,29 @@ def _encoded(pictures: Pictures, names: Names, tokenizer: Tokenizer, out: Path, 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/understander"), steps=20000, batch=16, rate=1e-3)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, default=Path("models/tiny"), help="its bundle (default: %(default)s)")
+    parser.add_argument("--models", type=Path, default=Path("models/tiny"), help="codes, drawings (default: %(default)s)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="slower, but needs no C++ compiler")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(arguments.data)
     names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
-    with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
-        found = _encoded(pictures, names, tokenizer, out, arguments.seed)
+    found = _encoded(pictures, names, arguments.models, out, arguments.seed)
     text = kept_text_tokenizer(out / TEXT_TOKENIZER, lambda: train_text_tokenizer(_texts(found["train"].subjects, names.known)))
     training = UnderstanderTraining(
         found["train"],
         found["heldout"],
         names.known,
-        codebook(arguments.tokenizer).to(device()),
+        codebook(arguments.models).to(device()),
         text,
         arguments.steps,
         arguments.batch,
         arguments.rate,
         arguments.seed,
     )
+    if arguments.compile:
+        training.model.transformer.compile(dynamic=True)
     run(training, out)
     return 0
 
