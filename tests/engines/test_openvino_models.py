@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tokenflow_sdk.backends.openvino import Compiled
+from tests.conftest import ROOT
+from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.openvino import Compiled, has_bfloat16
 from tokenflow_sdk.backends.session import Array, SessionOptions
-from tokenflow_sdk.bundle.bundle import Bundle
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines import openvino_models
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
-from tokenflow_sdk.engines.openvino_models import open_openvino
+from tokenflow_sdk.engines.openvino_models import FewerBits, open_openvino
+from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.parity.certificate import Certificate
+from tokenflow_sdk.pictures.images import psnr
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install 'tokenflow-sdk[openvino]'")
 CODES = {"code_indices": np.ones((2, 30), np.int32)}
@@ -33,9 +40,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = openvino_models.compile_graph
 
-    def noted(path: Path, entry: GraphEntry, options: SessionOptions) -> Compiled:
+    def noted(path: Path, entry: GraphEntry, options: SessionOptions, bfloat16: bool) -> Compiled:
         names.append(path.stem)
-        return real(path, entry, options)
+        return real(path, entry, options, bfloat16)
 
     monkeypatch.setattr(openvino_models, "compile_graph", noted)
     return names
@@ -88,3 +95,78 @@ def test_a_cache_that_cannot_be_written_is_said(
         features(mini_bundle)
     assert "features.onnx is compiled again at the next start" in caplog.text
     assert "$TOKENFLOW_CACHE" in caplog.text
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Gives the processor products in bfloat16 and int8, or not. Without the instructions OpenVINO computes in float32."""
+
+    def give(bfloat16: bool = True, sets: tuple[str, ...] = ("AVX2", "AVX-512 VNNI")) -> None:
+        monkeypatch.setattr(openvino_models, "has_bfloat16", lambda: bfloat16)
+        monkeypatch.setattr(openvino_models, "instruction_sets", lambda: list(sets))
+
+    give()
+    return give
+
+
+@pytest.mark.usefixtures("processor")
+def test_in_bfloat16_a_tokenizer_is_compared_once(compiled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "tiny", "--config", "cpu-bf16"]) == 0
+    assert "tokenizer certified: codes agree" in capsys.readouterr().out
+    assert sorted(compiled) == ["decode", "encode", "features", "semantic"]
+    records = {entry.key.graph: entry for entry in EngineCache().entries()}
+    assert {entry.key.precision for entry in records.values()} == {"bf16"}
+    assert main(["cache", "list"]) == 0
+    assert capsys.readouterr().out.count("passed") == 4
+    photo = ROOT / "examples" / "chelsea.jpg"
+    with Tokenizer.from_pretrained("tiny") as exact, Tokenizer.from_pretrained("tiny", build_config="cpu-bf16") as rounded:
+        expected, found = exact.encode(photo), rounded.encode(photo)
+        assert psnr(np.asarray(exact.decode(expected)), np.asarray(rounded.decode(expected))) > 45
+        assert psnr(np.asarray(exact.decode(expected)), np.asarray(exact.decode(found))) > 22
+    assert len(compiled) == 4
+    # Only a comparison that was made is believed.
+    assert main(["verify", "tiny", "--config", "cpu-bf16"]) == 2  # its language models do not run there
+    tokenizer = str(find_bundle("tiny", "tokenizer"))
+    assert main(["verify", tokenizer, "--config", "cpu-bf16"]) == 0
+    assert "certified" in capsys.readouterr().out
+    EngineCache().certify(records["encode"].key, "cpu", Certificate(("codes agree 3 % only",), "", {}).to_json())
+    for words in (["build", "tiny"], ["encode", str(photo)]):
+        assert main([*words, "--config", "cpu-bf16"]) == 2
+        assert "tokenizer in bf16 on OpenVINO is refused: codes agree 3 % only. Leave the build" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor has no products in bfloat16")
+def test_bfloat16_is_computed() -> None:
+    """Not float32, with which no code flips."""
+    bundle = Bundle.open(find_bundle("tiny", "tokenizer"), TokenizerConfig)
+    figures = FewerBits(bundle, BuildConfig("openvino", precision="bf16"), SessionOptions("cpu")).prepare().figures
+    assert 0 < len(figures["flips"]) < 0.025 * 4 * 817
+    assert 45 < figures["decode_psnr"] < 70
+
+
+def test_a_processor_without_the_products_is_refused(
+    processor: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor(bfloat16=False, sets=("AVX2",))
+    assert main(["build", "tiny", "--config", "cpu-bf16"]) == 2
+    assert "AVX2) has no products in bfloat16 (AVX-512 BF16 or AMX)" in " ".join(capsys.readouterr().err.split())
+    assert main(["build", "tiny", "--backend", "openvino", "--precision", "fp32", "--decoder", "int8"]) == 2
+    assert "AVX2) has no products in int8 (VNNI or AMX)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ("tiny --backend openvino", "OpenVINO computes in fp32 or bf16 on a CPU, not in fp16. Give --precision bf16."),
+        ("tiny --backend openvino --precision bf16 --decoder fp8", "No CPU computes convolutions in fp8."),
+        (
+            "tiny --backend openvino --precision bf16 --target sm86",
+            "are for the processor of this machine. Leave --target out.",
+        ),
+        ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave --plan out"),
+        ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. Leave --cache out"),
+        (f"{mini_generator} --config cpu-bf16", "of kind 'generator', not a tokenizer"),
+    ):
+        assert main(["build", *words.split()]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(BackendError, match="OpenVINO runs tokenizers only"):
+        Generator.from_pretrained(mini_generator, build_config="cpu-bf16")

@@ -15,7 +15,7 @@ CPU = BuildConfig("onnxruntime", precision="fp32", batch=(1, 1, 1))
 def test_without_a_word_everything_is_left_to_the_machine() -> None:
     options = RuntimeOptions()
     assert (options.device, options.backend, options.build_config, options.build) == ("auto", "auto", None, True)
-    assert not options.wants_onnxruntime()
+    assert options.wanted() == "auto"
     assert options.session == SessionOptions()
 
 
@@ -27,7 +27,6 @@ def test_without_a_word_everything_is_left_to_the_machine() -> None:
         ({"device": "npu", "backend": "onnxruntime"}, "device='npu' is Intel's.*backend='openvino'"),
         ({"device": "cuda:1", "backend": "openvino"}, "device='cuda:1' is an NVIDIA GPU"),
         ({"providers": ["CPUExecutionProvider"], "backend": "openvino"}, "providers= is not for backend='openvino'"),
-        ({"build_config": "cpu", "backend": "openvino"}, "build_config= is not for backend='openvino'"),
         ({"device": "cuda:x"}, "no device 'cuda:x'"),
         ({"device": "cpu:1"}, "no device 'cpu:1'"),
         ({"device": "cuda:-1"}, "no device 'cuda:-1'"),
@@ -71,41 +70,47 @@ def test_a_build_config_is_given_or_read(tmp_path: Path) -> None:
     assert RuntimeOptions(build_config=str(tmp_path / "mine.toml")).loaded_build_config() == BuildConfig(precision="fp32")
     assert RuntimeOptions(build_config="cpu").loaded_build_config() == CPU
     unknown = RuntimeOptions(build_config="abacus")
-    for use in (unknown.loaded_build_config, unknown.wants_onnxruntime):
+    for use in (unknown.loaded_build_config, unknown.wanted):
         with pytest.raises(ArgumentError, match="no build config 'abacus'"):
             use()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("build_config", [None, BuildConfig(), CPU, "cpu"])
-def test_onnxruntime_is_wanted_by_name_or_by_a_build_config_for_cpus(
+@pytest.mark.parametrize("build_config", [None, BuildConfig(), CPU, "cpu", "cpu-bf16"])
+def test_a_backend_is_wanted_by_name_or_by_a_build_config_for_cpus(
     backend: str, build_config: BuildConfig | str | None
 ) -> None:
-    if backend == "openvino" and build_config is not None:
-        with pytest.raises(ArgumentError, match="build_config= is not for backend='openvino'"):
-            RuntimeOptions(backend=backend, build_config=build_config)
-        return
     options = RuntimeOptions(backend=backend, build_config=build_config)
-    for_cpus = build_config in (CPU, "cpu")
-    if for_cpus and backend.startswith("tensorrt"):
-        with pytest.raises(ArgumentError, match=f"for onnxruntime, not for {backend}. Leave backend= or build_config= out"):
-            options.wants_onnxruntime()
-    elif build_config == BuildConfig() and backend == "onnxruntime":
+    config = options.loaded_build_config()
+    wanted = config.backend if config is not None and config.backend in ("onnxruntime", "openvino") else None
+    if wanted is not None and backend not in ("auto", wanted):
+        with pytest.raises(ArgumentError, match=f"for {wanted}, not for {backend}. Leave backend= or build_config= out"):
+            options.wanted()
+    elif config == BuildConfig() and backend in ("onnxruntime", "openvino"):
         with pytest.raises(
-            ArgumentError, match="with backend='onnxruntime' none run. Leave build_config= or backend='onnxruntime'"
+            ArgumentError, match=f"with backend='{backend}' none run. Leave build_config= or backend='{backend}'"
         ):
-            options.wants_onnxruntime()
+            options.wanted()
     else:
-        assert options.wants_onnxruntime() == (for_cpus or backend == "onnxruntime")
+        assert options.wanted() == (wanted or backend)
+
+
+@pytest.mark.parametrize("values", [{"device": "cuda"}, {"providers": ["CPUExecutionProvider"]}])
+def test_a_build_config_for_openvino_is_for_the_cpu(values: dict) -> None:
+    option = f"{next(iter(values))}="
+    with pytest.raises(
+        ArgumentError, match=f"OpenVINO on a CPU, and {option} names something else. Leave build_config= or {option}"
+    ):
+        RuntimeOptions(build_config="cpu-bf16", **values).wanted()
 
 
 @pytest.mark.parametrize(
     ("values", "words"), [({"device": "cpu"}, "device='cpu'"), ({"providers": ["CPUExecutionProvider"]}, "providers=")]
 )
 def test_a_build_config_is_refused_where_no_engine_can_run(values: dict, words: str) -> None:
-    assert not RuntimeOptions(**values).wants_onnxruntime()
+    assert RuntimeOptions(**values).wanted() == "auto"
     with pytest.raises(
         ArgumentError, match=f"for TensorRT engines, and with {words} none run. Leave build_config= or {words} out"
     ):
-        RuntimeOptions(build_config="rtx4090", **values).wants_onnxruntime()
-    assert RuntimeOptions(build_config="cpu", **values).wants_onnxruntime()
+        RuntimeOptions(build_config="rtx4090", **values).wanted()
+    assert RuntimeOptions(build_config="cpu", **values).wanted()

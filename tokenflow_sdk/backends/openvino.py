@@ -30,6 +30,7 @@ __all__ = [
     "Compiled",
     "OpenVinoSession",
     "compile_graph",
+    "has_bfloat16",
     "import_openvino",
     "load_compiled",
     "openvino_device",
@@ -126,12 +127,22 @@ def openvino_device(device: str) -> str:
     return name
 
 
-def properties(options: SessionOptions) -> dict[str, str]:
-    """OpenVINO's settings for a graph: float32 products, and as many threads as onnxruntime would get.
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16, as with AVX-512 BF16 or AMX. Elsewhere OpenVINO computes in float32.
+
+    Raises:
+        ArgumentError, MissingPackageError: see `openvino_device`.
+    """
+    openvino_device("cpu")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def properties(options: SessionOptions, bfloat16: bool = False) -> dict[str, str]:
+    """OpenVINO's settings for a graph: float32 products unless told otherwise, and as many threads as onnxruntime would get.
 
     An NPU computes in float16 only. Calls of several threads run at once where one takes only some of the cores.
     """
-    precision = "f16" if options.device == "npu" else "f32"
+    precision = "f16" if options.device == "npu" else "bf16" if bfloat16 else "f32"
     found = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if options.device in ("auto", "cpu"):
         cores = available_cores()
@@ -152,13 +163,14 @@ def runs_by_picture(entry: GraphEntry) -> bool:
     )
 
 
-def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions) -> Compiled:
+def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions, bfloat16: bool = False) -> Compiled:
     """Compile a graph for one picture.
 
     Args:
         path: the `.onnx` file, with its external data in the same directory.
         entry: the graph's entry in bundle.json.
         options: device and threads.
+        bfloat16: whether products are computed in it.
 
     Raises:
         BackendError: the graph has other open dimensions than its batch, it cannot be compiled, or there is no such device.
@@ -179,7 +191,7 @@ def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions) -> Com
                 model.reshape({spec.name: [1, *spec.shape[1:]] for spec in entry.inputs})
                 _rewrite_searches(model)
             _check_io(path.name, entry, model)
-            return Compiled(_core().compile_model(model, device, properties(options)))
+            return Compiled(_core().compile_model(model, device, properties(options, bfloat16)))
     except Exception as error:
         if not _is_own(error):
             raise
@@ -189,18 +201,18 @@ def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions) -> Com
         ) from error
 
 
-def load_compiled(data: NDArray[np.uint8], options: SessionOptions) -> Compiled | None:
+def load_compiled(data: NDArray[np.uint8], options: SessionOptions, bfloat16: bool = False) -> Compiled | None:
     """Load what a compiled model's `export_model` gave; None if OpenVINO refuses it. Raises as `openvino_device`.
 
     Args:
         data: writeable, because OpenVINO takes no other; a file mapped copy-on-write is not read into memory a second time.
-        options: device and threads, those that it was compiled for.
+        options, bfloat16: what it was compiled with.
     """
     device = openvino_device(options.device)
     try:
         with no_fork():
             tensor = import_openvino().Tensor(data, shared_memory=True)
-            return Compiled(_core().import_model(tensor, device, properties(options)), data)
+            return Compiled(_core().import_model(tensor, device, properties(options, bfloat16)), data)
     except Exception as error:
         if not _is_own(error):
             raise

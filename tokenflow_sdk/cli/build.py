@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.openvino import OPENVINO
+from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.backends.tensorrt_module import import_tensorrt
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle, open_bundle
 from tokenflow_sdk.bundle.hub import HubOptions
@@ -28,6 +29,7 @@ from tokenflow_sdk.engines.cache import CachedEngine, EngineCache
 from tokenflow_sdk.engines.engine_set import Engines
 from tokenflow_sdk.engines.jobs import EngineJob, engine_jobs
 from tokenflow_sdk.engines.memory_plan import MemoryPlan, memory_plans, require_fit
+from tokenflow_sdk.engines.openvino_models import FewerBits
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.engines.triton_repository import write_triton_repository
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError
@@ -50,7 +52,7 @@ def build(arguments: argparse.Namespace) -> int:
     _require_fitting(arguments, build_config)
     if build_config.backend == ONNXRUNTIME:
         if arguments.triton is not None:
-            _write_triton(arguments, _triton_bundle(arguments), build_config)
+            _write_triton(arguments, _tokenizer_bundle(arguments), build_config)
             return 0
         if arguments.plan:
             raise ArgumentError("Nothing is built for onnxruntime, so there is no plan.", "Name another --backend or --config.")
@@ -58,12 +60,15 @@ def build(arguments: argparse.Namespace) -> int:
         options = RuntimeOptions(device="cpu", backend=ONNXRUNTIME)
         verify_bundles(bundle_paths(arguments), options, sha256=arguments.sha256)
         return 0
+    if build_config.backend == OPENVINO:
+        _build_openvino(arguments, build_config)
+        return 0
     trt = import_tensorrt(build_config.backend)
     store = EngineCache(arguments.cache)
     bundles: list[Bundle[Any]] = (
         [open_bundle(path, arguments.sha256) for path in bundle_paths(arguments)]
         if arguments.triton is None
-        else [_triton_bundle(arguments)]
+        else [_tokenizer_bundle(arguments)]
     )
     for bundle in bundles:
         bundle.verify()
@@ -91,6 +96,20 @@ def build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _build_openvino(arguments: argparse.Namespace, build_config: BuildConfig) -> None:
+    """Compile a tokenizer's graphs for the processor of this machine, and compare them with the reference."""
+    if arguments.plan or arguments.cache is not None:
+        option = "--plan" if arguments.plan else "--cache"
+        raise ArgumentError(
+            f"{option} is for TensorRT engines.", f"Leave {option} out; $TOKENFLOW_CACHE moves what is compiled."
+        )
+    bundle = _tokenizer_bundle(arguments)
+    bundle.verify()
+    with stderr.step(f"compiling {bundle.path.name} and comparing it with PyTorch"):
+        certificate = FewerBits(bundle, build_config, SessionOptions("cpu")).prepare()
+    stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True)
+
+
 def _require_fitting(arguments: argparse.Namespace, build_config: BuildConfig) -> None:
     """Raise ArgumentError if options contradict each other."""
     if arguments.force and arguments.triton is None:
@@ -104,8 +123,8 @@ def _require_fitting(arguments: argparse.Namespace, build_config: BuildConfig) -
         )
 
 
-def _triton_bundle(arguments: argparse.Namespace) -> Bundle[TokenizerConfig]:
-    """The tokenizer under the name in the arguments: the loops of language models are not Triton's to run."""
+def _tokenizer_bundle(arguments: argparse.Namespace) -> Bundle[TokenizerConfig]:
+    """The tokenizer under the name in the arguments: Triton cannot run language models' loops, nor OpenVINO their graphs."""
     path = find_bundle(bundle_name(arguments), TokenizerConfig.kind, HubOptions(arguments.revision))
     return Bundle.open(path, TokenizerConfig, arguments.sha256)
 
@@ -193,7 +212,7 @@ def cache(arguments: argparse.Namespace) -> int:
 
 def _verdict(engine: CachedEngine, architecture: str) -> str:
     """How the comparison on GPUs of one architecture ended, which is named if the engine is for several."""
-    if engine.key.flavour == OPENVINO:
+    if engine.key.flavour == OPENVINO and engine.key.precision == "fp32":
         return "not stored"
     certificate = Certificate.from_json(engine.certificates.get(architecture, {}))
     verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"

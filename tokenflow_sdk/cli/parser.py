@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 from tokenflow_sdk import __version__
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.cli import ask, bench, build, decode, encode, generate, info, reconstruct, tokenize, verify
 from tokenflow_sdk.cli.help import Parser, add_command
@@ -70,6 +71,8 @@ Build a bundle's TensorRT engines into the engine cache.
       for several GPU architectures, with TensorRT-RTX
   tokenflow build bundles/clipb_256 --backend tensorrt
       for the GPU in this machine
+  tokenflow build bundles/clipb_256 --config cpu-bf16
+      for a CPU with AVX-512 BF16 or AMX, with OpenVINO
   tokenflow build bundles/clipb_256 --decoder int8
       decoder in 8 bits; run `tokenflow export calibrate` first
   tokenflow build bundles/t2i --config l4 --plan
@@ -310,7 +313,7 @@ def _add_build(subparsers: _Subparsers) -> None:
         metavar="NAME|FILE",
         help=f"build config, a TOML file or one of {', '.join(build_config_names())}; the options below override it",
     )
-    parser.add_argument("--backend", choices=sorted(FLAVOURS), help="default: tensorrt-rtx")
+    parser.add_argument("--backend", choices=sorted((OPENVINO, *FLAVOURS)), help="default: tensorrt-rtx")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),

@@ -6,17 +6,20 @@ import argparse
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tokenflow_sdk.arguments import integer
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
-from tokenflow_sdk.bundle.bundle import open_bundle
+from tokenflow_sdk.bundle.bundle import Bundle, open_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import make_table, stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths, runtime_options, shown_path
 from tokenflow_sdk.cli.progress import progress_bar
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.choice import Needs, engines_for, require_by_picture
+from tokenflow_sdk.engines.openvino_models import FewerBits
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.parity.certificate import certify
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
@@ -47,9 +50,11 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
         ParityError, EngineRefusedError: a bundle does not reproduce its reference.
     """
     for path in paths:
-        bundle = open_bundle(path, sha256)
+        bundle, config = open_bundle(path, sha256), options.loaded_build_config()
         if options.backend in FLAVOURS:
             _verify_engines(path, options, batch_limit)
+        elif options.wanted() == OPENVINO and config is not None:
+            _verify_fewer_bits(bundle, options, config)
         elif isinstance(bundle.config, TokenizerConfig):
             with stderr.step(f"opening {shown_path(path)}"):
                 tokenizer = Tokenizer.open(path, options, batch_limit)
@@ -88,6 +93,18 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
         certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
     stdout.print(f"{shown_path(path)}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
+
+
+def _verify_fewer_bits(bundle: Bundle[Any], options: RuntimeOptions, config: BuildConfig) -> None:
+    """Compare what OpenVINO computes in the bits of a build config with the reference, also if that was done before."""
+    require_by_picture(bundle)
+    with stderr.step(f"running {shown_path(bundle.path)} on {OPENVINO}"):
+        bundle.verify()
+        fewer = FewerBits(bundle, config, options.session)
+        certificate = fewer.certify()
+    stdout.print(f"{shown_path(bundle.path)} on {OPENVINO}: {certificate.summary}", soft_wrap=True)
+    fewer.require(certificate)
+    stdout.print("certified", style="green")
 
 
 def _verify_engines(path: Path, options: RuntimeOptions, batch_limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Build configs: precision, batch sizes and memory of a bundle's TensorRT engines, given in Python, by TOML file or by name."""
+"""Build configs: precision, batch sizes and memory of a bundle's engines, given in Python, by TOML file or by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tokenflow_sdk.arguments import file_path, instance, integer, real, shown
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 from tokenflow_sdk.files import is_regular, packaged_data, read_regular
@@ -26,12 +27,14 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """How a bundle's TensorRT engines are built.
+    """How a bundle's engines are built, for TensorRT or, of a tokenizer, for OpenVINO on a CPU.
 
     Args:
-        backend: `tensorrt` or `tensorrt-rtx`; `onnxruntime` for a CPU, for which no engines are built.
+        backend: `tensorrt` or `tensorrt-rtx`; `openvino` for a CPU in fewer bits; `onnxruntime` for a CPU, for which no engines
+            are built.
         targets: GPU architectures that each engine is for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
         precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
+            OpenVINO has `fp32` and `bf16`.
         decoder: 8-bit type of the convolutions of a tokenizer's decoder, `int8` or `fp8`; the bundle must have been calibrated
             (`tokenflow export calibrate`). None: `precision` holds for the decoder too.
         batch: least (always 1), usual and largest number of images in a call, or of questions an understander answers at once.
@@ -55,17 +58,16 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         self._take_types()
-        if self.backend not in (ONNXRUNTIME, *FLAVOURS):
-            raise ArgumentError(
-                f"There is no backend {self.backend!r}.", f"Choose one of: {', '.join((ONNXRUNTIME, *FLAVOURS))}."
-            )
+        if self.backend not in (ONNXRUNTIME, OPENVINO, *FLAVOURS):
+            names = ", ".join((ONNXRUNTIME, OPENVINO, *FLAVOURS))
+            raise ArgumentError(f"There is no backend {self.backend!r}.", f"Choose one of: {names}.")
         for target in self.targets:
             if not target.isalnum():
                 raise ArgumentError(f"There is no GPU architecture {shown(target)}.", "Give names such as sm86 and sm89.")
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
                 "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
-                "Leave them out, or choose --backend tensorrt or tensorrt-rtx; an export's --weights int8 is for CPUs.",
+                "Leave them out, or choose another --backend; for a language model on a CPU, export with --weights int8.",
             )
         if self.precision not in get_args(Precision):
             raise ArgumentError(
@@ -75,12 +77,23 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
             )
+        if self.backend == OPENVINO:
+            self._require_for_cpus()
         if len(self.batch) != 3 or not 1 == self.batch[0] <= self.batch[1] <= self.batch[2] < 2**31:
             raise ArgumentError(
                 f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "
                 "several, and the comparison with the reference, may have one image only.",
                 "Write it as batch=(1, 8, 32).",
             )
+
+    def _require_for_cpus(self) -> None:
+        """Raise ArgumentError for what a CPU has not."""
+        if self.precision == "fp16":
+            raise ArgumentError("OpenVINO computes in fp32 or bf16 on a CPU, not in fp16.", "Give --precision bf16.")
+        if self.decoder == "fp8":
+            raise ArgumentError("No CPU computes convolutions in fp8.", "Give --decoder int8, or leave it out.")
+        if self.targets:
+            raise ArgumentError("OpenVINO's engines are for the processor of this machine.", "Leave --target out.")
 
     def _take_types(self) -> None:
         """Make each value one of its type, or say that it is none."""

@@ -20,10 +20,10 @@ from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.engine_set import Engines, progress_bar
 from tokenflow_sdk.engines.measured_choice import MeasuredChoice
-from tokenflow_sdk.engines.openvino_models import open_openvino
+from tokenflow_sdk.engines.openvino_models import FewerBits, open_openvino
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError, BackendError, MissingPackageError, TokenFlowError
 from tokenflow_sdk.parity.certificate import certify
@@ -216,13 +216,14 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         ArgumentError: the options contradict each other, or the build config cannot be read.
     """
     session = options.session
-    if options.wants_onnxruntime():
+    wanted = options.wanted()
+    if wanted == ONNXRUNTIME:
         # With backend="auto" it is a build config for CPUs that asks for onnxruntime: run on the CPU unless told otherwise.
         cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
         return _onnxruntime(bundle, replace(session, device="cpu") if cpu else session)
-    if options.backend == OPENVINO:
-        return _openvino(bundle, session)
-    if options.backend in FLAVOURS:
+    if wanted == OPENVINO:
+        return _openvino(bundle, session, options.loaded_build_config())
+    if wanted in FLAVOURS:
         engines = engines_for(bundle, options, needs)
         with progress_bar() as progress:
             engines.prepare(options.build, progress)
@@ -250,9 +251,16 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     return open_onnxruntime, session
 
 
-def _openvino(bundle: Bundle[Any], options: SessionOptions) -> tuple[OpenSession, SessionOptions]:
-    """OpenVINO, tried on the smallest graph; on a GPU or NPU all are compared with the reference each time."""
+def _openvino(bundle: Bundle[Any], options: SessionOptions, config: BuildConfig | None) -> tuple[OpenSession, SessionOptions]:
+    """OpenVINO, tried on the smallest graph; on a GPU or NPU all are compared with the reference each time.
+
+    In fewer bits all are compared at the first use.
+    """
     require_by_picture(bundle)
+    if config is not None:
+        fewer = FewerBits(bundle, config, options)
+        fewer.prepare()
+        return fewer.open, options
     if options.device in ("auto", "cpu"):
         _open_smallest(bundle, open_openvino, options)
     else:

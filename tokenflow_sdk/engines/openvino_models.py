@@ -1,62 +1,196 @@
-"""Opens graphs in OpenVINO, and keeps what was compiled in the engine cache: compiling takes seconds, loading fewer."""
+"""Opens graphs in OpenVINO, and keeps what was compiled in the engine cache: compiling takes seconds, loading fewer.
+
+In fewer bits, where a build config asks for that, a bundle is compared with its reference before it is used.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tokenflow_sdk.backends.cores import processor
+from tokenflow_sdk.backends.cores import instruction_sets, processor
 from tokenflow_sdk.backends.openvino import (
     OPENVINO,
     Compiled,
     OpenVinoSession,
     compile_graph,
+    has_bfloat16,
     import_openvino,
     load_compiled,
     properties,
 )
 from tokenflow_sdk.backends.session import Session, SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.cache import EngineCache, EngineKey, graph_digest
-from tokenflow_sdk.errors import OutputError
+from tokenflow_sdk.engines.annotations import Annotations
+from tokenflow_sdk.engines.build import engine_graph
+from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
+from tokenflow_sdk.errors import BackendError, OutputError
+from tokenflow_sdk.parity.certificate import Certificate, certify
+from tokenflow_sdk.steps import StepLog
 
-__all__ = ["REVISION", "open_openvino"]
+__all__ = ["REVISION", "FewerBits", "open_openvino"]
 
 REVISION = "1"
 """Changes with what `compile_graph` makes of a graph."""
+_EXACT = Annotations("fp32", {}, None)
+_INT8_PRODUCTS = {"AVX-VNNI", "AVX-512 VNNI", "AMX int8"}
+_CPU = "cpu"
+"""The key of a certificate in the record of what was compiled: its processor is part of the record's own key."""
 
 
 def open_openvino(
-    path: Path, entry: GraphEntry, options: SessionOptions, open_in_child: Callable[[], Session] | None = None
+    path: Path,
+    entry: GraphEntry,
+    options: SessionOptions,
+    open_in_child: Callable[[], Session] | None = None,
+    annotations: Annotations = _EXACT,
 ) -> Session:
     """Open a graph in OpenVINO, from the engine cache where it was compiled before. An `OpenSession`.
 
-    `open_in_child` is that of `OpenVinoSession`. Where the cache cannot be written, a warning says so, and the graph is
-    compiled each time.
+    `open_in_child` is that of `OpenVinoSession`, `annotations` say what is computed in fewer bits. Where the cache cannot be
+    written, a warning says so, and the graph is compiled each time.
 
     Raises:
         BackendError, CorruptBundleError, MissingPackageError, ArgumentError: see `compile_graph`.
+        OutputError: the graph of an 8-bit decoder cannot be prepared.
     """
-    key, cache = _key(path, entry, options), EngineCache()
-    compiled = _load(cache, key, options)
+    key, cache, bfloat16 = _key(path, entry, options, annotations), EngineCache(), annotations.precision == "bf16"
+    compiled = _load(cache, key, options, bfloat16)
     if compiled is None:
-        compiled = compile_graph(path, entry, options)
+        compiled = _compiled(path, entry, options, annotations)
         try:
             cache.make_directory()
             cache.put(key, _exported(compiled), {"backend": OPENVINO})
             # Weights that are mapped from a file take half of the memory.
-            compiled = _load(cache, key, options) or compiled
+            compiled = _load(cache, key, options, bfloat16) or compiled
         except OutputError as error:
             logging.getLogger("tokenflow_sdk").warning("%s is compiled again at the next start: %s", path.name, error)
     return OpenVinoSession(compiled, entry, options.device, open_in_child)
 
 
-def _key(path: Path, entry: GraphEntry, options: SessionOptions) -> EngineKey:
+def _compiled(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> Compiled:
+    bfloat16 = annotations.precision == "bf16"
+    if annotations.ranges is None or path.stem != "decode":
+        return compile_graph(path, entry, options, bfloat16)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tokenflow-") as work:
+            return compile_graph(engine_graph(path, None, Path(work), (), annotations.ranges), entry, options, bfloat16)
+    except OSError as error:
+        raise OutputError(
+            f"The graph of {path.name} in 8 bits cannot be prepared: {error.strerror or error}.",
+            "Free some space, or name another directory for temporary files in $TMPDIR.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class FewerBits:
+    """A tokenizer on OpenVINO on the CPU, in fewer bits than float32.
+
+    Args:
+        bundle: a tokenizer's.
+        build_config: its precision, and the 8-bit type of its decoder.
+        options: how sessions run.
+    """
+
+    bundle: Bundle[Any]
+    build_config: BuildConfig
+    options: SessionOptions
+
+    def prepare(self) -> Certificate:
+        """Compile the graphs, and compare them with the bundle's reference unless that was done before.
+
+        Returns:
+            The certificate, which has passed.
+
+        Raises:
+            BackendError: the processor has no fast products of these types, or a graph cannot be compiled or run.
+            EngineBuildError: the bundle has no ranges for an 8-bit decoder.
+            EngineRefusedError: the results are not near enough to the reference.
+            CorruptBundleError, MissingPackageError, ArgumentError, OutputError: see `open_openvino`.
+        """
+        _require_products(self.build_config)
+        certificate = self._stored() or self.certify()
+        self.require(certificate)
+        return certificate
+
+    def require(self, certificate: Certificate) -> None:
+        """Raise EngineRefusedError unless a certificate of `certify` has passed."""
+        what = f"{self.bundle.path.name} in {self._annotations.key('decode')} on OpenVINO"
+        certificate.require(what, "Leave the build config out, or give one with more bits, such as precision fp32.")
+
+    def certify(self) -> Certificate:
+        """Compare the graphs with the bundle's reference now, and store the certificate with each.
+
+        Returns:
+            The certificate, whether it has passed or not. Raises as `prepare`, but not for that.
+        """
+        _require_products(self.build_config)
+        config = self.build_config
+        with StepLog("tokenflow_sdk") as log:
+            log.start(f"comparing {self.bundle.path.name} on OpenVINO with its reference")
+            certificate = certify(
+                self.bundle,
+                lambda path, entry, _: self.open(path, entry, self.options),
+                config.precision,
+                decoder=config.decoder,
+            )
+        try:
+            for engine in self._records():
+                if engine is not None:
+                    EngineCache().certify(engine.key, _CPU, certificate.to_json())
+        except OutputError as error:
+            logging.getLogger("tokenflow_sdk").warning("The comparison is repeated at the next start: %s", error)
+        return certificate
+
+    def open(self, path: Path, entry: GraphEntry, options: SessionOptions) -> Session:
+        """Open a graph. An `OpenSession`; call `prepare` first. Raises as `open_openvino`."""
+        return open_openvino(path, entry, options, annotations=self._annotations)
+
+    @property
+    def _annotations(self) -> Annotations:
+        # Pinned nodes are for types that are written into the graph; OpenVINO chooses them itself.
+        return replace(Annotations.of(self.bundle, self.build_config), pinned={})
+
+    def _records(self) -> list[CachedEngine | None]:
+        cache, annotations = EngineCache(), self._annotations
+        graphs = self.bundle.graphs.items()
+        return [cache.find(_key(self.bundle.graph_path(name), entry, self.options, annotations)) for name, entry in graphs]
+
+    def _stored(self) -> Certificate | None:
+        """The certificate of all graphs, where each is in the cache and has it."""
+        found = [
+            None if engine is None else Certificate.from_json(engine.certificates.get(_CPU, {})) for engine in self._records()
+        ]
+        return found[0] if all(found) else None
+
+
+def _require_products(config: BuildConfig) -> None:
+    """Raise BackendError where the processor computes the types of a build config no faster than float32."""
+    found = instruction_sets()
+    name = f"This processor ({processor()}{': ' if found else ''}{', '.join(found)})"
+    if config.precision == "bf16" and not has_bfloat16():
+        raise BackendError(
+            f"{name} has no products in bfloat16 (AVX-512 BF16 or AMX), and would gain nothing by them.",
+            "Leave the build config out, or give one in fp32.",
+        )
+    if config.decoder == "int8" and not _INT8_PRODUCTS & set(found):
+        raise BackendError(
+            f"{name} has no products in int8 (VNNI or AMX): 8 bits would be slower, or overflow.",
+            "Leave the 8-bit decoder out.",
+        )
+
+
+def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> EngineKey:
     """The key of a compiled model in the engine cache."""
     return EngineKey(
         graph=path.stem,
@@ -65,13 +199,13 @@ def _key(path: Path, entry: GraphEntry, options: SessionOptions) -> EngineKey:
         flavour=OPENVINO,
         version=import_openvino().__version__,
         target="cpu" if options.device == "auto" else options.device,
-        precision="fp16" if options.device == "npu" else "fp32",
+        precision="fp16" if options.device == "npu" else annotations.key(path.stem),
         profile=hashlib.sha256(json.dumps(properties(options), sort_keys=True).encode()).hexdigest()[:16],
         gpu=processor(),
     )
 
 
-def _load(cache: EngineCache, key: EngineKey, options: SessionOptions) -> Compiled | None:
+def _load(cache: EngineCache, key: EngineKey, options: SessionOptions, bfloat16: bool) -> Compiled | None:
     """The compiled model of a key; None if it is not in the cache, or damaged."""
     try:
         found = cache.find(key)
@@ -80,7 +214,7 @@ def _load(cache: EngineCache, key: EngineKey, options: SessionOptions) -> Compil
         data = np.memmap(found.path, np.uint8, mode="c")
     except (OSError, ValueError):  # there is no directory for a cache; the file is gone meanwhile, or empty
         return None
-    return load_compiled(data, options) if hashlib.sha256(data.data).hexdigest() == found.sha256 else None
+    return load_compiled(data, options, bfloat16) if hashlib.sha256(data.data).hexdigest() == found.sha256 else None
 
 
 def _exported(compiled: Compiled) -> bytes:

@@ -16,6 +16,7 @@ from tokenflow_sdk.errors import ArgumentError
 __all__ = ["BACKENDS", "RuntimeOptions"]
 
 BACKENDS = ("auto", ONNXRUNTIME, OPENVINO, *FLAVOURS)
+_FOR_CPUS = (ONNXRUNTIME, OPENVINO)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class RuntimeOptions:
             it takes the first of these that works on this machine: TensorRT with engines in the cache that did not fail
             certification, onnxruntime with CUDA, OpenVINO for the graphs that `tokenflow bench --choose` measured to be faster
             on it here, onnxruntime on the CPU.
-        build_config: how TensorRT engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a
-            TOML file. None: use cached engines if any fit, else build by `BuildConfig()`. Where `auto` finds that none
-            run, a warning says that it is not used.
+        build_config: how engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a TOML
+            file. One for OpenVINO (`cpu-bf16`) runs a tokenizer in fewer bits on a CPU. None: use cached TensorRT engines if
+            any fit, else build by `BuildConfig()`. Where `auto` finds that none run, a warning says that it is not used.
         build: whether missing TensorRT engines are built; False raises an error instead.
         serve_while_building: run on onnxruntime until the TensorRT engines are built and certified.
         execution_contexts: calls of one graph that may run on a GPU at once.
@@ -94,9 +95,8 @@ class RuntimeOptions:
                 f"device={self.device!r} is an NVIDIA GPU, and OpenVINO runs on the CPU or Intel's GPU or NPU.",
                 "Leave backend= or device= out.",
             )
-        for name in ("providers", "build_config"):
-            if getattr(self, name) is not None:
-                raise ArgumentError(f"{name}= is not for backend='openvino'.", f"Leave {name}= or backend= out.")
+        if self.providers is not None:
+            raise ArgumentError("providers= is not for backend='openvino'.", "Leave providers= or backend= out.")
 
     @property
     def session(self) -> SessionOptions:
@@ -120,26 +120,36 @@ class RuntimeOptions:
         """The options with the build config itself instead of its name or path, for other processes. Raises as above."""
         return replace(self, build_config=self.loaded_build_config())
 
-    def wants_onnxruntime(self) -> bool:
-        """Whether the backend is onnxruntime, or the build config is for CPUs.
+    def wanted(self) -> str:
+        """The backend that the options ask for: that of the build config where it is for CPUs, else `backend`.
 
         Raises:
             ArgumentError: the build config is for another backend than the options leave, or cannot be read.
         """
         config = self.loaded_build_config()
-        for_cpus = config is not None and config.backend == ONNXRUNTIME
-        if for_cpus and self.backend in FLAVOURS:
-            raise ArgumentError(
-                f"The build config is for onnxruntime, not for {self.backend}.", "Leave backend= or build_config= out."
-            )
+        if config is None:
+            return self.backend
+        if config.backend in _FOR_CPUS:
+            if self.backend not in ("auto", config.backend):
+                raise ArgumentError(
+                    f"The build config is for {config.backend}, not for {self.backend}.", "Leave backend= or build_config= out."
+                )
+            given = (("providers=", self.providers is not None), ("device=", self.device not in ("auto", "cpu")))
+            other = next((option for option, is_given in given if is_given), None)
+            if config.backend == OPENVINO and other is not None:
+                raise ArgumentError(
+                    f"The build config is for OpenVINO on a CPU, and {other} names something else.",
+                    f"Leave build_config= or {other} out.",
+                )
+            return config.backend
         without_engines = (
-            ("backend='onnxruntime'", self.backend == ONNXRUNTIME),
+            (f"backend={self.backend!r}", self.backend in _FOR_CPUS),
             ("providers=", self.backend == "auto" and self.providers is not None),
             ("device='cpu'", self.backend == "auto" and self.device == "cpu"),
         )
-        other = next((option for option, given in without_engines if given), None)
-        if other is not None and config is not None and not for_cpus:
+        other = next((option for option, is_given in without_engines if is_given), None)
+        if other is not None:
             raise ArgumentError(
                 f"The build config is for TensorRT engines, and with {other} none run.", f"Leave build_config= or {other} out."
             )
-        return self.backend == ONNXRUNTIME or for_cpus
+        return self.backend

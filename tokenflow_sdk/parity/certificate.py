@@ -23,6 +23,12 @@ from tokenflow_sdk.passes.quantize import EightBit
 
 __all__ = ["Certificate", "certify"]
 
+_HINT = (
+    "Build with --precision fp32 and without --decoder, let `tokenflow export precision-search` find what to keep in float32, "
+    "or use backend='onnxruntime'. Where float16 overflows (nan), --precision bf16 does not; engines that are wrong in batches "
+    "only may do with --batch-limit 1."
+)
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -55,22 +61,18 @@ class Certificate:
         """The certificate as JSON, for an engine's record in the cache."""
         return {"failures": list(self.failures), "summary": self.summary, "figures": dict(self.figures)}
 
-    def require(self, what: str) -> None:
+    def require(self, what: str, hint: str = _HINT) -> None:
         """Raise unless the certificate has passed.
 
         Args:
             what: what was compared, for the message.
+            hint: what may help; the default is for TensorRT engines.
 
         Raises:
             EngineRefusedError: a tolerance was missed.
         """
         if self.failures:
-            raise EngineRefusedError(
-                f"{what} is refused: {'; '.join(self.failures)}.",
-                "Build with --precision fp32 and without --decoder, let `tokenflow export precision-search` find "
-                "what to keep in float32, or use backend='onnxruntime'. Where float16 overflows (nan), --precision bf16 does "
-                "not; engines that are wrong in batches only may do with --batch-limit 1.",
-            )
+            raise EngineRefusedError(f"{what} is refused: {'; '.join(self.failures)}.", hint)
 
 
 def certify(
