@@ -41,7 +41,11 @@ def test_a_side_without_a_time_says_why() -> None:
         "torch": {"seconds": 3.0, "calls": 5, "same": 0.999},
         "compile": {"why": "no compiler"},
         "ours": {"seconds": 2.0, "same": 1.0},
+        "ours-bf16": {"seconds": 0.75, "same": 0.61},
     }
     text = on_cpu.page([{"machine": machine, "rows": {"clipb_256 encode": row}}])
-    assert "| clipb_256 encode | 3,000 ms (99.9%) |  | no compiler |  |  | 2,000 ms (100.0%) | 1.50x |" in text
+    assert (
+        "| clipb_256 encode | 3,000 ms (99.9%) |  | no compiler |  |  | 2,000 ms (100.0%) | 750 ms (61.0%) | 1.50x | 4.00x |"
+        in text
+    )
     assert "**A, 2 cores, AVX2, torch 2, onnxruntime 1**" in text
