@@ -166,7 +166,7 @@ def page(reports: Iterable[Mapping[str, Any]]) -> str:
         "",
         "One picture a call, sides in turns, medians; float32 but for bfloat16. In brackets the share of codes that are this",
         "SDK's in float32, or the PSNR against its picture. A code that flips changes what finer scales get, so that share is",
-        "below the one of the certificate, which is teacher-forced. The last columns are against PyTorch in float32: the faster",
+        "below the one of the certificate, which is teacher-forced. The last columns are against PyTorch in float32: the best",
         "of onnxruntime and OpenVINO, as `tokenflow bench --choose` lets it be, and bfloat16.",
         "Written by `python benchmarks/on_cpu.py`; `cpu/` has each machine's figures.",
         "",
