@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +24,7 @@ __all__ = [
     "CHECKPOINT",
     "CURVE",
     "AveragedTraining",
+    "Optimizers",
     "Training",
     "best_average",
     "cooled",
@@ -67,6 +68,32 @@ class Training(Protocol):
     def load(self, state: dict[str, Any]) -> None: ...
 
 
+class Optimizers:
+    """Several optimizers as one, each of other weights."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, kept in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(kept)
+
+
 class AveragedTraining(Generic[M]):
     """What the trainings have in common: a model, its moving average, its optimizer and the step, which a checkpoint keeps.
 
@@ -76,7 +103,7 @@ class AveragedTraining(Generic[M]):
         decay: of the average in each step at most.
     """
 
-    def __init__(self, model: M, optimizer: torch.optim.Optimizer, decay: float) -> None:
+    def __init__(self, model: M, optimizer: torch.optim.Optimizer | Optimizers, decay: float) -> None:
         self.model, self.optimizer, self.decay = model, optimizer, decay
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.step = 0

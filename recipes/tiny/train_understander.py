@@ -30,6 +30,7 @@ from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.data import Pictures, Pixels
 from recipes.tiny.loop import (
     AveragedTraining,
+    Optimizers,
     best_average,
     cooled,
     cools,
@@ -152,9 +153,15 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         self.groups = [len(names), len(COLOURS), len(_STYLES), len(COUNTS)]
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
         self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
-        weights = [*model.parameters(), *self.guess.parameters()]
-        optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-        super().__init__(model, optimizer, decay=0.998)
+        # Muon learns more in a step, and is for matrices between hidden states.
+        matrices = [weight for weight in model.transformer.parameters() if weight.ndim == 2]
+        others = [weight for weight in model.transformer.parameters() if weight.ndim != 2]
+        others += [*model.text.parameters(), *model.projector.parameters(), *self.guess.parameters()]
+        optimizers = [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
+        ]
+        super().__init__(model, Optimizers(optimizers), decay=0.998)
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
@@ -170,11 +177,11 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             hidden = self.model.hidden(features, asked, cells)
             guesses = self.guess(hidden[:, count // 2 : count])
-            logits = self.model.logits(hidden[:, count - 1 :])
+            targets, taught = _targets(asked, self.device)
+            logits = self.model.logits(hidden[:, count - 1 : -1][taught])
         losses = {"guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)])}
         if turns:
-            targets, taught = _targets(asked, self.device)
-            losses["loss"] = F.cross_entropy(logits[:, :-1].float()[taught], targets[taught])
+            losses["loss"] = F.cross_entropy(logits.float(), targets[taught])
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
