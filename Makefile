@@ -66,7 +66,7 @@ lock: | $(VENV)/pyvenv.cfg ## pin in constraints.txt what pyproject.toml asks fo
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command 'make lock' \
 		$(UPGRADE) --all-extras --output-file constraints.txt pyproject.toml
 
-demo: $(VENV)/.cpu ## a photo to codes and back, and four pictures from text, with the bundled model
+demo: $(VENV)/.cpu ## a photo to codes and back, pictures from text, answers about both, with the bundled model
 	@$(BIN)/python examples/demo.py
 
 # Two processes test at once, and threads of each that wait for the other's would spin.

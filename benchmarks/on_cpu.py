@@ -38,6 +38,7 @@ from tokenflow_sdk.backends.onnxruntime import import_onnxruntime
 from tokenflow_sdk.backends.openvino import has_bfloat16
 from tokenflow_sdk.bundle.bundle import find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
+from tokenflow_sdk.errors import EngineRefusedError
 from tokenflow_sdk.pictures.images import preprocess, psnr
 
 VARIANTS = ("tiny", "clipb_256", "siglip_384")
@@ -97,9 +98,14 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
         ways |= {"openvino": {"backend": "openvino"}} | ({"ours-bf16": {"build_config": "cpu-bf16"}} if has_bfloat16() else {})
     with ExitStack() as stack:
         opened: dict[str, Tokenizer] = {}
+        refused: dict[str, Side] = {}
         for side, way in ways.items():
-            tokenizer = Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way)
-            opened[side] = stack.enter_context(tokenizer)
+            try:
+                tokenizer = Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way)
+            except EngineRefusedError as error:
+                refused[side] = dict.fromkeys(GRAPHS, partial(raises, error))
+            else:
+                opened[side] = stack.enter_context(tokenizer)
         config = opened["ours"].config
         codecs: dict[str, Codec] = (
             {**opened} if variant == "tiny" else {**opened, **eager(variant, checkpoint, config, threads)}
@@ -107,8 +113,13 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
         found: dict[str, Side] = {
             side: {"encode": codec.encode_array, "decode": codec.decode_array} for side, codec in codecs.items()
         }
-        found["onnxruntime"] = plain(bundle, threads)
+        found |= refused | {"onnxruntime": plain(bundle, threads)}
         yield config, {side: found[side] for side in SIDES if side in found}
+
+
+def raises(error: Exception, _: object) -> NDArray[Any]:
+    """A side that was refused: its rows say why."""
+    raise error
 
 
 def eager(variant: str, checkpoint: Path, config: TokenizerConfig, threads: int) -> dict[str, TorchCodec]:
@@ -167,7 +178,7 @@ def page(reports: Iterable[Mapping[str, Any]]) -> str:
         "One picture a call, sides in turns, medians; float32 but for bfloat16. In brackets the share of codes that are this",
         "SDK's in float32, or the PSNR against its picture. A code that flips changes what finer scales get, so that share is",
         "below the one of the certificate, which is teacher-forced. The last columns are against PyTorch in float32: the best",
-        "of onnxruntime and OpenVINO, as `tokenflow bench --choose` lets it be, and bfloat16.",
+        "of onnxruntime and OpenVINO, which `tokenflow bench --choose` finds, and bfloat16.",
         "Written by `python benchmarks/on_cpu.py`; `cpu/` has each machine's figures.",
         "",
         f"| | {' | '.join(SIDES.values())} | exact | in bfloat16 |",

@@ -99,13 +99,6 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def chat_bundle(project: Path, mini_understander: Path) -> None:
-    """A small understander with random weights where the README has one."""
-    (project / "bundles").mkdir()
-    (project / "bundles" / "chat").symlink_to(mini_understander)
-
-
 @functools.cache
 def once(line: str) -> int:
     """The status of a command in this process. One that only prints what the bundled model is need not run for each page."""
@@ -123,18 +116,16 @@ def run(command: list[object], directory: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.usefixtures("chat_bundle")
 def test_the_api_snippet_runs(project: Path) -> None:
     tokenizing, generating, understanding = blocks("python")
     assert len(tokenizing.splitlines()) <= 20
     assert "817 codes of 12 bits in 9 scales" in run([sys.executable, "-c", tokenizing], project)
     assert (project / "photo.tfc").exists()
-    run([sys.executable, "-c", generating], project)
+    # The first question is about what was drawn.
+    assert run([sys.executable, "-c", f"{generating}\n{understanding}"], project).startswith("An apple.")
     assert (project / "apple.png").exists()
-    run([sys.executable, "-c", understanding], project)
 
 
-@pytest.mark.usefixtures("chat_bundle")
 def test_every_command_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
@@ -255,6 +246,8 @@ def test_the_demo_runs_without_pytorch(project: Path) -> None:
     hidden = "import sys, runpy; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     out = run([sys.executable, "-c", hidden, ROOT / "examples" / "demo.py", "--prompt", "a red apple", "--out", "out"], project)
     assert "817 codes" in out
+    assert re.search(r"^  chelsea.jpg: \w.*\.$", out, re.MULTILINE)
+    assert re.search(r"^  a red apple: \w.*\.$", out, re.MULTILINE)
     found = sorted(path.name for path in (project / "out").iterdir())
     assert found == ["drawn.png", "photo.tfc", "reconstruction.png", "side_by_side.png"]
 

@@ -167,7 +167,7 @@ def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -
     names = zipfile.ZipFile(wheel).namelist()
     assert {
         "tokenflow_sdk/tokenizer.py",
-        "tokenflow_sdk/_data/models/tiny/tokenizer/bundle.json",
+        *(f"tokenflow_sdk/_data/models/tiny/{kind}/bundle.json" for kind in ("tokenizer", "generator", "understander")),
         "tokenflow_sdk/py.typed",
         "tokenflow_export/cli/__init__.py",
     } <= set(names)
@@ -188,8 +188,9 @@ def test_a_wheel_alone_in_an_empty_environment_runs_the_readme(tmp_path: Path) -
     subprocess.run(install, check=True)
     (tmp_path / "examples").mkdir()
     shutil.copy(ROOT / "examples" / "chelsea.jpg", tmp_path / "examples")
-    # The third snippet needs a model that does not come with the package.
-    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]:
+    # The questions of the third snippet are about what the second one draws.
+    tokenizing, generating, understanding = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for snippet in (tokenizing, f"{generating}\n{understanding}"):
         subprocess.run([python, "-c", snippet], cwd=tmp_path, check=True, capture_output=True)
     command = [tmp_path / "venv" / "bin" / "tokenflow", "reconstruct", "examples/chelsea.jpg", "-o", "out.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

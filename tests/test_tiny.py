@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA, ROOT
-from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk import Codes, Generator, Tokenizer, Understander
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
-from tokenflow_sdk.bundle.model_config import GeneratorConfig
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
 from tokenflow_sdk.model.sampling import TIES
 from tokenflow_sdk.parity.certificate import certify
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
@@ -36,8 +36,20 @@ def generator(tokenizer: Tokenizer) -> Iterator[Generator]:
         yield generator
 
 
+@pytest.fixture(scope="module")
+def understander(tokenizer: Tokenizer) -> Iterator[Understander]:
+    with Understander.from_pretrained("tiny", tokenizer=tokenizer, device="cpu") as understander:
+        yield understander
+
+
+@pytest.fixture(scope="module")
+def stored(tokenizer: Tokenizer) -> dict[str, Codes]:
+    """Codes as they were when it was made, so that another processor's rounding changes no question."""
+    return {name: tokenizer.codes(EXPECTED[name].astype(np.int32)) for name in ("chelsea", "red_apple_fast_7")}
+
+
 def test_it_is_small_and_says_where_it_comes_from() -> None:
-    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 25e6
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 30e6
     assert "public-domain" in (TINY / "ATTRIBUTION.md").read_text() or "CC0-1.0" in (TINY / "ATTRIBUTION.md").read_text()
     figures = json.loads((TINY / "figures.json").read_text())
     assert figures["reconstruction"]["photos"] > figures["reconstruction"]["photos_thumbnail"]
@@ -71,9 +83,10 @@ def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator, to
     assert psnr(drawn, stored) > psnr(different, stored) + 3
 
 
-def test_integer_products_do_not_overflow() -> None:
+@pytest.mark.parametrize("config", [GeneratorConfig, UnderstanderConfig])
+def test_integer_products_do_not_overflow(config: type[GeneratorConfig | UnderstanderConfig]) -> None:
     """Processors without VNNI add pairs of 8-bit products in 16 bits; there onnxruntime's default gave a cosine of 0.998."""
-    bundle = Bundle.open(find_bundle("tiny", "generator"), GeneratorConfig)
+    bundle = Bundle.open(find_bundle("tiny", config.kind), config)
     found = certify(bundle, open_onnxruntime, "fp32", 64, 16)
     assert found.figures["hidden_cosine"] > 0.9999
     assert found.figures["same_choice"] >= 0.98
@@ -82,6 +95,33 @@ def test_integer_products_do_not_overflow() -> None:
 def test_seeds_draw_different_pictures(generator: Generator) -> None:
     drawn = generator.generate("a cat face", n=4, seed=0, preset="fast").codes
     assert len({tuple(np.asarray(codes).tolist()) for codes in drawn}) == 4
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "answer"),
+    [
+        ("red_apple_fast_7", "What is this?", "An apple."),
+        ("red_apple_fast_7", "Which colours does it have?", "Red."),
+        ("red_apple_fast_7", "How many apples are there?", "One."),
+        ("red_apple_fast_7", "How old is it?", "The picture does not show that."),
+        ("chelsea", "What style is it?", "A photograph."),
+    ],
+)
+def test_questions_have_the_answers_they_had(
+    understander: Understander, stored: dict[str, Codes], picture: str, question: str, answer: str
+) -> None:
+    assert understander.answer(stored[picture], question, max_tokens=24).text == answer
+
+
+def test_what_is_drawn_is_recognised(generator: Generator, understander: Understander) -> None:
+    """From the codes alone. Not all: some drawings are of nothing, and the seeds are none that were looked at."""
+    things = ["banana", "cat", "rocket", "dog", "house", "star", "penguin", "pizza", "cactus", "elephant"]
+    drawn = [
+        generator.generate(f"a picture of a {thing}", seed=40 + i, preset="fast").codes[0] for i, thing in enumerate(things)
+    ]
+    answers = understander.answer_batch([(codes, "What is this?") for codes in drawn], max_tokens=24)
+    right = [f"a {thing}." in answer.text.lower() for thing, answer in zip(things, answers, strict=True)]
+    assert sum(right) >= 6, [answer.text for answer in answers]
 
 
 def test_unknown_words_still_draw(generator: Generator) -> None:

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from tokenflow_sdk.arguments import instance, integer, seconds
 from tokenflow_sdk.backends.onnxruntime import open_onnxruntime
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.session import OpenSession, Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.hub import HubOptions
 from tokenflow_sdk.bundle.model_config import PAGE_SIZE, LanguageModelConfig
 from tokenflow_sdk.engines.build_config import BuildConfig
-from tokenflow_sdk.engines.choice import Needs, choose, engines_for
+from tokenflow_sdk.engines.choice import Needs, choose, engines_for, require_by_picture
 from tokenflow_sdk.engines.hot_swap import EngineSwap
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import BundleNotFoundError, CodebookMismatchError
@@ -111,7 +112,7 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         """Open a bundle, verify its files, and load its graphs.
 
         Args:
-            name: a bundle's directory, a Hugging Face hub id, or `tiny`, the generator that comes with the SDK.
+            name: a bundle's directory, a Hugging Face hub id, or `tiny`, which comes with the SDK.
             tokenizer: the paired tokenizer; None looks where the bundle was exported with it.
             pages: pages in the pool; None holds eight images, or eight questions about images.
             page_size: tokens in a page; TensorRT engines take the default only.
@@ -157,6 +158,8 @@ class LanguageModel(Reopening, ABC, Generic[C, R]):
         instance("options", options, RuntimeOptions, "Give RuntimeOptions(...).")
         bundle = Bundle.open(find_bundle(name, cls.config_type.kind, hub), cls.config_type, sha256)
         bundle.verify()
+        if options.wanted() == OPENVINO:
+            require_by_picture(bundle)  # before its tokenizer is compiled
         paired = paired_tokenizer(bundle, tokenizer, options)
         pages, page_size = _checked_pool(pages, page_size)
         needs = Needs(pages=pages, page_size=page_size)
@@ -291,5 +294,5 @@ def require_paired(tokenizer: Tokenizer, config: LanguageModelConfig, path: Path
         raise CodebookMismatchError(
             f"{path} works with codes of {config.tokenizer_variant} (codebook {config.codebook_sha256[:16]}), not of "
             f"{tokenizer.config.variant} (codebook {tokenizer.config.codebook_sha256[:16]}).",
-            "Give tokenizer=, the bundle that the model was exported with.",
+            "Give tokenizer=, the bundle that the model was exported with, or a model that was exported with this one.",
         )

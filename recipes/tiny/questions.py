@@ -135,13 +135,13 @@ def _unknown(known: Subject, names: Sequence[str], rng: np.random.Generator) -> 
 _Maker = Callable[[Subject, Sequence[str], np.random.Generator], tuple[str, str]]
 KINDS: dict[str, tuple[_Maker, float, bool]] = {
     "what": (_what, 3.0, True),
-    "present": (_present, 3.0, True),
+    "present": (_present, 5.0, True),
     "colour": (_colour, 1.5, False),
-    "coloured": (_coloured, 1.0, False),
+    "coloured": (_coloured, 3.0, False),
     "style": (_style, 1.0, False),
     "describe": (_describe, 1.0, True),
     "count": (_count, 1.0, True),
-    "photograph": (_photograph, 0.4, False),
+    "photograph": (_photograph, 1.5, False),
     "unknown": (_unknown, 0.6, False),
 }
 """Kinds of questions: what writes them, how often they are asked, and whether they need a name of what is shown."""

@@ -152,8 +152,8 @@ def test_a_directory_may_hold_a_bundle_of_each_kind(mini_bundle: Path, tmp_path:
 def test_tiny_is_the_embedded_model_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert [bundle_kind(path) for path in bundles_in("tiny")] == ["tokenizer", "generator"]
-    assert [open_bundle(path).config.kind for path in bundles_in("tiny")] == ["tokenizer", "generator"]
+    assert [bundle_kind(path) for path in bundles_in("tiny")] == ["tokenizer", "generator", "understander"]
+    assert [open_bundle(path).config.kind for path in bundles_in("tiny")] == ["tokenizer", "generator", "understander"]
     assert find_bundle("./tiny", "tokenizer") == Path("tiny")
 
 

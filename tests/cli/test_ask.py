@@ -45,8 +45,7 @@ def test_a_picture_and_its_codes_get_the_same_answer(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["photo.png", "what?"], "No model that answers questions comes with the SDK"),
-        (["photo.png", "what?"], "tokenflow export understanding --checkpoint DIR"),
+        (["photo.png", "what?", "--tokenizer", "{tokenizer}"], "Give --tokenizer, the bundle that the model was"),
         (["photo.png", "what?", "--bundle", "nowhere"], "There is no bundle at nowhere"),
         (["photo.png", "What", "is", "this?"], "There is no image at What. Check the path, and put the question in quotes."),
         (["photo.png", "", "--bundle", "{bundle}"], "is no question"),
@@ -58,9 +57,9 @@ def test_a_picture_and_its_codes_get_the_same_answer(
     ],
 )
 def test_mistakes_get_a_sentence_and_status_2(
-    words: list[str], sentence: str, mini_understander: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], sentence: str, mini_understander: Path, mini_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("ask", *(word.format(bundle=mini_understander) for word in words)) == 2
+    assert run("ask", *(word.format(bundle=mini_understander, tokenizer=mini_bundle) for word in words)) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error

@@ -50,9 +50,10 @@ def test_tiny_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "tiny"]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 30
-    assert out.count("licence of the weights: Apache-2.0") == 2
+    assert out.count("licence of the weights: Apache-2.0") == 3
     for part in (
         'draws: 145 things, most of them animals, plants and food, as "red apple"',
+        "answers: what is this, which colours, which style",
         "runs on onnxruntime, CPU",
         "not on",
     ):
@@ -61,6 +62,7 @@ def test_tiny_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.partition(",")[0] for line in out.splitlines() if line.startswith("tiny")] == [
         "tiny (tokenizer): TokenFlow tokenizer tiny",
         "tiny (generator): TokenFlow generator",
+        "tiny (understander): TokenFlow understander",
     ]
     assert "prompts of up to 127 tokens" in out  # as the error of a longer one says
     assert main(["info", "tiny", "--graphs"]) == 0

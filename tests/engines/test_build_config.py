@@ -16,13 +16,14 @@ from tokenflow_sdk.errors import ArgumentError
 @pytest.mark.parametrize("name", build_config_names())
 def test_every_recipe_is_a_plan(name: str) -> None:
     build_config = BuildConfig.from_file(name)
-    assert build_config.backend == "onnxruntime" if name == "cpu" else build_config.backend in ("tensorrt", "tensorrt-rtx")
+    for_cpus = {"cpu": "onnxruntime", "cpu-bf16": "openvino"}
+    assert build_config.backend in ((for_cpus[name],) if name in for_cpus else ("tensorrt", "tensorrt-rtx"))
     # Only TensorRT-RTX builds for a GPU that is not there.
     assert bool(build_config.targets) == (build_config.backend == "tensorrt-rtx")
 
 
 def test_the_recipes_people_look_for_are_there() -> None:
-    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu"} <= set(build_config_names())
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu", "cpu-bf16"} <= set(build_config_names())
 
 
 def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
@@ -50,6 +51,9 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ('targets = "sm86"', "targets cannot be of type str"),
         ('targets = [["sm86"]]', "targets cannot be of type"),
         ('backend = "cuda"', "no backend .cuda."),
+        ('backend = "openvino"', "computes in fp32 or bf16 on a CPU, not in fp16"),
+        ('backend = "openvino"\nprecision = "bf16"\ndecoder = "fp8"', "No CPU computes convolutions in fp8"),
+        ('backend = "openvino"\nprecision = "bf16"\ntargets = ["sm86"]', "for the processor of this machine"),
         ("batch = [1, 1, 1.0]", "batch=1.0 is no number of images"),
     ],
 )

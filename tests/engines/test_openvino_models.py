@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.conftest import ROOT
+from tests.support.mini import bundled_tokenizer, store_ranges
+from tokenflow_export.precision.calibrate import magnitudes
+from tokenflow_export.progress import ProgressSteps
 from tokenflow_sdk import Generator, Tokenizer
+from tokenflow_sdk.backends.cores import instruction_sets
 from tokenflow_sdk.backends.openvino import Compiled, has_bfloat16
 from tokenflow_sdk.backends.session import Array, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -21,8 +26,10 @@ from tokenflow_sdk.engines import openvino_models
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.openvino_models import FewerBits, open_openvino
-from tokenflow_sdk.errors import BackendError
+from tokenflow_sdk.errors import ArgumentError, BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate
+from tokenflow_sdk.parity.tokenizer import TokenizerReference
+from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
 from tokenflow_sdk.pictures.images import psnr
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install 'tokenflow-sdk[openvino]'")
@@ -129,7 +136,7 @@ def test_in_bfloat16_a_tokenizer_is_compared_once(compiled: list[str], capsys: p
     tokenizer = str(find_bundle("tiny", "tokenizer"))
     assert main(["verify", tokenizer, "--config", "cpu-bf16"]) == 0
     assert "certified" in capsys.readouterr().out
-    EngineCache().certify(records["encode"].key, "cpu", Certificate(("codes agree 3 % only",), "", {}).to_json())
+    EngineCache().certify(records["semantic"].key, "cpu", Certificate(("codes agree 3 % only",), "", {}).to_json())
     for words in (["build", "tiny"], ["encode", str(photo)]):
         assert main([*words, "--config", "cpu-bf16"]) == 2
         assert "tokenizer in bf16 on OpenVINO is refused: codes agree 3 % only. Leave the build" in capsys.readouterr().err
@@ -144,6 +151,25 @@ def test_bfloat16_is_computed() -> None:
     assert 45 < figures["decode_psnr"] < 70
 
 
+@pytest.mark.skipif(not {"AVX-VNNI", "AVX-512 VNNI", "AMX int8"} & set(instruction_sets()), reason="no products in int8 here")
+def test_a_decoder_in_8_bits_is_held_to_its_own_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranges a quarter as wide as they should be are refused."""
+    right, wrong = (bundled_tokenizer(tmp_path / name) for name in ("right", "wrong"))
+    bundle = Bundle.open(right, TokenizerConfig)
+    found = magnitudes(bundle, TokenizerReference.load(bundle).code_indices, (1.0,), ProgressSteps(Console(quiet=True)))
+    for path, factor in ((right, 1.0), (wrong, 0.25)):
+        store_ranges(path, {name: factor * float(row[0]) for name, row in found.items()})
+    words = ("--backend", "openvino", "--precision", "fp32", "--decoder", "int8")
+    assert main(["build", str(right), *words]) == 0
+    assert {entry.key.precision.partition(" (")[0] for entry in EngineCache().entries()} == {"fp32, int8 decoder"}
+    config = BuildConfig("openvino", precision="fp32", decoder="int8")
+    figures = FewerBits(Bundle.open(right, TokenizerConfig), config, SessionOptions("cpu")).prepare(build=False).figures
+    assert EIGHT_BIT_PSNR < figures["decode_psnr"] < 60  # not in float32
+    assert figures["flips"] == []
+    assert main(["build", str(wrong), *words]) == 2
+    assert "decoded pictures agree to" in capsys.readouterr().err
+
+
 def test_a_processor_without_the_products_is_refused(
     processor: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +177,7 @@ def test_a_processor_without_the_products_is_refused(
     assert main(["build", "tiny", "--config", "cpu-bf16"]) == 2
     assert "AVX2) has no products in bfloat16 (AVX-512 BF16 or AMX)" in " ".join(capsys.readouterr().err.split())
     assert main(["build", "tiny", "--backend", "openvino", "--precision", "fp32", "--decoder", "int8"]) == 2
-    assert "AVX2) has no products in int8 (VNNI or AMX)" in " ".join(capsys.readouterr().err.split())
+    assert "AVX2) is not known to have products in int8 (VNNI or AMX)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,11 +188,39 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
             "tiny --backend openvino --precision bf16 --target sm86",
             "are for the processor of this machine. Leave --target out.",
         ),
-        ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave --plan out"),
-        ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. Leave --cache out"),
+        ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave it out"),
+        ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. Leave it out"),
         (f"{mini_generator} --config cpu-bf16", "of kind 'generator', not a tokenizer"),
     ):
         assert main(["build", *words.split()]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(BackendError, match="OpenVINO runs tokenizers only"):
+    with pytest.raises(BackendError, match="OpenVINO runs tokenizers only.*Leave backend= or build_config= out"):
         Generator.from_pretrained(mini_generator, build_config="cpu-bf16")
+    for options in ({"build": True, "serve_while_building": True}, {}):
+        with pytest.raises(ArgumentError, match="The build config is for openvino, not for tensorrt"):
+            Tokenizer.from_pretrained("tiny", backend="tensorrt", build_config="cpu-bf16", **options)
+
+
+@pytest.mark.usefixtures("processor")
+def test_without_building_only_what_was_compared_runs(mini_bundle: Path) -> None:
+    refused = (
+        f"{mini_bundle.name} was not compared in bf16 on OpenVINO yet.*Run `tokenflow build {mini_bundle} --backend openvino"
+    )
+    with pytest.raises(BackendError, match=refused):
+        Tokenizer.from_pretrained(mini_bundle, build_config="cpu-bf16", build=False)
+
+
+@pytest.mark.usefixtures("processor")
+def test_without_a_directory_for_a_cache_it_is_compared_each_time(
+    mini_bundle: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TOKENFLOW_CACHE")
+    monkeypatch.setattr("tokenflow_sdk.engines.cache.default_directory", no_home)
+    with Tokenizer.from_pretrained(mini_bundle, build_config="cpu-bf16") as tokenizer:
+        tokenizer.load("features")
+    assert sorted(compiled) == ["decode", "encode", "features", "features", "semantic"]
+    assert "The comparison is repeated at the next start" in caplog.text
+
+
+def no_home() -> Path:
+    raise OutputError("There is no home directory.", "Set $TOKENFLOW_CACHE.")

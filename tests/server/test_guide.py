@@ -25,7 +25,7 @@ def test_every_snippet_runs(serve: Serve, mini_bundle: Path, tmp_path: Path, mon
         pytest.skip(f"{missing[0]} is not installed")
     variables: dict[str, object] = {"__name__": "__main__"}
     languages = []
-    with serve(aliases=("tiny", "chat")) as url:
+    with serve(aliases=("tiny",)) as url:
         for language, block in re.findall(r"^```(sh|python|js)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE):
             languages.append(language)
             text = block.replace(ADDRESS, url).replace(ADDRESS[7:], url[7:])

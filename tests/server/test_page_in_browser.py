@@ -257,11 +257,6 @@ def test_a_conversation_about_the_picture(url: str, visit: Open, axe: str) -> No
     """The understander is played here; its route has tests of its own."""
     asked: list[dict[str, Any]] = []
 
-    def models(route: Any) -> None:
-        found = route.fetch().json()
-        found["data"][0]["abilities"].append("chat")
-        route.fulfill(json=found)
-
     def answer(route: Any) -> None:
         asked.append(json.loads(route.request.post_data))
         deltas = [({"content": "A c"}, None), ({"content": "at."}, None), ({}, "stop")]
@@ -270,7 +265,6 @@ def test_a_conversation_about_the_picture(url: str, visit: Open, axe: str) -> No
         route.fulfill(body=body, content_type="text/event-stream")
 
     def played(page: Any) -> None:
-        page.route("**/v1/models", models)
         page.route("**/v1/chat/completions", answer)
 
     page = visit(url, played)

@@ -20,10 +20,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tests.conftest import ROOT
-from tests.server.conftest import listening
+from tests.server.conftest import Serve, listening
 from tests.support.served import COMMAND, running
 from tests.support.waiting import comes_true
 from tokenflow_sdk import Tokenizer
+from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.server.app import create_app
 from tokenflow_sdk.server.guard import Guard
 from tokenflow_sdk.server.metrics import Metrics
@@ -47,6 +48,10 @@ def test_one_command_serves_the_bundled_models_and_sigterm_ends_it_after_what_wa
         assert httpx.get(f"{url}/readyz").status_code == 200
         codes = httpx.post(f"{url}/v1/images/tokens", content=PHOTO, headers={"Content-Type": "image/jpeg"}).json()
         assert codes["model"] == "tiny"
+        asked = [{"type": "image_codes", "image_codes": {"indices": codes["data"][0]["indices"]}}]
+        messages = [{"role": "user", "content": [*asked, {"type": "text", "text": "What style is it?"}]}]
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": messages}, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == "A photograph."
         found: list[httpx.Response] = []
         body = {"prompt": "a red apple", "preset": "balanced", "stream": True, "partial_scales": [1]}
         first = threading.Event()
@@ -90,6 +95,17 @@ def test_mistakes_at_the_start_are_named(tmp_path: Path) -> None:
     assert status == 2 and "timeout" in said
 
 
+def test_beside_a_tokenizer_on_openvino_language_models_run_on_onnxruntime(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'tokenflow-sdk[openvino]'")
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path))
+    with serve(backend="openvino") as url:
+        drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a red apple"}, timeout=60)
+    assert drawn.status_code == 200
+    assert EngineCache().entries() != []
+
+
 def test_a_model_that_cannot_be_opened_ends_the_server(mini_understander: Path) -> None:
     # Found when it is opened: it reads another tokenizer's codes than the one that is served.
     status, said = failure("--port", "0", "--understander", str(mini_understander))
@@ -113,8 +129,9 @@ def test_an_end_while_models_open_waits_for_the_one_that_is_being_opened(monkeyp
     assert (models.generator, models.ready) == (None, False)
 
 
-def test_a_server_without_a_generator_says_so(mini_bundle: Path) -> None:
-    with running("--tokenizer", str(mini_bundle)) as served:
+@pytest.mark.parametrize("without", [("--tokenizer", "{bundle}"), ("--generator", "none", "--understander", "none")])
+def test_a_server_without_a_model_says_so(mini_bundle: Path, without: tuple[str, ...]) -> None:
+    with running(*(word.format(bundle=mini_bundle) for word in without)) as served:
         url = served.url
         answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")

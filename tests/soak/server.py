@@ -10,23 +10,19 @@ import base64
 import random
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx
 import openai
 import psutil
 
 from tests.server.test_malformed import PHOTO, bomb, request
-from tests.soak.soak import WARM_UP, make_understander
+from tests.soak.soak import WARM_UP
 from tests.support.served import Served, running
 from tokenflow_sdk import Codes
-from tokenflow_sdk.bundle.bundle import find_bundle
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 GROWTH = 1.05
 """Times the memory after the warm-up that the server may have at the end."""
@@ -38,12 +34,11 @@ class Clients:
 
     Args:
         served: what they ask.
-        chat: whether it answers questions.
         seed: of what each thread asks.
     """
 
-    def __init__(self, served: Served, chat: bool, seed: int) -> None:
-        self.served, self.chat, self.seed = served, chat, seed
+    def __init__(self, served: Served, seed: int) -> None:
+        self.served, self.seed = served, seed
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
         self._stop = threading.Event()
@@ -78,7 +73,7 @@ class Clients:
         def go_away() -> None:
             """Leave a stream after a few lines."""
             path, body = "/v1/images/generations", {"prompt": "a cup", "n": 2, "stream": True, "partial_scales": [1, 2]}
-            if self.chat and chance.random() < 0.5:
+            if chance.random() < 0.5:
                 path, body = "/v1/chat/completions", {"messages": question, "stream": True, "max_tokens": 20}
             with client.stream("POST", path, json=body) as answer:
                 assert answer.status_code == 200, answer.read()
@@ -98,7 +93,7 @@ class Clients:
         def watch() -> None:
             assert client.get("/readyz").status_code == client.get("/metrics").status_code == 200
 
-        return [encode, decode, generate, go_away, garbage, watch, *([ask] if self.chat else [])]
+        return [encode, decode, generate, go_away, garbage, watch, ask]
 
     def work(self, number: int) -> None:
         chance = random.Random(f"{self.seed} {number}")
@@ -166,7 +161,7 @@ class Clients:
 def soak(options: list[str], seconds: float, seed: int, kills: int, workers: int = 8) -> tuple[Clients, tuple[float, float]]:
     """Run a soak of a server with these options. What was not as it must be is in the clients' `problems`."""
     with running("--no-access-log", *options) as served:
-        clients = Clients(served, "--understander" in options, seed)
+        clients = Clients(served, seed)
         warm = clients.run(seconds * WARM_UP, workers)
         end = clients.run(seconds * (1 - WARM_UP), workers) if not clients.problems else warm
         if end > GROWTH * warm:
@@ -184,9 +179,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--kills", type=int, default=5)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        options = ["--understander", str(make_understander(Path(directory), find_bundle("tiny", TokenizerConfig.kind)))]
-        clients, memory = soak(options, arguments.seconds, arguments.seed, arguments.kills)
+    clients, memory = soak([], arguments.seconds, arguments.seed, arguments.kills)
     print(f"seed {arguments.seed}:", ", ".join(f"{count} {name}" for name, count in sorted(clients.done.items())))
     print("memory after warm-up and at the end:", " and ".join(f"{size:.0f} MiB" for size in memory))
     for problem in clients.problems:

@@ -6,7 +6,6 @@ import argparse
 import gc
 import random
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,8 +20,6 @@ import psutil
 from tests.conftest import ROOT
 from tests.test_loaded_model import free
 from tokenflow_sdk import Codes, Generator, TokenFlowError, Tokenizer, Understander
-from tokenflow_sdk.bundle.bundle import Bundle
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
 
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 WARM_UP = 0.4
@@ -180,32 +177,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--understander", type=Path, help="its bundle; one with random weights is made if none is given")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        bundle = arguments.understander or _small_understander(Path(directory))
-        found = soak("tiny", bundle, arguments.seconds, arguments.seed)
+    found = soak("tiny", "tiny", arguments.seconds, arguments.seed)
     print(f"seed {arguments.seed}:", ", ".join(f"{count} {name}" for name, count in sorted(found.done.items())))
     print("memory after warm-up and at the end:", " and ".join(f"{size:.0f} MiB" for size in found.memory))
     for problem in found.problems:
         print(f"error: {problem}")
     return 1 if found.problems else 0
-
-
-def _small_understander(directory: Path) -> Path:
-    from tests.support.mini import export_mini, mini_model
-
-    return make_understander(directory, export_mini(mini_model("clip"), directory / "clip"))
-
-
-def make_understander(directory: Path, tokenizer: Path) -> Path:
-    """One with random weights that reads a tokenizer's codes."""
-    from tests.support.mini_understander import SMALLEST, export_quietly, reference_model, reference_projector, write_checkpoint
-
-    bundle = Bundle.open(tokenizer, TokenizerConfig)
-    model = reference_model(SMALLEST)
-    projector = reference_projector(SMALLEST["hidden_size"], bundle.config.code_dim)
-    return export_quietly(write_checkpoint(directory / "hf", SMALLEST, model, projector), bundle, directory / "chat")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def import_openvino() -> Any:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise MissingPackageError(
-            f"OpenVINO is not installed ({error}).", "Run `pip install 'tokenflow-sdk[openvino]'`, or leave backend= out."
+            f"OpenVINO is not installed ({error}).",
+            "Run `pip install 'tokenflow-sdk[openvino]'`, or leave backend= or build_config= out.",
         ) from None
     finally:
         for name in telemetry:
@@ -180,7 +181,7 @@ def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions, bfloat
     if not runs_by_picture(entry):
         raise BackendError(
             f"OpenVINO runs a tokenizer's graphs, and {path.name} has open dimensions besides its batch.",
-            "Leave backend= out: a language model runs on onnxruntime or TensorRT.",
+            "Leave backend= or build_config= out: a language model runs on onnxruntime or TensorRT.",
         )
     device = openvino_device(options.device)
     try:

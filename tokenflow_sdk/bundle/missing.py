@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenflow_sdk.bundle.schema import MANIFEST
 from tokenflow_sdk.errors import BundleNotFoundError
-from tokenflow_sdk.files import file_status, is_directory, packaged_data
+from tokenflow_sdk.files import file_status, is_directory
 from tokenflow_sdk.pictures.images import SUFFIXES
 
 __all__ = ["WEIGHT_ENDINGS", "nearest", "not_found"]
@@ -81,9 +81,8 @@ def _directory(path: Path, kind: str | None) -> _Sentences | None:
     """Of a directory: what it holds instead."""
     kinds = [each for each in _EXPORTS if file_status(path / each / MANIFEST) is not None]
     if kinds and kind is not None and kind not in kinds:
-        name = "tiny" if path == packaged_data("models/tiny") else str(path)
         return (
-            f"{name} holds {' and '.join(map(_article, kinds))}, and no {kind}.",
+            f"{path} holds {' and '.join(map(_article, kinds))}, and no {kind}.",
             f"Make one by {_export(kind)} {_MACHINE}.",
         )
     entries = sorted(itertools.islice(_entries(path), _MOST_NAMES))

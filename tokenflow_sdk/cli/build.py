@@ -1,4 +1,4 @@
-"""`tokenflow build` and `tokenflow cache`: builds TensorRT engines ahead of use, lists or removes them, and writes Triton's."""
+"""`tokenflow build` and `tokenflow cache`: builds engines ahead of use, lists or removes them, writes Triton repositories."""
 
 from __future__ import annotations
 
@@ -98,11 +98,10 @@ def build(arguments: argparse.Namespace) -> int:
 
 def _build_openvino(arguments: argparse.Namespace, build_config: BuildConfig) -> None:
     """Compile a tokenizer's graphs for the processor of this machine, and compare them with the reference."""
-    if arguments.plan or arguments.cache is not None:
-        option = "--plan" if arguments.plan else "--cache"
-        raise ArgumentError(
-            f"{option} is for TensorRT engines.", f"Leave {option} out; $TOKENFLOW_CACHE moves what is compiled."
-        )
+    for name in ("plan", "cache", "batch_limit", "batch_usual", "pages", "workspace_gb", "memory_gb"):
+        if getattr(arguments, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ArgumentError(f"{option} is for TensorRT engines.", "Leave it out; $TOKENFLOW_CACHE moves what is compiled.")
     bundle = _tokenizer_bundle(arguments)
     bundle.verify()
     with stderr.step(f"compiling {bundle.path.name} and comparing it with PyTorch"):
@@ -212,7 +211,7 @@ def cache(arguments: argparse.Namespace) -> int:
 
 def _verdict(engine: CachedEngine, architecture: str) -> str:
     """How the comparison on GPUs of one architecture ended, which is named if the engine is for several."""
-    if engine.key.flavour == OPENVINO and engine.key.precision == "fp32":
+    if engine.key.flavour == OPENVINO and engine.key.precision in ("fp32", "fp16"):  # an NPU's is compared each time
         return "not stored"
     certificate = Certificate.from_json(engine.certificates.get(architecture, {}))
     verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"

@@ -99,21 +99,10 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
 
 
 def open_understander(arguments: argparse.Namespace) -> Understander:
-    """Open the understander that the arguments name.
-
-    Raises:
-        ArgumentError: no bundle is named (none comes with the SDK), or two are.
-    """
-    name = named_bundle(arguments)
-    if name is None:
-        raise ArgumentError(
-            "No model that answers questions comes with the SDK, and --bundle names none.",
-            "Export one with `tokenflow export understanding --checkpoint DIR --tokenizer bundles/siglip_384 "
-            "--out bundles/chat` and give --bundle bundles/chat.",
-        )
-    with stderr.step(f"opening {name}", brief=True):
+    """Open the understander that the arguments name."""
+    with stderr.step(f"opening {bundle_name(arguments)}", brief=True):
         return Understander.open(
-            name,
+            bundle_name(arguments),
             runtime_options(arguments),
             arguments.tokenizer,
             arguments.pages,

@@ -34,7 +34,7 @@ answers about images.
   tokenflow decode photo.tfc           writes photo.png
   tokenflow reconstruct photo.jpg      writes side_by_side.png, scale by scale
   tokenflow generate "a red apple"     writes 1.png
-  tokenflow ask photo.jpg "What is this?" --bundle bundles/chat
+  tokenflow ask photo.jpg "What is this?"
                                        prints the answer
   tokenflow encode photos -o codes --bundle bundles/clipb_256
                                        another model than the one in the SDK
@@ -50,20 +50,20 @@ _ASKING = """\
 Answer a question about images, or about their codes. The answer is printed as
 it is generated.
 
-  tokenflow ask photo.jpg "What is on the table?" --bundle bundles/chat
-  tokenflow ask photo.tfc "And the colour?" --bundle bundles/chat
+  tokenflow ask photo.jpg "What is this?"
+  tokenflow ask photo.tfc "Which colours does it have?"
   tokenflow ask one.jpg two.jpg "What is different?" --bundle bundles/chat \\
       --temperature 0.7 --seed 1
 
-No model for this comes with the SDK. Export one from a released checkpoint, on
-a machine with PyTorch:
+`tiny` knows a few kinds of questions; `tokenflow info tiny` says which. For
+others export a released checkpoint, on a machine with PyTorch:
 
   tokenflow export understanding --checkpoint DIR --weights int8 \\
       --tokenizer bundles/siglip_384 --out bundles/chat
 """
 
 _BUILDING = """\
-Build a bundle's TensorRT engines into the engine cache.
+Build a bundle's engines into the engine cache.
 
   tokenflow build bundles/clipb_256 --config rtx4090
       for an RTX 4090, on a machine without a GPU
@@ -272,7 +272,7 @@ def _add_ask(subparsers: _Subparsers) -> None:
         parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text} (default: {shown})")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed samples the same answer (default: a random one)")
     _add_tokenizer_option(parser)
-    _add_engine_options(parser, what="the understander", default="none", paged=True)
+    _add_engine_options(parser, what="the understander", paged=True)
     _add_image_options(parser)
 
 
@@ -304,7 +304,9 @@ def _add_bench(subparsers: _Subparsers) -> None:
 
 
 def _add_build(subparsers: _Subparsers) -> None:
-    parser = _add_command(subparsers, "build", build.build, "build a bundle's TensorRT engines into the engine cache")
+    parser = _add_command(
+        subparsers, "build", build.build, "build a bundle's engines, for TensorRT or OpenVINO, into the engine cache"
+    )
     parser.description = _BUILDING
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: tiny")
     _add_pins(parser)
@@ -410,12 +412,11 @@ def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
 def _add_engine_options(
     parser: argparse.ArgumentParser,
     what: str = "the tokenizer",
-    default: str = "tiny",
     paged: bool = False,
     threads: str = "CPU threads (default: all cores)",
 ) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: {default})")
+    group.add_argument("--bundle", metavar="PATH|NAME", help=f"{what}: a directory or a Hugging Face id (default: tiny)")
     _add_pins(group)
     group.add_argument(
         "--device",
@@ -430,7 +431,7 @@ def _add_engine_options(
         help=f"one of {', '.join(BACKENDS)}; auto takes the first that works without building engines: TensorRT, "
         "onnxruntime with CUDA, OpenVINO where `tokenflow bench --choose` found it faster, onnxruntime (default: %(default)s)",
     )
-    group.add_argument("--config", metavar="NAME|FILE", help="build config of TensorRT engines, as for `tokenflow build`")
+    group.add_argument("--config", metavar="NAME|FILE", help="build config, as for `tokenflow build`")
     group.add_argument("--threads", type=int, metavar="N", help=threads)
     if paged:
         group.add_argument("--pages", type=int, metavar="N", help=_PAGES)

@@ -51,9 +51,10 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
     """
     for path in paths:
         bundle, config = open_bundle(path, sha256), options.loaded_build_config()
-        if options.backend in FLAVOURS:
+        wanted = options.wanted()
+        if wanted in FLAVOURS:
             _verify_engines(path, options, batch_limit)
-        elif options.wanted() == OPENVINO and config is not None:
+        elif wanted == OPENVINO and config is not None:
             _verify_fewer_bits(bundle, options, config)
         elif isinstance(bundle.config, TokenizerConfig):
             with stderr.step(f"opening {shown_path(path)}"):

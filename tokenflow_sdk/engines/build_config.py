@@ -21,7 +21,7 @@ __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 ONNXRUNTIME = "onnxruntime"
-"""The `backend` of build configs for CPUs."""
+"""The `backend` of build configs with which nothing is built."""
 _MOST_BYTES = 2**20
 
 
@@ -93,7 +93,7 @@ class BuildConfig:
         if self.decoder == "fp8":
             raise ArgumentError("No CPU computes convolutions in fp8.", "Give --decoder int8, or leave it out.")
         if self.targets:
-            raise ArgumentError("OpenVINO's engines are for the processor of this machine.", "Leave --target out.")
+            raise ArgumentError("OpenVINO compiles for the processor of this machine.", "Leave --target out.")
 
     def _take_types(self) -> None:
         """Make each value one of its type, or say that it is none."""

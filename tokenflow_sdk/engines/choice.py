@@ -66,8 +66,9 @@ def engines_for(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs, back
         MissingPackageError: TensorRT or cuda-bindings is not installed.
         BackendError: there is no usable GPU.
         EngineBuildError: the bundle's engines cannot be built by the build config; see `engine_jobs`.
-        ArgumentError: `needs.page_size` is not the default, or the build config cannot be read.
+        ArgumentError: `needs.page_size` is not the default; the build config is for another backend, or cannot be read.
     """
+    options.wanted()  # raises if the build config is for another backend
     if needs.page_size != PAGE_SIZE:
         raise ArgumentError(f"TensorRT engines have pages of {PAGE_SIZE} tokens.", "Leave page_size= out.")
     config = options.loaded_build_config() or BuildConfig()
@@ -194,7 +195,7 @@ def require_by_picture(bundle: Bundle[Any]) -> None:
     if not all(map(runs_by_picture, bundle.graphs.values())):
         raise BackendError(
             "OpenVINO runs tokenizers only: it is slower than onnxruntime with the open dimensions of a language model.",
-            "Leave backend= out; the model's tokenizer may run on OpenVINO.",
+            "Leave backend= or build_config= out; the model's tokenizer may run on OpenVINO.",
         )
 
 
@@ -222,7 +223,7 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
         cpu = options.backend == "auto" and options.device == "auto" and options.providers is None
         return _onnxruntime(bundle, replace(session, device="cpu") if cpu else session)
     if wanted == OPENVINO:
-        return _openvino(bundle, session, options.loaded_build_config())
+        return _openvino(bundle, options)
     if wanted in FLAVOURS:
         engines = engines_for(bundle, options, needs)
         with progress_bar() as progress:
@@ -251,24 +252,26 @@ def choose(bundle: Bundle[Any], options: RuntimeOptions, needs: Needs = Needs())
     return open_onnxruntime, session
 
 
-def _openvino(bundle: Bundle[Any], options: SessionOptions, config: BuildConfig | None) -> tuple[OpenSession, SessionOptions]:
+def _openvino(bundle: Bundle[Any], options: RuntimeOptions) -> tuple[OpenSession, SessionOptions]:
     """OpenVINO, tried on the smallest graph; on a GPU or NPU all are compared with the reference each time.
 
     In fewer bits all are compared at the first use.
     """
     require_by_picture(bundle)
+    config, session = options.loaded_build_config(), options.session
+    session = replace(session, device="cpu") if session.device == "auto" else session
     if config is not None:
-        fewer = FewerBits(bundle, config, options)
-        fewer.prepare()
-        return fewer.open, options
-    if options.device in ("auto", "cpu"):
-        _open_smallest(bundle, open_openvino, options)
+        fewer = FewerBits(bundle, config, session)
+        fewer.prepare(options.build)
+        return fewer.open, session
+    if session.device == "cpu":
+        _open_smallest(bundle, open_openvino, session)
     else:
         certificate = certify(
-            bundle, lambda path, entry, _: open_openvino(path, entry, options), "fp16" if options.device == "npu" else "fp32"
+            bundle, lambda path, entry, _: open_openvino(path, entry, session), "fp16" if session.device == "npu" else "fp32"
         )
-        certificate.require(f"{bundle.path.name} on {options.device} with OpenVINO")
-    return open_openvino, options
+        certificate.require(f"{bundle.path.name} on {session.device} with OpenVINO")
+    return open_openvino, session
 
 
 def _openvino_for(bundle: Bundle[Any], graphs: Collection[str]) -> OpenSession:

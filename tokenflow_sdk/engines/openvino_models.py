@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_sdk.backends.cores import instruction_sets, processor
+from tokenflow_sdk.backends.cores import available_cores, instruction_sets, processor
 from tokenflow_sdk.backends.openvino import (
     OPENVINO,
     Compiled,
@@ -31,6 +31,7 @@ from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.engines.annotations import Annotations
+from tokenflow_sdk.engines.build import REVISION as ENGINE_REVISION
 from tokenflow_sdk.engines.build import engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
@@ -96,36 +97,50 @@ def _compiled(path: Path, entry: GraphEntry, options: SessionOptions, annotation
 class FewerBits:
     """A tokenizer on OpenVINO on the CPU, in fewer bits than float32.
 
+    OpenVINO chooses kernels by rules and not by timing them, so what it compiles again is what was compared before.
+
     Args:
         bundle: a tokenizer's.
         build_config: its precision, and the 8-bit type of its decoder.
-        options: how sessions run.
+        options: how sessions run; the device is `cpu`.
     """
 
     bundle: Bundle[Any]
     build_config: BuildConfig
     options: SessionOptions
 
-    def prepare(self) -> Certificate:
+    def prepare(self, build: bool = True) -> Certificate:
         """Compile the graphs, and compare them with the bundle's reference unless that was done before.
+
+        Args:
+            build: False raises an error instead of compiling and comparing.
 
         Returns:
             The certificate, which has passed.
 
         Raises:
-            BackendError: the processor has no fast products of these types, or a graph cannot be compiled or run.
+            BackendError: the processor has no fast products of these types, a graph cannot be compiled or run, or that would
+                have to be done and `build` is False.
             EngineBuildError: the bundle has no ranges for an 8-bit decoder.
             EngineRefusedError: the results are not near enough to the reference.
             CorruptBundleError, MissingPackageError, ArgumentError, OutputError: see `open_openvino`.
         """
         _require_products(self.build_config)
-        certificate = self._stored() or self.certify()
+        certificate = self._stored()
+        if certificate is None and not build:
+            threads = self.options.threads or available_cores()
+            raise BackendError(
+                f"{self.bundle.path.name} was not compared in {self._precision} on OpenVINO yet, not with {threads} threads on "
+                "this processor.",
+                f"Run `{self.build_config.command(self.bundle.path)}`, or leave build=False out.",
+            )
+        certificate = certificate or self.certify()
         self.require(certificate)
         return certificate
 
     def require(self, certificate: Certificate) -> None:
         """Raise EngineRefusedError unless a certificate of `certify` has passed."""
-        what = f"{self.bundle.path.name} in {self._annotations.key('decode')} on OpenVINO"
+        what = f"{self.bundle.path.name} in {self._precision} on OpenVINO"
         certificate.require(what, "Leave the build config out, or give one with more bits, such as precision fp32.")
 
     def certify(self) -> Certificate:
@@ -157,6 +172,10 @@ class FewerBits:
         return open_openvino(path, entry, options, annotations=self._annotations)
 
     @property
+    def _precision(self) -> str:
+        return self._annotations.key("decode")
+
+    @property
     def _annotations(self) -> Annotations:
         # Pinned nodes are for types that are written into the graph; OpenVINO chooses them itself.
         return replace(Annotations.of(self.bundle, self.build_config), pinned={})
@@ -167,11 +186,18 @@ class FewerBits:
         return [cache.find(_key(self.bundle.graph_path(name), entry, self.options, annotations)) for name, entry in graphs]
 
     def _stored(self) -> Certificate | None:
-        """The certificate of all graphs, where each is in the cache and has it."""
-        found = [
-            None if engine is None else Certificate.from_json(engine.certificates.get(_CPU, {})) for engine in self._records()
-        ]
-        return found[0] if all(found) else None
+        """The certificate of all graphs, where each is in the cache and has one; one that was refused before others.
+
+        Bundles may share a graph, and so its record.
+        """
+        try:
+            found = [engine and Certificate.from_json(engine.certificates.get(_CPU, {})) for engine in self._records()]
+        except OutputError:  # there is no directory for a cache
+            return None
+        stored = [certificate for certificate in found if certificate is not None]
+        if len(stored) < len(found):
+            return None
+        return next((certificate for certificate in stored if not certificate.passed), stored[0])
 
 
 def _require_products(config: BuildConfig) -> None:
@@ -185,7 +211,7 @@ def _require_products(config: BuildConfig) -> None:
         )
     if config.decoder == "int8" and not _INT8_PRODUCTS & set(found):
         raise BackendError(
-            f"{name} has no products in int8 (VNNI or AMX): 8 bits would be slower, or overflow.",
+            f"{name} is not known to have products in int8 (VNNI or AMX); without them 8 bits are slower, or overflow.",
             "Leave the 8-bit decoder out.",
         )
 
@@ -195,7 +221,7 @@ def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: An
     return EngineKey(
         graph=path.stem,
         graph_sha256=graph_digest(entry),
-        revision=REVISION,
+        revision=REVISION if annotations.ranges is None else f"{REVISION}, {ENGINE_REVISION}",
         flavour=OPENVINO,
         version=import_openvino().__version__,
         target="cpu" if options.device == "auto" else options.device,

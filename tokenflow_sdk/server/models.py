@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenflow_sdk.backends.cores import available_cores
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.bundle.bundle import TINY, Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.pictures.codes import Codes
@@ -47,11 +50,12 @@ class Models:
         self.settings, self.metrics = settings, metrics
         # Found and checked before anybody listens, so that a mistake is told to whoever starts the server.
         self.tokenizer_config: TokenizerConfig = _checked(settings.tokenizer, TokenizerConfig).config
-        self.generator_name = settings.generator or (TINY if settings.tokenizer == TINY else NONE)
+        beside = TINY if settings.tokenizer == TINY else NONE
+        self.generator_name, self.understander_name = settings.generator or beside, settings.understander or beside
         if self.generator_name != NONE:
             _checked(self.generator_name, GeneratorConfig)
-        if settings.understander is not None:
-            _checked(settings.understander, UnderstanderConfig)
+        if self.understander_name != NONE:
+            _checked(self.understander_name, UnderstanderConfig)
         self.names = self._names()
         """Names of the models, and what each can do."""
         self.generator: Generator | None = None
@@ -81,6 +85,9 @@ class Models:
             threads=s.threads,
             serve_while_building=s.serve_while_building,
         )
+        for_language = options
+        if options.wanted() == OPENVINO:  # which runs tokenizers only
+            for_language = replace(options, backend=ONNXRUNTIME, build_config=None, device="cpu")
         opened = self._closing.enter_context
         tok = self.tokenizer = opened(Tokenizer.open(s.tokenizer, options, s.batch_limit)).load()
         self._lanes = Lanes(tok.lanes(), tok.batch_limit, s.batch_wait_ms / 1000, self.metrics)
@@ -95,10 +102,10 @@ class Models:
         for warm in (tok.decode, tok.features, tok.semantic):
             warm(codes)
         if self.generator_name != NONE and not self.ending:
-            self.generator = opened(Generator.open(self.generator_name, options, tok, s.pages))
+            self.generator = opened(Generator.open(self.generator_name, for_language, tok, s.pages))
             self.generator.generate("a red apple", seed=0)
-        if s.understander is not None and not self.ending:
-            self.understander = opened(Understander.open(s.understander, options, tok, s.pages))
+        if self.understander_name != NONE and not self.ending:
+            self.understander = opened(Understander.open(self.understander_name, for_language, tok, s.pages))
             self.understander.answer(codes, "What is this?", max_tokens=2)
         self.ready = not self.ending
 
@@ -190,7 +197,7 @@ class Models:
 
     def _names(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {_name(self.settings.tokenizer): ["tokens", "embeddings"]}
-        for name, ability in ((self.generator_name, "generations"), (self.settings.understander or NONE, "chat")):
+        for name, ability in ((self.generator_name, "generations"), (self.understander_name, "chat")):
             if name != NONE:
                 found.setdefault(_name(name), []).append(ability)
         return found

@@ -22,7 +22,7 @@ __all__ = ["LOOPBACK", "NONE", "Settings", "read_keys", "settings_from"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NONE = "none"
-"""Name of no generator."""
+"""Name of no generator and no understander."""
 
 
 class Settings(BaseSettings):
@@ -35,7 +35,10 @@ class Settings(BaseSettings):
         default=None,
         description="bundle of the generator, or `none` (default: `tiny` beside the tokenizer `tiny`)",
     )
-    understander: str | None = Field(default=None, description="bundle of the understander (default: none)")
+    understander: str | None = Field(
+        default=None,
+        description="bundle of the understander, or `none` (default: `tiny` beside the tokenizer `tiny`)",
+    )
     aliases: tuple[str, ...] = Field(default=("gpt-image-1",), description="other names that clients may ask any model by")
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 is every network of this machine")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen at; 0 takes a free one")
@@ -51,7 +54,7 @@ class Settings(BaseSettings):
         default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; with OpenVINO also `gpu`, `gpu:N` or `npu`"
     )
     backend: str = Field(default="auto", description="`auto`, `onnxruntime`, `openvino`, `tensorrt` or `tensorrt-rtx`")
-    build_config: str | None = Field(default=None, description="build config of TensorRT engines, as for `tokenflow build`")
+    build_config: str | None = Field(default=None, description="build config, as for `tokenflow build`")
     serve_while_building: bool = Field(
         default=False, description="answer by onnxruntime until the TensorRT engines are built and certified"
     )
