@@ -240,8 +240,8 @@ def _labels(known: Subject, names: Sequence[str]) -> tuple[int, int, int, int]:
 
 def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor, Tensor]:
     """The ids after the pictures [B, L], and which of them are taught."""
-    taught = torch.tensor(filled([each.taught for each in asked], False), device=place)
-    return torch.tensor(filled([each.after for each in asked], 0), device=place), taught
+    taught = torch.tensor(filled([each.taught for each in asked], False), dtype=torch.bool, device=place)
+    return torch.tensor(filled([each.after for each in asked], 0), dtype=torch.long, device=place), taught
 
 
 def _chances(subjects: Sequence[Subject]) -> NDArray[np.float64]:

@@ -75,6 +75,6 @@ def test_of_what_is_no_graph_onnxruntime_tells_more(tmp_path: Path, content: byt
 
 def test_the_bundled_model_opens_with_old_versions() -> None:
     graphs = sorted((ROOT / "models" / "tiny").glob("*/*.onnx"))
-    assert len(graphs) == 8
+    assert len(graphs) == 12
     for path in graphs:
         refuse_aborting_graph(path, "1.20.0")

@@ -129,7 +129,7 @@ def test_the_survey_says_what_was_measured(played: SimpleNamespace, mini_bundle:
     stored(mini_bundle, encode=1.5)
     assert way().chosen
     assert "encode 1.50" in way().reason
-    with pytest.raises(BackendError, match=r"OpenVINO runs tokenizers only.*Leave backend= out"):
+    with pytest.raises(BackendError, match=r"OpenVINO runs tokenizers only.*Leave backend= or build_config= out"):
         Generator.from_pretrained("tiny", backend="openvino")
 
 

@@ -186,7 +186,7 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
         ("tiny --backend openvino --precision bf16 --decoder fp8", "No CPU computes convolutions in fp8."),
         (
             "tiny --backend openvino --precision bf16 --target sm86",
-            "are for the processor of this machine. Leave --target out.",
+            "OpenVINO compiles for the processor of this machine. Leave --target out.",
         ),
         ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave it out"),
         ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. Leave it out"),
@@ -216,7 +216,8 @@ def test_without_a_directory_for_a_cache_it_is_compared_each_time(
 ) -> None:
     monkeypatch.delenv("TOKENFLOW_CACHE")
     monkeypatch.setattr("tokenflow_sdk.engines.cache.default_directory", no_home)
-    with Tokenizer.from_pretrained(mini_bundle, build_config="cpu-bf16") as tokenizer:
+    config = BuildConfig("openvino", precision="fp32")
+    with Tokenizer.from_pretrained(mini_bundle, build_config=config) as tokenizer:
         tokenizer.load("features")
     assert sorted(compiled) == ["decode", "encode", "features", "features", "semantic"]
     assert "The comparison is repeated at the next start" in caplog.text

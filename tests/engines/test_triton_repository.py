@@ -151,7 +151,7 @@ def test_what_cannot_be_joined_is_refused(mini_bundle: Path, tmp_path: Path) -> 
     ("options", "wanted"),
     [
         (["--backend", "tensorrt-rtx"], "Give --backend tensorrt"),
-        (["--precision", "fp16"], "choose --backend tensorrt"),
+        (["--precision", "fp16"], "choose another --backend"),
         (["--config", "h100", "--backend", "tensorrt-rtx"], "Give --backend tensorrt"),
     ],
 )
