@@ -93,7 +93,7 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
         bundle = find_bundle(variant, TokenizerConfig.kind)
     else:
         prepare(variant, checkpoint, bundle)
-    ways = {"ours": {"backend": "onnxruntime"}}
+    ways: dict[str, dict[str, Any]] = {"ours": {"backend": "onnxruntime"}}
     if importlib.util.find_spec("openvino"):
         ways |= {"openvino": {"backend": "openvino"}} | ({"ours-bf16": {"build_config": "cpu-bf16"}} if has_bfloat16() else {})
     with ExitStack() as stack:

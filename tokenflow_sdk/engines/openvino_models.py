@@ -191,11 +191,11 @@ class FewerBits:
         Bundles may share a graph, and so its record.
         """
         try:
-            found = [engine and Certificate.from_json(engine.certificates.get(_CPU, {})) for engine in self._records()]
+            records = [{} if engine is None else engine.certificates.get(_CPU, {}) for engine in self._records()]
         except OutputError:  # there is no directory for a cache
             return None
-        stored = [certificate for certificate in found if certificate is not None]
-        if len(stored) < len(found):
+        stored = [certificate for certificate in map(Certificate.from_json, records) if certificate is not None]
+        if len(stored) < len(records):
             return None
         return next((certificate for certificate in stored if not certificate.passed), stored[0])
 
