@@ -55,9 +55,15 @@ def _about_understanding(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _answers(rows: Sequence[dict[str, Any]]) -> str:
     """A table of questions and answers."""
-    table = ["| shown | question | answer | right answer |", "| --- | --- | --- | --- |"]
+    table = ["| shown | question | answer | right answer | counts as right |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         things = " and ".join(amount(name, count) for name, count in row["shown"]) or "no name known"
-        right = "yes" if row["right"] else row["right_answer"]
-        table.append(f"| {things}, {row['style']} | {row['question']} | {row['answer']} | {right} |")
+        cells = (
+            f"{things}, {row['style']}",
+            row["question"],
+            row["answer"],
+            row["right_answer"],
+            "yes" if row["right"] else "no",
+        )
+        table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)

@@ -1,10 +1,11 @@
 """Export trained models to their bundles.
 
     python -m recipes.tiny.export --tokenizer data/tiny/tokenizer --out models/tiny
-    python -m recipes.tiny.export --generator data/tiny/generator --understander data/tiny/understander --out models/tiny
+    python -m recipes.tiny.export --generator data/tiny/generator --out models/tiny
+    python -m recipes.tiny.export --understander data/tiny/understander --out models/tiny
 
 They are exported as the released models are. For that, the language models are written to directories in the released layouts.
-The language models read the codes of the tokenizer's bundle in --out, so that one is exported first.
+Each is exported before the next is trained: language models read the tokenizer's codes, and the understander the drawings too.
 """
 
 from __future__ import annotations

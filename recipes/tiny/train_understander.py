@@ -9,6 +9,7 @@ Shares of right answers about held-out pictures are written to curve.jsonl there
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -264,9 +265,11 @@ def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: in
 
     They come from a file beside the checkpoint if they were made with these models before.
     """
-    made_with = [(models / kind / "bundle.json").read_text(encoding="utf-8") for kind in ("tokenizer", "generator")]
-    known = hashlib.sha256(" ".join([*made_with, *names.known]).encode()).hexdigest()
-    key = f"{VARIANTS} {SEVERAL} {DRAWINGS} {seed} {len(pictures.icon_entries)} {len(pictures.photo_entries)} {known}"
+    manifests = [(models / kind / "bundle.json").read_text(encoding="utf-8") for kind in ("tokenizer", "generator")]
+    made_of = [[json.loads(text)["graphs"] for text in manifests], names.known, THINGS, DRAWN_STYLES]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    counts = (VARIANTS, SEVERAL, DRAWINGS, FIRST_SEED, seed, len(pictures.icon_entries), len(pictures.photo_entries))
+    key = f"{' '.join(map(str, counts))} {digest}"
     path = out / SCENES
     if path.exists():
         stored = torch.load(path, weights_only=True)

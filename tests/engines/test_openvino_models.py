@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,10 +187,11 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
         ("tiny --backend openvino --precision bf16 --decoder fp8", "No CPU computes convolutions in fp8."),
         (
             "tiny --backend openvino --precision bf16 --target sm86",
-            "OpenVINO compiles for the processor of this machine. Leave --target out.",
+            "OpenVINO compiles for the processor of this machine. Leave out targets or --target.",
         ),
-        ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave it out"),
-        ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. Leave it out"),
+        ("tiny --config cpu-bf16 --plan", "--plan is for TensorRT engines. Leave it out."),
+        ("tiny --config cpu-bf16 --cache here", "--cache is for TensorRT engines. $TOKENFLOW_CACHE moves"),
+        ("tiny --config cpu --threads 2", "--threads is for OpenVINO, not for onnxruntime."),
         (f"{mini_generator} --config cpu-bf16", "of kind 'generator', not a tokenizer"),
     ):
         assert main(["build", *words.split()]) == 2
@@ -203,11 +205,12 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
 
 @pytest.mark.usefixtures("processor")
 def test_without_building_only_what_was_compared_runs(mini_bundle: Path) -> None:
-    refused = (
-        f"{mini_bundle.name} was not compared in bf16 on OpenVINO yet.*Run `tokenflow build {mini_bundle} --backend openvino"
-    )
-    with pytest.raises(BackendError, match=refused):
-        Tokenizer.from_pretrained(mini_bundle, build_config="cpu-bf16", build=False)
+    config = BuildConfig("openvino", precision="fp32", batch=(1, 1, 1))
+    with pytest.raises(BackendError, match=f"{mini_bundle.name} was not compared in fp32 on OpenVINO yet") as raised:
+        Tokenizer.from_pretrained(mini_bundle, build_config=config, threads=2, build=False)
+    command = re.search(r"Run `tokenflow (.*?)`", raised.value.hint)
+    assert command is not None and main(command[1].split()) == 0
+    Tokenizer.from_pretrained(mini_bundle, build_config=config, threads=2, build=False).close()
 
 
 @pytest.mark.usefixtures("processor")

@@ -100,7 +100,7 @@ def _require_survived() -> None:
     if not survived_fork():
         raise ArgumentError(
             "OpenVINO was started before this process was forked, and its threads do not survive that.",
-            "Start processes with the method 'spawn', open the model in the child only, or use backend='onnxruntime'.",
+            "Start processes with the method 'spawn', open the model in the child only, or use onnxruntime.",
         )
 
 
@@ -198,7 +198,7 @@ def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions, bfloat
             raise
         raise BackendError(
             f"OpenVINO {import_openvino().__version__} cannot compile {path.name} for {device}: {_told(error)}",
-            "Check free memory and `tokenflow verify BUNDLE --backend onnxruntime`, or leave backend= out.",
+            "Check free memory and `tokenflow verify BUNDLE --backend onnxruntime`, or leave backend= or build_config= out.",
         ) from error
 
 
@@ -322,7 +322,8 @@ class OpenVinoSession(Session):
             if not _is_own(error):
                 raise
             raise BackendError(
-                f"OpenVINO failed: {_told(error)}", "If memory ran out, load fewer graphs, or use backend='onnxruntime'."
+                f"OpenVINO failed: {_told(error)}",
+                "If memory ran out, load fewer graphs, or leave backend= or build_config= out.",
             ) from error
         if self._compiled is not None:
             self._idle.append(request)

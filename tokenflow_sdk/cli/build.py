@@ -101,11 +101,12 @@ def _build_openvino(arguments: argparse.Namespace, build_config: BuildConfig) ->
     for name in ("plan", "cache", "batch_limit", "batch_usual", "pages", "workspace_gb", "memory_gb"):
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
-            raise ArgumentError(f"{option} is for TensorRT engines.", "Leave it out; $TOKENFLOW_CACHE moves what is compiled.")
+            hint = "$TOKENFLOW_CACHE moves what is compiled." if name == "cache" else "Leave it out."
+            raise ArgumentError(f"{option} is for TensorRT engines.", hint)
     bundle = _tokenizer_bundle(arguments)
     bundle.verify()
     with stderr.step(f"compiling {bundle.path.name} and comparing it with PyTorch"):
-        certificate = FewerBits(bundle, build_config, SessionOptions("cpu")).prepare()
+        certificate = FewerBits(bundle, build_config, SessionOptions("cpu", threads=arguments.threads)).prepare()
     stdout.print(f"{bundle.path.name} certified: {certificate.summary}", soft_wrap=True)
 
 
@@ -115,6 +116,8 @@ def _require_fitting(arguments: argparse.Namespace, build_config: BuildConfig) -
         raise ArgumentError(
             "--force replaces what --triton names, and that is not given.", "Leave it out, or give --triton DIR."
         )
+    if arguments.threads is not None and build_config.backend != OPENVINO:
+        raise ArgumentError(f"--threads is for OpenVINO, not for {build_config.backend}.", "Leave it out.")
     if arguments.triton is not None and build_config.backend not in (ONNXRUNTIME, "tensorrt"):
         raise ArgumentError(
             f"Triton runs engines of full TensorRT, and {build_config.backend} is another library.",
@@ -211,9 +214,9 @@ def cache(arguments: argparse.Namespace) -> int:
 
 def _verdict(engine: CachedEngine, architecture: str) -> str:
     """How the comparison on GPUs of one architecture ended, which is named if the engine is for several."""
-    if engine.key.flavour == OPENVINO and engine.key.precision in ("fp32", "fp16"):  # an NPU's is compared each time
-        return "not stored"
     certificate = Certificate.from_json(engine.certificates.get(architecture, {}))
+    if certificate is None and engine.key.flavour == OPENVINO:  # in float32, or on an NPU, where it is made each time
+        return "not stored"
     verdict = "not yet" if certificate is None else "passed" if certificate.passed else "refused"
     return verdict if len(engine.key.targets) == 1 else f"{architecture} {verdict}"
 

@@ -319,7 +319,8 @@ def _add_build(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="default: fp16; bf16 is less exact, for generators with numbers beyond float16's largest, 65,504",
+        help="default: fp16; bf16 is less exact, for generators with numbers beyond float16's largest, 65,504; for OpenVINO "
+        "give fp32 or bf16",
     )
     parser.add_argument(
         "--decoder",
@@ -338,6 +339,7 @@ def _add_build(subparsers: _Subparsers) -> None:
         help="GPU architectures to build for, e.g. sm86,sm89; tensorrt-rtx only (default: the GPU in this machine)",
     )
     parser.add_argument("--pages", type=int, metavar="N", help=_PAGES)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads that OpenVINO compiles for (default: all cores)")
     parser.add_argument(
         "--workspace-gb", type=float, metavar="X", help="scratch memory an engine may use, in GiB (default: no limit)"
     )

@@ -93,7 +93,7 @@ class BuildConfig:
         if self.decoder == "fp8":
             raise ArgumentError("No CPU computes convolutions in fp8.", "Give --decoder int8, or leave it out.")
         if self.targets:
-            raise ArgumentError("OpenVINO compiles for the processor of this machine.", "Leave --target out.")
+            raise ArgumentError("OpenVINO compiles for the processor of this machine.", "Leave out targets or --target.")
 
     def _take_types(self) -> None:
         """Make each value one of its type, or say that it is none."""
@@ -172,6 +172,8 @@ class BuildConfig:
             words.append(f"--precision {self.precision}")
         if self.decoder is not None:
             words.append(f"--decoder {self.decoder}")
+        if self.backend == OPENVINO:  # the others are for GPUs
+            return " ".join(words)
         if self.batch[2] != BuildConfig.batch[2]:
             words.append(f"--batch-limit {self.batch[2]}")
         if self.batch[1] != BuildConfig.batch[1]:

@@ -129,10 +129,11 @@ class FewerBits:
         certificate = self._stored()
         if certificate is None and not build:
             threads = self.options.threads or available_cores()
+            command = f"{self.build_config.command(self.bundle.path)} --threads {threads}"
             raise BackendError(
                 f"{self.bundle.path.name} was not compared in {self._precision} on OpenVINO yet, not with {threads} threads on "
                 "this processor.",
-                f"Run `{self.build_config.command(self.bundle.path)}`, or leave build=False out.",
+                f"Run `{command}`, or leave build=False out.",
             )
         certificate = certificate or self.certify()
         self.require(certificate)
@@ -141,7 +142,7 @@ class FewerBits:
     def require(self, certificate: Certificate) -> None:
         """Raise EngineRefusedError unless a certificate of `certify` has passed."""
         what = f"{self.bundle.path.name} in {self._precision} on OpenVINO"
-        certificate.require(what, "Leave the build config out, or give one with more bits, such as precision fp32.")
+        certificate.require(what, "Leave the build config out, or give one with more bits.")
 
     def certify(self) -> Certificate:
         """Compare the graphs with the bundle's reference now, and store the certificate with each.

@@ -35,7 +35,8 @@ class RuntimeOptions:
         build_config: how engines are built: a `BuildConfig`, the name of one that comes with the SDK, or the path of a TOML
             file. One for OpenVINO (`cpu-bf16`) runs a tokenizer in fewer bits on a CPU. None: use cached TensorRT engines if
             any fit, else build by `BuildConfig()`. Where `auto` finds that none run, a warning says that it is not used.
-        build: whether missing TensorRT engines are built; False raises an error instead.
+        build: whether missing TensorRT engines are built, and a tokenizer in fewer bits on OpenVINO is compiled and compared;
+            False raises an error instead.
         serve_while_building: run on onnxruntime until the TensorRT engines are built and certified.
         execution_contexts: calls of one graph that may run on a GPU at once.
         cuda_graphs: launch a call as a CUDA graph where its shapes were seen before; saves launch time of short calls.
