@@ -284,7 +284,7 @@ def _attempt(encoder: Encoder, job: Job, shard: Shard, watch: Watch) -> DoneReco
             size, digest = path.stat().st_size, file_sha256(path)
             # A record never stands beside another file than its own.
             sending(lambda: job.forget(shard.index))
-    seconds = {stage: round(value, 3) for stage, value in stages.seconds.items()}
+    seconds = {stage: round(value, 6) for stage, value in stages.seconds.items()}
     done = DoneRecord(shard.index, size, digest, count, dict(sorted(errors.items())), seconds, encoder.tokenizer.device)
     sending(lambda: job.finish(done))
     return done
