@@ -110,11 +110,7 @@ class Engines:
     def certificate(self) -> Certificate | None:
         """The certificate stored with the engines; None if an engine is missing or was not compared yet."""
         found = [self._find(job) for job in self.jobs.values()]
-        engines = [engine for engine in found if engine is not None]
-        stored = [Certificate.from_json(engine.certificates.get(self._architecture, {})) for engine in engines]
-        if len(engines) < len(self.jobs) or any(certificate is None for certificate in stored):
-            return None
-        return next((c for c in stored if c is not None and not c.passed), stored[0])
+        return Certificate.of_all({} if engine is None else engine.certificates.get(self._architecture, {}) for engine in found)
 
     def prepare(self, build: bool = True, progress: Progress | None = None) -> Certificate:
         """Build the engines that are missing, and compare the engines with the bundle's reference unless that was done before.

@@ -10,7 +10,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tokenflow_sdk.backends.openvino import (
 from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.annotations import Annotations
+from tokenflow_sdk.engines.annotations import Annotations, decoder_ranges
 from tokenflow_sdk.engines.build import REVISION as ENGINE_REVISION
 from tokenflow_sdk.engines.build import engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
@@ -103,11 +104,18 @@ class FewerBits:
         bundle: a tokenizer's.
         build_config: its precision, and the 8-bit type of its decoder.
         options: how sessions run; the device is `cpu`.
+
+    Raises:
+        BackendError: the processor has no fast products of these types.
+        MissingPackageError, ArgumentError: see `has_bfloat16`.
     """
 
     bundle: Bundle[Any]
     build_config: BuildConfig
     options: SessionOptions
+
+    def __post_init__(self) -> None:
+        _require_products(self.build_config)
 
     def prepare(self, build: bool = True) -> Certificate:
         """Compile the graphs, and compare them with the bundle's reference unless that was done before.
@@ -119,13 +127,11 @@ class FewerBits:
             The certificate, which has passed.
 
         Raises:
-            BackendError: the processor has no fast products of these types, a graph cannot be compiled or run, or that would
-                have to be done and `build` is False.
+            BackendError: a graph cannot be compiled or run, or that would have to be done and `build` is False.
             EngineBuildError: the bundle has no ranges for an 8-bit decoder.
             EngineRefusedError: the results are not near enough to the reference.
             CorruptBundleError, MissingPackageError, ArgumentError, OutputError: see `open_openvino`.
         """
-        _require_products(self.build_config)
         certificate = self._stored()
         if certificate is None and not build:
             threads = self.options.threads or available_cores()
@@ -150,7 +156,6 @@ class FewerBits:
         Returns:
             The certificate, whether it has passed or not. Raises as `prepare`, but not for that.
         """
-        _require_products(self.build_config)
         config = self.build_config
         with StepLog("tokenflow_sdk") as log:
             log.start(f"comparing {self.bundle.path.name} on OpenVINO with its reference")
@@ -176,10 +181,11 @@ class FewerBits:
     def _precision(self) -> str:
         return self._annotations.key("decode")
 
-    @property
+    @cached_property
     def _annotations(self) -> Annotations:
         # Pinned nodes are for types that are written into the graph; OpenVINO chooses them itself.
-        return replace(Annotations.of(self.bundle, self.build_config), pinned={})
+        decoder = self.build_config.decoder
+        return Annotations(self.build_config.precision, {}, None if decoder is None else decoder_ranges(self.bundle, decoder))
 
     def _records(self) -> list[CachedEngine | None]:
         cache, annotations = EngineCache(), self._annotations
@@ -192,13 +198,10 @@ class FewerBits:
         Bundles may share a graph, and so its record.
         """
         try:
-            records = [{} if engine is None else engine.certificates.get(_CPU, {}) for engine in self._records()]
+            found = self._records()
         except OutputError:  # there is no directory for a cache
             return None
-        stored = [certificate for certificate in map(Certificate.from_json, records) if certificate is not None]
-        if len(stored) < len(records):
-            return None
-        return next((certificate for certificate in stored if not certificate.passed), stored[0])
+        return Certificate.of_all({} if engine is None else engine.certificates.get(_CPU, {}) for engine in found)
 
 
 def _require_products(config: BuildConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +56,18 @@ class Certificate:
         if not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
             return None
         return cls(tuple(map(str, data["failures"])), data["summary"], data["figures"])
+
+    @classmethod
+    def of_all(cls, records: Iterable[Mapping[str, Any]]) -> Certificate | None:
+        """One certificate of several engines, each with what `to_json` gave: one that was refused, if any was.
+
+        None if one of them has none, or there are no engines.
+        """
+        found = [cls.from_json(record) for record in records]
+        certificates = [certificate for certificate in found if certificate is not None]
+        if not found or len(certificates) < len(found):
+            return None
+        return next((certificate for certificate in certificates if not certificate.passed), certificates[0])
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON, for an engine's record in the cache."""
