@@ -51,7 +51,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Open]:
-    """Opens the page and fails if it logs an error."""
+    """Opens the page, waits until its panels take input or it asks for a key, and fails if it logs an error."""
     contexts, errors = [], []
 
     def opened(url: str, prepare: Callable[[Any], None] | None = None, **options: Any) -> Any:
@@ -65,6 +65,7 @@ def visit(browser: Any) -> Iterator[Open]:
         if prepare is not None:
             prepare(page)
         page.goto(url)
+        page.wait_for_selector("main:visible, #key-dialog:visible")
         return page
 
     yield opened
