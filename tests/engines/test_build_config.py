@@ -16,14 +16,14 @@ from tokenflow_sdk.errors import ArgumentError
 @pytest.mark.parametrize("name", build_config_names())
 def test_every_recipe_is_a_plan(name: str) -> None:
     build_config = BuildConfig.from_file(name)
-    for_cpus = {"cpu": "onnxruntime", "cpu-bf16": "openvino"}
+    for_cpus = {"cpu": "onnxruntime", "cpu-bf16": "openvino", "cpu-bf16-decoder": "openvino"}
     assert build_config.backend in ((for_cpus[name],) if name in for_cpus else ("tensorrt", "tensorrt-rtx"))
     # Only TensorRT-RTX builds for a GPU that is not there.
     assert bool(build_config.targets) == (build_config.backend == "tensorrt-rtx")
 
 
 def test_the_recipes_people_look_for_are_there() -> None:
-    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu", "cpu-bf16"} <= set(build_config_names())
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu", "cpu-bf16", "cpu-bf16-decoder"} <= set(build_config_names())
 
 
 def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
@@ -44,7 +44,8 @@ def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:
         ("batch = [2, 4, 8]", "from one on"),
         ("batch = 3", "wrong kind|least, usual and most"),
         ('precision = "fp4"', "no precision 'fp4'"),
-        ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8"),
+        ('decoder = "int4"', "no decoder in 'int4'.*int8, fp8, bf16"),
+        ('decoder = "bf16"', "a decoder in bf16 is for OpenVINO"),
         ("pages = -1", "pages=-1 is no number of pages"),
         ("pages = 1e400", "no number of pages"),
         ("workspace_gb = nan", "no number of GiB"),

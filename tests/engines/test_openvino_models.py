@@ -140,7 +140,10 @@ def test_in_bfloat16_a_tokenizer_is_compared_once(compiled: list[str], capsys: p
     EngineCache().certify(records["semantic"].key, "cpu", Certificate(("codes agree 3 % only",), "", {}).to_json())
     for words in (["build", "tiny"], ["encode", str(photo)]):
         assert main([*words, "--config", "cpu-bf16"]) == 2
-        assert "tokenizer in bf16 on OpenVINO is refused: codes agree 3 % only. Leave the build" in capsys.readouterr().err
+        said = " ".join(capsys.readouterr().err.split())
+        assert (
+            "tokenizer in bf16 on OpenVINO is refused: codes agree 3 % only. Give the build config `cpu-bf16-decoder`" in said
+        )
 
 
 @pytest.mark.skipif(not has_bfloat16(), reason="this processor has no products in bfloat16")
@@ -150,6 +153,24 @@ def test_bfloat16_is_computed() -> None:
     figures = FewerBits(bundle, BuildConfig("openvino", precision="bf16"), SessionOptions("cpu")).prepare().figures
     assert 0 < len(figures["flips"]) < 0.025 * 4 * 817
     assert 45 < figures["decode_psnr"] < 70
+
+
+@pytest.mark.usefixtures("processor")
+def test_a_decoder_alone_in_bfloat16_leaves_codes_as_they_are(compiled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "tiny", "--config", "cpu-bf16-decoder"]) == 0
+    assert "tokenizer certified: codes agree" in capsys.readouterr().out
+    records = {entry.key.graph: entry for entry in EngineCache().entries()}
+    assert {entry.key.precision for entry in records.values()} == {"fp32, bf16 decoder"}
+    assert len(compiled) == 4
+    figures = records["decode"].certificates["cpu"]["figures"]
+    assert figures["flips"] == []
+    assert figures["decode_psnr"] > 45
+    assert (figures["decode_psnr"] < 70) == has_bfloat16()
+    # What is refused here is not refused in float32 alone, whose graphs are the same but for the decoder.
+    EngineCache().certify(records["encode"].key, "cpu", Certificate(("too coarse",), "", {}).to_json())
+    assert main(["build", "tiny", "--config", "cpu-bf16-decoder"]) == 2
+    assert "is refused: too coarse. Leave the build config out." in " ".join(capsys.readouterr().err.split())
+    assert main(["build", "tiny", "--backend", "openvino", "--precision", "fp32"]) == 0
 
 
 @pytest.mark.skipif(not {"AVX-VNNI", "AVX-512 VNNI", "AMX int8"} & set(instruction_sets()), reason="no products in int8 here")

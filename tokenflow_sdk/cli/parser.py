@@ -17,7 +17,7 @@ from tokenflow_sdk.dataset.job_options import EXTRAS, JobOptions
 from tokenflow_sdk.dataset.outputs import FORMATS
 from tokenflow_sdk.engines.build_config import Precision, build_config_names
 from tokenflow_sdk.engines.options import BACKENDS
-from tokenflow_sdk.passes.quantize import EightBit
+from tokenflow_sdk.passes.quantize import DecoderType
 from tokenflow_sdk.pictures.decode import MAX_PIXELS
 from tokenflow_sdk.pictures.preparation import COLORS, PREPROCESS_MODES
 from tokenflow_sdk.understanding.params import DEFAULT_MAX_TOKENS, AnswerParams
@@ -71,7 +71,7 @@ Build a bundle's engines into the engine cache.
       for several GPU architectures, with TensorRT-RTX
   tokenflow build bundles/clipb_256 --backend tensorrt
       for the GPU in this machine
-  tokenflow build bundles/clipb_256 --config cpu-bf16
+  tokenflow build bundles/clipb_256 --config cpu-bf16-decoder
       for a CPU with AVX-512 BF16 or AMX, with OpenVINO
   tokenflow build bundles/clipb_256 --decoder int8
       decoder in 8 bits; run `tokenflow export calibrate` first
@@ -324,9 +324,9 @@ def _add_build(subparsers: _Subparsers) -> None:
     )
     parser.add_argument(
         "--decoder",
-        choices=get_args(EightBit),
-        help="8-bit type of a tokenizer's decoder; fp8 needs sm89 or newer; run `tokenflow export calibrate` first "
-        "(default: as --precision)",
+        choices=get_args(DecoderType),
+        help="type of a tokenizer's decoder alone: int8, or fp8 from sm89 on, after `tokenflow export calibrate`; bf16 for "
+        "OpenVINO (default: as --precision)",
     )
     parser.add_argument("--batch-limit", type=int, metavar="N", help="most images or answers in one call (default: 8)")
     parser.add_argument(

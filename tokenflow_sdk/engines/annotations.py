@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.build_config import BuildConfig, Precision
@@ -37,11 +38,13 @@ class Annotations:
         precision: of every node that is not listed below.
         pinned: names of the nodes that stay in float32, by graph.
         ranges: activation ranges of the decoder's convolutions that run in 8 bits; None: the decoder has no 8-bit convolutions.
+        decoder: of a tokenizer's decoder, if it deviates; None: `precision`.
     """
 
     precision: Precision
     pinned: Mapping[str, tuple[str, ...]]
     ranges: ActivationRanges | None
+    decoder: Precision | None = None
 
     @classmethod
     def of(cls, bundle: Bundle[Any], build_config: BuildConfig) -> Annotations:
@@ -51,15 +54,23 @@ class Annotations:
             EngineBuildError: the build config asks for an 8-bit decoder, and the bundle has no ranges for it.
             CorruptBundleError: the bundle's file of pinned nodes or of ranges is damaged.
         """
+        precision = build_config.precision
         dtype = build_config.decoder if isinstance(bundle.config, TokenizerConfig) else None
-        ranges = None if dtype is None else decoder_ranges(bundle, dtype)
-        return cls(build_config.precision, pinned_nodes(bundle, build_config.precision), ranges)
+        # Nodes are pinned for types that are written into a graph; OpenVINO chooses what stays in float32 by itself.
+        pinned = {} if build_config.backend == OPENVINO else pinned_nodes(bundle, precision)
+        if dtype is None or dtype == "bf16":
+            return cls(precision, pinned, None, dtype)
+        return cls(precision, pinned, decoder_ranges(bundle, dtype))
+
+    def precision_of(self, graph: str) -> Precision:
+        """The precision of a graph, but for what is pinned and in 8 bits."""
+        return self.decoder if self.decoder is not None and graph == "decode" else self.precision
 
     def key(self, graph: str) -> str:
         """The `precision` field of a graph's `EngineKey`, with digests of the annotations.
 
-        Examples: `fp16`, `fp16, 3 pinned (1a2b3c4d)`, `fp16, int8 decoder (1a2b3c4d)`. The decoder's ranges are in the keys of
-        all graphs, because one certificate covers all graphs of a bundle.
+        Examples: `fp16`, `fp16, 3 pinned (1a2b3c4d)`, `fp16, int8 decoder (1a2b3c4d)`, `fp32, bf16 decoder`. What is special
+        about the decoder is in the keys of all graphs, because one certificate covers all graphs of a bundle.
         """
         parts: list[str] = [self.precision]
         if pinned := self.pinned.get(graph, ()):
@@ -67,6 +78,8 @@ class Annotations:
             parts.append(f"{len(pinned)} pinned ({digest})")
         if self.ranges is not None:
             parts.append(f"{self.ranges.dtype} decoder ({self.ranges.digest})")
+        if self.decoder is not None:
+            parts.append(f"{self.decoder} decoder")
         return ", ".join(parts)
 
 

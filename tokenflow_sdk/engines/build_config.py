@@ -15,7 +15,7 @@ from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.backends.tensorrt_module import FLAVOURS
 from tokenflow_sdk.errors import ArgumentError, MissingPackageError
 from tokenflow_sdk.files import is_regular, packaged_data, read_regular
-from tokenflow_sdk.passes.quantize import EightBit
+from tokenflow_sdk.passes.quantize import DecoderType
 
 __all__ = ["ONNXRUNTIME", "BuildConfig", "Precision", "build_config_names"]
 
@@ -35,8 +35,9 @@ class BuildConfig:
         targets: GPU architectures that each engine is for, e.g. `("sm86", "sm89")`; empty: the GPU in this machine.
         precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
             OpenVINO has `fp32` and `bf16`.
-        decoder: 8-bit type of the convolutions of a tokenizer's decoder, `int8` or `fp8`; the bundle must have been calibrated
-            (`tokenflow export calibrate`). None: `precision` holds for the decoder too.
+        decoder: type of the convolutions of a tokenizer's decoder: `int8` or `fp8`, for a bundle that was calibrated
+            (`tokenflow export calibrate`); or `bf16`, for OpenVINO beside `fp32`: codes stay exact. None: `precision` holds for
+            the decoder too.
         batch: least (always 1), usual and largest number of images in a call, or of questions an understander answers at once.
         pages: size of a language model's key/value pool; 0: room for eight images, or for eight questions about images.
         workspace_gb: scratch memory an engine may use, in GiB; 0: no limit.
@@ -50,7 +51,7 @@ class BuildConfig:
     backend: str = "tensorrt-rtx"
     targets: tuple[str, ...] = ()
     precision: Precision = "fp16"
-    decoder: EightBit | None = None
+    decoder: DecoderType | None = None
     batch: tuple[int, int, int] = (1, 1, 8)
     pages: int = 0
     workspace_gb: float = 0
@@ -73,12 +74,18 @@ class BuildConfig:
             raise ArgumentError(
                 f"There is no precision {self.precision!r}.", f"Choose one of: {', '.join(get_args(Precision))}."
             )
-        if self.decoder is not None and self.decoder not in get_args(EightBit):
+        if self.decoder is not None and self.decoder not in get_args(DecoderType):
             raise ArgumentError(
-                f"There is no decoder in {self.decoder!r}.", f"Choose one of: {', '.join(get_args(EightBit))}; or leave it out."
+                f"There is no decoder in {self.decoder!r}.",
+                f"Choose one of: {', '.join(get_args(DecoderType))}; or leave it out.",
             )
         if self.backend == OPENVINO:
             self._require_for_cpus()
+        elif self.decoder == "bf16":
+            raise ArgumentError(
+                f"Engines of {self.backend} have one precision beside 8 bits, and a decoder in bf16 is for OpenVINO.",
+                "Give --precision bf16 and leave --decoder out, or give --backend openvino.",
+            )
         if len(self.batch) != 3 or not 1 == self.batch[0] <= self.batch[1] <= self.batch[2] < 2**31:
             raise ArgumentError(
                 f"batch={shown(self.batch)} is not the least, usual and most images in a call, from one on: the last call of "

@@ -31,7 +31,7 @@ from tokenflow_sdk.backends.openvino import (
 from tokenflow_sdk.backends.session import Session, SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.schema import GraphEntry
-from tokenflow_sdk.engines.annotations import Annotations, decoder_ranges
+from tokenflow_sdk.engines.annotations import Annotations
 from tokenflow_sdk.engines.build import REVISION as ENGINE_REVISION
 from tokenflow_sdk.engines.build import engine_graph
 from tokenflow_sdk.engines.build_config import BuildConfig
@@ -45,6 +45,7 @@ __all__ = ["REVISION", "FewerBits", "open_openvino"]
 REVISION = "1"
 """Changes with what `compile_graph` makes of a graph."""
 _EXACT = Annotations("fp32", {}, None)
+_EXACT_CODES = "Give the build config `cpu-bf16-decoder`, with which codes are computed in float32. "
 _INT8_PRODUCTS = {"AVX-VNNI", "AVX-512 VNNI", "AMX int8"}
 _CPU = "cpu"
 """The key of a certificate in the record of what was compiled: its processor is part of the record's own key."""
@@ -66,7 +67,7 @@ def open_openvino(
         BackendError, CorruptBundleError, MissingPackageError, ArgumentError: see `compile_graph`.
         OutputError: the graph of an 8-bit decoder cannot be prepared.
     """
-    key, cache, bfloat16 = _key(path, entry, options, annotations), EngineCache(), annotations.precision == "bf16"
+    key, cache, bfloat16 = _key(path, entry, options, annotations), EngineCache(), annotations.precision_of(path.stem) == "bf16"
     compiled = _load(cache, key, options, bfloat16)
     if compiled is None:
         compiled = _compiled(path, entry, options, annotations)
@@ -81,7 +82,7 @@ def open_openvino(
 
 
 def _compiled(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> Compiled:
-    bfloat16 = annotations.precision == "bf16"
+    bfloat16 = annotations.precision_of(path.stem) == "bf16"
     if annotations.ranges is None or path.stem != "decode":
         return compile_graph(path, entry, options, bfloat16)
     try:
@@ -148,7 +149,7 @@ class FewerBits:
     def require(self, certificate: Certificate) -> None:
         """Raise EngineRefusedError unless a certificate of `certify` has passed."""
         what = f"{self.bundle.path.name} in {self._precision} on OpenVINO"
-        certificate.require(what, "Leave the build config out, or give one with more bits.")
+        certificate.require(what, f"{_EXACT_CODES if self.build_config.precision == 'bf16' else ''}Leave the build config out.")
 
     def certify(self) -> Certificate:
         """Compare the graphs with the bundle's reference now, and store the certificate with each.
@@ -183,9 +184,7 @@ class FewerBits:
 
     @cached_property
     def _annotations(self) -> Annotations:
-        # Pinned nodes are for types that are written into the graph; OpenVINO chooses them itself.
-        decoder = self.build_config.decoder
-        return Annotations(self.build_config.precision, {}, None if decoder is None else decoder_ranges(self.bundle, decoder))
+        return Annotations.of(self.bundle, self.build_config)
 
     def _records(self) -> list[CachedEngine | None]:
         cache, annotations = EngineCache(), self._annotations
@@ -208,7 +207,7 @@ def _require_products(config: BuildConfig) -> None:
     """Raise BackendError where the processor computes the types of a build config no faster than float32."""
     found = instruction_sets()
     name = f"This processor ({processor()}{': ' if found else ''}{', '.join(found)})"
-    if config.precision == "bf16" and not has_bfloat16():
+    if "bf16" in (config.precision, config.decoder) and not has_bfloat16():
         raise BackendError(
             f"{name} has no products in bfloat16 (AVX-512 BF16 or AMX), and would gain nothing by them.",
             "Leave the build config out, or give one in fp32.",

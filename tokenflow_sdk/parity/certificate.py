@@ -19,7 +19,7 @@ from tokenflow_sdk.parity.language_model import LanguageModelReport
 from tokenflow_sdk.parity.tokenizer import check_tokenizer
 from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR, EXACT, ROUNDED
 from tokenflow_sdk.parity.understander import check_understander
-from tokenflow_sdk.passes.quantize import EightBit
+from tokenflow_sdk.passes.quantize import DecoderType
 
 __all__ = ["Certificate", "certify"]
 
@@ -93,7 +93,7 @@ def certify(
     precision: str,
     pages: int = 0,
     page_size: int = PAGE_SIZE,
-    decoder: EightBit | None = None,
+    decoder: DecoderType | None = None,
 ) -> Certificate:
     """Open sessions for a bundle's graphs, compare them with the bundle's reference, and close them.
 
@@ -103,7 +103,7 @@ def certify(
         precision: of the engines; `fp16` and `bf16` have wider tolerances for a tokenizer than `fp32`.
         pages: size of a language model's key/value pool; 0: the model's default.
         page_size: tokens in a page.
-        decoder: 8-bit type of a tokenizer's decoder, whose images have a tolerance of their own; None: not in 8 bits.
+        decoder: type of a tokenizer's decoder if it has one of its own, by which its images are judged; None: `precision`.
 
     Returns:
         The certificate, whether it has passed or not.
@@ -120,7 +120,7 @@ def certify(
             graphs.close()
         tolerances = EXACT if precision == "fp32" else ROUNDED
         if decoder is not None:
-            tolerances = replace(tolerances, decode_psnr=EIGHT_BIT_PSNR)
+            tolerances = replace(tolerances, decode_psnr=ROUNDED.decode_psnr if decoder == "bf16" else EIGHT_BIT_PSNR)
         return Certificate(tuple(report.failures(tolerances)), report.summary, report.to_json())
     return _certify_language_model(bundle, open_session, pages, page_size)
 

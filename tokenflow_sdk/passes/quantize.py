@@ -20,9 +20,11 @@ from tokenflow_sdk.passes.graph import drop_unused, import_onnx_ir
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LARGEST", "ActivationRanges", "EightBit", "inner_convolutions", "quantize"]
+__all__ = ["LARGEST", "ActivationRanges", "DecoderType", "EightBit", "inner_convolutions", "quantize"]
 
 EightBit = Literal["int8", "fp8"]
+DecoderType = Literal[EightBit, "bf16"]
+"""The types that a tokenizer's decoder may have for itself."""
 LARGEST: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
 """Largest magnitude of each type. fp8 is float8e4m3fn: 4 exponent bits, 3 mantissa bits, no infinity."""
 
