@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.tiny.concepts import THINGS
 from recipes.tiny.data import Pictures
 from recipes.tiny.subjects import amount
 
-__all__ = ["card", "with_understander"]
+__all__ = ["card", "with_sections"]
 
 _TEMPLATE = Path(__file__).parent / "card.md"
 
@@ -20,8 +21,7 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
     return _TEMPLATE.read_text(encoding="utf-8").format(
         r=figures["reconstruction"],
         l=figures["labels"],
-        g=figures["generation"],
-        s=times,
+        **_about_generation(figures["generation"]),
         **_about_understanding(figures["understanding"]),
         megabytes=figures["bytes"] / 1e6,
         chance=1 / figures["labels"]["labels"],
@@ -32,21 +32,27 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
         photos=len(pictures.photos) + len(pictures.test_photos) + len(pictures.other_photos),
         drawings=len(pictures.icon_entries),
         captioned=len(trained),
-        things=", ".join(sorted({entry["label"] for entry in trained})),
         history=history,
         licences=", ".join(pictures.licences),
     )
 
 
-def with_understander(card: str, figures: dict[str, Any]) -> str:
-    """Put the understander's section into a card, in place of the one that is there or after the generator's."""
-    title = "## Understander\n"
-    section = title + _TEMPLATE.read_text(encoding="utf-8").split(title)[1].split("\n## ")[0]
-    if title not in card:
-        card = card.replace("## Time\n", f"{title}\n## Time\n")
-    before, _, old = card.partition(title)
-    after = old.partition("\n## ")[2]
-    return f"{before}{section.format(**_about_understanding(figures))}\n## {after}"
+def with_sections(card: str, figures: dict[str, Any]) -> str:
+    """Replace the sections of a card about the generator and the understander by ones with these figures."""
+    values = _about_generation(figures["generation"]) | _about_understanding(figures["understanding"])
+    for title in ("## Generator\n", "## Understander\n"):
+        section = title + _TEMPLATE.read_text(encoding="utf-8").split(title)[1].split("\n## ")[0]
+        before, _, old = card.partition(title)
+        after = old.partition("\n## ")[2]
+        card = f"{before}{section.format(**values)}\n## {after}"
+    return card
+
+
+def _about_generation(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        f"| `{preset}` | {share:.0%} | {figures['seconds'][preset]:.2f} s |" for preset, share in figures["presets"].items()
+    ]
+    return {"g": figures, "things": ", ".join(sorted(THINGS.values())), "presets": "\n".join(rows)}
 
 
 def _about_understanding(figures: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -32,10 +32,12 @@ __all__ = [
     "device",
     "has_bfloat16",
     "kept_text_tokenizer",
+    "optimizers",
     "plot",
     "read_curve",
     "run",
     "training_parser",
+    "transformer_parser",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,6 +94,19 @@ class Optimizers:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, kept in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(kept)
+
+
+def optimizers(transformer: nn.Module, others: Iterable[nn.Module], rate: float) -> Optimizers:
+    """Muon for the matrices of a transformer, from which it learns more in a step, and AdamW for all other weights."""
+    matrices = [weight for weight in transformer.parameters() if weight.ndim == 2]
+    rest = [weight for weight in transformer.parameters() if weight.ndim != 2]
+    rest += [weight for module in others for weight in module.parameters()]
+    return Optimizers(
+        [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
+        ]
+    )
 
 
 class AveragedTraining(Generic[M]):
@@ -190,6 +205,13 @@ def training_parser(description: str | None, out: Path, steps: int, batch: int, 
     parser.add_argument("--rate", type=float, default=rate, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores (default: %(default)s)")
+    return parser
+
+
+def transformer_parser(description: str | None, out: Path, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
+    """The parser of trainings whose transformer is compiled."""
+    parser = training_parser(description, out, steps, batch, rate)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="slower, but needs no C++ compiler")
     return parser
 
 

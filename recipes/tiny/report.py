@@ -1,7 +1,7 @@
 """Measure the bundled model and write its model card.
 
 python -m recipes.tiny.report --data data/tiny --out models/tiny
-python -m recipes.tiny.report --data data/tiny --out models/tiny --only understander
+python -m recipes.tiny.report --data data/tiny --out models/tiny --language-models
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from recipes.tiny.card import card, with_understander
+from recipes.tiny.card import card, with_sections
 from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
@@ -44,40 +44,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="where the card's pictures go")
     parser.add_argument("--history", type=Path, help="how these weights were trained, where the curves do not tell all of it")
     parser.add_argument(
-        "--only", choices=["understander"], help="measure this one alone, and change nothing else in the card that is there"
+        "--language-models",
+        action="store_true",
+        help="measure only these, and change nothing else in the card that is there; the tokenizer's training is not needed",
     )
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
     trained = drawn(pictures.icon_entries)
     out: Path = arguments.out
     names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
-    if arguments.only:
-        figures = json.loads((out / "figures.json").read_text(encoding="utf-8"))
-        with Generator.from_pretrained(out) as generator, Understander.from_pretrained(out) as understander:
-            figures["understanding"] = _understanding(understander, generator, pictures, names)
-        figures["curves"]["understander"] = read_curve(arguments.training / "understander")
-        _write_figures(figures, out)
-        path = out / "README.md"
-        path.write_text(with_understander(path.read_text(encoding="utf-8"), figures["understanding"]), encoding="utf-8")
-        return 0
-    model = load_tokenizer(arguments.training / "tokenizer")
-    figures = {}
-    with (
-        Tokenizer.from_pretrained(out) as tokenizer,
-        Generator.from_pretrained(out) as generator,
-        Understander.from_pretrained(out) as understander,
-    ):
-        figures["reconstruction"] = reconstruction(tokenizer, pictures)
-        figures["labels"] = labels_from_codes(tokenizer, pictures)
+    figures = json.loads((out / "figures.json").read_text(encoding="utf-8")) if arguments.language_models else {"curves": {}}
+    if not arguments.language_models:
+        with Tokenizer.from_pretrained(out) as tokenizer:
+            figures["reconstruction"] = reconstruction(tokenizer, pictures)
+            figures["labels"] = labels_from_codes(tokenizer, pictures)
+            model = load_tokenizer(arguments.training / "tokenizer")
+            figures["seconds"] = seconds(tokenizer, model, pictures.test_photos[0])
+            _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
+    with Generator.from_pretrained(out) as generator, Understander.from_pretrained(out) as understander:
         figures["generation"], tiles = generation(generator, pictures, trained)
         figures["understanding"] = _understanding(understander, generator, pictures, names)
-        figures["seconds"] = seconds(tokenizer, generator, model, pictures.test_photos[0])
-        _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
-    _plot(arguments.training, figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     curves = {name: arguments.training / name for name in ("tokenizer", "generator", "understander")}
-    figures["curves"] = {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
+    figures["curves"] |= {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
+    _plot(figures["curves"], figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     _write_figures(figures, out)
+    if arguments.language_models:
+        path = out / "README.md"
+        path.write_text(with_sections(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        return 0
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
     history = arguments.history.read_text(encoding="utf-8") if arguments.history else _history(arguments.training)
     (out / "README.md").write_text(card(figures, pictures, trained, history.strip()), encoding="utf-8")
@@ -121,18 +116,18 @@ def _generated_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
     return contact_sheet([(image.resize((144, 144)), wrapped(prompt)) for image, prompt in tiles], 8)
 
 
-def _plot(training: Path, by_scale: Sequence[float], path: Path) -> None:
+def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]], by_scale: Sequence[float], path: Path) -> None:
     """Plot the training curves, and the PSNR by number of scales."""
     from matplotlib import pyplot
 
     kept = [
-        (read_curve(training / name), title, wanted)
+        (curves[name], title, wanted)
         for name, title, wanted in (
             ("tokenizer", "tokenizer, held-out PSNR (dB)", ("photos", "icons")),
             ("generator", "generator, cross entropy", ("loss_5_scales", "loss_9_scales")),
             ("understander", "understander, right answers", ("right_what", "right_colour", "right_style", "right_present")),
         )
-        if (training / name / CURVE).exists()
+        if name in curves
     ]
     count = len(kept) + 1
     figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 3.2), layout="constrained", squeeze=False)

@@ -7,7 +7,6 @@ Resumes from the checkpoint in --out. Losses on wordings that training never use
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,17 @@ from recipes.tiny.concepts import THINGS, drawn
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures
 from recipes.tiny.generator_model import GeneratorModel
-from recipes.tiny.loop import AveragedTraining, best_average, device, has_bfloat16, kept_text_tokenizer, run, training_parser
+from recipes.tiny.loop import (
+    AveragedTraining,
+    best_average,
+    cooled,
+    device,
+    has_bfloat16,
+    kept_text_tokenizer,
+    optimizers,
+    run,
+    transformer_parser,
+)
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from tokenflow_sdk import Tokenizer
 
@@ -37,7 +46,7 @@ WITHOUT_PROMPT = 0.1
 """Share of captions that are replaced by `NEGATIVE_PROMPT`."""
 RANDOM_TOKENS, MAX_RANDOM_TOKENS = 0.65, 8
 """Share of prompts that get random tokens, mostly in front, and how many at most: unknown words should be ignored."""
-FEW_SCALES, ALL_SCALES = 0.4, 0.15
+FEW_SCALES, ALL_SCALES = 0.2, 0.5
 """Shares of steps over two or three scales, in which the prompt decides about the picture, and over all scales. The others
 have a random number in between.
 """
@@ -47,7 +56,7 @@ CORRUPTED = 0.4
 """Share of pictures whose coarser codes are partly wrong, so that the model relies on the prompt."""
 MIN_SCALE_WEIGHT = 3
 """Least weight of a scale in the loss; otherwise the weight is its side."""
-RESAMPLED = 0.6
+RESAMPLED = 0.3
 """Share of steps whose last scale has the inputs of a refinement pass."""
 OWN_SAMPLES = 0.6
 """The share of these whose codes are sampled by the model itself; the others have random wrong codes."""
@@ -85,8 +94,8 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         self.codes = encoded(drawings, tokenizer).long().to(self.device)
         self.prompts = prompts
         model = GeneratorModel(text_size(prompts), rows).to(self.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
-        super().__init__(model, optimizer, decay=0.998)
+        others = (part for name, part in model.named_children() if name != "transformer")
+        super().__init__(model, optimizers(model.transformer, others, rate), decay=0.998)
 
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]
@@ -116,11 +125,8 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         seen = torch.stack([self._corrupted(row, scales, rng) if rng.random() < CORRUPTED else row for row in codes])
         resampled = self._resampled(prompts, codes, scales, rng) if rng.random() < RESAMPLED else None
         loss = self._loss(self.model, prompts, seen, codes, scales, resampled)
-        self.descend(loss, self.rate * self._schedule())
+        self.descend(loss, self.rate * cooled(self.step, self.steps))
         return {"loss": float(loss.detach())}
-
-    def _schedule(self) -> float:
-        return min(1.0, (self.step + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
 
     def _corrupted(self, codes: Tensor, scales: int, rng: np.random.Generator) -> Tensor:
         """Replace about half of the scales of codes [L], except the last, by another picture's or by partly wrong ones."""
@@ -166,9 +172,10 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         sides = TINY.patch_nums[:scales]
         counts = [side * side for side in sides]
         weights = [max(side, MIN_SCALE_WEIGHT) for side in sides]
-        losses = F.cross_entropy(logits.transpose(1, 2), codes[:, : sum(counts)], reduction="none")
+        # One row a code: over the middle axis it takes several times as long on a CPU.
+        losses = F.cross_entropy(logits.flatten(0, 1), codes[:, : sum(counts)].flatten(), reduction="none")
         each = [torch.full((count,), weight / count) for weight, count in zip(weights, counts, strict=True)]
-        return (losses * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
+        return (losses.view(len(codes), -1) * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
 
     @torch.no_grad()
     def evaluate(self, out: Path) -> dict[str, float]:
@@ -191,7 +198,7 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
+    parser = transformer_parser(__doc__, out=Path("data/tiny/generator"), steps=20000, batch=16, rate=1.5e-3)
     parser.add_argument("--tokenizer", type=Path, default=Path("models/tiny"), help="its bundle (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -205,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
         training = GeneratorTraining(
             pictures, tokenizer, prompts, rows, arguments.steps, arguments.batch, arguments.rate, arguments.seed
         )
+    if arguments.compile:
+        training.model.transformer.compile(dynamic=True)
     run(training, arguments.out)
     return 0
 

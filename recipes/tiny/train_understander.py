@@ -31,15 +31,15 @@ from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.data import Pictures, Pixels
 from recipes.tiny.loop import (
     AveragedTraining,
-    Optimizers,
     best_average,
     cooled,
     cools,
     device,
     has_bfloat16,
     kept_text_tokenizer,
+    optimizers,
     run,
-    training_parser,
+    transformer_parser,
 )
 from recipes.tiny.questions import KINDS, conversation, question
 from recipes.tiny.scenes import Scene, scenes
@@ -154,15 +154,8 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         self.groups = [len(names), len(COLOURS), len(_STYLES), len(COUNTS)]
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
         self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
-        # Muon learns more in a step, and is for matrices between hidden states.
-        matrices = [weight for weight in model.transformer.parameters() if weight.ndim == 2]
-        others = [weight for weight in model.transformer.parameters() if weight.ndim != 2]
-        others += [*model.text.parameters(), *model.projector.parameters(), *self.guess.parameters()]
-        optimizers = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
-        ]
-        super().__init__(model, Optimizers(optimizers), decay=0.998)
+        others = (model.text, model.projector, self.guess)
+        super().__init__(model, optimizers(model.transformer, others, rate), decay=0.998)
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
@@ -292,10 +285,9 @@ def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/understander"), steps=20000, batch=16, rate=1e-3)
+    parser = transformer_parser(__doc__, out=Path("data/tiny/understander"), steps=20000, batch=16, rate=1e-3)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("models/tiny"), help="codes, drawings (default: %(default)s)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="slower, but needs no C++ compiler")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
