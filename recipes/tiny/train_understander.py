@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from recipes.tiny.understander_model import (
     SIZES,
     Conversation,
     UnderstanderModel,
+    apart,
     filled,
     tokenized,
     train_text_tokenizer,
@@ -57,13 +58,17 @@ from tokenflow_sdk import Generator, Tokenizer
 
 __all__ = ["TEXT_TOKENIZER", "Encoded", "UnderstanderTraining", "load_understander", "main"]
 
-TEXT_TOKENIZER, SCENES = "tokenizer.json", "scenes.pt"
+TEXT_TOKENIZER, SCENES, DRAWN = "tokenizer.json", "scenes.pt", "drawn.pt"
 VARIANTS, SEVERAL = 12, 0.5
 """Variants of a training picture at most, and pictures of several drawings for each drawing that can be counted."""
 DRAWINGS, FIRST_SEED = 5, 1000
 """Pictures that the generator draws of each thing in each style, and their seed, which is none of those that are measured."""
 TURNS = 8
-"""Most questions in a conversation."""
+"""Most questions about a picture in a step."""
+CHATS = 0.25
+"""The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from the
+picture: in a conversation it often follows from the answers before, above all whether there is a dog.
+"""
 LOOK = 1200
 """The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
 
@@ -163,8 +168,12 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         looks, last = self.step < min(LOOK, self.steps // 2), cools(self.step, self.steps)
         times = 4 if looks else 1 if last else 2
         picks = rng.choice(len(self.chances), size=self.batch * times, p=self.chances)
-        turns = 0 if looks else int(rng.integers(1, TURNS + 1))
-        asked = [tokenized(self.text, conversation(self.train.subjects[i], self.names, turns, rng)) for i in picks]
+        turns, chat = 0 if looks else int(rng.integers(1, TURNS + 1)), looks or rng.random() < CHATS
+        every = [conversation(self.train.subjects[i], self.names, turns, rng) for i in picks]
+        if chat:
+            asked = [tokenized(self.text, said) for said in every]
+        else:
+            asked = [apart([tokenized(self.text, [turn]) for turn in said]) for said in every]
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
         cells = torch.from_numpy(np.sort(rng.permutation(features.shape[1])[:count])).to(self.device)
@@ -254,32 +263,44 @@ def _texts(subjects: Sequence[Subject], names: Sequence[str]) -> list[str]:
 
 
 def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: int) -> dict[str, Encoded]:
-    """The scenes of both splits as codes, and the generator's drawings, which are learned from.
+    """The scenes of both splits as codes, with the generator's drawings among those that are learned from.
 
-    They come from a file beside the checkpoint if they were made with these models before.
+    They come from files beside the checkpoint if they were made with these models before.
     """
-    manifests = [(models / kind / "bundle.json").read_text(encoding="utf-8") for kind in ("tokenizer", "generator")]
-    made_of = [[json.loads(text)["graphs"] for text in manifests], names.known, THINGS, DRAWN_STYLES]
+
+    def made() -> dict[str, Encoded]:
+        with Tokenizer.from_pretrained(models) as tokenizer:
+            return {
+                split: Encoded.of(scenes(pictures, names, split, variants, SEVERAL, seed), tokenizer)
+                for split, variants in (("heldout", 1), ("train", VARIANTS))
+            }
+
+    def drawn() -> dict[str, Encoded]:
+        with Generator.from_pretrained(models) as generator:
+            return {"train": Encoded.drawn(generator, names)}
+
+    tokenizer, generator = (
+        json.loads((models / kind / "bundle.json").read_text(encoding="utf-8"))["graphs"] for kind in ("tokenizer", "generator")
+    )
+    counts = [VARIANTS, SEVERAL, seed, len(pictures.icon_entries), len(pictures.photo_entries)]
+    found = _kept(out / SCENES, [tokenizer, names.known, counts], made)
+    drawings = _kept(out / DRAWN, [tokenizer, generator, names.known, THINGS, DRAWN_STYLES, DRAWINGS, FIRST_SEED], drawn)
+    return {**found, "train": found["train"] + drawings["train"]}
+
+
+def _kept(path: Path, made_of: object, make: Callable[[], dict[str, Encoded]]) -> dict[str, Encoded]:
+    """What `make` gives; from a file if that was made of the same before."""
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    counts = (VARIANTS, SEVERAL, DRAWINGS, FIRST_SEED, seed, len(pictures.icon_entries), len(pictures.photo_entries))
-    key = f"{' '.join(map(str, counts))} {digest}"
-    path = out / SCENES
     if path.exists():
         stored = torch.load(path, weights_only=True)
-        if stored.pop("key") == key:
+        if stored.pop("key") == digest:
             return {
                 split: Encoded(codes, [Subject(*known) for known in subjects]) for split, (codes, subjects) in stored.items()
             }
-    with Tokenizer.from_pretrained(models) as tokenizer:
-        found = {
-            split: Encoded.of(scenes(pictures, names, split, variants, SEVERAL, seed), tokenizer)
-            for split, variants in (("heldout", 1), ("train", VARIANTS))
-        }
-    with Generator.from_pretrained(models) as generator:
-        found["train"] += Encoded.drawn(generator, names)
+    found = make()
     lists = {split: (each.codes, [(s.things, s.colours, s.style) for s in each.subjects]) for split, each in found.items()}
     partial = path.with_suffix(".partial")
-    torch.save({"key": key, **lists}, partial)
+    torch.save({"key": digest, **lists}, partial)
     partial.replace(path)
     return found
 

@@ -16,7 +16,17 @@ from recipes.tiny.questions import Turn
 from tokenflow_export.models.config import TransformerConfig
 from tokenflow_export.models.llama import Transformer
 
-__all__ = ["MAX_TOKENS", "SIZES", "SYSTEM", "Conversation", "UnderstanderModel", "filled", "tokenized", "train_text_tokenizer"]
+__all__ = [
+    "MAX_TOKENS",
+    "SIZES",
+    "SYSTEM",
+    "Conversation",
+    "UnderstanderModel",
+    "apart",
+    "filled",
+    "tokenized",
+    "train_text_tokenizer",
+]
 
 T = TypeVar("T")
 SIZES = TransformerConfig(
@@ -47,11 +57,13 @@ class Conversation:
         before: ids before the picture.
         after: ids after it.
         taught: for each id of `after` whether the model learns to give it: those of answers, each with what ends it.
+        places: for each id of `after` its place after the picture.
     """
 
     before: list[int]
     after: list[int]
     taught: list[bool]
+    places: list[int]
 
 
 def train_text_tokenizer(texts: Sequence[str]) -> Tokenizer:
@@ -83,7 +95,17 @@ def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
         answer = [*ids(turn.answer), end]
         after += [*asked, *answer, *ids("\n")]
         taught += [False] * len(asked) + [True] * len(answer) + [False] * len(ids("\n"))
-    return Conversation(before, after, taught)
+    return Conversation(before, after, taught, list(range(len(after))))
+
+
+def apart(conversations: Sequence[Conversation]) -> Conversation:
+    """Several conversations about one picture in one sequence. Each begins at place 0 and does not see the others."""
+    return Conversation(
+        conversations[0].before,
+        [i for each in conversations for i in each.after],
+        [i for each in conversations for i in each.taught],
+        [i for each in conversations for i in each.places],
+    )
 
 
 def filled(rows: Sequence[list[T]], pad: T) -> list[list[T]]:
@@ -130,15 +152,20 @@ class UnderstanderModel(nn.Module):
             conversations: one about each picture.
             cells: int64 [N], ascending: those of the grid that the model sees; all if None.
         """
-        before = torch.tensor([each.before for each in conversations], device=features.device)
-        after = torch.tensor(filled([each.after for each in conversations], 0), dtype=torch.long, device=features.device)
+        place = features.device
+        before = torch.tensor([each.before for each in conversations], device=place)
+        after, places = (
+            torch.tensor(filled(rows, 0), dtype=torch.long, device=place)
+            for rows in ([each.after for each in conversations], [each.places for each in conversations])
+        )
         begin, count = before.shape[1], features.shape[1]
-        positions = torch.arange(begin + count + after.shape[1], device=features.device)
-        if cells is not None:
-            features = features[:, cells]
-            positions = torch.cat([positions[:begin], begin + cells, positions[begin + count :]])
-        x = torch.cat([self.text(before), self.projector(features), self.text(after)], dim=1)
-        # Pads are at the end, where no other token sees them.
-        mask = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=features.device).tril()
-        out: Tensor = self.transformer(x, positions[None], mask)
+        if cells is None:
+            cells = torch.arange(count, device=place)
+        x = torch.cat([self.text(before), self.projector(features[:, cells]), self.text(after)], dim=1)
+        shared = torch.cat([torch.arange(begin, device=place), begin + cells]).expand(len(x), -1)
+        positions = torch.cat([shared, begin + count + places], dim=1)
+        # What all conversations of a row share is 0, and each place 0 begins the next. Pads are at the end, each by itself.
+        number = torch.cat([torch.zeros_like(shared), (places == 0).cumsum(dim=1)], dim=1)
+        mask = (number[:, None] == 0) | (number[:, None] == number[:, :, None])
+        out: Tensor = self.transformer(x, positions, mask.tril())
         return out[:, begin:]

@@ -17,7 +17,7 @@ from recipes.tiny.export import write_llava_layout
 from recipes.tiny.questions import Turn
 from recipes.tiny.subjects import PHOTO, Subject
 from recipes.tiny.train_understander import Encoded, UnderstanderTraining
-from recipes.tiny.understander_model import Conversation, UnderstanderModel, tokenized, train_text_tokenizer
+from recipes.tiny.understander_model import Conversation, UnderstanderModel, apart, tokenized, train_text_tokenizer
 from tokenflow_export.language_model.chat_template import chat_template
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.prompt import ImageBlock
@@ -83,11 +83,25 @@ def test_the_understander_in_training_is_qwen2(text: Tokenizer, tmp_path: Path) 
         before, after = (reference.model.embed_tokens(torch.tensor([ids])) for ids in (said.before, said.after))
         expected = reference(inputs_embeds=torch.cat([before, picture, after], dim=1)).logits[:, -len(said.after) - 1 :]
         found = model(features, [said])
-        longer = model(features.expand(2, -1, -1), [said, Conversation(said.before, said.after * 2, [])])
+        longer = model(
+            features.expand(2, -1, -1), [said, Conversation(said.before, said.after * 2, [], [*range(2 * len(said.after))])]
+        )
         every = model(features, [said], torch.arange(TINY.grid**2))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(longer[:1, : found.shape[1]], found, atol=2e-4, rtol=2e-4)  # pads are not seen
     torch.testing.assert_close(every, found)
+
+
+def test_conversations_apart_do_not_see_each_other(text: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = UnderstanderModel(text.get_vocab_size()).eval().requires_grad_(False)
+    features, cells = torch.randn(1, TINY.grid**2, TINY.code_dim), torch.tensor([3, 70, 200])
+    alone = [tokenized(text, [turn]) for turn in TURNS]
+    for seen in (None, cells):
+        found = model(features, [apart(alone)], seen)[:, 1:]
+        expected = torch.cat([model(features, [said], seen)[:, 1:] for said in alone], dim=1)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert apart(alone).taught == [taught for said in alone for taught in said.taught]
 
 
 def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(text: Tokenizer) -> None:
