@@ -66,8 +66,8 @@ DRAWINGS, FIRST_SEED = 5, 1000
 TURNS = 8
 """Most questions about a picture in a step."""
 CHATS = 0.25
-"""The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from the
-picture: in a conversation it often follows from the answers before, above all whether there is a dog.
+"""The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from
+the picture: in a conversation it often follows from the answers before, above all whether there is a dog.
 """
 LOOK = 1200
 """The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
