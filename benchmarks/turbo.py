@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from tokenflow_sdk import Generator
 from tokenflow_sdk.pictures.images import psnr
 
-PROMPTS = ("a red apple", "a cat face", "a rocket", "a tulip", "a fox", "an octopus", "a sunflower", "a pizza", "an owl")
+PROMPTS = ("a red apple", "a cat", "a rocket", "a rose", "a fox", "an octopus", "a sunflower", "a pizza", "an owl")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from recipes.tiny.concepts import THINGS
 from recipes.tiny.data import Pictures
 from recipes.tiny.subjects import amount
 
-__all__ = ["card", "with_sections"]
+__all__ = ["card", "with_language_models"]
 
 _TEMPLATE = Path(__file__).parent / "card.md"
 
@@ -37,15 +37,24 @@ def card(figures: dict[str, Any], pictures: Pictures, trained: Sequence[dict[str
     )
 
 
-def with_sections(card: str, figures: dict[str, Any]) -> str:
-    """Replace the sections of a card about the generator and the understander by ones with these figures."""
+def with_language_models(card: str, figures: dict[str, Any]) -> str:
+    """Replace what a card says about the generator and the understander, and its beginning, by these figures.
+
+    Data, history and the tokenizer's figures stay as they are.
+    """
     values = _about_generation(figures["generation"]) | _about_understanding(figures["understanding"])
-    for title in ("## Generator\n", "## Understander\n"):
-        section = title + _TEMPLATE.read_text(encoding="utf-8").split(title)[1].split("\n## ")[0]
-        before, _, old = card.partition(title)
-        after = old.partition("\n## ")[2]
-        card = f"{before}{section.format(**values)}\n## {after}"
-    return card
+    values |= {"megabytes": figures["bytes"] / 1e6}
+    template = _sections(_TEMPLATE.read_text(encoding="utf-8"))
+    sections = _sections(card)
+    for title in ("", "Generator", "Understander"):
+        sections[title] = template[title].format(**values)
+    return "\n## ".join(sections.values())
+
+
+def _sections(card: str) -> dict[str, str]:
+    """A card cut before each `## `, by titles; what is before the first has none."""
+    first, *others = card.split("\n## ")
+    return {"": first} | {text.partition("\n")[0]: text for text in others}
 
 
 def _about_generation(figures: dict[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,11 @@ __all__ = [
     "device",
     "has_bfloat16",
     "kept_text_tokenizer",
-    "optimizers",
     "plot",
     "read_curve",
     "run",
     "training_parser",
+    "transformer_optimizers",
     "transformer_parser",
 ]
 
@@ -96,7 +96,7 @@ class Optimizers:
             part.load_state_dict(kept)
 
 
-def optimizers(transformer: nn.Module, others: Iterable[nn.Module], rate: float) -> Optimizers:
+def transformer_optimizers(transformer: nn.Module, others: Iterable[nn.Module], rate: float) -> Optimizers:
     """Muon for the matrices of a transformer, from which it learns more in a step, and AdamW for all other weights."""
     matrices = [weight for weight in transformer.parameters() if weight.ndim == 2]
     rest = [weight for weight in transformer.parameters() if weight.ndim != 2]

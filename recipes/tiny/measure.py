@@ -24,6 +24,7 @@ from recipes.tiny.teacher import Teacher
 from recipes.tiny.train_tokenizer import thumbnail_psnr
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk import Generator, Tokenizer, Understander
+from tokenflow_sdk.model.sampling import PRESETS
 from tokenflow_sdk.pictures.images import psnr
 
 __all__ = ["first_token", "generation", "labels_from_codes", "recognised", "reconstruction", "seconds", "understanding"]
@@ -32,7 +33,6 @@ Floats = NDArray[np.float32]
 Entry = dict[str, Any]
 CPU = torch.device("cpu")
 ASKED_TOGETHER = 8
-PRESETS = ("turbo", "fast", "balanced", "paper")
 
 
 def reconstruction(tokenizer: Tokenizer, pictures: Pictures, icons: int = 120) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def generation(
     asked = [trained[i] for i in rng.permutation(len(trained))[:prompts]]
     texts = [held_out_caption(entry["label"], entry["style"], rng) for entry in asked]
     presets: dict[str, float] = {}
-    seconds: dict[str, float] = {}
+    times: dict[str, float] = {}
     for preset in PRESETS:
         images, taken = [], []
         for number, text in enumerate(track(texts, f"generating with {preset}")):
@@ -118,7 +118,7 @@ def generation(
         similarity = np.stack([_embed(teacher, np.asarray(image)) for image in images]) @ gallery.T
         best = similarity.argmax(axis=1)
         presets[preset] = float(np.mean([trained[i]["label"] == entry["label"] for i, entry in zip(best, asked, strict=True)]))
-        seconds[preset] = median(taken)
+        times[preset] = median(taken)
         if preset == generator.config.preset:
             distance, tiles = 1 - float(similarity.max(axis=1).mean()), list(zip(images, texts, strict=True))
     differences = []
@@ -128,9 +128,8 @@ def generation(
     others = gallery @ gallery.T
     others[[[a["label"] == b["label"] for b in trained] for a in trained]] = -1
     figures: dict[str, Any] = {
-        "right_label": presets[generator.config.preset],
         "presets": presets,
-        "seconds": seconds,
+        "seconds": times,
         "distance": distance,
         "training_distance": float(1 - others.max(axis=1).mean()),
         "seeds_differ": float(np.mean(differences)),

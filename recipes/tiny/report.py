@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from recipes.tiny.card import card, with_sections
+from recipes.tiny.card import card, with_language_models
 from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
 from recipes.tiny.loop import CURVE, read_curve
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--language-models",
         action="store_true",
-        help="measure only these, and change nothing else in the card that is there; the tokenizer's training is not needed",
+        help="measure only these, and leave data, history and the tokenizer's figures in the card as they are",
     )
     arguments = parser.parse_args(argv)
     pictures = Pictures(arguments.data)
@@ -65,13 +65,14 @@ def main(argv: list[str] | None = None) -> int:
         figures["generation"], tiles = generation(generator, pictures, trained)
         figures["understanding"] = _understanding(understander, generator, pictures, names)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
-    curves = {name: arguments.training / name for name in ("tokenizer", "generator", "understander")}
+    measured = ("generator", "understander") if arguments.language_models else ("tokenizer", "generator", "understander")
+    curves = {name: arguments.training / name for name in measured}
     figures["curves"] |= {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
     _plot(figures["curves"], figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     _write_figures(figures, out)
     if arguments.language_models:
         path = out / "README.md"
-        path.write_text(with_sections(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        path.write_text(with_language_models(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
         return 0
     shutil.copyfile(arguments.data / "ATTRIBUTION.md", out / "ATTRIBUTION.md")
     history = arguments.history.read_text(encoding="utf-8") if arguments.history else _history(arguments.training)

@@ -31,8 +31,8 @@ from recipes.tiny.loop import (
     device,
     has_bfloat16,
     kept_text_tokenizer,
-    optimizers,
     run,
+    transformer_optimizers,
     transformer_parser,
 )
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
@@ -95,7 +95,7 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         self.prompts = prompts
         model = GeneratorModel(text_size(prompts), rows).to(self.device)
         others = (part for name, part in model.named_children() if name != "transformer")
-        super().__init__(model, optimizers(model.transformer, others, rate), decay=0.998)
+        super().__init__(model, transformer_optimizers(model.transformer, others, rate), decay=0.998)
 
     def ids(self, text: str) -> list[int]:
         return [BOS, *self.prompts.encode(text, add_special_tokens=False).ids]

@@ -37,8 +37,8 @@ from recipes.tiny.loop import (
     device,
     has_bfloat16,
     kept_text_tokenizer,
-    optimizers,
     run,
+    transformer_optimizers,
     transformer_parser,
 )
 from recipes.tiny.questions import KINDS, conversation, question
@@ -67,7 +67,7 @@ TURNS = 8
 """Most questions about a picture in a step."""
 CHATS = 0.25
 """The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from
-the picture: in a conversation it often follows from the answers before, above all whether there is a dog.
+the picture: in a conversation it often follows from the answers before, such as whether a thing is there.
 """
 LOOK = 1200
 """The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
@@ -133,7 +133,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         names: of things that questions may be about.
         rows: the codebook [K, C]; the model reads the quantized features of codes.
         text: tokenizes questions and answers.
-        steps: of the whole training. batch: conversations in a step. rate: largest learning rate. seed: of all choices.
+        steps: of the whole training. batch: pictures in a step, at least. rate: largest learning rate. seed: of all choices.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
         self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
         others = (model.text, model.projector, self.guess)
-        super().__init__(model, optimizers(model.transformer, others, rate), decay=0.998)
+        super().__init__(model, transformer_optimizers(model.transformer, others, rate), decay=0.998)
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
@@ -168,7 +168,8 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         looks, last = self.step < min(LOOK, self.steps // 2), cools(self.step, self.steps)
         times = 4 if looks else 1 if last else 2
         picks = rng.choice(len(self.chances), size=self.batch * times, p=self.chances)
-        turns, chat = 0 if looks else int(rng.integers(1, TURNS + 1)), looks or rng.random() < CHATS
+        turns = 0 if looks else int(rng.integers(1, TURNS + 1))
+        chat = looks or rng.random() < CHATS
         every = [conversation(self.train.subjects[i], self.names, turns, rng) for i in picks]
         if chat:
             asked = [tokenized(self.text, said) for said in every]
@@ -280,11 +281,12 @@ def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: in
             return {"train": Encoded.drawn(generator, names)}
 
     tokenizer, generator = (
-        json.loads((models / kind / "bundle.json").read_text(encoding="utf-8"))["graphs"] for kind in ("tokenizer", "generator")
+        json.loads((models / kind / "bundle.json").read_text(encoding="utf-8")) for kind in ("tokenizer", "generator")
     )
+    drawn_by = [tokenizer["graphs"], generator["graphs"], generator["config"], DRAWINGS, FIRST_SEED]
     counts = [VARIANTS, SEVERAL, seed, len(pictures.icon_entries), len(pictures.photo_entries)]
-    found = _kept(out / SCENES, [tokenizer, names.known, counts], made)
-    drawings = _kept(out / DRAWN, [tokenizer, generator, names.known, THINGS, DRAWN_STYLES, DRAWINGS, FIRST_SEED], drawn)
+    found = _kept(out / SCENES, [tokenizer["graphs"], names.known, counts], made)
+    drawings = _kept(out / DRAWN, [drawn_by, names.known, THINGS, DRAWN_STYLES, STYLES], drawn)
     return {**found, "train": found["train"] + drawings["train"]}
 
 

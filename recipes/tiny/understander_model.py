@@ -51,19 +51,19 @@ _START, _END = "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation about one picture as token ids.
+    """A conversation about one picture as token ids, or several that are `apart`.
 
     Args:
         before: ids before the picture.
         after: ids after it.
         taught: for each id of `after` whether the model learns to give it: those of answers, each with what ends it.
-        places: for each id of `after` its place after the picture.
+        positions: for each id of `after` its position after the picture.
     """
 
     before: list[int]
     after: list[int]
     taught: list[bool]
-    places: list[int]
+    positions: list[int]
 
 
 def train_text_tokenizer(texts: Sequence[str]) -> Tokenizer:
@@ -99,12 +99,12 @@ def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
 
 
 def apart(conversations: Sequence[Conversation]) -> Conversation:
-    """Several conversations about one picture in one sequence. Each begins at place 0 and does not see the others."""
+    """Several conversations about one picture in one sequence. Each begins at position 0 and does not see the others."""
     return Conversation(
         conversations[0].before,
         [i for each in conversations for i in each.after],
         [i for each in conversations for i in each.taught],
-        [i for each in conversations for i in each.places],
+        [i for each in conversations for i in each.positions],
     )
 
 
@@ -152,20 +152,20 @@ class UnderstanderModel(nn.Module):
             conversations: one about each picture.
             cells: int64 [N], ascending: those of the grid that the model sees; all if None.
         """
-        place = features.device
-        before = torch.tensor([each.before for each in conversations], device=place)
-        after, places = (
-            torch.tensor(filled(rows, 0), dtype=torch.long, device=place)
-            for rows in ([each.after for each in conversations], [each.places for each in conversations])
+        device = features.device
+        before = torch.tensor([each.before for each in conversations], device=device)
+        after, own = (
+            torch.tensor(filled(rows, 0), dtype=torch.long, device=device)
+            for rows in ([each.after for each in conversations], [each.positions for each in conversations])
         )
         begin, count = before.shape[1], features.shape[1]
         if cells is None:
-            cells = torch.arange(count, device=place)
+            cells = torch.arange(count, device=device)
         x = torch.cat([self.text(before), self.projector(features[:, cells]), self.text(after)], dim=1)
-        shared = torch.cat([torch.arange(begin, device=place), begin + cells]).expand(len(x), -1)
-        positions = torch.cat([shared, begin + count + places], dim=1)
-        # What all conversations of a row share is 0, and each place 0 begins the next. Pads are at the end, each by itself.
-        number = torch.cat([torch.zeros_like(shared), (places == 0).cumsum(dim=1)], dim=1)
+        shared = torch.cat([torch.arange(begin, device=device), begin + cells]).expand(len(x), -1)
+        positions = torch.cat([shared, begin + count + own], dim=1)
+        # What all conversations of a row share has number 0; each id at position 0 begins the next one, and so does each pad.
+        number = torch.cat([torch.zeros_like(shared), (own == 0).cumsum(dim=1)], dim=1)
         mask = (number[:, None] == 0) | (number[:, None] == number[:, :, None])
         out: Tensor = self.transformer(x, positions, mask.tril())
         return out[:, begin:]

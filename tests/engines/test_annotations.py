@@ -10,7 +10,8 @@ from tests.support.fakes import fake_bundle
 from tokenflow_export.tracing.onnx_export import file_entry
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
-from tokenflow_sdk.engines.annotations import PINNED, RANGES, decoder_ranges, pinned_nodes
+from tokenflow_sdk.engines.annotations import PINNED, RANGES, Annotations, decoder_ranges, pinned_nodes
+from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.errors import CorruptBundleError, EngineBuildError
 from tokenflow_sdk.passes.quantize import ActivationRanges
 
@@ -32,6 +33,15 @@ def test_pinned_nodes_are_listed_by_precision_and_graph(tmp_path: Path) -> None:
     assert pinned_nodes(bundle, "fp16") == {"encode": ("a", "b"), "decode": ()}
     assert pinned_nodes(bundle, "bf16") == {"encode": ("c",)}
     assert pinned_nodes(bundle, "fp32") == {}
+
+
+def test_openvino_pins_nothing_and_a_decoder_may_differ(tmp_path: Path) -> None:
+    bundle = annotated(tmp_path, PINNED, {"bf16": {"encode": ["c"]}})
+    assert Annotations.of(bundle, BuildConfig(precision="bf16")).key("encode").startswith("bf16, 1 pinned")
+    assert Annotations.of(bundle, BuildConfig("openvino", precision="bf16")).key("encode") == "bf16"
+    found = Annotations.of(bundle, BuildConfig("openvino", precision="fp32", decoder="bf16"))
+    assert [found.precision_of(graph) for graph in ("encode", "decode", "features")] == ["fp32", "bf16", "fp32"]
+    assert found.key("encode") == found.key("decode") == "fp32, bf16 decoder"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", [], 5, None, {"fp16": []}, {"fp16": {"encode": 5}}])

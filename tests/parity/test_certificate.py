@@ -85,6 +85,7 @@ class Report:
         ("fp16", None, ROUNDED),
         ("bf16", None, ROUNDED),
         ("fp32", "int8", replace(EXACT, decode_psnr=EIGHT_BIT_PSNR)),
+        ("fp32", "bf16", replace(EXACT, decode_psnr=ROUNDED.decode_psnr)),
         ("fp16", "int8", replace(ROUNDED, decode_psnr=EIGHT_BIT_PSNR)),
         ("fp16", "fp8", replace(ROUNDED, decode_psnr=EIGHT_BIT_PSNR)),
     ],

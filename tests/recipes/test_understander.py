@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from recipes.tiny.codes import quantizer
 from recipes.tiny.config import TINY
 from recipes.tiny.export import write_llava_layout
+from recipes.tiny.measure import _is_right
 from recipes.tiny.questions import Turn
 from recipes.tiny.subjects import PHOTO, Subject
-from recipes.tiny.train_understander import Encoded, UnderstanderTraining
+from recipes.tiny.train_understander import Encoded, UnderstanderTraining, _kept
 from recipes.tiny.understander_model import Conversation, UnderstanderModel, apart, tokenized, train_text_tokenizer
 from tokenflow_export.language_model.chat_template import chat_template
 from tokenflow_sdk.understanding.chat_text import ChatText
@@ -142,6 +143,35 @@ def test_a_resumed_understander_training_repeats_the_steps(
     figures = again.evaluate(tmp_path, pictures=2)
     assert figures == first.evaluate(tmp_path, pictures=2)
     assert 0 <= again.score(figures) <= 1
+
+
+def test_what_was_encoded_is_kept_for_what_it_was_made_of(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, Encoded]:
+        made.append(len(made))
+        return {"train": Encoded(torch.full((1, 3), len(made)), [Subject((("apple", 2),), ("red",), "3d")])}
+
+    for made_of, count in (("a", 1), ("a", 1), ("b", 2), ("b", 2), ("a", 3)):
+        found = _kept(tmp_path / "kept.pt", made_of, make)["train"]
+        assert found.codes.tolist() == [[count] * 3]
+        assert found.subjects == [Subject((("apple", 2),), ("red",), "3d")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "right", "expected"),
+    [
+        ("present", "Yes, a cat.", "Yes, a dog.", True),
+        ("present", "No, a dog.", "Yes, a dog.", False),
+        ("coloured", "", "No, red.", False),
+        ("photograph", "No.", "No, a drawing.", True),
+        ("photograph", "Yes, a drawing.", "No, a drawing.", False),
+        ("colour", "Red and white.", "Red.", True),
+        ("what", "A red apple.", "An apple.", False),
+    ],
+)
+def test_answers_count_by_their_first_word_or_whole(kind: str, answer: str, right: str, expected: bool) -> None:
+    assert _is_right(kind, answer, right) == expected
 
 
 def test_features_are_those_of_the_quantizer() -> None:

@@ -228,7 +228,9 @@ def _add_reconstruct(subparsers: _Subparsers) -> None:
 
 def _add_generate(subparsers: _Subparsers) -> None:
     parser = _add_command(subparsers, "generate", generate.generate, "draw images from text")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes; `tokenflow info tiny` lists what `tiny` can draw"
+    )
     parser.add_argument(
         "--replay",
         type=_path,
@@ -326,7 +328,7 @@ def _add_build(subparsers: _Subparsers) -> None:
         "--decoder",
         choices=get_args(DecoderType),
         help="type of a tokenizer's decoder alone: int8, or fp8 from sm89 on, after `tokenflow export calibrate`; bf16 for "
-        "OpenVINO (default: as --precision)",
+        "OpenVINO beside --precision fp32 (default: as --precision)",
     )
     parser.add_argument("--batch-limit", type=int, metavar="N", help="most images or answers in one call (default: 8)")
     parser.add_argument(

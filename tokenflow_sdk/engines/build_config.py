@@ -67,7 +67,7 @@ class BuildConfig:
                 raise ArgumentError(f"There is no GPU architecture {shown(target)}.", "Give names such as sm86 and sm89.")
         if self.backend == ONNXRUNTIME and (self.precision, self.decoder, self.targets) != ("fp32", None, ()):
             raise ArgumentError(
-                "onnxruntime runs a bundle's graphs as they are, without a precision, 8 bits or targets of its own.",
+                "onnxruntime runs a bundle's graphs as they are, without a precision, a decoder or targets of its own.",
                 "Leave them out, or choose another --backend; for a language model on a CPU, export with --weights int8.",
             )
         if self.precision not in get_args(Precision):
@@ -84,7 +84,7 @@ class BuildConfig:
         elif self.decoder == "bf16":
             raise ArgumentError(
                 f"Engines of {self.backend} have one precision beside 8 bits, and a decoder in bf16 is for OpenVINO.",
-                "Give --precision bf16 and leave --decoder out, or give --backend openvino.",
+                "Give --config cpu-bf16-decoder; for TensorRT give --precision bf16, and leave --decoder out.",
             )
         if len(self.batch) != 3 or not 1 == self.batch[0] <= self.batch[1] <= self.batch[2] < 2**31:
             raise ArgumentError(
@@ -96,7 +96,11 @@ class BuildConfig:
     def _require_for_cpus(self) -> None:
         """Raise ArgumentError for what a CPU has not."""
         if self.precision == "fp16":
-            raise ArgumentError("OpenVINO computes in fp32 or bf16 on a CPU, not in fp16.", "Give --precision bf16.")
+            raise ArgumentError("OpenVINO computes in fp32 or bf16 on a CPU, not in fp16.", "Give --precision fp32 or bf16.")
+        if self.decoder == self.precision:
+            raise ArgumentError(
+                f"The decoder is in {self.precision} as all else is.", "Leave --decoder out, or give --precision fp32."
+            )
         if self.decoder == "fp8":
             raise ArgumentError("No CPU computes convolutions in fp8.", "Give --decoder int8, or leave it out.")
         if self.targets:

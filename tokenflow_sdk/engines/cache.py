@@ -97,7 +97,7 @@ class EngineKey:
         flavour: `tensorrt` or `tensorrt-rtx`.
         version: full version of TensorRT.
         target: GPU architecture, e.g. sm86; several with commas in ascending order (`join_targets`), e.g. sm86,sm89,sm120.
-        precision: `Annotations.key` of the graph: precision, pinned nodes and ranges.
+        precision: `Annotations.key` of the graph: precision, pinned nodes, and what is special about the decoder.
         profile: digest of the optimization profiles and the workspace limit.
         gpu: model of the GPU that full TensorRT built on; empty for TensorRT-RTX, whose engines run on the whole architecture.
         system: operating system and processor architecture.

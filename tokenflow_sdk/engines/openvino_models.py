@@ -45,7 +45,7 @@ __all__ = ["REVISION", "FewerBits", "open_openvino"]
 REVISION = "1"
 """Changes with what `compile_graph` makes of a graph."""
 _EXACT = Annotations("fp32", {}, None)
-_EXACT_CODES = "Give the build config `cpu-bf16-decoder`, with which codes are computed in float32. "
+_EXACT_CODES = "; if it is codes that differ, the build config `cpu-bf16-decoder` computes them in float32"
 _INT8_PRODUCTS = {"AVX-VNNI", "AVX-512 VNNI", "AMX int8"}
 _CPU = "cpu"
 """The key of a certificate in the record of what was compiled: its processor is part of the record's own key."""
@@ -103,7 +103,7 @@ class FewerBits:
 
     Args:
         bundle: a tokenizer's.
-        build_config: its precision, and the 8-bit type of its decoder.
+        build_config: its precision, and the type of its decoder.
         options: how sessions run; the device is `cpu`.
 
     Raises:
@@ -149,7 +149,8 @@ class FewerBits:
     def require(self, certificate: Certificate) -> None:
         """Raise EngineRefusedError unless a certificate of `certify` has passed."""
         what = f"{self.bundle.path.name} in {self._precision} on OpenVINO"
-        certificate.require(what, f"{_EXACT_CODES if self.build_config.precision == 'bf16' else ''}Leave the build config out.")
+        rounded = self.build_config.precision == "bf16"
+        certificate.require(what, f"Leave the build config out{_EXACT_CODES if rounded else ''}.")
 
     def certify(self) -> Certificate:
         """Compare the graphs with the bundle's reference now, and store the certificate with each.
@@ -210,7 +211,7 @@ def _require_products(config: BuildConfig) -> None:
     if "bf16" in (config.precision, config.decoder) and not has_bfloat16():
         raise BackendError(
             f"{name} has no products in bfloat16 (AVX-512 BF16 or AMX), and would gain nothing by them.",
-            "Leave the build config out, or give one in fp32.",
+            "Leave the build config out, or give one without bf16.",
         )
     if config.decoder == "int8" and not _INT8_PRODUCTS & set(found):
         raise BackendError(
