@@ -110,17 +110,17 @@ def generation(
     presets: dict[str, float] = {}
     times: dict[str, float] = {}
     for preset in PRESETS:
-        images, taken = [], []
+        made, taken = [], []
         for number, text in enumerate(track(texts, f"generating with {preset}")):
             began = perf_counter()
-            images += generator.generate(text, seed=number, preset=preset).images
+            made += generator.generate(text, seed=number, preset=preset).images
             taken.append(perf_counter() - began)
-        similarity = np.stack([_embed(teacher, np.asarray(image)) for image in images]) @ gallery.T
+        similarity = np.stack([_embed(teacher, np.asarray(image)) for image in made]) @ gallery.T
         best = similarity.argmax(axis=1)
         presets[preset] = float(np.mean([trained[i]["label"] == entry["label"] for i, entry in zip(best, asked, strict=True)]))
         times[preset] = median(taken)
         if preset == generator.config.preset:
-            distance, tiles = 1 - float(similarity.max(axis=1).mean()), list(zip(images, texts, strict=True))
+            distance, tiles = 1 - float(similarity.max(axis=1).mean()), list(zip(made, texts, strict=True))
     differences = []
     for label in labels[:: max(1, len(labels) // 10)][:10]:
         images = [np.asarray(image).astype(float) for image in generator.generate(label, n=4, seed=0).images]
