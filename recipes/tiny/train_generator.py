@@ -56,7 +56,7 @@ CORRUPTED = 0.4
 """Share of pictures whose coarser codes are partly wrong, so that the model relies on the prompt."""
 MIN_SCALE_WEIGHT = 3
 """Least weight of a scale in the loss; otherwise the weight is its side."""
-RESAMPLED = 0.3
+RESAMPLED = 0.5
 """Share of steps whose last scale has the inputs of a refinement pass."""
 OWN_SAMPLES = 0.6
 """The share of these whose codes are sampled by the model itself; the others have random wrong codes."""
