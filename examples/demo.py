@@ -20,7 +20,7 @@ from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 
 HERE = Path(__file__).resolve().parent
 QUESTIONS = ("What is this?", "Which colours does it have?", "What style is it?")
-PROMPTS = ("a red apple", "a cat in 3d style", "a rocket", "a sunflower in flat style")
+PROMPTS = ("a red apple", "a cat in 3d style", "a penguin", "a sunflower in flat style")
 
 
 def main() -> None:
