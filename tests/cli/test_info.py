@@ -52,7 +52,7 @@ def test_tiny_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(out.splitlines()) <= 42
     assert out.count("licence of the weights: Apache-2.0") == 3
     for part in (
-        'draws: 145 things, most of them animals, plants and food, as "red apple"',
+        "draws: 64 things in 5 styles: airplane, balloon, banana,",
         "answers: what is this, which colours, which style",
         "runs on onnxruntime, CPU",
         "not on",

@@ -77,4 +77,4 @@ def test_scales_are_weighed_by_their_sides(make: Any) -> None:
         own, weight = slice(start, start := start + side * side), max(side, MIN_SCALE_WEIGHT)
         total += weight * float(F.cross_entropy(logits[:, own].flatten(0, 1), codes[:, own].flatten()))
         weights += weight
-    assert float(found) == pytest.approx(total / weights, rel=1e-4)
+    assert float(found.detach()) == pytest.approx(total / weights, rel=1e-4)
