@@ -97,22 +97,24 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
     if importlib.util.find_spec("openvino"):
         ways |= {"openvino": {"backend": "openvino"}} | ({"ours-bf16": {"build_config": "cpu-bf16"}} if has_bfloat16() else {})
     with ExitStack() as stack:
+
+        def opens(**way: Any) -> Tokenizer | EngineRefusedError:
+            try:
+                return stack.enter_context(Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way))
+            except EngineRefusedError as error:
+                return error
+
         opened: dict[str, Tokenizer] = {}
         refused: dict[str, Side] = {}
         for side, way in ways.items():
-            try:
-                tokenizer = Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way)
-            except EngineRefusedError as error:
-                refused[side] = dict.fromkeys(GRAPHS, partial(raises, error))
-                # Rounding changes codes; pictures may be near enough.
-                try:
-                    alone = Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, build_config="cpu-bf16-decoder")
-                except EngineRefusedError as other:
-                    refused[side]["decode"] = partial(raises, other)
-                else:
-                    refused[side]["decode"] = stack.enter_context(alone).decode_array
-            else:
-                opened[side] = stack.enter_context(tokenizer)
+            tokenizer = opens(**way)
+            if isinstance(tokenizer, Tokenizer):
+                opened[side] = tokenizer
+                continue
+            # Rounding changes codes; pictures may be near enough.
+            decoder = opens(build_config="cpu-bf16-decoder")
+            decode = decoder.decode_array if isinstance(decoder, Tokenizer) else partial(raises, decoder)
+            refused[side] = {"encode": partial(raises, tokenizer), "decode": decode}
         config = opened["ours"].config
         codecs: dict[str, Codec] = (
             {**opened} if variant == "tiny" else {**opened, **eager(variant, checkpoint, config, threads)}

@@ -42,7 +42,7 @@ from tokenflow_export.tracing.weight_quantization import ExportPrecision
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 
-__all__ = ["main", "write_llava_layout", "write_released_layout"]
+__all__ = ["KINDS", "main", "write_llava_layout", "write_released_layout"]
 
 KINDS = ("tokenizer", "generator", "understander")
 LICENSE = "Apache-2.0"

@@ -20,6 +20,7 @@ from PIL import Image
 from recipes.tiny.card import card, with_language_models
 from recipes.tiny.concepts import drawn
 from recipes.tiny.data import Pictures
+from recipes.tiny.export import KINDS
 from recipes.tiny.loop import CURVE, read_curve
 from recipes.tiny.measure import first_token, generation, labels_from_codes, recognised, reconstruction, seconds, understanding
 from recipes.tiny.sources import NAMES, fetch
@@ -55,18 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
     figures = json.loads((out / "figures.json").read_text(encoding="utf-8")) if arguments.language_models else {"curves": {}}
     if not arguments.language_models:
+        model = load_tokenizer(arguments.training / "tokenizer")
         with Tokenizer.from_pretrained(out) as tokenizer:
             figures["reconstruction"] = reconstruction(tokenizer, pictures)
             figures["labels"] = labels_from_codes(tokenizer, pictures)
-            model = load_tokenizer(arguments.training / "tokenizer")
             figures["seconds"] = seconds(tokenizer, model, pictures.test_photos[0])
             _reconstruction_grid(tokenizer, pictures).save(arguments.images / "tiny_reconstructions.jpg", quality=88)
     with Generator.from_pretrained(out) as generator, Understander.from_pretrained(out) as understander:
         figures["generation"], tiles = generation(generator, pictures, trained)
         figures["understanding"] = _understanding(understander, generator, pictures, names)
     _generated_sheet(tiles[:48]).save(arguments.images / "tiny_generated.jpg", quality=88)
-    measured = ("generator", "understander") if arguments.language_models else ("tokenizer", "generator", "understander")
-    curves = {name: arguments.training / name for name in measured}
+    curves = {name: arguments.training / name for name in (KINDS[1:] if arguments.language_models else KINDS)}
     figures["curves"] |= {name: read_curve(path) for name, path in curves.items() if (path / CURVE).exists()}
     _plot(figures["curves"], figures["reconstruction"]["by_scale"], arguments.images / "tiny_curves.png")
     _write_figures(figures, out)
@@ -143,7 +143,7 @@ def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]], by_scale: Sequenc
 
 
 def _history(training: Path) -> str:
-    steps = {name: int(read_curve(training / name)[-1]["step"]) for name in ("tokenizer", "generator", "understander")}
+    steps = {name: int(read_curve(training / name)[-1]["step"]) for name in KINDS}
     return "Steps of training: " + ", ".join(f"the {name} {count:,}" for name, count in steps.items()) + "."
 
 

@@ -38,6 +38,7 @@ from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import CachedEngine, EngineCache, EngineKey, graph_digest
 from tokenflow_sdk.errors import BackendError, OutputError
 from tokenflow_sdk.parity.certificate import Certificate, certify
+from tokenflow_sdk.passes.quantize import ActivationRanges
 from tokenflow_sdk.steps import StepLog
 
 __all__ = ["REVISION", "FewerBits", "open_openvino"]
@@ -67,10 +68,11 @@ def open_openvino(
         BackendError, CorruptBundleError, MissingPackageError, ArgumentError: see `compile_graph`.
         OutputError: the graph of an 8-bit decoder cannot be prepared.
     """
-    key, cache, bfloat16 = _key(path, entry, options, annotations), EngineCache(), annotations.precision_of(path.stem) == "bf16"
+    key, cache = _key(path, entry, options, annotations), EngineCache()
+    bfloat16 = annotations.precision_of(path.stem) == "bf16"
     compiled = _load(cache, key, options, bfloat16)
     if compiled is None:
-        compiled = _compiled(path, entry, options, annotations)
+        compiled = _compiled(path, entry, options, bfloat16, annotations.ranges)
         try:
             cache.make_directory()
             cache.put(key, _exported(compiled), {"backend": OPENVINO})
@@ -81,13 +83,14 @@ def open_openvino(
     return OpenVinoSession(compiled, entry, options.device, open_in_child)
 
 
-def _compiled(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> Compiled:
-    bfloat16 = annotations.precision_of(path.stem) == "bf16"
-    if annotations.ranges is None or path.stem != "decode":
+def _compiled(
+    path: Path, entry: GraphEntry, options: SessionOptions, bfloat16: bool, ranges: ActivationRanges | None
+) -> Compiled:
+    if ranges is None or path.stem != "decode":
         return compile_graph(path, entry, options, bfloat16)
     try:
         with tempfile.TemporaryDirectory(prefix="tokenflow-") as work:
-            return compile_graph(engine_graph(path, None, Path(work), (), annotations.ranges), entry, options, bfloat16)
+            return compile_graph(engine_graph(path, None, Path(work), (), ranges), entry, options, bfloat16)
     except OSError as error:
         raise OutputError(
             f"The graph of {path.name} in 8 bits cannot be prepared: {error.strerror or error}.",
