@@ -15,7 +15,7 @@ from recipes.tiny.captions import STYLES, with_article
 from recipes.tiny.colours import COLOURS
 from recipes.tiny.subjects import COUNTS, PHOTO, Subject, amount, plural
 
-__all__ = ["KINDS", "UNKNOWN", "Turn", "conversation", "question"]
+__all__ = ["KINDS", "UNKNOWN", "Turn", "checks", "conversation", "question"]
 
 UNKNOWN = "The picture does not show that."
 _NOT_STYLES = ("a photograph", "a drawing")
@@ -166,6 +166,20 @@ def conversation(known: Subject, names: Sequence[str], turns: int, rng: np.rando
     chosen = rng.choice(len(kinds), size=turns, p=weights / weights.sum())
     written = (question(kinds[i], known, names, rng) for i in chosen)
     return [Turn(turn.kind, _typed(turn.question, rng), turn.answer) for turn in written]
+
+
+def checks(known: Subject, names: Sequence[str], rng: np.random.Generator) -> list[tuple[str, bool]]:
+    """Short questions about what is in a picture and, most of them, about what is not, each with whether it is so."""
+    shown = [name for name, _ in known.things]
+    things = [*shown, *_some([name for name in names if name not in shown], 7, rng)] if shown else []
+    colours = [*known.colours, *_some([colour for colour in COLOURS if colour not in known.colours], 4, rng)]
+    right = _NOT_STYLES[known.style != PHOTO]
+    asked = [(with_article(name), name in shown) for name in things] + [(each, each in known.colours) for each in colours]
+    return [(f"is it {what}?", is_so) for what, is_so in [*asked, *((each, each == right) for each in _NOT_STYLES)]]
+
+
+def _some(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    return [texts[i] for i in rng.permutation(len(texts))[:count]]
 
 
 def _typed(text: str, rng: np.random.Generator) -> str:

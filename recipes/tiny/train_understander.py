@@ -41,7 +41,7 @@ from recipes.tiny.loop import (
     transformer_optimizers,
     transformer_parser,
 )
-from recipes.tiny.questions import KINDS, conversation, question
+from recipes.tiny.questions import KINDS, checks, conversation, question
 from recipes.tiny.scenes import Scene, scenes
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.subjects import COUNTS, PHOTO, Names, Subject
@@ -50,6 +50,7 @@ from recipes.tiny.understander_model import (
     Conversation,
     UnderstanderModel,
     apart,
+    check,
     filled,
     tokenized,
     train_text_tokenizer,
@@ -68,9 +69,12 @@ TURNS = 8
 CHATS = 0.25
 """The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from
 the picture: in a conversation it often follows from the answers before, such as whether a thing is there.
+
+Beside them are always some fifteen checks (`recipes.tiny.questions.checks`). Comparing what is asked for with what is seen is
+learned only from so many questions with yes or no: from those of conversations alone it was still a guess after 6,000 steps.
 """
 LOOK = 1200
-"""The first steps, at most half of all, in which nothing is asked, so that each has four times as many pictures.
+"""The first steps, at most half of all, in which there are checks alone, so that each has four times as many pictures.
 
 All the time a linear layer guesses name, first colour, style and number from what the transformer gives at a picture's cells.
 It teaches to see, since each picture says directly what is in it, and is not part of the model.
@@ -171,10 +175,10 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         turns = 0 if looks else int(rng.integers(1, TURNS + 1))
         chat = looks or rng.random() < CHATS
         every = [conversation(self.train.subjects[i], self.names, turns, rng) for i in picks]
-        if chat:
-            asked = [tokenized(self.text, said) for said in every]
-        else:
-            asked = [apart([tokenized(self.text, [turn]) for turn in said]) for said in every]
+        parts = [[tokenized(self.text, each) for each in ([said] if chat else [[turn] for turn in said])] for said in every]
+        for i, part in zip(picks, parts, strict=True):
+            part += [check(self.text, *each) for each in checks(self.train.subjects[i], self.names, rng)]
+        asked = [apart(part) for part in parts]
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
         cells = torch.from_numpy(np.sort(rng.permutation(features.shape[1])[:count])).to(self.device)
@@ -184,8 +188,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
             targets, taught = _targets(asked, self.device)
             logits = self.model.logits(hidden[:, count - 1 : -1][taught])
         losses = {"guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)])}
-        if turns:
-            losses["loss"] = F.cross_entropy(logits.float(), targets[taught])
+        losses["loss"] = F.cross_entropy(logits.float(), targets[taught])
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(loss.detach()) for name, loss in losses.items()}
 

@@ -23,6 +23,7 @@ __all__ = [
     "Conversation",
     "UnderstanderModel",
     "apart",
+    "check",
     "filled",
     "tokenized",
     "train_text_tokenizer",
@@ -96,6 +97,13 @@ def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
         after += [*asked, *answer, *ids("\n")]
         taught += [False] * len(asked) + [True] * len(answer) + [False] * len(ids("\n"))
     return Conversation(before, after, taught, list(range(len(after))))
+
+
+def check(tokenizer: Tokenizer, asked: str, is_so: bool) -> Conversation:
+    """A question and the first token of its answer, yes or no, without what ChatML writes between them."""
+    answer = tokenizer.encode("Yes" if is_so else "No", add_special_tokens=False).ids[:1]
+    after = [*tokenizer.encode(f"\n{asked}", add_special_tokens=False).ids, *answer]
+    return Conversation([], after, [False] * (len(after) - 1) + [True], list(range(len(after))))
 
 
 def apart(conversations: Sequence[Conversation]) -> Conversation:

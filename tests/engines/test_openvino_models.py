@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,6 +225,21 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
     for options in ({"build": True, "serve_while_building": True}, {}):
         with pytest.raises(ArgumentError, match="The build config is for openvino, not for tensorrt"):
             Tokenizer.from_pretrained("tiny", backend="tensorrt", build_config="cpu-bf16", **options)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench --repeat 1 --tokenizer {}"])
+def test_of_several_bundles_language_models_run_on_onnxruntime(
+    command: str, mini_bundle: Path, mini_generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "both"
+    for kind, path in (("tokenizer", mini_bundle), ("generator", mini_generator)):
+        shutil.copytree(path, both / kind)
+    words = (*command.format(mini_bundle).split(), "--backend", "openvino")
+    assert main([*words, str(both)]) == 0
+    assert {entry.key.flavour for entry in EngineCache().entries()} == {"openvino"}
+    capsys.readouterr()
+    assert main([*words, str(both / "generator")]) == 2
+    assert "OpenVINO runs tokenizers only" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("processor")

@@ -11,7 +11,7 @@ import pytest
 
 from recipes.tiny.colours import COLOURS, colours
 from recipes.tiny.data import SIDE
-from recipes.tiny.questions import KINDS, UNKNOWN, conversation, question
+from recipes.tiny.questions import KINDS, UNKNOWN, checks, conversation, question
 from recipes.tiny.scenes import changed, composed
 from recipes.tiny.subjects import PHOTO, Names, Subject, amount, plural
 
@@ -136,6 +136,17 @@ def test_no_is_as_frequent_as_yes() -> None:
     for kind in ("present", "coloured"):
         answers = [question(kind, APPLES, ["dog", "fox"], rng).answer[:2] for _ in range(400)]
         assert abs(answers.count("No") - 200) < 50
+
+
+def test_checks_are_true_of_the_picture_alone() -> None:
+    rng = np.random.default_rng(3)
+    asked = [each for _ in range(50) for each in checks(APPLES, ["apple", "dog", "fox", "owl"], rng)]
+    true = {question for question, is_so in asked if is_so}
+    assert true == {"is it an apple?", "is it red?", "is it green?", "is it a drawing?"}
+    assert true.isdisjoint(question for question, is_so in asked if not is_so)
+    assert {"is it a fox?", "is it blue?", "is it a photograph?"} < {question for question, _ in asked}
+    nameless = Subject((), ("blue",), PHOTO)
+    assert all("fox" not in question for question, _ in checks(nameless, ["fox"], rng))
 
 
 def test_conversations_ask_only_what_can_be_answered() -> None:

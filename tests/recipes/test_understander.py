@@ -18,7 +18,7 @@ from recipes.tiny.measure import _is_right
 from recipes.tiny.questions import Turn
 from recipes.tiny.subjects import PHOTO, Subject
 from recipes.tiny.train_understander import Encoded, UnderstanderTraining, _kept
-from recipes.tiny.understander_model import Conversation, UnderstanderModel, apart, tokenized, train_text_tokenizer
+from recipes.tiny.understander_model import Conversation, UnderstanderModel, apart, check, tokenized, train_text_tokenizer
 from tokenflow_export.language_model.chat_template import chat_template
 from tokenflow_sdk.understanding.chat_text import ChatText
 from tokenflow_sdk.understanding.prompt import ImageBlock
@@ -105,6 +105,16 @@ def test_conversations_apart_do_not_see_each_other(text: Tokenizer) -> None:
     assert apart(alone).taught == [taught for said in alone for taught in said.taught]
 
 
+def test_a_check_is_taught_by_one_token_that_an_answer_begins_with() -> None:
+    turns = [Turn("present", "is it a fox?", "Yes, a fox."), Turn("present", "is it a fox?", "No, an owl.")]
+    text = train_text_tokenizer([each for turn in turns for each in (turn.question, turn.answer)])
+    for turn, is_so in zip(turns, (True, False), strict=True):
+        said, whole = check(text, turn.question, is_so), tokenized(text, [turn])
+        assert said.taught.index(True) == len(said.after) - 1
+        assert said.after[-1] == whole.after[answers(whole)[0].start]
+        assert whole.after[: len(said.after) - 1] == said.after[:-1]
+
+
 def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(text: Tokenizer) -> None:
     torch.manual_seed(0)
     model = UnderstanderModel(text.get_vocab_size()).eval().requires_grad_(False)
@@ -119,10 +129,8 @@ def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(tex
     assert not torch.allclose(model(moved, said, cells + 1), found, atol=1e-6)  # the same features elsewhere
 
 
-@pytest.mark.parametrize(("step", "losses"), [(0, ["guess"]), (5, ["guess", "loss"]), (8, ["guess", "loss"])])
-def test_a_resumed_understander_training_repeats_the_steps(
-    text: Tokenizer, tmp_path: Path, step: int, losses: list[str]
-) -> None:
+@pytest.mark.parametrize("step", [0, 5, 8])
+def test_a_resumed_understander_training_repeats_the_steps(text: Tokenizer, tmp_path: Path, step: int) -> None:
     rng = np.random.default_rng(0)
     subjects = [Subject((("apple", 1 + i % 2),), ("red",), "3d") for i in range(5)] + [Subject((), ("blue",), PHOTO)]
     codes = torch.from_numpy(rng.integers(0, TINY.codebook_size, (6, TINY.n_codes)).astype(np.int16))
@@ -134,7 +142,7 @@ def test_a_resumed_understander_training_repeats_the_steps(
 
     first = training()
     first.step = step
-    assert list(first.run_step()) == losses
+    assert list(first.run_step()) == ["guess", "loss"]
     torch.save(first.state(), tmp_path / "state")
     expected = first.run_step()
     again = training()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenflow_sdk.bundle.bundle import TINY, bundles_in
+from tokenflow_sdk.bundle.bundle import TINY, bundle_kind, bundles_in
 from tokenflow_sdk.bundle.hub import HubOptions
+from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
@@ -19,6 +20,7 @@ __all__ = [
     "bundle_name",
     "bundle_paths",
     "named_bundle",
+    "of_several",
     "open_generator",
     "open_tokenizer",
     "open_understander",
@@ -70,6 +72,15 @@ def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:
     return RuntimeOptions(
         device=arguments.device, threads=arguments.threads, backend=arguments.backend, build_config=arguments.config
     )
+
+
+def of_several(arguments: argparse.Namespace, path: Path) -> argparse.Namespace:
+    """The arguments for one of several bundles: the backend that runs a language model beside a tokenizer with them."""
+    if bundle_kind(path) == TokenizerConfig.kind:
+        return arguments
+    options = runtime_options(arguments).for_language_models()
+    own = {"device": options.device, "backend": options.backend, "config": options.build_config}
+    return argparse.Namespace(**{**vars(arguments), **own})
 
 
 def open_tokenizer(arguments: argparse.Namespace, *graphs: str) -> Tokenizer:

@@ -41,7 +41,7 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
 
     Args:
         paths: their directories.
-        options: the backend to check.
+        options: the backend to check. Of several bundles, language models are checked on the one that runs them beside it.
         batch_limit: most images in a call; engines must be built for as many.
         sha256: SHA-256 that bundle.json must have; None: any.
 
@@ -49,20 +49,23 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
         CorruptBundleError: a file is missing or damaged.
         ParityError, EngineRefusedError: a bundle does not reproduce its reference.
     """
-    for path in paths:
-        bundle, config = open_bundle(path, sha256), options.loaded_build_config()
-        wanted = options.wanted()
+    found = [open_bundle(path, sha256) for path in paths]
+    for bundle in found:
+        path = bundle.path
+        is_tokenizer = isinstance(bundle.config, TokenizerConfig)
+        runtime = options if is_tokenizer or len(found) == 1 else options.for_language_models()
+        wanted, config = runtime.wanted(), runtime.loaded_build_config()
         if wanted in FLAVOURS:
-            _verify_engines(path, options, batch_limit)
+            _verify_engines(path, runtime, batch_limit)
         elif wanted == OPENVINO and config is not None:
-            _verify_fewer_bits(bundle, options, config)
-        elif isinstance(bundle.config, TokenizerConfig):
+            _verify_fewer_bits(bundle, runtime, config)
+        elif is_tokenizer:
             with stderr.step(f"opening {shown_path(path)}"):
-                tokenizer = Tokenizer.open(path, options, batch_limit)
+                tokenizer = Tokenizer.open(path, runtime, batch_limit)
             with tokenizer:
                 _verify_tokenizer(tokenizer)
         else:
-            _verify_language_model(path, options)
+            _verify_language_model(path, runtime)
         stdout.print(f"{shown_path(path)}: bundle.json has the SHA-256 {bundle.sha256}", soft_wrap=True)
     stdout.print("files and numbers are right", style="green")
 

@@ -121,6 +121,14 @@ class RuntimeOptions:
         """The options with the build config itself instead of its name or path, for other processes. Raises as above."""
         return replace(self, build_config=self.loaded_build_config())
 
+    def for_language_models(self) -> RuntimeOptions:
+        """The options for language models beside a tokenizer with these: where that runs on OpenVINO, onnxruntime on the CPU.
+
+        Raises:
+            ArgumentError: as `wanted`.
+        """
+        return replace(self, backend=ONNXRUNTIME, build_config=None, device="cpu") if self.wanted() == OPENVINO else self
+
     def wanted(self) -> str:
         """The backend that the options ask for: that of the build config where it is for CPUs, else `backend`.
 

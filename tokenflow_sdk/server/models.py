@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenflow_sdk.backends.cores import available_cores
-from tokenflow_sdk.backends.openvino import OPENVINO
 from tokenflow_sdk.bundle.bundle import TINY, Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
-from tokenflow_sdk.engines.build_config import ONNXRUNTIME
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.generation.generator import Generator
 from tokenflow_sdk.pictures.codes import Codes
@@ -85,9 +82,7 @@ class Models:
             threads=s.threads,
             serve_while_building=s.serve_while_building,
         )
-        for_language = options
-        if options.wanted() == OPENVINO:  # which runs tokenizers only
-            for_language = replace(options, backend=ONNXRUNTIME, build_config=None, device="cpu")
+        for_language = options.for_language_models()
         opened = self._closing.enter_context
         tok = self.tokenizer = opened(Tokenizer.open(s.tokenizer, options, s.batch_limit)).load()
         self._lanes = Lanes(tok.lanes(), tok.batch_limit, s.batch_wait_ms / 1000, self.metrics)
