@@ -29,7 +29,7 @@ from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
 from tokenflow_sdk.pictures.images import psnr
 
-__all__ = ["TokenizerTraining", "load_tokenizer", "main", "thumbnail_psnr"]
+__all__ = ["TokenizerTraining", "load_tokenizer", "main", "pixel_loss", "thumbnail_psnr"]
 
 SAMPLES = "samples.jpg"
 
@@ -114,7 +114,7 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         maps = torch.unflatten(features.transpose(1, 2), 2, (TINY.grid, TINY.grid))
         semantic, pixel = torch.split(maps, [TINY.semantic_dim, TINY.pixel_dim], dim=1)
         y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
-        losses["pixels"] = 5 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * _gradient_loss(y, x)
+        losses["pixels"] = pixel_loss(y, x)
         semantic_features = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()
         with torch.no_grad():
             target = self.teacher(x)
@@ -195,10 +195,11 @@ def thumbnail_psnr(picture: Pixels) -> float:
     return psnr(large[0].permute(1, 2, 0).byte().numpy(), picture)
 
 
-def _gradient_loss(y: Tensor, x: Tensor) -> Tensor:
-    """The mean absolute error of image gradients, which keeps edges sharp."""
+def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
+    """How far pictures y are from x, both [B, 3, H, W]: squared, absolute, and of image gradients, which keeps edges sharp."""
     difference = y - x
-    return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    gradients = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    return 5 * difference.square().mean() + 0.5 * difference.abs().mean() + 0.5 * gradients
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def test_tiny_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("licence of the weights: Apache-2.0") == 3
     for part in (
         "draws: 64 things in 5 styles: airplane, balloon, banana,",
-        "answers: what is this, which colours, which style",
+        "answers: what is this, is there a ..., which colours",
         "runs on onnxruntime, CPU",
         "not on",
     ):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.tiny import train_tokenizer
+from recipes.tiny import train_decoder, train_tokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
@@ -19,6 +19,7 @@ from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
+from recipes.tiny.train_decoder import DecoderTraining
 from recipes.tiny.train_tokenizer import SAMPLES, TokenizerTraining
 from tests.support.generation_oracle import UncachedGenerator
 from tokenflow_export.checkpoints.hf_directory import HfDirectory
@@ -142,6 +143,30 @@ def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, tmp_path: Pa
     assert again.score(figures) == figures["photos"] != figures["others"]
     with Image.open(tmp_path / SAMPLES) as sheet:
         assert sheet.width > 300
+
+
+@pytest.mark.usefixtures("_small")
+def test_training_the_decoder_alone_changes_no_code(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the decoder's own weights, all of which are trained; and from the saved state the steps are the same."""
+    monkeypatch.setattr(train_decoder, "TINY", train_tokenizer.TINY)
+    pictures = Pictures(data)
+    whole = TokenizerTraining(pictures, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
+    for _ in range(2):
+        whole.run_step()
+    start = whole.average.state_dict()
+
+    def training() -> DecoderTraining:
+        return DecoderTraining(start, pictures, 20, 2, 1e-3, seed=3, device=CPU)
+
+    first = training()
+    losses = [first.run_step()["pixels"]]
+    torch.save(first.state(), tmp_path / "state")
+    losses += [first.run_step()["pixels"] for _ in range(2)]
+    again = training()
+    again.load(torch.load(tmp_path / "state", weights_only=True))
+    assert [again.run_step()["pixels"] for _ in range(2)] == losses[1:]
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, start[name]) == (name.partition(".")[0] not in ("decoder", "post_quant_conv")), name
 
 
 def test_the_generator_in_training_is_the_released_model(tmp_path: Path) -> None:

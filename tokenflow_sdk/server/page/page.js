@@ -30,6 +30,11 @@ async function ready() {
   return answer.ok;
 }
 
+// From the beginning: a file dropped where nothing takes it is opened by the browser in place of the page.
+for (const name of ["dragover", "drop"]) {
+  addEventListener(name, (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+}
+
 start().catch((error) => {
   server.textContent = error.message;
   server.classList.add("wrong");

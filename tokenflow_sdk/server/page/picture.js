@@ -28,7 +28,6 @@ export class Picture {
     for (const name of ["dragover", "dragleave", "drop"]) {
       document.addEventListener(name, (event) => {
         if (!event.dataTransfer.types.includes("Files")) return;
-        event.preventDefault();
         $("drop").classList.toggle("over", name === "dragover");
         if (name === "drop") this.#take(event.dataTransfer.files);
       });

@@ -1,0 +1,105 @@
+"""Train the pixel decoder of the bundled tokenizer further, alone.
+
+    python -m recipes.tiny.train_decoder --tokenizer data/tiny/tokenizer --data data/tiny --out data/tiny/decoder
+
+Codes stay as they are, so the models that read or draw them stay right, and a decoder that need not follow a moving
+codebook gets better in few steps. It begins with the best checkpoint in --tokenizer; export its own with
+`python -m recipes.tiny.export --tokenizer data/tiny/decoder`. Resumes from the checkpoint in --out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recipes.tiny.config import TINY
+from recipes.tiny.data import Pictures, to_tensor
+from recipes.tiny.loop import Optimizers, best_average, cooled, device, run, training_parser
+from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
+
+__all__ = ["DecoderTraining", "main"]
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon for the kernels [O, I, H, W] of convolutions in channels-last memory, each seen as a matrix [O, H * W * I]."""
+
+    def __init__(self, kernels: Sequence[nn.Parameter], rate: float) -> None:
+        self.kernels = kernels
+        self.matrices = [nn.Parameter(_matrix(kernel.detach())) for kernel in kernels]
+        super().__init__(self.matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for kernel in self.kernels:
+            kernel.grad = None
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            assert kernel.grad is not None
+            matrix.grad = _matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
+        super().step()  # type: ignore[no-untyped-call]
+
+
+def _matrix(kernel: Tensor) -> Tensor:
+    """A view of a kernel."""
+    return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
+
+
+class DecoderTraining(TokenizerTraining):
+    """A training of `decoder` and `post_quant_conv`; all other weights stay those that it begins with.
+
+    Args:
+        start: weights of a trained tokenizer.
+        pictures, steps, batch, rate, seed, device: as of `TokenizerTraining`.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        pictures: Pictures,
+        steps: int,
+        batch: int,
+        rate: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(pictures, steps, batch, rate, seed, perceptual=0.0, device=device)
+        self.decay = 0.99
+        for model in (self.model, self.average):
+            model.load_state_dict(start)
+        self.model.requires_grad_(False)
+        trained = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
+        for weight in trained:
+            weight.requires_grad_(True)
+        kernels, others = ([weight for weight in trained if (weight.ndim == 4) == four] for four in (True, False))
+        self.optimizer = Optimizers([KernelMuon(kernels, rate), torch.optim.AdamW(others, rate, (0.9, 0.95))])
+
+    def run_step(self) -> dict[str, float]:
+        """Run one optimizer step, and return the losses."""
+        x = to_tensor(self._pictures(), self.device)
+        with torch.no_grad():
+            codes, _ = self.model.quantize.encode(self.model.latent(x))
+            pixel = self.model.quantize.decode(codes)[:, TINY.semantic_dim :]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
+        loss = pixel_loss(y, x)
+        self.descend(loss, self.rate * cooled(self.step, self.steps))
+        return {"pixels": float(loss.detach())}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = training_parser(__doc__, out=Path("data/tiny/decoder"), steps=5000, batch=16, rate=1.2e-3)
+    parser.add_argument(
+        "--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="where it was trained (default: %(default)s)"
+    )
+    a = parser.parse_args(argv)
+    torch.set_num_threads(a.threads)
+    start = best_average(a.tokenizer)
+    run(DecoderTraining(start, Pictures(a.data), a.steps, a.batch, a.rate, a.seed, device()), a.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
