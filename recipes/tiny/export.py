@@ -48,7 +48,7 @@ KINDS = ("tokenizer", "generator", "understander")
 LICENSE = "Apache-2.0"
 SOURCE = {"checkpoint": "trained by recipes/tiny", "license": LICENSE}
 DRAWS = f"{len(THINGS)} things in {len(DRAWN_STYLES)} styles: {', '.join(sorted(THINGS.values()))}"
-ANSWERS = "what is this, is there a ..., which colours, is it red, which style, is it a photograph or a drawing, how many, describe it"
+ANSWERS = "what is this, is there a ..., which colours, is it red, which style, is it a photograph, how many, describe it"
 """What `tokenflow info tiny` says that can be drawn, and asked."""
 PRESET, CFG_SCALE = "fast", 1.5
 """The sampling preset and the guidance with which so small a model gives the best pictures."""
