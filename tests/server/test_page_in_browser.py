@@ -243,6 +243,13 @@ def test_the_page_asks_for_a_key_and_keeps_it(visit: Open, tmp_path: Path, axe: 
         expect(page.locator("#key-dialog")).to_be_visible()
         page.evaluate(axe)
         assert page.evaluate("axe.run()")["violations"] == []
+        # There are no panels yet that take a file; the browser must not open it in place of the page.
+        dropped = """() => {
+            const files = new DataTransfer();
+            files.items.add(new File(["x"], "cat.jpg"));
+            return !document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+        }"""
+        assert page.evaluate(dropped)
         page.keyboard.type("wrong-key")
         page.keyboard.press("Enter")
         expect(page.locator("#key-wrong")).to_contain_text("not one of this server’s")
