@@ -173,9 +173,8 @@ def checks(known: Subject, names: Sequence[str], rng: np.random.Generator) -> li
     shown = [name for name, _ in known.things]
     things = [*shown, *_some([name for name in names if name not in shown], 7, rng)] if shown else []
     colours = [*known.colours, *_some([colour for colour in COLOURS if colour not in known.colours], 4, rng)]
-    right = _NOT_STYLES[known.style != PHOTO]
-    asked = [(with_article(name), name in shown) for name in things] + [(each, each in known.colours) for each in colours]
-    return [(f"is it {what}?", is_so) for what, is_so in [*asked, *((each, each == right) for each in _NOT_STYLES)]]
+    true = {*map(with_article, shown), *known.colours, _NOT_STYLES[known.style != PHOTO]}
+    return [(f"is it {what}?", what in true) for what in (*map(with_article, things), *colours, *_NOT_STYLES)]
 
 
 def _some(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:

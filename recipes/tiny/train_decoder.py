@@ -12,19 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.loop import Optimizers, best_average, cooled, device, run, training_parser
-from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
+from recipes.tiny.train_tokenizer import FEWER_SCALES, TokenizerTraining, pixel_loss
 
 __all__ = ["DecoderTraining", "main"]
 
 
 class KernelMuon(torch.optim.Muon):
-    """Muon for the kernels [O, I, H, W] of convolutions in channels-last memory, each seen as a matrix [O, H * W * I]."""
+    """Muon for the kernels [O, I, H, W] of convolutions, each as a matrix [O, H * W * I], because it takes matrices only.
+
+    The matrices share the kernels' memory, which must be channels-last.
+    """
 
     def __init__(self, kernels: Sequence[nn.Parameter], rate: float) -> None:
         self.kernels = kernels
@@ -43,7 +47,7 @@ class KernelMuon(torch.optim.Muon):
 
 
 def _matrix(kernel: Tensor) -> Tensor:
-    """A view of a kernel."""
+    """A kernel in channels-last memory as a matrix, without a copy."""
     return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
 
@@ -79,9 +83,12 @@ class DecoderTraining(TokenizerTraining):
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
         x = to_tensor(self._pictures(), self.device)
+        rng = np.random.default_rng([self.seed, self.step, 1])
+        sides = TINY.patch_nums[: int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None]
         with torch.no_grad():
             codes, _ = self.model.quantize.encode(self.model.latent(x))
-            pixel = self.model.quantize.decode(codes)[:, TINY.semantic_dim :]
+            features = self.model.quantize.decode(codes[:, : sum(side * side for side in sides)])
+            pixel = features[:, TINY.semantic_dim :]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
         loss = pixel_loss(y, x)

@@ -65,13 +65,14 @@ VARIANTS, SEVERAL = 12, 0.5
 DRAWINGS, FIRST_SEED = 5, 1000
 """Pictures that the generator draws of each thing in each style, and their seed, which is none of those that are measured."""
 TURNS = 8
-"""Most questions about a picture in a step."""
+"""Most questions about a picture in a step, beside some fifteen checks (`recipes.tiny.questions.checks`).
+
+Comparing what is asked for with what is seen is learned only from so many questions with yes or no: from those of conversations
+alone it was still a guess after 6,000 steps.
+"""
 CHATS = 0.25
 """The share of steps in which they are one conversation. In the others each is by itself, so that its answer is learned from
 the picture: in a conversation it often follows from the answers before, such as whether a thing is there.
-
-Beside them are always some fifteen checks (`recipes.tiny.questions.checks`). Comparing what is asked for with what is seen is
-learned only from so many questions with yes or no: from those of conversations alone it was still a guess after 6,000 steps.
 """
 LOOK = 1200
 """The first steps, at most half of all, in which there are checks alone, so that each has four times as many pictures.
@@ -175,10 +176,11 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         turns = 0 if looks else int(rng.integers(1, TURNS + 1))
         chat = looks or rng.random() < CHATS
         every = [conversation(self.train.subjects[i], self.names, turns, rng) for i in picks]
-        parts = [[tokenized(self.text, each) for each in ([said] if chat else [[turn] for turn in said])] for said in every]
-        for i, part in zip(picks, parts, strict=True):
-            part += [check(self.text, *each) for each in checks(self.train.subjects[i], self.names, rng)]
-        asked = [apart(part) for part in parts]
+        asked = []
+        for i, said in zip(picks, every, strict=True):
+            parts = [tokenized(self.text, turns) for turns in ([said] if chat else [[turn] for turn in said])]
+            parts += [check(self.text, *each) for each in checks(self.train.subjects[i], self.names, rng)]
+            asked.append(apart(parts))
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
         cells = torch.from_numpy(np.sort(rng.permutation(features.shape[1])[:count])).to(self.device)
@@ -187,8 +189,10 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
             guesses = self.guess(hidden[:, count // 2 : count])
             targets, taught = _targets(asked, self.device)
             logits = self.model.logits(hidden[:, count - 1 : -1][taught])
-        losses = {"guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)])}
-        losses["loss"] = F.cross_entropy(logits.float(), targets[taught])
+        losses = {
+            "guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)]),
+            "loss": F.cross_entropy(logits.float(), targets[taught]),
+        }
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
@@ -288,7 +292,7 @@ def _encoded(pictures: Pictures, names: Names, models: Path, out: Path, seed: in
     )
     drawn_by = [tokenizer["graphs"], generator["graphs"], generator["config"], DRAWINGS, FIRST_SEED]
     counts = [VARIANTS, SEVERAL, seed, len(pictures.icon_entries), len(pictures.photo_entries)]
-    found = _kept(out / SCENES, [tokenizer["graphs"], names.known, counts], made)
+    found = _kept(out / SCENES, [tokenizer["graphs"]["encode"], names.known, counts], made)
     drawings = _kept(out / DRAWN, [drawn_by, names.known, THINGS, DRAWN_STYLES, STYLES], drawn)
     return {**found, "train": found["train"] + drawings["train"]}
 

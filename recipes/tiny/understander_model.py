@@ -100,7 +100,10 @@ def tokenized(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Conversation:
 
 
 def check(tokenizer: Tokenizer, asked: str, is_so: bool) -> Conversation:
-    """A question and the first token of its answer, yes or no, without what ChatML writes between them."""
+    """A question and the first token of its answer, yes or no, without what ChatML writes between them, so that many fit.
+
+    It is for `apart`, after another conversation, from which it has what comes before the picture.
+    """
     answer = tokenizer.encode("Yes" if is_so else "No", add_special_tokens=False).ids[:1]
     after = [*tokenizer.encode(f"\n{asked}", add_special_tokens=False).ids, *answer]
     return Conversation([], after, [False] * (len(after) - 1) + [True], list(range(len(after))))

@@ -134,10 +134,11 @@ def test_in_bfloat16_a_tokenizer_is_compared_once(compiled: list[str], capsys: p
         assert psnr(np.asarray(exact.decode(expected)), np.asarray(exact.decode(found))) > 22
     assert len(compiled) == 4
     # Only a comparison that was made is believed.
-    assert main(["verify", "tiny", "--config", "cpu-bf16"]) == 2  # its language models do not run there
-    tokenizer = str(find_bundle("tiny", "tokenizer"))
-    assert main(["verify", tokenizer, "--config", "cpu-bf16"]) == 0
-    assert "certified" in capsys.readouterr().out
+    assert main(["verify", "tiny", "--config", "cpu-bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "certified" in said
+    assert "tiny (generator) on onnxruntime: " in said
+    assert main(["verify", str(find_bundle("tiny", "generator")), "--config", "cpu-bf16"]) == 2
     EngineCache().certify(records["semantic"].key, "cpu", Certificate(("codes agree 3 % only",), "", {}).to_json())
     for words in (["build", "tiny"], ["encode", str(photo)]):
         assert main([*words, "--config", "cpu-bf16"]) == 2
@@ -228,18 +229,19 @@ def test_what_openvino_cannot_build_is_said(mini_generator: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("command", ["verify", "bench --repeat 1 --tokenizer {}"])
-def test_of_several_bundles_language_models_run_on_onnxruntime(
+def test_beside_a_tokenizer_language_models_are_checked_and_timed_on_onnxruntime(
     command: str, mini_bundle: Path, mini_generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = tmp_path / "both"
-    for kind, path in (("tokenizer", mini_bundle), ("generator", mini_generator)):
-        shutil.copytree(path, both / kind)
+    both, neither = tmp_path / "both", tmp_path / "neither"
+    for path in (both / "tokenizer", both / "generator", neither / "generator", neither / "another"):
+        shutil.copytree(mini_bundle if path.name == "tokenizer" else mini_generator, path)
     words = (*command.format(mini_bundle).split(), "--backend", "openvino")
     assert main([*words, str(both)]) == 0
     assert {entry.key.flavour for entry in EngineCache().entries()} == {"openvino"}
-    capsys.readouterr()
-    assert main([*words, str(both / "generator")]) == 2
-    assert "OpenVINO runs tokenizers only" in " ".join(capsys.readouterr().err.split())
+    for path in (both / "generator", neither):
+        capsys.readouterr()
+        assert main([*words, str(path)]) == 2
+        assert "OpenVINO runs tokenizers only" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("processor")

@@ -247,7 +247,8 @@ def test_the_page_asks_for_a_key_and_keeps_it(visit: Open, tmp_path: Path, axe: 
         dropped = """() => {
             const files = new DataTransfer();
             files.items.add(new File(["x"], "cat.jpg"));
-            return !document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+            const drop = new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true });
+            return !document.body.dispatchEvent(drop);
         }"""
         assert page.evaluate(dropped)
         page.keyboard.type("wrong-key")

@@ -19,7 +19,14 @@ from tokenflow_sdk import __version__
 from tokenflow_sdk.bundle.bundle import Bundle, bundle_kind
 from tokenflow_sdk.bundle.model_config import GeneratorConfig, TokenizerConfig, UnderstanderConfig
 from tokenflow_sdk.cli.console import make_table, stderr, stdout
-from tokenflow_sdk.cli.opening import bundle_paths, of_several, open_generator, open_tokenizer, open_understander, shown_path
+from tokenflow_sdk.cli.opening import (
+    bundle_paths,
+    for_language_models,
+    open_generator,
+    open_tokenizer,
+    open_understander,
+    shown_path,
+)
 from tokenflow_sdk.cli.progress import progress_bar
 from tokenflow_sdk.engines.measured_choice import check_choice, measure_choice
 from tokenflow_sdk.errors import ArgumentError, OutputError
@@ -73,8 +80,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.choose:
         return _choose(arguments)
     arguments.batch_limit = max(arguments.batch_limit or 1, *batches)
-    paths = bundle_paths(arguments)
-    results = [_bench_one(path, arguments if len(paths) == 1 else of_several(arguments, path), batches) for path in paths]
+    kinds = {path: bundle_kind(path) for path in bundle_paths(arguments)}
+    beside = for_language_models(arguments) if TokenizerConfig.kind in kinds.values() else arguments
+    results = [_bench_one(path, arguments if kind == TokenizerConfig.kind else beside, batches) for path, kind in kinds.items()]
     if arguments.json:
         machine = {"machine": platform.machine(), "system": platform.platform(), "sdk": __version__}
         write_atomic(arguments.json, json.dumps(machine | {"bundles": results}, indent=2).encode())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenflow_sdk.bundle.bundle import TINY, bundle_kind, bundles_in
+from tokenflow_sdk.bundle.bundle import TINY, bundles_in
 from tokenflow_sdk.bundle.hub import HubOptions
-from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import stderr
 from tokenflow_sdk.engines.options import RuntimeOptions
 from tokenflow_sdk.errors import ArgumentError
@@ -19,8 +18,8 @@ from tokenflow_sdk.understanding.understander import Understander
 __all__ = [
     "bundle_name",
     "bundle_paths",
+    "for_language_models",
     "named_bundle",
-    "of_several",
     "open_generator",
     "open_tokenizer",
     "open_understander",
@@ -74,10 +73,8 @@ def runtime_options(arguments: argparse.Namespace) -> RuntimeOptions:
     )
 
 
-def of_several(arguments: argparse.Namespace, path: Path) -> argparse.Namespace:
-    """The arguments for one of several bundles: the backend that runs a language model beside a tokenizer with them."""
-    if bundle_kind(path) == TokenizerConfig.kind:
-        return arguments
+def for_language_models(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with which language models run beside a tokenizer (`RuntimeOptions.for_language_models`)."""
     options = runtime_options(arguments).for_language_models()
     own = {"device": options.device, "backend": options.backend, "config": options.build_config}
     return argparse.Namespace(**{**vars(arguments), **own})

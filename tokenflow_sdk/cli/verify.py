@@ -17,7 +17,7 @@ from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.cli.console import make_table, stderr, stdout
 from tokenflow_sdk.cli.opening import bundle_paths, runtime_options, shown_path
 from tokenflow_sdk.cli.progress import progress_bar
-from tokenflow_sdk.engines.build_config import BuildConfig
+from tokenflow_sdk.engines.build_config import ONNXRUNTIME, BuildConfig
 from tokenflow_sdk.engines.choice import Needs, engines_for, require_by_picture
 from tokenflow_sdk.engines.openvino_models import FewerBits
 from tokenflow_sdk.engines.options import RuntimeOptions
@@ -41,7 +41,7 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
 
     Args:
         paths: their directories.
-        options: the backend to check. Of several bundles, language models are checked on the one that runs them beside it.
+        options: the backend to check. Where it is OpenVINO, language models beside a tokenizer are checked on onnxruntime.
         batch_limit: most images in a call; engines must be built for as many.
         sha256: SHA-256 that bundle.json must have; None: any.
 
@@ -50,10 +50,10 @@ def verify_bundles(paths: Iterable[Path], options: RuntimeOptions, batch_limit: 
         ParityError, EngineRefusedError: a bundle does not reproduce its reference.
     """
     found = [open_bundle(path, sha256) for path in paths]
+    has_tokenizer = any(isinstance(bundle.config, TokenizerConfig) for bundle in found)
     for bundle in found:
-        path = bundle.path
-        is_tokenizer = isinstance(bundle.config, TokenizerConfig)
-        runtime = options if is_tokenizer or len(found) == 1 else options.for_language_models()
+        path, is_tokenizer = bundle.path, isinstance(bundle.config, TokenizerConfig)
+        runtime = options.for_language_models() if has_tokenizer and not is_tokenizer else options
         wanted, config = runtime.wanted(), runtime.loaded_build_config()
         if wanted in FLAVOURS:
             _verify_engines(path, runtime, batch_limit)
@@ -95,7 +95,7 @@ def _verify_language_model(path: Path, options: RuntimeOptions) -> None:
         stack.enter_context(stderr.step(f"running {shown_path(path)}"))
         bundle.verify()
         certificate = certify(bundle, lambda file, entry, _: open_onnxruntime(file, entry, options.session), "fp32", pages=64)
-    stdout.print(f"{shown_path(path)}: {certificate.summary}", soft_wrap=True)
+    stdout.print(f"{shown_path(path)} on {ONNXRUNTIME}: {certificate.summary}", soft_wrap=True)
     certificate.require(str(path))
 
 

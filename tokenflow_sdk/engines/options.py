@@ -122,7 +122,9 @@ class RuntimeOptions:
         return replace(self, build_config=self.loaded_build_config())
 
     def for_language_models(self) -> RuntimeOptions:
-        """The options for language models beside a tokenizer with these: where that runs on OpenVINO, onnxruntime on the CPU.
+        """The options for language models beside a tokenizer with these: onnxruntime on the CPU in OpenVINO's place.
+
+        OpenVINO runs tokenizers only.
 
         Raises:
             ArgumentError: as `wanted`.

@@ -30,7 +30,7 @@ async function ready() {
   return answer.ok;
 }
 
-// From the beginning: a file dropped where nothing takes it is opened by the browser in place of the page.
+// Keeps the page when a file is dropped before there are panels: the browser would open the file in its place.
 for (const name of ["dragover", "drop"]) {
   addEventListener(name, (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
 }
