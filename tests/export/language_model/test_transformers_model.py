@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import tempfile
@@ -225,8 +226,10 @@ def bundles_logits(path: Path, ids: Tensor) -> Tensor:
 
 
 def require_equal(found: Tensor, model: Any) -> None:
+    """Equal but for rounding, which is large where a norm divides by almost nothing: as transformers' own against float64."""
     expected = model(IDS[None]).logits[0]
-    assert (found - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+    rounding = (expected - copy.deepcopy(model).double()(IDS[None]).logits[0]).abs().amax(dim=-1, keepdim=True)
+    assert ((found - expected).abs() <= 1e-4 * max(1.0, float(expected.abs().max())) + 10 * rounding).all()
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
