@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.loop import Optimizers, best_average, cooled, device, run, training_parser
-from recipes.tiny.train_tokenizer import FEWER_SCALES, TokenizerTraining, pixel_loss
+from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
 
 __all__ = ["DecoderTraining", "main"]
 
@@ -83,11 +82,10 @@ class DecoderTraining(TokenizerTraining):
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
         x = to_tensor(self._pictures(), self.device)
-        rng = np.random.default_rng([self.seed, self.step, 1])
-        sides = TINY.patch_nums[: int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None]
+        count = sum(side * side for side in TINY.patch_nums[: self._scales()])
         with torch.no_grad():
             codes, _ = self.model.quantize.encode(self.model.latent(x))
-            features = self.model.quantize.decode(codes[:, : sum(side * side for side in sides)])
+            features = self.model.quantize.decode(codes[:, :count])
             pixel = features[:, TINY.semantic_dim :]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             y = self.model.decoder(self.model.post_quant_conv(pixel)).float()

@@ -78,13 +78,17 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         x = to_tensor(self._pictures(), self.device)
         if self.step == WARM_UP:
             self._initialise_codes()
-        rng = np.random.default_rng([self.seed, self.step, 1])
-        scales = int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
+        scales = self._scales()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             latent = self._latent(x)
             losses = self._losses(x, latent.float(), scales)
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _scales(self) -> int | None:
+        """The number of coarse scales that this step uses; None: all."""
+        rng = np.random.default_rng([self.seed, self.step, 1])
+        return int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
 
     def _pictures(self) -> list[Pixels]:
         """The pictures of this step. Those of the next are read meanwhile."""

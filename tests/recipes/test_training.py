@@ -149,7 +149,7 @@ def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, tmp_path: Pa
 def test_training_the_decoder_alone_changes_no_code(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the decoder's own weights, all of which are trained; and from the saved state the steps are the same."""
     monkeypatch.setattr(train_decoder, "TINY", train_tokenizer.TINY)
-    monkeypatch.setattr(train_decoder, "FEWER_SCALES", 0.5)
+    monkeypatch.setattr(train_tokenizer, "FEWER_SCALES", 0.5)
     pictures = Pictures(data)
     whole = TokenizerTraining(pictures, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
     for _ in range(2):
