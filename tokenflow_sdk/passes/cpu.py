@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenflow_sdk.files import open_regular
-from tokenflow_sdk.passes.cpu_graph import Graph, tensor_field
-from tokenflow_sdk.passes.cpu_tokenizer import constants, replacements
+from tokenflow_sdk.passes import cpu_tokenizer, cpu_transformer
+from tokenflow_sdk.passes.cpu_graph import OWN, Graph, tensor_field
 from tokenflow_sdk.passes.protobuf import Message, encoded, fields
 
 __all__ = ["Rewritten", "rewrite_for_cpu"]
 
 _OPSET = 18
 """Oldest version of ONNX's operators in which the new nodes are written."""
+_OPERATORS = (b"ArgMax", b"Resize", b"MatMulInteger", b"Reciprocal")
+"""A graph that is rewritten has one of them."""
 
 
 class Rewritten(NamedTuple):
@@ -39,8 +41,8 @@ def rewrite_for_cpu(path: Path) -> Rewritten | None:
     """
     try:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # Most graphs have neither, and are not taken apart; weights may be gigabytes.
-            found = max(data.find(b"ArgMax"), data.find(b"Resize")) >= 0
+            # Other graphs are not taken apart; weights may be gigabytes.
+            found = any(data.find(operator) >= 0 for operator in _OPERATORS)
             return _rewritten(data, path.parent) if found else None
     except (ValueError, IndexError):
         return None
@@ -49,11 +51,12 @@ def rewrite_for_cpu(path: Path) -> Rewritten | None:
 def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
     whole = slice(0, len(data))
     model = Message(data, whole)
-    if not any(opset.text(1) == "" and opset.numbers(2) >= [_OPSET] for opset in model.messages(8)):
+    opsets = {opset.text(1): opset.numbers(2) for opset in model.messages(8)}
+    if opsets.get("", []) < [_OPSET]:
         return None
     (place,) = model.places(7)
     graph = Graph(data, place)
-    replaced = dict(replacements(graph))
+    replaced = {**dict(cpu_tokenizer.replacements(graph)), **dict(cpu_transformer.replacements(graph))}
     files = {(directory / name).resolve() for name in graph.files}
     if not replaced or len({file.parent for file in files}) > 1:
         return None
@@ -66,9 +69,12 @@ def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
             pieces += replaced.get(next(nodes), [encoded((1, data[value]))])
         else:
             pieces.append(encoded((number, _initializer(data, value, directory) if number == 5 else data[value])))
-    pieces += [encoded((5, tensor_field(name, array))) for name, array in constants().items()]
+    constants = cpu_tokenizer.constants() | cpu_transformer.constants()
+    pieces += [tensor_field(name, array) for name, array in constants.items()]
     new = b"".join(pieces)
     rewritten = encoded(*((number, new if number == 7 else _content(data, value)) for number, value in fields(data, whole)))
+    if OWN not in opsets:
+        rewritten += encoded((8, encoded((1, OWN), (2, 1))))
     return Rewritten(rewritten, next((file.parent for file in files), directory))
 
 

@@ -13,21 +13,26 @@ from numpy.typing import NDArray
 
 from tokenflow_sdk.passes.protobuf import Message, encoded
 
-__all__ = ["FLOAT", "PREFIX", "Attributes", "Graph", "Node", "node_field", "tensor_field"]
+__all__ = ["FLOAT", "OWN", "PREFIX", "UINT8", "Graph", "Node", "node_field", "tensor_field"]
 
 FLOAT = 1
 """float32 among TensorProto's data types."""
+UINT8 = 2
+_DTYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), 7: np.dtype("<i8")}
 PREFIX = "for_cpu/"
 """Begins the names of new tensors."""
-Attributes = dict[str, "int | str | list[int]"]
+OWN = "com.microsoft"
+"""The domain of operators that only onnxruntime has."""
+_Attributes = dict[str, "int | str | list[int]"]
 
 
 @dataclass(frozen=True)
 class Node:
+    number: int
     operator: str
     inputs: list[str]
     outputs: list[str]
-    attributes: Attributes
+    attributes: _Attributes
 
     def has(self, **expected: int | str | Sequence[int]) -> bool:
         """Whether attributes that are there have these values; others have ONNX's default, which is the expected one here."""
@@ -40,32 +45,76 @@ class Graph:
     def __init__(self, data: bytes | mmap.mmap, place: slice) -> None:
         self.nodes: list[Node] = []
         self.float_tensors: set[str] = set()
-        self.constants: dict[str, bytes] = {}
+        self.weights: dict[str, list[int]] = {}
+        """The shapes of initializers, and of those that are cast to float32."""
         self.shapes: dict[str, list[int]] = {}
-        """0 stands for a dynamic dimension."""
+        """Of other tensors; 0 stands for a dynamic dimension."""
         self.uses: Counter[str] = Counter()
         self.files: set[str] = set()
+        self._constants: dict[str, NDArray[Any]] = {}
+        self._made_by: dict[str, Node] = {}
         parts = Message(data, place)
-        for node in parts.messages(1):
-            self._add_node(node)
         for tensor in parts.messages(5):
             self._add_initializer(tensor, data)
+        for number, node in enumerate(parts.messages(1)):
+            self._add_node(number, node)
         for value in parts.messages(12) + parts.messages(13):
             self._add_shape(value)
         self.uses.update(value.text(1) for value in parts.messages(12))
 
-    def _add_node(self, parts: Message) -> None:
-        node = Node(parts.text(4), parts.texts(1), parts.texts(2), dict(map(_attribute, parts.messages(5))))
+    def is_constant(self, name: str, value: object) -> bool:
+        """Whether a tensor is an initializer with this value, a number or a list of numbers."""
+        found = self._constants.get(name)
+        return found is not None and np.array_equal(found, np.asarray(value, found.dtype))
+
+    def scalar(self, name: str) -> float | None:
+        """The value of an initializer of one float32."""
+        found = self._constants.get(name)
+        return None if found is None or found.ndim or found.dtype != _DTYPES[FLOAT] else float(found)
+
+    def made_by(self, name: str, *operators: str) -> Node | None:
+        """The first node of a chain that makes a tensor; None if its operators are not these, which are given backwards.
+
+        Each node reads what the one before makes as its first input.
+        """
+        node: Node | None = None
+        for operator in operators:
+            node = self._made_by.get(name)
+            if node is None or node.operator != operator:
+                return None
+            name = node.inputs[0]
+        return node
+
+    def only_use(self, name: str, *operators: str) -> list[Node]:
+        """All nodes of such a chain, backwards; none if something else reads what one of them makes, too."""
+        found: list[Node] = []
+        for operator in operators:
+            node = self._made_by.get(name)
+            if node is None or node.operator != operator or self.uses[name] != 1:
+                return []
+            found.append(node)
+            name = node.inputs[0]
+        return found
+
+    def _add_node(self, number: int, parts: Message) -> None:
+        node = Node(number, parts.text(4), parts.texts(1), parts.texts(2), dict(map(_attribute, parts.messages(5))))
         self.nodes.append(node)
         self.uses.update(node.inputs)
+        self._made_by.update((output, node) for output in node.outputs)
         if node.operator == "Cast" and node.attributes.get("to") == FLOAT:
             self.float_tensors.add(node.outputs[0])
+            if node.inputs[0] in self.weights:
+                self.weights[node.outputs[0]] = self.weights[node.inputs[0]]
 
     def _add_initializer(self, parts: Message, data: bytes | mmap.mmap) -> None:
         self.files.update(entry.text(2) for entry in parts.messages(13) if entry.text(1) == "location")
-        if parts.numbers(2) == [FLOAT]:
-            self.float_tensors.add(parts.text(8))
-            self.constants[parts.text(8)] = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)
+        name, (kind, *_), shape = parts.text(8), parts.numbers(2), parts.numbers(1)
+        self.weights[name] = shape
+        if kind == FLOAT:
+            self.float_tensors.add(name)
+        small = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)
+        if kind in _DTYPES and small:
+            self._constants[name] = np.frombuffer(small, _DTYPES[kind]).reshape(shape)
 
     def _add_shape(self, value: Message) -> None:
         tensors = [tensor for kind in value.messages(2) for tensor in kind.messages(1)]
@@ -80,12 +129,17 @@ def _attribute(parts: Message) -> tuple[str, int | str | list[int]]:
     return parts.text(1), parts.text(4) if parts.places(4) else parts.numbers(8)
 
 
-def node_field(operator: str, inputs: Sequence[str], output: str, **attributes: int | str | Sequence[int]) -> bytes:
-    """A node, as a field of the graph."""
-    parts: list[tuple[int, int | str | bytes]] = [*((1, name) for name in inputs), (2, output), (3, output), (4, operator)]
+def node_field(
+    operator: str, inputs: Sequence[str], output: str, own: bool = False, **attributes: float | str | Sequence[int]
+) -> bytes:
+    """A node, as a field of the graph. `own`: of an operator that only onnxruntime has."""
+    parts: list[tuple[int, float | str | bytes]] = [*((1, name) for name in inputs), (2, output), (3, output), (4, operator)]
+    parts += [(7, OWN)] if own else []
     for name, value in attributes.items():
         if isinstance(value, int):
             content = encoded((1, name), (3, value), (20, 2))
+        elif isinstance(value, float):
+            content = encoded((1, name), (2, value), (20, 1))
         elif isinstance(value, str):
             content = encoded((1, name), (4, value), (20, 3))
         else:
@@ -95,5 +149,7 @@ def node_field(operator: str, inputs: Sequence[str], output: str, **attributes: 
 
 
 def tensor_field(name: str, array: NDArray[Any]) -> bytes:
-    kind, dtype = (FLOAT, "<f4") if array.dtype == np.float32 else (7, "<i8")
-    return encoded(*((1, size) for size in array.shape), (2, kind), (8, name), (9, array.astype(dtype).tobytes()))
+    """An initializer of float32, uint8 or int64, as a field of the graph."""
+    kind = next(kind for kind, dtype in _DTYPES.items() if dtype == array.dtype)
+    content = encoded(*((1, size) for size in array.shape), (2, kind), (8, name), (9, array.tobytes()))
+    return encoded((5, content))

@@ -50,7 +50,7 @@ def _doubles(graph: Graph, node: Node) -> bool:
         and node.has(mode="nearest")
         and node.attributes.get("coordinate_transformation_mode") == "asymmetric"
         and node.attributes.get("nearest_mode") == "floor"
-        and graph.constants.get(node.inputs[2]) == np.array([1, 1, 2, 2], "<f4").tobytes()
+        and graph.is_constant(node.inputs[2], [1, 1, 2, 2])
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import struct
 from collections.abc import Iterator
 
 __all__ = ["Message", "encoded", "fields"]
@@ -94,12 +95,14 @@ class Message:
         return next(iter(self.texts(wanted)), "")
 
 
-def encoded(*parts: tuple[int, int | str | bytes]) -> bytes:
-    """A message with these fields, each given by its number and its value; negative integers are of 64 bits."""
+def encoded(*parts: tuple[int, float | str | bytes]) -> bytes:
+    """A message with these fields, each given by its number and its value; negative integers are of 64 bits, floats of 32."""
     pieces = []
     for number, value in parts:
         if isinstance(value, int):
             pieces += [_digits(number << 3), _digits(value & (2**64 - 1))]
+        elif isinstance(value, float):
+            pieces += [_digits(number << 3 | 5), struct.pack("<f", value)]
         else:
             content = value.encode() if isinstance(value, str) else value
             pieces += [_digits(number << 3 | 2), _digits(len(content)), content]

@@ -1,0 +1,264 @@
+"""Rewritten language models, compared with the graphs before and with NumPy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
+from tokenflow_sdk.backends.session import SessionOptions
+from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
+from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfig
+from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
+from tokenflow_sdk.passes.cpu import rewrite_for_cpu
+
+FLOAT, HALF, INT32, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.UINT8
+WIDTH, COLUMNS, HEADS, HALF_HEAD = 48, 20, 3, 8
+ROWS: list[Any] = ["batch", "queries", WIDTH]
+node = helper.make_node
+Nodes = list[onnx.NodeProto]
+
+
+def save(
+    path: Path, nodes: Nodes, inputs: dict[str, Any], outputs: dict[str, Any], arrays: dict[str, Any], kind: int = FLOAT
+) -> Path:
+    """A graph with inputs and outputs of these shapes, which all have one type but `positions`."""
+    values = [
+        [helper.make_tensor_value_info(name, INT32 if name == "positions" else kind, shape) for name, shape in group.items()]
+        for group in (inputs, outputs)
+    ]
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", *values, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def norm(path: Path, kind: int = FLOAT, stored_in_half: bool = False, watched: str = "", **changes: Any) -> Path:
+    """An RMS norm as the exporter writes it; `watched` is an inner tensor that is a result as well."""
+    dtype = np.float16 if kind == HALF else np.float32
+    weight = np.random.default_rng(0).standard_normal(WIDTH).astype(np.float16 if stored_in_half else dtype)
+    arrays = {"two": np.array(2, dtype), "axis": np.array([-1]), "eps": np.array(1e-5, dtype), "weight": weight} | changes
+    keepdims = int(arrays.pop("keepdims", 1))
+    nodes = [node("Cast", ["weight"], ["wide"], to=FLOAT)] if stored_in_half else []
+    nodes += [
+        node("Pow", ["x", "two"], ["square"]),
+        node("ReduceMean", ["square", "axis"], ["mean"], keepdims=keepdims),
+        node("Add", ["mean", "eps"], ["shifted"]),
+        node("Sqrt", ["shifted"], ["root"]),
+        node("Reciprocal", ["root"], ["factor"]),
+        node("Mul", ["x", "factor"], ["scaled"]),
+        node("Mul", ["scaled", "wide" if stored_in_half else "weight"], ["y"]),
+    ]
+    outputs = {"y": ROWS} | ({watched: [*ROWS[:2], 1]} if watched else {})
+    return save(path, nodes, {"x": ROWS}, outputs, arrays, kind)
+
+
+def product(path: Path, watched: str = "", scale_of: str = "x", **changes: Any) -> Path:
+    """A product with a weight in 8 bits, as the exporter writes it."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (WIDTH, COLUMNS)).astype(np.int8)
+    weight[:, 0], weight[:, 1] = 127, -127
+    arrays = {
+        "axis": np.array([-1]),
+        "least": np.float32(1e-12),
+        "step": np.float32(1 / 127),
+        "shift": np.float32(128),
+        "middle": np.uint8(128),
+        "weight": weight,
+        "zero": np.int8(0),
+        "columns": rng.random(COLUMNS).astype(np.float32),
+    } | changes
+    nodes = [
+        node("Neg", ["x"], ["negative"]),
+        node("Abs", [scale_of], ["magnitude"]),
+        node("ReduceMax", ["magnitude", "axis"], ["largest"], keepdims=1),
+        node("Max", ["largest", "least"], ["floor"]),
+        node("Mul", ["floor", "step"], ["scale"]),
+        node("Div", ["x", "scale"], ["steps"]),
+        node("Round", ["steps"], ["rounded"]),
+        node("Add", ["rounded", "shift"], ["shifted"]),
+        node("Cast", ["shifted"], ["q"], to=UINT8),
+        node("MatMulInteger", ["q", "weight", "middle", "zero"], ["integers"]),
+        node("Cast", ["integers"], ["floats"], to=FLOAT),
+        node("Mul", ["floats", "scale"], ["by_row"]),
+        node("Mul", ["by_row", "columns"], ["y"]),
+    ]
+    outputs: dict[str, Any] = {"y": [*ROWS[:2], COLUMNS]}
+    return save(path, nodes, {"x": ROWS}, outputs | ({watched: ["b", "q", "w"]} if watched else {}), arrays)
+
+
+def rotary(path: Path, axis: int = 3, view: int = 2, first: str = "Sub", swapped: bool = False, watched: str = "") -> Path:
+    """The rotary embedding of two tensors of heads, as the exporter writes it."""
+    nodes = [
+        # A graph without a norm or a product in 8 bits is not looked at.
+        node("Reciprocal", ["q"], ["unused"]),
+        node("Unsqueeze", ["positions", "last"], ["places"]),
+        node("Cast", ["places"], ["floats"], to=FLOAT),
+        node("Mul", ["floats", "speeds"], ["angles"]),
+        node("Cos", ["angles"], ["cos"]),
+        node("Sin", ["angles"], ["sin"]),
+        node("Unsqueeze", ["cos", "heads"], ["cos_view"]),
+        node("Unsqueeze", ["sin", "heads"], ["sin_view"]),
+    ]
+    for x in ("q", "k"):
+        a, b = (f"{x}_b", f"{x}_a") if swapped else (f"{x}_a", f"{x}_b")
+        nodes += [
+            node("Split", [x], [f"{x}_a", f"{x}_b"], axis=axis, num_outputs=2),
+            node("Mul", [a, "cos_view"], [f"{x}_1"]),
+            node("Mul", [b, "sin_view"], [f"{x}_2"]),
+            node(first, [f"{x}_1", f"{x}_2"], [f"{x}_first"]),
+            node("Mul", [b, "cos_view"], [f"{x}_3"]),
+            node("Mul", [a, "sin_view"], [f"{x}_4"]),
+            node("Add", [f"{x}_3", f"{x}_4"], [f"{x}_second"]),
+            node("Concat", [f"{x}_first", f"{x}_second"], [f"{x}_turned"], axis=-1),
+        ]
+    shape = ["batch", "queries", HEADS, 2 * HALF_HEAD]
+    speeds = (1 / 100 ** (np.arange(HALF_HEAD) / HALF_HEAD)).astype(np.float32)
+    arrays = {"last": np.array([2]), "heads": np.array([view]), "speeds": speeds}
+    outputs: dict[str, Any] = {"q_turned": shape, "k_turned": shape} | ({watched: [*shape[:3], HALF_HEAD]} if watched else {})
+    return save(path, nodes, {"positions": ["batch", "queries"], "q": shape, "k": shape}, outputs, arrays)
+
+
+def rewritten(path: Path) -> onnx.ModelProto:
+    found = rewrite_for_cpu(path)
+    assert found is not None
+    return onnx.load_from_string(found.graph)
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(each.op_type for each in model.graph.node)
+
+
+def run(model: Path | onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
+    graph = str(model) if isinstance(model, Path) else model.SerializeToString()
+    found: list[np.ndarray] = onnxruntime.InferenceSession(graph).run(None, feeds)
+    return found
+
+
+def numbers(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("stored_in_half", [False, True])
+def test_an_rms_norm_is_one_node(tmp_path: Path, stored_in_half: bool) -> None:
+    path, x = norm(tmp_path / "g.onnx", stored_in_half=stored_in_half), 3 * numbers(2, 5, WIDTH) + 1
+    model = rewritten(path)
+    assert operators(model) == Counter({"SimplifiedLayerNormalization": 1} | ({"Cast": 1} if stored_in_half else {}))
+    weight = next(numpy_helper.to_array(each) for each in model.graph.initializer if each.name == "weight").astype(float)
+    expected = x.astype(float) / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(run(model, x=x)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"two": np.float32(3)},
+        {"axis": np.array([1])},
+        {"eps": np.full((1, 1, 1), 1e-5, np.float32)},
+        {"weight": np.ones((1, WIDTH), np.float32)},
+        {"watched": "mean"},
+        {"watched": "factor"},
+        {"kind": HALF},
+    ],
+)
+def test_other_norms_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert rewrite_for_cpu(norm(tmp_path / "g.onnx", **changes)) is None
+
+
+def test_rows_are_rounded_to_the_same_8_bits(tmp_path: Path) -> None:
+    """Halves between two steps, rows of zeros and of one large number included."""
+    path = product(tmp_path / "g.onnx", watched="q")
+    model = onnx.load(path)
+    model.graph.output[1].CopyFrom(helper.make_tensor_value_info("q", UINT8, ROWS))
+    onnx.save(model, path)
+    x = numbers(3, 4, WIDTH)
+    x[0, 0], x[0, 1, 0] = 0, 1e30
+    x[0, 2] = np.resize([127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], WIDTH)
+    after = rewritten(path)
+    assert operators(after)["QuantizeLinear"] == 1
+    assert not operators(after)["Round"]
+    np.testing.assert_array_equal(run(after, x=x)[1], run(path, x=x)[1])
+
+
+def test_products_of_integers_are_exact_and_scaled(tmp_path: Path) -> None:
+    """Rows of the largest numbers too, of which pairs of products do not fit into 16 bits."""
+    path, x = product(tmp_path / "g.onnx"), numbers(2, 5, WIDTH)
+    x[0, :2] = [[1], [-1]]
+    model = rewritten(path)
+    assert (operators(model)["MatMulIntegerToFloat"], operators(model)["MatMulInteger"]) == (1, 0)
+    found = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    scale = np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127)
+    integers = np.round(x / scale).astype(np.int64) @ found["weight"].astype(np.int64)
+    entry = GraphEntry((), (TensorSpec("x", "float32", tuple(ROWS)),), (TensorSpec("y", "float32", (*ROWS[:2], COLUMNS)),))
+    with OnnxRuntimeSession(path, entry, SessionOptions(device="cpu")) as session:
+        np.testing.assert_allclose(session.run({"x": x})["y"], integers * scale.astype(float) * found["columns"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"shift": np.float32(127)}, "Round"),
+        ({"scale_of": "negative"}, "Round"),
+        ({"watched": "rounded"}, "Round"),
+        ({"columns": np.float32(0.5)}, "MatMulInteger"),
+        ({"watched": "by_row"}, "MatMulInteger"),
+    ],
+)
+def test_other_roundings_and_products_stay(tmp_path: Path, changes: dict[str, Any], kept: str) -> None:
+    path, x = product(tmp_path / "g.onnx", **changes), numbers(2, 5, WIDTH)
+    model = rewritten(path)
+    assert operators(model)[kept] == 1
+    np.testing.assert_allclose(run(model, x=x)[0], run(path, x=x)[0], rtol=1e-6)
+
+
+def test_a_rotary_embedding_is_onnxruntimes(tmp_path: Path) -> None:
+    """Rows begin at places of their own, as requests of different lengths do."""
+    path = rotary(tmp_path / "g.onnx")
+    positions = np.array([[0, 1, 2, 3], [700, 701, 702, 703]], np.int32)
+    q, k = (numbers(2, 4, HEADS, 2 * HALF_HEAD, seed=seed) for seed in (1, 2))
+    model = rewritten(path)
+    found = operators(model)
+    assert (found["RotaryEmbedding"], found["Concat"], found["Range"]) == (2, 0, 1)
+    angles = positions[..., None, None] * (1 / 100 ** (np.arange(HALF_HEAD) / HALF_HEAD)).astype(np.float32).astype(float)
+    for x, turned in zip((q, k), run(model, positions=positions, q=q, k=k), strict=True):
+        both = x[..., :HALF_HEAD] + 1j * x[..., HALF_HEAD:]
+        expected = both * np.exp(1j * angles)
+        np.testing.assert_allclose(turned, np.concatenate([expected.real, expected.imag], axis=-1), atol=2e-4)
+    for before, after in zip(*(run(each, positions=positions, q=q, k=k) for each in (path, model)), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"first": "Add"}, {"swapped": True}, {"view": 1}, {"watched": "q_1"}, {"watched": "q_a"}, {"axis": -1}]
+)
+def test_other_turns_of_heads_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Of two tensors one may still be rewritten."""
+    found = rewrite_for_cpu(rotary(tmp_path / "g.onnx", **changes))
+    assert found is None or operators(onnx.load_from_string(found.graph))["RotaryEmbedding"] == 1
+
+
+@pytest.mark.parametrize("config", [GeneratorConfig, UnderstanderConfig])
+def test_the_bundled_transformers_have_no_passes_left(config: type[GeneratorConfig | UnderstanderConfig]) -> None:
+    path = Bundle.open(find_bundle("tiny", config.kind), config).graph_path("transformer")
+    before, after = operators(onnx.load(path)), operators(rewritten(path))
+    assert not set(after) & {"Round", "Reciprocal", "Sqrt", "Pow", "Sub", "Split", "MatMulInteger"}
+    assert after["SimplifiedLayerNormalization"] == before["Reciprocal"]
+    assert after["MatMulIntegerToFloat"] == before["MatMulInteger"]
+    assert after["QuantizeLinear"] == before["Round"]
+    assert after["RotaryEmbedding"] == before["Split"] > 0
+
+
+@pytest.mark.parametrize("make", [norm, product, rotary])
+def test_changed_bytes_are_never_an_error_here(tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path / "g.onnx")
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in rng.choice(len(data), 200):
+        path.write_bytes(data[:at] + bytes([rng.integers(256)]) + data[at + 1 :])
+        rewrite_for_cpu(path)
