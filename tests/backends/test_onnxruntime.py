@@ -54,6 +54,30 @@ def test_only_the_cpu_gets_graphs_rewritten_for_its_kernels(
     assert (opened == [str(mini_bundle / "decode.onnx")]) == (len(names) > 1)
 
 
+@pytest.mark.parametrize(
+    ("sets", "exact"),
+    [
+        (["AVX2"], False),
+        (["AVX2", "AVX-512"], False),
+        (["AVX2", "AVX-512", "AVX-512 VNNI", "AMX int8"], True),
+        (["AVX2", "AVX-VNNI"], True),
+        (["AVX2", "AVX-512", "AVX-VNNI"], False),
+        ([], False),
+    ],
+)
+def test_slow_exact_products_are_asked_for_where_fast_ones_overflow(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], exact: bool
+) -> None:
+    monkeypatch.setattr(backend, "instruction_sets", lambda: sets)
+    with open_graph(mini_bundle, "features", device="cpu") as session:
+        options = session._session.get_session_options()
+    if exact:
+        with pytest.raises(RuntimeError, match="x64quantprecision"):
+            options.get_session_config_entry("session.x64quantprecision")
+    else:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_binding_gives_what_running_gives(mini_bundle: Path) -> None:
     """The path taken on a GPU, here with the CPU as the bound device."""
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)

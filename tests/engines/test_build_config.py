@@ -16,14 +16,17 @@ from tokenflow_sdk.errors import ArgumentError
 @pytest.mark.parametrize("name", build_config_names())
 def test_every_recipe_is_a_plan(name: str) -> None:
     build_config = BuildConfig.from_file(name)
-    for_cpus = {"cpu": "onnxruntime", "cpu-bf16": "openvino", "cpu-bf16-decoder": "openvino"}
-    assert build_config.backend in ((for_cpus[name],) if name in for_cpus else ("tensorrt", "tensorrt-rtx"))
+    if name.startswith("cpu"):
+        assert build_config.backend == ("onnxruntime" if name == "cpu" else "openvino")
+    else:
+        assert build_config.backend in ("tensorrt", "tensorrt-rtx")
     # Only TensorRT-RTX builds for a GPU that is not there.
     assert bool(build_config.targets) == (build_config.backend == "tensorrt-rtx")
 
 
 def test_the_recipes_people_look_for_are_there() -> None:
-    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", "cpu", "cpu-bf16", "cpu-bf16-decoder"} <= set(build_config_names())
+    for_cpus = {"cpu", "cpu-bf16", "cpu-bf16-decoder", "cpu-int8-decoder"}
+    assert {"h100", "l4", "rtx4090", "rtx50", "jetson-orin", *for_cpus} <= set(build_config_names())
 
 
 def test_a_recipe_of_ones_own_and_changes_to_it(tmp_path: Path) -> None:

@@ -182,10 +182,10 @@ def test_a_decoder_in_8_bits_is_held_to_its_own_bar(tmp_path: Path, capsys: pyte
     found = magnitudes(bundle, TokenizerReference.load(bundle).code_indices, (1.0,), ProgressSteps(Console(quiet=True)))
     for path, factor in ((right, 1.0), (wrong, 0.25)):
         store_ranges(path, {name: factor * float(row[0]) for name, row in found.items()})
-    words = ("--backend", "openvino", "--precision", "fp32", "--decoder", "int8")
+    words = ("--config", "cpu-int8-decoder")
     assert main(["build", str(right), *words]) == 0
     assert {entry.key.precision.partition(" (")[0] for entry in EngineCache().entries()} == {"fp32, int8 decoder"}
-    config = BuildConfig("openvino", precision="fp32", decoder="int8")
+    config = BuildConfig.from_file("cpu-int8-decoder")
     figures = FewerBits(Bundle.open(right, TokenizerConfig), config, SessionOptions("cpu")).prepare(build=False).figures
     assert EIGHT_BIT_PSNR < figures["decode_psnr"] < 60  # not in float32
     assert figures["flips"] == []
@@ -200,7 +200,7 @@ def test_a_processor_without_the_products_is_refused(
     for config in ("cpu-bf16", "cpu-bf16-decoder"):
         assert main(["build", "tiny", "--config", config]) == 2
         assert "AVX2) has no products in bfloat16 (AVX-512 BF16 or AMX)" in " ".join(capsys.readouterr().err.split())
-    assert main(["build", "tiny", "--backend", "openvino", "--precision", "fp32", "--decoder", "int8"]) == 2
+    assert main(["build", "tiny", "--config", "cpu-int8-decoder"]) == 2
     assert "AVX2) is not known to have products in int8 (VNNI or AMX)" in " ".join(capsys.readouterr().err.split())
 
 

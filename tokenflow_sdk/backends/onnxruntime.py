@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_sdk.backends.cores import available_cores
+from tokenflow_sdk.backends.cores import available_cores, instruction_sets
 from tokenflow_sdk.backends.cuda import Cuda, CudaArray, joined
 from tokenflow_sdk.backends.cuda_pages import CudaPages
 from tokenflow_sdk.backends.providers import CPU, CUDA, TENSORRT, Provider, preload_cuda, require_active, select_providers
@@ -74,6 +74,16 @@ def _register_shared_arena(ort: Any) -> None:
         _arena_registered = True
 
 
+def _adds_in_32_bits() -> bool:
+    """Whether onnxruntime's default kernels add 8-bit products exactly on this processor.
+
+    Without VNNI they add pairs of them in 16 bits, which overflow silently; the setting takes others, which is half as fast where
+    there is VNNI. With AVX-512 it has to be that of AVX-512, because onnxruntime takes these kernels then.
+    """
+    found = set(instruction_sets())
+    return "AVX-512 VNNI" in found or ("AVX-VNNI" in found and "AVX-512" not in found)
+
+
 def _trim_heap() -> None:
     """Return the heap's free memory to the operating system, where the C library has `malloc_trim`.
 
@@ -120,8 +130,8 @@ class OnnxRuntimeSession(Session):
         # Spinning threads take time from those of other sessions: two large ones at once ran 15 % slower, one alone no faster.
         # With 50 us of it `tiny` encodes 1.15 times as fast alone, but 0.9 times beside a decode or a generator.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # On CPUs without VNNI, the default kernels add pairs of 8-bit products in 16 bits, which overflow silently.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if not _adds_in_32_bits():
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             rewritten = rewrite_for_cpu(path) if [name for name, _ in providers] == [CPU] else None
         except OSError as error:

@@ -1,0 +1,62 @@
+"""Small graphs with what rewrites for a CPU look for in tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "save", "search", "upsampling"]
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+SAME = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+Attributes = dict[str, Any]
+
+
+def save(
+    path: Path, nodes: list[onnx.NodeProto], shapes: list[tuple[str, int, list[Any]]], opset: int = 20, **arrays: Any
+) -> Path:
+    """A graph of the first of `shapes`, its input, to the last, its output."""
+    first, *inner, last = (helper.make_tensor_value_info(*shape) for shape in shapes)
+    weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", [first], [last], weights, value_info=inner)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+def upsampling(
+    path: Path,
+    resize: Attributes = NEAREST,
+    conv: Attributes = SAME,
+    scales: tuple[float, ...] = (1, 1, 2, 2),
+    side: int = 3,
+    channels: int = 6,
+    bias: bool = True,
+    used_twice: bool = False,
+    opset: int = 20,
+) -> Path:
+    """[B, 6, 5, 7] -> resized and convolved to 10 channels."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.standard_normal((10, channels, side, side)), "b": rng.standard_normal(10), "s": np.array(scales)}
+    nodes = [
+        helper.make_node("Resize", ["x", "", "s"], ["u"], **resize),
+        helper.make_node("Conv", ["u", "w", "b"] if bias else ["u", "w"], ["c"], **conv),
+        helper.make_node("ReduceSum" if used_twice else "Identity", ["u"] if used_twice else ["c"], ["r"]),
+        helper.make_node("Add", ["c", "r"], ["y"]),
+    ]
+    shapes = [("x", FLOAT, ["batch", 6, 5, 7]), ("y", FLOAT, ["batch", 10, "h", "w"])]
+    return save(path, nodes, shapes, opset, **{name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def search(path: Path, columns: int = 1024, shape: tuple[Any, ...] = ("batch", 5), **attributes: Any) -> Path:
+    """[..., 4] -> the number of the column with the largest product. Columns occur several times, in several blocks."""
+    w = np.tile(np.random.default_rng(0).standard_normal((4, -(-columns // 3))).astype(np.float32), 3)[:, :columns]
+    attributes = {"axis": -1, "keepdims": 0} | attributes
+    rank = len(shape) + attributes["keepdims"]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("ArgMax", ["p"], ["i"], **attributes)]
+    shapes = [("x", FLOAT, [*shape, 4]), ("p", FLOAT, [*shape, columns]), ("i", INT64, [f"d{n}" for n in range(rank)])]
+    return save(path, nodes, shapes, w=w)
