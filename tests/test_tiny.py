@@ -85,12 +85,12 @@ def test_the_same_prompt_and_seed_draw_the_same_picture(generator: Generator, to
 
 @pytest.mark.parametrize("config", [GeneratorConfig, UnderstanderConfig])
 def test_language_models_agree_with_their_reference(config: type[GeneratorConfig | UnderstanderConfig]) -> None:
-    """Its operators are those of the export, and the processor is another: a number that is tipped to the next of 8 bits by the
-    last bit of a sum changes what comes after it."""
+    """The reference was computed with the exported operators, maybe on another processor: a number that the last bit of a sum
+    tips to the next of 8 bits changes what comes after it."""
     bundle = Bundle.open(find_bundle("tiny", config.kind), config)
     found = certify(bundle, open_onnxruntime, "fp32", 64, 16)
+    assert found.passed
     assert found.figures["hidden_cosine"] > 0.999
-    assert found.figures["same_choice"] >= 0.9
 
 
 def test_seeds_draw_different_pictures(generator: Generator) -> None:

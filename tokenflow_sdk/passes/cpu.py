@@ -56,6 +56,8 @@ def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
         return None
     (place,) = model.places(7)
     graph = Graph(data, place)
+    if graph.nested:
+        return None
     replaced = {**dict(cpu_tokenizer.replacements(graph)), **dict(cpu_transformer.replacements(graph))}
     files = {(directory / name).resolve() for name in graph.files}
     if not replaced or len({file.parent for file in files}) > 1:

@@ -15,10 +15,9 @@ from tokenflow_sdk.passes.protobuf import Message, encoded
 
 __all__ = ["FLOAT", "OWN", "PREFIX", "UINT8", "Graph", "Node", "node_field", "tensor_field"]
 
-FLOAT = 1
-"""float32 among TensorProto's data types."""
-UINT8 = 2
-_DTYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), 7: np.dtype("<i8")}
+FLOAT, UINT8, INT64 = 1, 2, 7
+"""Data types of TensorProto."""
+_DTYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), INT64: np.dtype("<i8")}
 PREFIX = "for_cpu/"
 """Begins the names of new tensors."""
 OWN = "com.microsoft"
@@ -45,12 +44,15 @@ class Graph:
     def __init__(self, data: bytes | mmap.mmap, place: slice) -> None:
         self.nodes: list[Node] = []
         self.float_tensors: set[str] = set()
-        self.weights: dict[str, list[int]] = {}
+        """Initializers of float32, and what is cast to that."""
+        self.weight_shapes: dict[str, list[int]] = {}
         """The shapes of initializers, and of those that are cast to float32."""
         self.shapes: dict[str, list[int]] = {}
-        """Of other tensors; 0 stands for a dynamic dimension."""
+        """Of results and of tensors whose shape the file gives; 0 stands for a dynamic dimension."""
         self.uses: Counter[str] = Counter()
         self.files: set[str] = set()
+        self.nested = False
+        """Whether a node has a graph of its own, whose uses of tensors are not counted."""
         self._constants: dict[str, NDArray[Any]] = {}
         self._made_by: dict[str, Node] = {}
         parts = Message(data, place)
@@ -65,7 +67,7 @@ class Graph:
     def is_constant(self, name: str, value: object) -> bool:
         """Whether a tensor is an initializer with this value, a number or a list of numbers."""
         found = self._constants.get(name)
-        return found is not None and np.array_equal(found, np.asarray(value, found.dtype))
+        return found is not None and np.array_equal(found, np.asarray(value))
 
     def scalar(self, name: str) -> float | None:
         """The value of an initializer of one float32."""
@@ -73,7 +75,7 @@ class Graph:
         return None if found is None or found.ndim or found.dtype != _DTYPES[FLOAT] else float(found)
 
     def made_by(self, name: str, *operators: str) -> Node | None:
-        """The first node of a chain that makes a tensor; None if its operators are not these, which are given backwards.
+        """The node that begins a chain which makes a tensor; None if its operators are not these, from its end backwards.
 
         Each node reads what the one before makes as its first input.
         """
@@ -97,19 +99,23 @@ class Graph:
         return found
 
     def _add_node(self, number: int, parts: Message) -> None:
-        node = Node(number, parts.text(4), parts.texts(1), parts.texts(2), dict(map(_attribute, parts.messages(5))))
+        attributes = parts.messages(5)
+        self.nested |= any(attribute.places(6) or attribute.places(11) for attribute in attributes)
+        # An operator of another domain is another one, though it may have the same name.
+        operator = "".join([*parts.texts(7), parts.text(4)])
+        node = Node(number, operator, parts.texts(1), parts.texts(2), dict(map(_attribute, attributes)))
         self.nodes.append(node)
         self.uses.update(node.inputs)
         self._made_by.update((output, node) for output in node.outputs)
         if node.operator == "Cast" and node.attributes.get("to") == FLOAT:
             self.float_tensors.add(node.outputs[0])
-            if node.inputs[0] in self.weights:
-                self.weights[node.outputs[0]] = self.weights[node.inputs[0]]
+            if node.inputs[0] in self.weight_shapes:
+                self.weight_shapes[node.outputs[0]] = self.weight_shapes[node.inputs[0]]
 
     def _add_initializer(self, parts: Message, data: bytes | mmap.mmap) -> None:
         self.files.update(entry.text(2) for entry in parts.messages(13) if entry.text(1) == "location")
         name, (kind, *_), shape = parts.text(8), parts.numbers(2), parts.numbers(1)
-        self.weights[name] = shape
+        self.weight_shapes[name] = shape
         if kind == FLOAT:
             self.float_tensors.add(name)
         small = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)

@@ -108,5 +108,6 @@ def _two_steps(node: Node) -> Iterator[bytes]:
 def constants() -> dict[str, NDArray[Any]]:
     """The constants of the new nodes; onnxruntime drops those that a graph does not use."""
     taps = {f"rows_{i}": matrix for i, matrix in _TAPS.items()} | {f"columns_{i}": matrix.T for i, matrix in _TAPS.items()}
-    whole = {"blocks": np.array([0, 0, -1, _BLOCK]), "last": np.array([-1]), "width": np.array(_BLOCK)}
-    return {PREFIX + name: array for name, array in (taps | whole).items()}
+    numbers: dict[str, object] = {"blocks": [0, 0, -1, _BLOCK], "last": [-1], "width": _BLOCK}
+    integers = {name: np.array(value, np.int64) for name, value in numbers.items()}
+    return {PREFIX + name: array for name, array in (taps | integers).items()}

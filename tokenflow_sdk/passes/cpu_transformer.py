@@ -2,10 +2,11 @@
 
 - An RMS norm, seven nodes, becomes onnxruntime's own operator.
 - A rotary embedding, eight nodes of halves of heads, becomes onnxruntime's own operator.
-- Rounding rows to 8 bits becomes one QuantizeLinear, to equal numbers.
+- Rounding rows to 8 bits becomes one QuantizeLinear, with the same result.
 - A product of 8-bit integers gets its columns' scales where it writes its result, and its rows' after that.
 
-Where they round, results differ by the last bit. It may tip a number of a row that is rounded to 8 bits to the next step.
+All but the third round otherwise, so results differ in the last bits, which may tip a number that is rounded to 8 bits later to
+the next step.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def _norm(graph: Graph, node: Node) -> _Found | None:
     """`x * (1 / sqrt(mean(x ** 2) + eps)) * weight`, in float32, along the last axis."""
     x, weight = node.inputs
     scaled = graph.only_use(x, "Mul")
-    if not scaled or len(graph.weights.get(weight, ())) != 1 or weight not in graph.float_tensors:
+    shape = graph.weight_shapes.get(weight, [])
+    if not scaled or len(shape) != 1 or shape == [1] or weight not in graph.float_tensors:
         return None
     x, factor = scaled[0].inputs
     chain = graph.only_use(factor, "Reciprocal", "Sqrt", "Add", "ReduceMean", "Pow")
@@ -79,8 +81,11 @@ def _rows_in_8_bits(graph: Graph, node: Node) -> _Found | None:
     if not chain or graph.scalar(chain[0].inputs[1]) != _SHIFT:
         return None
     x, scale = chain[-1].inputs
-    largest = graph.made_by(scale, "Mul", "Max", "ReduceMax")
-    if largest is None or not _is_along_rows(graph, largest):
+    steps, floor, largest = (graph.made_by(scale, *("Mul", "Max", "ReduceMax")[:count]) for count in (1, 2, 3))
+    if steps is None or floor is None or largest is None or not _is_along_rows(graph, largest):
+        return None
+    # Then no number leaves the range of 8 bits, where QuantizeLinear differs.
+    if graph.scalar(steps.inputs[1]) != np.float32(1 / 127) or not (graph.scalar(floor.inputs[1]) or 0) > 0:
         return None
     magnitudes = graph.made_by(largest.inputs[0], "Abs")
     if magnitudes is None or magnitudes.inputs != [x]:
@@ -98,14 +103,14 @@ def _rows_in_8_bits(graph: Graph, node: Node) -> _Found | None:
 
 
 def _product(graph: Graph, node: Node) -> _Found | None:
-    """A product of integers as float32, times a scale for each row, times a scale for each column."""
+    """A product of integers as float32, times the scales of its rows, times a scale for each column."""
     chain = graph.only_use(node.inputs[0], "Mul", "Cast", "MatMulInteger")
     if not chain:
         return None
     rows, cast, product = chain
     scales = node.inputs[1]
-    shape = graph.weights.get(product.inputs[1], [])
-    columns = len(shape) == 2 and graph.weights.get(scales) == shape[1:] and scales in graph.float_tensors
+    shape = graph.weight_shapes.get(product.inputs[1], [])
+    columns = len(shape) == 2 and graph.weight_shapes.get(scales) == shape[1:] and scales in graph.float_tensors
     if not columns or len(product.inputs) != 4 or cast.attributes.get("to") != FLOAT:
         return None
     scaled = f"{PREFIX}{node.outputs[0]}_scaled"
@@ -116,6 +121,8 @@ def _product(graph: Graph, node: Node) -> _Found | None:
 
 def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], list[str]]) -> _Found | None:
     """`[a * cos - b * sin, b * cos + a * sin]` of the halves a, b of each head of [B, Q, heads, D], in float32.
+
+    Each row has cosines and sines of its own.
 
     Args:
         graph, node: the node joins the halves.
@@ -129,14 +136,16 @@ def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], li
         return None
     (a, cos), (b, sin), *second = (term.inputs for term in terms)
     split = graph.made_by(a, "Split")
-    if split is None or split.outputs != [a, b] or not split.has(axis=3, num_outputs=2) or len(split.inputs) != 1:
+    if split is None or split.outputs != [a, b] or len(split.inputs) != 1:
+        return None
+    if split.attributes.get("axis") != 3 or not split.has(num_outputs=2) or len(graph.shapes.get(split.inputs[0], [])) != 4:
         return None
     sources = _of_positions(graph, cos, "Cos"), _of_positions(graph, sin, "Sin")
     if second != [[b, cos], [a, sin]] or graph.uses[a] != 2 or graph.uses[b] != 2 or None in sources:
         return None
     new = []
     if (cos, sin) not in angles:
-        angles[cos, sin] = [f"{PREFIX}{cos}_{part}" for part in ("positions", "cos", "sin")]
+        angles[cos, sin] = [f"{PREFIX}{node.outputs[0]}_{part}" for part in ("positions", "cos", "sin")]
         new = _angles([str(name) for name in sources], angles[cos, sin])
     name, x = PREFIX + node.outputs[0], split.inputs[0]
     return [*sums, *terms, split], [
@@ -151,9 +160,10 @@ def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], li
 def _of_positions(graph: Graph, name: str, operator: str) -> str | None:
     """The cosines or sines [B, Q, D / 2] of which a tensor is a view [B, Q, 1, D / 2], the same for each head."""
     view = graph.made_by(name, "Unsqueeze")
-    if view is None or not graph.is_constant(view.inputs[1], [2]) or graph.made_by(view.inputs[0], operator) is None:
+    if view is None or not graph.is_constant(view.inputs[1], [2]):
         return None
-    return view.inputs[0]
+    numbers = graph.made_by(view.inputs[0], operator, "Mul", "Cast")
+    return view.inputs[0] if numbers is not None and numbers.attributes.get("to") == FLOAT else None
 
 
 def _angles(sources: list[str], names: list[str]) -> list[bytes]:
