@@ -47,8 +47,6 @@ class Graph:
         """Initializers of float32, and what is cast to that."""
         self.weight_shapes: dict[str, list[int]] = {}
         """The shapes of initializers, and of those that are cast to float32."""
-        self.shapes: dict[str, list[int]] = {}
-        """Of results and of tensors whose shape the file gives; 0 stands for a dynamic dimension."""
         self.uses: Counter[str] = Counter()
         self.files: set[str] = set()
         self.nested = False
@@ -56,13 +54,13 @@ class Graph:
         self._constants: dict[str, NDArray[Any]] = {}
         self._made_by: dict[str, Node] = {}
         parts = Message(data, place)
+        results = {value.text(1): value for value in parts.messages(12)}
+        self._described = {value.text(1): value for value in parts.messages(13)} | results
         for tensor in parts.messages(5):
             self._add_initializer(tensor, data)
         for number, node in enumerate(parts.messages(1)):
             self._add_node(number, node)
-        for value in parts.messages(12) + parts.messages(13):
-            self._add_shape(value)
-        self.uses.update(value.text(1) for value in parts.messages(12))
+        self.uses.update(results.keys())
 
     def is_constant(self, name: str, value: object) -> bool:
         """Whether a tensor is an initializer with this value, a number or a list of numbers."""
@@ -73,6 +71,13 @@ class Graph:
         """The value of an initializer of one float32."""
         found = self._constants.get(name)
         return None if found is None or found.ndim or found.dtype != _DTYPES[FLOAT] else float(found)
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a result, or of a tensor of which the file says it; else empty. 0 stands for a dynamic dimension."""
+        described = [self._described[name]] if name in self._described else []
+        for field in (2, 1, 2):  # type, tensor, shape
+            described = [part for each in described for part in each.messages(field)]
+        return [next(iter(size.numbers(1)), 0) for shape in described for size in shape.messages(1)]
 
     def made_by(self, name: str, *operators: str) -> Node | None:
         """The node that begins a chain which makes a tensor; None if its operators are not these, from its end backwards.
@@ -121,11 +126,6 @@ class Graph:
         small = b"".join(data[at] for at in parts.places(9) if at.stop - at.start <= 64)
         if kind in _DTYPES and small:
             self._constants[name] = np.frombuffer(small, _DTYPES[kind]).reshape(shape)
-
-    def _add_shape(self, value: Message) -> None:
-        tensors = [tensor for kind in value.messages(2) for tensor in kind.messages(1)]
-        for shape in [shape for tensor in tensors for shape in tensor.messages(2)]:
-            self.shapes[value.text(1)] = [next(iter(size.numbers(1)), 0) for size in shape.messages(1)]
 
 
 def _attribute(parts: Message) -> tuple[str, int | str | list[int]]:

@@ -82,7 +82,7 @@ def _four_convolutions(source: str, conv: Node) -> Iterator[bytes]:
 
 def _is_long(graph: Graph, node: Node) -> bool:
     """Whether a node is an ArgMax over the many columns of [B, rows, columns], the first of equals."""
-    shape = graph.shapes.get(node.inputs[0], [])
+    shape = graph.shape(node.inputs[0])
     return (
         len(shape) == 3
         and shape[-1] >= _MANY

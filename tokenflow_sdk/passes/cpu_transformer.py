@@ -138,7 +138,7 @@ def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], li
     split = graph.made_by(a, "Split")
     if split is None or split.outputs != [a, b] or len(split.inputs) != 1:
         return None
-    if split.attributes.get("axis") != 3 or not split.has(num_outputs=2) or len(graph.shapes.get(split.inputs[0], [])) != 4:
+    if split.attributes.get("axis") != 3 or not split.has(num_outputs=2) or len(graph.shape(split.inputs[0])) != 4:
         return None
     sources = _of_positions(graph, cos, "Cos"), _of_positions(graph, sin, "Sin")
     if second != [[b, cos], [a, sin]] or graph.uses[a] != 2 or graph.uses[b] != 2 or None in sources:
