@@ -47,6 +47,7 @@ COVERED_BY = {
         "tokenflow_export/models/llama",
         "tokenflow_export/language_model/generator_graphs",
     ],
+    "passes/test_cpu_transformer.py": ["tokenflow_sdk/passes/cpu_graph"],
     "parity/test_tokenizer.py": ["tokenflow_sdk/parity/tokenizer_report"],
     "server/test_images.py": [f"tokenflow_sdk/server/{name}" for name in ("bodies", "models")],
     "server/test_guard.py": [f"tokenflow_sdk/server/{name}" for name in ("app", "errors")],
