@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.support.cpu_graphs import FLOAT, NEAREST, SAME, Attributes, search, upsampling
+from tests.support.cpu_graphs import FLOAT, NEAREST, SAME, Attributes, operators, rewritten, search, upsampling
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -20,18 +19,10 @@ from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
 
 def both(path: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rewritten = rewrite_for_cpu(path)
-    assert rewritten is not None
-    onnx.checker.check_model(onnx.load_from_string(rewritten.graph), full_check=True)
-    before, after = (onnxruntime.InferenceSession(graph).run(None, {"x": x})[0] for graph in (path, rewritten.graph))
+    model = rewritten(path)
+    onnx.checker.check_model(model, full_check=True)
+    before, after = (onnxruntime.InferenceSession(graph).run(None, {"x": x})[0] for graph in (path, model.SerializeToString()))
     return before, after
-
-
-def operators(path: Path) -> Counter[str]:
-    """How often the rewritten graph has each operator."""
-    rewritten = rewrite_for_cpu(path)
-    assert rewritten is not None
-    return Counter(node.op_type for node in onnx.load_from_string(rewritten.graph).graph.node)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,7 +32,7 @@ def test_upsampling_and_a_convolution_are_four_small_ones(tmp_path: Path, bias: 
     before, after = both(path, np.random.default_rng(1).standard_normal((2, 6, 5, 7)).astype(np.float32))
     assert before.shape == after.shape == (2, 10, 10, 14)
     np.testing.assert_allclose(after, before, atol=2e-5)
-    found = operators(path)
+    found = operators(rewritten(path))
     assert (found["Resize"], found["Conv"], found["DepthToSpace"]) == (0, 4, 1)
 
 
@@ -94,7 +85,7 @@ def test_a_search_in_two_steps_finds_the_same_column(tmp_path: Path, axis: int) 
     assert after.dtype == before.dtype == np.int64
     assert np.array_equal(after, before)
     assert after.max() < 384
-    assert operators(path)["ReduceMax"] == 1
+    assert operators(rewritten(path))["ReduceMax"] == 1
 
 
 def test_a_search_among_equals_finds_the_first(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.support.cpu_graphs import FLOAT, operators, rewritten, save
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -19,25 +20,10 @@ from tokenflow_sdk.bundle.model_config import GeneratorConfig, UnderstanderConfi
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
-FLOAT, HALF, INT32, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.UINT8
+HALF, INT32, UINT8 = TensorProto.FLOAT16, TensorProto.INT32, TensorProto.UINT8
 WIDTH, COLUMNS, HEADS, HALF_HEAD = 48, 20, 3, 8
 ROWS: list[Any] = ["batch", "queries", WIDTH]
 node = helper.make_node
-Nodes = list[onnx.NodeProto]
-
-
-def save(
-    path: Path, nodes: Nodes, inputs: dict[str, Any], outputs: dict[str, Any], arrays: dict[str, Any], kind: int = FLOAT
-) -> Path:
-    """A graph with inputs and outputs of these shapes, which all have one type but `positions`."""
-    values = [
-        [helper.make_tensor_value_info(name, INT32 if name == "positions" else kind, shape) for name, shape in group.items()]
-        for group in (inputs, outputs)
-    ]
-    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
-    graph = helper.make_graph(nodes, "g", *values, weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
-    return path
 
 
 def norm(path: Path, kind: int = FLOAT, stored_in_half: bool = False, watched: str = "", **changes: Any) -> Path:
@@ -56,12 +42,14 @@ def norm(path: Path, kind: int = FLOAT, stored_in_half: bool = False, watched: s
         node("Mul", ["x", "factor"], ["scaled"]),
         node("Mul", ["scaled", "wide" if stored_in_half else "weight"], ["y"]),
     ]
-    outputs = {"y": ROWS} | ({watched: [*ROWS[:2], 1]} if watched else {})
-    return save(path, nodes, {"x": ROWS}, outputs, arrays, kind)
+    outputs = [("y", kind, ROWS), *([(watched, kind, [*ROWS[:2], 1])] if watched else [])]
+    return save(path, nodes, [("x", kind, ROWS)], outputs, arrays)
 
 
-def product(path: Path, watched: str = "", scale_of: str = "x", zero_points: bool = True, **changes: Any) -> Path:
-    """A product with a weight in 8 bits, as the exporter writes it."""
+def product(
+    path: Path, watched: str = "", of: int = FLOAT, scale_of: str = "x", zero_points: bool = True, **changes: Any
+) -> Path:
+    """A product with a weight in 8 bits, as the exporter writes it; `watched`, of type `of`, is a result too."""
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, (WIDTH, COLUMNS)).astype(np.int8)
     weight[:, 0], weight[:, 1] = 127, -127
@@ -90,8 +78,8 @@ def product(path: Path, watched: str = "", scale_of: str = "x", zero_points: boo
         node("Mul", ["floats", "scale"], ["by_row"]),
         node("Mul", ["by_row", "columns"], ["y"]),
     ]
-    outputs: dict[str, Any] = {"y": [*ROWS[:2], COLUMNS]}
-    return save(path, nodes, {"x": ROWS}, outputs | ({watched: ["b", "q", "w"]} if watched else {}), arrays)
+    outputs = [("y", FLOAT, [*ROWS[:2], COLUMNS]), *([(watched, of, ["b", "q", "w"])] if watched else [])]
+    return save(path, nodes, [("x", FLOAT, ROWS)], outputs, arrays)
 
 
 def rotary(
@@ -131,24 +119,10 @@ def rotary(
     shape = ["batch", "queries", HEADS, 2 * HALF_HEAD]
     speeds = (1 / 100 ** (np.arange(HALF_HEAD) / HALF_HEAD)).astype(np.float32 if kind == FLOAT else np.float64)
     arrays = {"last": np.array([2]), "heads": np.array([view]), "speeds": speeds}
-    outputs: dict[str, Any] = {"q_turned": shape, "k_turned": shape} | ({watched: [*shape[:3], HALF_HEAD]} if watched else {})
-    inputs = {"positions": ["batch", "queries"], "q_in": shape, "k_in": shape}
-    path = save(path, nodes, inputs, outputs, arrays, kind)
-    # Inner tensors have their shapes in the file, as the exporter's have.
-    model = onnx.load(path)
-    model.graph.value_info.extend(helper.make_tensor_value_info(x, kind, shape) for x in ("q", "k"))
-    onnx.save(model, path)
-    return path
-
-
-def rewritten(path: Path) -> onnx.ModelProto:
-    found = rewrite_for_cpu(path)
-    assert found is not None
-    return onnx.load_from_string(found.graph)
-
-
-def operators(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(each.op_type for each in model.graph.node)
+    outputs = [(f"{x}_turned", kind, shape) for x in ("q", "k")]
+    outputs += [(watched, kind, [*shape[:3], HALF_HEAD])] if watched else []
+    inputs = [("positions", INT32, shape[:2]), *((f"{x}_in", kind, shape) for x in ("q", "k"))]
+    return save(path, nodes, inputs, outputs, arrays, inner=[(x, kind, shape) for x in ("q", "k")])
 
 
 def run(model: Path | onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
@@ -191,10 +165,7 @@ def test_other_norms_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_rows_are_rounded_to_the_same_8_bits(tmp_path: Path) -> None:
     """Halves between two steps, rows of zeros and of one large number included."""
-    path = product(tmp_path / "g.onnx", watched="q")
-    model = onnx.load(path)
-    model.graph.output[1].CopyFrom(helper.make_tensor_value_info("q", UINT8, ROWS))
-    onnx.save(model, path)
+    path = product(tmp_path / "g.onnx", watched="q", of=UINT8)
     x = numbers(3, 4, WIDTH)
     x[0, 0], x[0, 1, 0] = 0, 1e30
     x[0, 2] = np.resize([127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5], WIDTH)

@@ -1,7 +1,9 @@
-"""Small graphs with what rewrites for a CPU look for in tokenizers."""
+"""Small graphs for rewrites for a CPU, with what they look for in tokenizers."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +11,44 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "save", "search", "upsampling"]
+from tokenflow_sdk.passes.cpu import rewrite_for_cpu
+
+__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "operators", "rewritten", "save", "search", "upsampling"]
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 SAME = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
 Attributes = dict[str, Any]
+Shape = tuple[str, int, Sequence[Any]]
+"""Name, type and shape of a tensor."""
 
 
 def save(
-    path: Path, nodes: list[onnx.NodeProto], shapes: list[tuple[str, int, list[Any]]], opset: int = 20, **arrays: Any
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[Shape],
+    outputs: Sequence[Shape],
+    arrays: dict[str, Any],
+    inner: Sequence[Shape] = (),
+    opset: int = 20,
 ) -> Path:
-    """A graph of the first of `shapes`, its input, to the last, its output."""
-    first, *inner, last = (helper.make_tensor_value_info(*shape) for shape in shapes)
-    weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    graph = helper.make_graph(nodes, "g", [first], [last], weights, value_info=inner)
+    """A graph with these weights; the file gives the shapes of `inner` tensors too."""
+    values = [[helper.make_tensor_value_info(*shape) for shape in group] for group in (inputs, outputs, inner)]
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", *values[:2], weights, value_info=values[2])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
     return path
+
+
+def rewritten(path: Path) -> onnx.ModelProto:
+    found = rewrite_for_cpu(path)
+    assert found is not None
+    return onnx.load_from_string(found.graph)
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    """How often a graph has each operator."""
+    return Counter(node.op_type for node in model.graph.node)
 
 
 def upsampling(
@@ -48,8 +71,9 @@ def upsampling(
         helper.make_node("ReduceSum" if used_twice else "Identity", ["u"] if used_twice else ["c"], ["r"]),
         helper.make_node("Add", ["c", "r"], ["y"]),
     ]
-    shapes = [("x", FLOAT, ["batch", 6, 5, 7]), ("y", FLOAT, ["batch", 10, "h", "w"])]
-    return save(path, nodes, shapes, opset, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    weights = {name: array.astype(np.float32) for name, array in arrays.items()}
+    x, y = ("x", FLOAT, ["batch", 6, 5, 7]), ("y", FLOAT, ["batch", 10, "h", "w"])
+    return save(path, nodes, [x], [y], weights, opset=opset)
 
 
 def search(path: Path, columns: int = 1024, shape: tuple[Any, ...] = ("batch", 5), **attributes: Any) -> Path:
@@ -58,5 +82,5 @@ def search(path: Path, columns: int = 1024, shape: tuple[Any, ...] = ("batch", 5
     attributes = {"axis": -1, "keepdims": 0} | attributes
     rank = len(shape) + attributes["keepdims"]
     nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("ArgMax", ["p"], ["i"], **attributes)]
-    shapes = [("x", FLOAT, [*shape, 4]), ("p", FLOAT, [*shape, columns]), ("i", INT64, [f"d{n}" for n in range(rank)])]
-    return save(path, nodes, shapes, w=w)
+    x, p, i = ("x", FLOAT, [*shape, 4]), ("p", FLOAT, [*shape, columns]), ("i", INT64, [f"d{n}" for n in range(rank)])
+    return save(path, nodes, [x], [i], {"w": w}, inner=[p])

@@ -74,9 +74,12 @@ def instruction_sets() -> list[str]:
 
 
 def _cpuinfo(field: str) -> str:
-    """A field of the first processor in `/proc/cpuinfo`; empty if it is not there."""
-    with suppress(OSError):
-        for line in CPUINFO.read_text().splitlines():
+    """A field of the first processor in `/proc/cpuinfo`; empty if it is not there.
+
+    The file has a part for each core, and is read as far as the field: sessions ask when they open.
+    """
+    with suppress(OSError), CPUINFO.open() as file:
+        for line in file:
             name, _, value = line.partition(":")
             if name.strip() == field:
                 return value.strip()

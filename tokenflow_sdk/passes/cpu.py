@@ -58,7 +58,7 @@ def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
     graph = Graph(data, place)
     if graph.nested:
         return None
-    replaced = {**dict(cpu_tokenizer.replacements(graph)), **dict(cpu_transformer.replacements(graph))}
+    replaced = dict([*cpu_tokenizer.replacements(graph), *cpu_transformer.replacements(graph)])
     files = {(directory / name).resolve() for name in graph.files}
     if not replaced or len({file.parent for file in files}) > 1:
         return None

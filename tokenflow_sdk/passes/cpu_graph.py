@@ -79,25 +79,15 @@ class Graph:
             described = [part for each in described for part in each.messages(field)]
         return [next(iter(size.numbers(1)), 0) for shape in described for size in shape.messages(1)]
 
-    def made_by(self, name: str, *operators: str) -> Node | None:
-        """The node that begins a chain which makes a tensor; None if its operators are not these, from its end backwards.
+    def chain(self, name: str, *operators: str, alone: bool = False) -> list[Node]:
+        """The nodes that make a tensor one after another, from the last backwards; none if their operators are not these.
 
-        Each node reads what the one before makes as its first input.
+        Each reads as its first input what the next in the list makes. `alone`: none, too, if something else reads one's result.
         """
-        node: Node | None = None
-        for operator in operators:
-            node = self._made_by.get(name)
-            if node is None or node.operator != operator:
-                return None
-            name = node.inputs[0]
-        return node
-
-    def only_use(self, name: str, *operators: str) -> list[Node]:
-        """All nodes of such a chain, backwards; none if something else reads what one of them makes, too."""
         found: list[Node] = []
         for operator in operators:
             node = self._made_by.get(name)
-            if node is None or node.operator != operator or self.uses[name] != 1:
+            if node is None or node.operator != operator or (alone and self.uses[name] != 1):
                 return []
             found.append(node)
             name = node.inputs[0]

@@ -53,12 +53,12 @@ def replacements(graph: Graph) -> Iterator[tuple[int, list[bytes]]]:
 def _norm(graph: Graph, node: Node) -> _Found | None:
     """`x * (1 / sqrt(mean(x ** 2) + eps)) * weight`, in float32, along the last axis."""
     x, weight = node.inputs
-    scaled = graph.only_use(x, "Mul")
+    scaled = graph.chain(x, "Mul", alone=True)
     shape = graph.weight_shapes.get(weight, [])
     if not scaled or len(shape) != 1 or shape == [1] or weight not in graph.float_tensors:
         return None
     x, factor = scaled[0].inputs
-    chain = graph.only_use(factor, "Reciprocal", "Sqrt", "Add", "ReduceMean", "Pow")
+    chain = graph.chain(factor, "Reciprocal", "Sqrt", "Add", "ReduceMean", "Pow", alone=True)
     if not chain:
         return None
     _, _, shifted, mean, square = chain
@@ -77,18 +77,18 @@ def _is_along_rows(graph: Graph, node: Node) -> bool:
 
 def _rows_in_8_bits(graph: Graph, node: Node) -> _Found | None:
     """`round(x / scale) + 128` as uint8, where each row of x has a scale of its own, from its largest magnitude."""
-    chain = graph.only_use(node.inputs[0], "Add", "Round", "Div")
+    chain = graph.chain(node.inputs[0], "Add", "Round", "Div", alone=True)
     if not chain or graph.scalar(chain[0].inputs[1]) != _SHIFT:
         return None
     x, scale = chain[-1].inputs
-    steps, floor, largest = (graph.made_by(scale, *("Mul", "Max", "ReduceMax")[:count]) for count in (1, 2, 3))
-    if steps is None or floor is None or largest is None or not _is_along_rows(graph, largest):
+    of_scale = graph.chain(scale, "Mul", "Max", "ReduceMax", "Abs")
+    if not of_scale:
+        return None
+    steps, floor, largest, magnitudes = of_scale
+    if magnitudes.inputs != [x] or not _is_along_rows(graph, largest):
         return None
     # Then no number leaves the range of 8 bits, where QuantizeLinear differs.
     if graph.scalar(steps.inputs[1]) != np.float32(1 / 127) or not (graph.scalar(floor.inputs[1]) or 0) > 0:
-        return None
-    magnitudes = graph.made_by(largest.inputs[0], "Abs")
-    if magnitudes is None or magnitudes.inputs != [x]:
         return None
     name = PREFIX + node.outputs[0]
     return chain, [
@@ -104,7 +104,7 @@ def _rows_in_8_bits(graph: Graph, node: Node) -> _Found | None:
 
 def _product(graph: Graph, node: Node) -> _Found | None:
     """A product of integers as float32, times the scales of its rows, times a scale for each column."""
-    chain = graph.only_use(node.inputs[0], "Mul", "Cast", "MatMulInteger")
+    chain = graph.chain(node.inputs[0], "Mul", "Cast", "MatMulInteger", alone=True)
     if not chain:
         return None
     rows, cast, product = chain
@@ -115,8 +115,10 @@ def _product(graph: Graph, node: Node) -> _Found | None:
         return None
     scaled = f"{PREFIX}{node.outputs[0]}_scaled"
     inputs = [*product.inputs[:2], f"{PREFIX}unscaled", scales, *product.inputs[2:]]
-    new = [node_field("MatMulIntegerToFloat", inputs, scaled, own=True)]
-    return chain, [*new, node_field("Mul", [scaled, rows.inputs[1]], node.outputs[0])]
+    return chain, [
+        node_field("MatMulIntegerToFloat", inputs, scaled, own=True),
+        node_field("Mul", [scaled, rows.inputs[1]], node.outputs[0]),
+    ]
 
 
 def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], list[str]]) -> _Found | None:
@@ -130,23 +132,24 @@ def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], li
     """
     if len(node.inputs) != 2 or node.attributes.get("axis") not in (3, 2**64 - 1):  # -1, as protobuf has it
         return None
-    sums = [*graph.only_use(node.inputs[0], "Sub"), *graph.only_use(node.inputs[1], "Add")]
-    terms = [term for total in sums for name in total.inputs for term in graph.only_use(name, "Mul")]
+    sums = [*graph.chain(node.inputs[0], "Sub", alone=True), *graph.chain(node.inputs[1], "Add", alone=True)]
+    terms = [term for total in sums for name in total.inputs for term in graph.chain(name, "Mul", alone=True)]
     if len(sums) != 2 or len(terms) != 4:
         return None
     (a, cos), (b, sin), *second = (term.inputs for term in terms)
-    split = graph.made_by(a, "Split")
-    if split is None or split.outputs != [a, b] or len(split.inputs) != 1:
+    splits = graph.chain(a, "Split")
+    if not splits or splits[0].outputs != [a, b] or len(splits[0].inputs) != 1:
         return None
+    (split,) = splits
     if split.attributes.get("axis") != 3 or not split.has(num_outputs=2) or len(graph.shape(split.inputs[0])) != 4:
         return None
-    sources = _of_positions(graph, cos, "Cos"), _of_positions(graph, sin, "Sin")
-    if second != [[b, cos], [a, sin]] or graph.uses[a] != 2 or graph.uses[b] != 2 or None in sources:
+    sources = [_of_positions(graph, cos, "Cos"), _of_positions(graph, sin, "Sin")]
+    if second != [[b, cos], [a, sin]] or graph.uses[a] != 2 or graph.uses[b] != 2 or not all(sources):
         return None
     new = []
     if (cos, sin) not in angles:
         angles[cos, sin] = [f"{PREFIX}{node.outputs[0]}_{part}" for part in ("positions", "cos", "sin")]
-        new = _angles([str(name) for name in sources], angles[cos, sin])
+        new = _angles(sources, angles[cos, sin])
     name, x = PREFIX + node.outputs[0], split.inputs[0]
     return [*sums, *terms, split], [
         *new,
@@ -157,13 +160,11 @@ def _rotary_embedding(graph: Graph, node: Node, angles: dict[tuple[str, str], li
     ]
 
 
-def _of_positions(graph: Graph, name: str, operator: str) -> str | None:
-    """The cosines or sines [B, Q, D / 2] of which a tensor is a view [B, Q, 1, D / 2], the same for each head."""
-    view = graph.made_by(name, "Unsqueeze")
-    if view is None or not graph.is_constant(view.inputs[1], [2]):
-        return None
-    numbers = graph.made_by(view.inputs[0], operator, "Mul", "Cast")
-    return view.inputs[0] if numbers is not None and numbers.attributes.get("to") == FLOAT else None
+def _of_positions(graph: Graph, name: str, operator: str) -> str:
+    """The cosines or sines [B, Q, D / 2] of which a tensor is a view [B, Q, 1, D / 2], the same for each head; else empty."""
+    chain = graph.chain(name, "Unsqueeze", operator, "Mul", "Cast")
+    right = chain and graph.is_constant(chain[0].inputs[1], [2]) and chain[-1].attributes.get("to") == FLOAT
+    return chain[0].inputs[0] if right else ""
 
 
 def _angles(sources: list[str], names: list[str]) -> list[bytes]:
