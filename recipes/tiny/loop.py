@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 
+from recipes.tiny.optimizers import Optimizers
+
 __all__ = [
     "BEST",
     "CHECKPOINT",
     "CURVE",
     "AveragedTraining",
-    "Optimizers",
     "Training",
     "best_average",
     "cooled",
@@ -36,7 +37,6 @@ __all__ = [
     "read_curve",
     "run",
     "training_parser",
-    "transformer_optimizers",
     "transformer_parser",
 ]
 
@@ -68,45 +68,6 @@ class Training(Protocol):
 
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
-
-
-class Optimizers:
-    """Several optimizers as one, each of other weights."""
-
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, kept in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(kept)
-
-
-def transformer_optimizers(transformer: nn.Module, others: Iterable[nn.Module], rate: float) -> Optimizers:
-    """Muon for the matrices of a transformer, from which it learns more in a step, and AdamW for all other weights."""
-    matrices = [weight for weight in transformer.parameters() if weight.ndim == 2]
-    rest = [weight for weight in transformer.parameters() if weight.ndim != 2]
-    rest += [weight for module in others for weight in module.parameters()]
-    return Optimizers(
-        [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
-        ]
-    )
 
 
 class AveragedTraining(Generic[M]):

@@ -9,45 +9,19 @@ codebook gets better in few steps. It begins with the best checkpoint in --token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
-from recipes.tiny.loop import Optimizers, best_average, cooled, device, run, training_parser
+from recipes.tiny.loop import best_average, cooled, device, run, training_parser
+from recipes.tiny.optimizers import KernelMuon, Optimizers
 from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
 
 __all__ = ["DecoderTraining", "main"]
-
-
-class KernelMuon(torch.optim.Muon):
-    """Muon for the kernels [O, I, H, W] of convolutions, each as a matrix [O, H * W * I], because it takes matrices only.
-
-    The matrices share the kernels' memory, which must be channels-last.
-    """
-
-    def __init__(self, kernels: Sequence[nn.Parameter], rate: float) -> None:
-        self.kernels = kernels
-        self.matrices = [nn.Parameter(_matrix(kernel.detach())) for kernel in kernels]
-        super().__init__(self.matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for kernel in self.kernels:
-            kernel.grad = None
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
-            assert kernel.grad is not None
-            matrix.grad = _matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
-        super().step()  # type: ignore[no-untyped-call]
-
-
-def _matrix(kernel: Tensor) -> Tensor:
-    """A kernel in channels-last memory as a matrix, without a copy."""
-    return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
 
 class DecoderTraining(TokenizerTraining):

@@ -32,9 +32,9 @@ from recipes.tiny.loop import (
     has_bfloat16,
     kept_text_tokenizer,
     run,
-    transformer_optimizers,
     transformer_parser,
 )
+from recipes.tiny.optimizers import transformer_optimizers
 from recipes.tiny.prompts import BOS, FIRST_WORD, NEGATIVE_PROMPT, text_size, train_prompt_tokenizer
 from tokenflow_sdk import Tokenizer
 

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 from recipes.tiny.captions import STYLES, with_article
 from recipes.tiny.codes import codebook, encoded, quantizer
-from recipes.tiny.colours import COLOURS, colours
+from recipes.tiny.colours import colours
 from recipes.tiny.concepts import DRAWN_STYLES, THINGS
 from recipes.tiny.data import Pictures, Pixels
+from recipes.tiny.guesses import groups, guess_loss, labels
 from recipes.tiny.loop import (
     AveragedTraining,
     best_average,
@@ -38,13 +39,13 @@ from recipes.tiny.loop import (
     has_bfloat16,
     kept_text_tokenizer,
     run,
-    transformer_optimizers,
     transformer_parser,
 )
+from recipes.tiny.optimizers import transformer_optimizers
 from recipes.tiny.questions import KINDS, checks, conversation, question
 from recipes.tiny.scenes import Scene, scenes
 from recipes.tiny.sources import NAMES, fetch
-from recipes.tiny.subjects import COUNTS, PHOTO, Names, Subject
+from recipes.tiny.subjects import Names, Subject
 from recipes.tiny.understander_model import (
     SIZES,
     Conversation,
@@ -82,9 +83,6 @@ It teaches to see, since each picture says directly what is in it, and is not pa
 """
 SEEN = 0.25
 """The share of a picture's cells that the model sees until the learning rate falls."""
-_STYLES = [*STYLES, PHOTO]
-_UNNAMED = -100
-"""What the cross entropy ignores."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         self.quantizer = quantizer(rows)
         self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
         self.chances = _chances(train.subjects)
-        self.known = torch.tensor([_labels(known, names) for known in train.subjects], device=self.device)
-        self.groups = [len(names), len(COLOURS), len(_STYLES), len(COUNTS)]
+        self.known = torch.tensor([labels(known, names) for known in train.subjects], device=self.device)
+        self.groups = groups(names)
         model = UnderstanderModel(text.get_vocab_size()).to(self.device)
         self.guess = nn.Linear(SIZES.width, sum(self.groups)).to(self.device)
         others = (model.text, model.projector, self.guess)
@@ -190,19 +188,11 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
             targets, taught = _targets(asked, self.device)
             logits = self.model.logits(hidden[:, count - 1 : -1][taught])
         losses = {
-            "guess": self._guessed(guesses.float(), self.known[torch.from_numpy(picks)]),
+            "guess": guess_loss(guesses.float(), self.known[torch.from_numpy(picks)], self.groups),
             "loss": F.cross_entropy(logits.float(), targets[taught]),
         }
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(loss.detach()) for name, loss in losses.items()}
-
-    def _guessed(self, guesses: Tensor, known: Tensor) -> Tensor:
-        """The cross entropy of guesses [B, N, labels] of what is known [B, 4] about pictures."""
-        loss = guesses.new_zeros(())
-        for group, right in zip(torch.split(guesses, self.groups, dim=-1), known.T, strict=True):
-            every = F.cross_entropy(group.flatten(0, 1), right.repeat_interleave(group.shape[1]), reduction="none")
-            loss = loss + every.sum() / max(1, int((right != _UNNAMED).sum()) * group.shape[1])
-        return loss
 
     @torch.no_grad()
     def _features(self, pictures: Encoded, picks: NDArray[np.intp]) -> Tensor:
@@ -240,13 +230,6 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.guess.load_state_dict(state["guess"])
-
-
-def _labels(known: Subject, names: Sequence[str]) -> tuple[int, int, int, int]:
-    """What is guessed of a picture: the indices of name, first colour, style and number. Of two things the first is named."""
-    name, count = known.things[0] if known.things else (None, 0)
-    index = names.index(name) if name in names else _UNNAMED
-    return index, COLOURS.index(known.colours[0]), _STYLES.index(known.style), count if name else _UNNAMED
 
 
 def _targets(asked: Sequence[Conversation], place: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from recipes.tiny.codes import codebook
 from recipes.tiny.concepts import DRAWN_STYLES
 from recipes.tiny.config import TINY
-from recipes.tiny.loop import Optimizers
+from recipes.tiny.optimizers import Optimizers
 from recipes.tiny.prompts import train_prompt_tokenizer
 from recipes.tiny.train_generator import MIN_SCALE_WEIGHT, GeneratorTraining
 from tests.conftest import ROOT
