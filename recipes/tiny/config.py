@@ -13,7 +13,7 @@ TINY = TokenizerArchitecture(
     semantic_encoder=SemanticEncoderConfig(
         kind="clip", width=128, layers=4, heads=4, mlp_width=512, patch_size=16, position_grid=16, projection_width=128
     ),
-    pixel_encoder=VqganConfig(base_channels=64, blocks=1, multipliers=(1, 2, 2), latent_channels=64, patch=4, linear_skip=True),
+    pixel_encoder=VqganConfig(base_channels=32, blocks=1, multipliers=(1, 2, 4), latent_channels=64, patch=4, linear_skip=True),
     pixel_decoder=VqganConfig(base_channels=32, blocks=1, multipliers=(2, 4, 4), latent_channels=64, patch=4, linear_skip=True),
     semantic_decoder=SemanticDecoderConfig(width=128, out_width=112, mlp_width=512, position_grid=16, layers=2, heads=4),
     codebook_size=4096,

@@ -23,7 +23,7 @@ from recipes.tiny.data import Pictures
 from recipes.tiny.export import KINDS
 from recipes.tiny.loop import CURVE, read_curve
 from recipes.tiny.measure import first_token, generation, labels_from_codes, recognised, reconstruction, seconds, understanding
-from recipes.tiny.sources import NAMES, fetch
+from recipes.tiny.scenes import names_of
 from recipes.tiny.subjects import Names
 from recipes.tiny.train_tokenizer import load_tokenizer
 from tokenflow_sdk import Generator, Tokenizer, Understander
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = Pictures(arguments.data)
     trained = drawn(pictures.icon_entries)
     out: Path = arguments.out
-    names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
+    names = names_of(pictures, arguments.cache)
     figures = json.loads((out / "figures.json").read_text(encoding="utf-8")) if arguments.language_models else {"curves": {}}
     if not arguments.language_models:
         model = load_tokenizer(arguments.training / "tokenizer")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.tiny.colours import colours
-from recipes.tiny.data import SIDE, Pictures, centred, cropped
+from recipes.tiny.data import SIDE, Entry, Pictures, Pixels, centred, changed, cropped
+from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.subjects import PHOTO, Names, Subject
 
-__all__ = ["Scene", "changed", "composed", "scenes"]
-
-Pixels = NDArray[np.uint8]
+__all__ = ["Scene", "composed", "names_of", "scene", "scenes"]
 
 _PLACES = ((0.03, 0.03), (0.51, 0.51), (0.51, 0.03), (0.03, 0.51))
 """Left upper corners of up to four drawings in one picture; two stand diagonally."""
@@ -32,17 +30,6 @@ class Scene:
     subject: Subject
 
 
-def changed(picture: Pixels, rng: np.random.Generator) -> Pixels:
-    """Mirror a drawing, make it smaller and move it on its white background, at random."""
-    if rng.random() < 0.5:
-        picture = picture[:, ::-1]
-    side = int(rng.uniform(0.6, 1.0) * SIDE)
-    small = Image.fromarray(np.ascontiguousarray(picture)).resize((side, side), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (SIDE, SIDE), "white")
-    canvas.paste(small, (int(rng.integers(SIDE - side + 1)), int(rng.integers(SIDE - side + 1))))
-    return np.asarray(canvas)
-
-
 def composed(drawings: Sequence[Pixels], rng: np.random.Generator) -> Pixels:
     """Put two to four drawings into one picture, each at its place with a little play."""
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
@@ -53,6 +40,11 @@ def composed(drawings: Sequence[Pixels], rng: np.random.Generator) -> Pixels:
         small = Image.fromarray(np.ascontiguousarray(drawing)).resize((side, side), Image.Resampling.LANCZOS)
         canvas.paste(small, (left, top))
     return np.asarray(canvas)
+
+
+def names_of(pictures: Pictures, cache: Path) -> Names:
+    """The names of all gathered pictures. `cache` has the packages as they were fetched."""
+    return Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, cache).directory)
 
 
 def scenes(pictures: Pictures, names: Names, split: str, variants: int, several: float, seed: int) -> Iterator[Scene]:
@@ -73,23 +65,25 @@ def scenes(pictures: Pictures, names: Names, split: str, variants: int, several:
         name = names.of(entry)
         made = variants if names.counts[name] <= _FEW else max(1, variants // 4)
         for variant in range(made if name else 1):
-            yield _scene(entry, names, changed(picture, rng) if variant else picture)
+            yield scene(entry, names, changed(picture, rng) if variant else picture)
     for entry in pictures.photo_entries:
         if entry["split"] == split:
             photo = pictures.photograph(entry)
             for variant in range(variants):
-                yield _scene(entry, names, cropped(photo, rng, 0.6) if variant else centred(photo))
+                yield scene(entry, names, cropped(photo, rng, 0.6) if variant else centred(photo))
     single = [(entry, str(names.of(entry))) for entry in entries if names.countable(entry)]
     for _ in range(int(several * len(single))):
         yield _several(single, pictures, rng)
 
 
-def _scene(entry: Mapping[str, Any], names: Names, picture: Pixels) -> Scene:
+def scene(entry: Entry, names: Names, picture: Pixels) -> Scene:
+    """A picture that was made from the one of an entry."""
     name = names.of(entry)
-    return Scene(picture, Subject(((name, 1),) if name else (), colours(picture), entry["style"] or PHOTO))
+    colour = colours(np.ascontiguousarray(picture))
+    return Scene(picture, Subject(((name, 1),) if name else (), colour, entry["style"] or PHOTO))
 
 
-def _several(named: Sequence[tuple[Mapping[str, Any], str]], pictures: Pictures, rng: np.random.Generator) -> Scene:
+def _several(named: Sequence[tuple[Entry, str]], pictures: Pictures, rng: np.random.Generator) -> Scene:
     """Two to four of one thing, or two things of one style, of entries and their names."""
     first, name = named[int(rng.integers(len(named)))]
     group = [first] * int(rng.integers(2, 5))

@@ -19,6 +19,8 @@ from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.loop import best_average, cooled, device, run, training_parser
 from recipes.tiny.optimizers import KernelMuon, Optimizers
+from recipes.tiny.scenes import names_of
+from recipes.tiny.subjects import Names
 from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
 
 __all__ = ["DecoderTraining", "main"]
@@ -29,23 +31,22 @@ class DecoderTraining(TokenizerTraining):
 
     Args:
         start: weights of a trained tokenizer.
-        pictures, steps, batch, rate, seed, device: as of `TokenizerTraining`.
+        pictures, names, steps, batch, rate, seed, device: as of `TokenizerTraining`.
     """
 
     def __init__(
         self,
         start: Mapping[str, Tensor],
         pictures: Pictures,
+        names: Names,
         steps: int,
         batch: int,
         rate: float,
         seed: int,
         device: torch.device,
     ) -> None:
-        super().__init__(pictures, steps, batch, rate, seed, perceptual=0.0, device=device)
+        super().__init__(pictures, names, steps, batch, rate, seed, perceptual=0.0, device=device, start=start)
         self.decay = 0.99
-        for model in (self.model, self.average):
-            model.load_state_dict(start)
         self.model.requires_grad_(False)
         trained = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
         for weight in trained:
@@ -55,7 +56,7 @@ class DecoderTraining(TokenizerTraining):
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
-        x = to_tensor(self._pictures(), self.device)
+        x = to_tensor([picture for picture, _ in self._pictures()], self.device)
         count = sum(side * side for side in TINY.patch_nums[: self._scales()])
         with torch.no_grad():
             codes, _ = self.model.quantize.encode(self.model.latent(x))
@@ -73,10 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="where it was trained (default: %(default)s)"
     )
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
-    start = best_average(a.tokenizer)
-    run(DecoderTraining(start, Pictures(a.data), a.steps, a.batch, a.rate, a.seed, device()), a.out)
+    pictures = Pictures(a.data)
+    start, names = best_average(a.tokenizer), names_of(pictures, a.cache)
+    run(DecoderTraining(start, pictures, names, a.steps, a.batch, a.rate, a.seed, device()), a.out)
     return 0
 
 

@@ -43,8 +43,7 @@ from recipes.tiny.loop import (
 )
 from recipes.tiny.optimizers import transformer_optimizers
 from recipes.tiny.questions import KINDS, checks, conversation, question
-from recipes.tiny.scenes import Scene, scenes
-from recipes.tiny.sources import NAMES, fetch
+from recipes.tiny.scenes import Scene, names_of, scenes
 from recipes.tiny.subjects import Names, Subject
 from recipes.tiny.understander_model import (
     SIZES,
@@ -306,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(arguments.data)
-    names = Names([*pictures.icon_entries, *pictures.photo_entries], fetch(NAMES, arguments.cache).directory)
+    names = names_of(pictures, arguments.cache)
     found = _encoded(pictures, names, arguments.models, out, arguments.seed)
     text = kept_text_tokenizer(out / TEXT_TOKENIZER, lambda: train_text_tokenizer(_texts(found["train"].subjects, names.known)))
     training = UnderstanderTraining(
