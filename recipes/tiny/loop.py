@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -66,6 +66,10 @@ class Training(Protocol):
         """How good a checkpoint with these figures is. The best checkpoint is kept."""
         ...
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with the weights of another training."""
+        ...
+
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
 
@@ -97,6 +101,11 @@ class AveragedTraining(Generic[M]):
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with the weights of another training."""
+        self.model.load_state_dict(weights)
+        self.average.load_state_dict(weights)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
@@ -120,14 +129,14 @@ def best_average(directory: Path) -> dict[str, Tensor]:
     return average
 
 
-def kept_text_tokenizer(path: Path, make: Callable[[], TextTokenizer]) -> TextTokenizer:
-    """The text tokenizer in a file beside the checkpoint; made if there is none yet.
+def kept_text_tokenizer(path: Path, make: Callable[[], TextTokenizer], start: Path | None) -> TextTokenizer:
+    """The text tokenizer in a file beside the checkpoint. If there is none yet, that of the training in `start`, or a new one.
 
     A training goes on with the one that it began with: made again, ids could mean other texts than the model has learned.
     """
     if not path.exists():
         partial = path.with_suffix(".partial")
-        make().save(str(partial))
+        (TextTokenizer.from_file(str(start / path.name)) if start else make()).save(str(partial))
         partial.replace(path)
     return TextTokenizer.from_file(str(path))
 
@@ -161,12 +170,19 @@ def training_parser(description: str | None, out: Path, steps: int, batch: int, 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/tiny"), help="gathered pictures (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="checkpoints, curve and plots (default: %(default)s)")
+    parser.add_argument("--start", type=_trained, help="where another training wrote the weights to begin with")
     parser.add_argument("--steps", type=int, default=steps, help="of the whole training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=batch, help="pictures in a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=rate, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores (default: %(default)s)")
     return parser
+
+
+def _trained(text: str) -> Path:
+    if not (Path(text) / BEST).exists():
+        raise argparse.ArgumentTypeError(f"{text} has no {BEST}; give the --out of a training that has been evaluated")
+    return Path(text)
 
 
 def transformer_parser(description: str | None, out: Path, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
@@ -176,8 +192,11 @@ def transformer_parser(description: str | None, out: Path, steps: int, batch: in
     return parser
 
 
-def run(training: Training, out: Path) -> None:
-    """Train to the end from the checkpoint in `out`, if there is one; at times evaluate and plot; keep the best checkpoint."""
+def run(training: Training, out: Path, start: Path | None = None) -> None:
+    """Train to the end, at times evaluate and plot, and keep the best checkpoint.
+
+    It goes on from the checkpoint in `out`. If there is none, it begins with the best weights of another training in `start`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     best, before = -float("inf"), 0.0
     if (out / CHECKPOINT).exists():
@@ -185,6 +204,8 @@ def run(training: Training, out: Path) -> None:
         training.load(state)
         torch.set_rng_state(state["rng"].cpu())
         best, before = state["best"], state["seconds"]
+    elif start:
+        training.begin(best_average(start))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, began = Console(stderr=True), perf_counter()
     saved = began

@@ -1,23 +1,21 @@
 """Train the pixel decoder of the bundled tokenizer further, alone.
 
-    python -m recipes.tiny.train_decoder --tokenizer data/tiny/tokenizer --data data/tiny --out data/tiny/decoder
+    python -m recipes.tiny.train_decoder --start data/tiny/tokenizer --data data/tiny --out data/tiny/decoder
 
 Codes stay as they are, so the models that read or draw them stay right, and a decoder that need not follow a moving
-codebook gets better in few steps. It begins with the best checkpoint in --tokenizer; export its own with
+codebook gets better in few steps. It begins with the best checkpoint in --start; export its own with
 `python -m recipes.tiny.export --tokenizer data/tiny/decoder`. Resumes from the checkpoint in --out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
-from recipes.tiny.loop import best_average, cooled, device, run, training_parser
+from recipes.tiny.loop import cooled, device, run, training_parser
 from recipes.tiny.optimizers import KernelMuon, Optimizers
 from recipes.tiny.scenes import names_of
 from recipes.tiny.subjects import Names
@@ -30,13 +28,11 @@ class DecoderTraining(TokenizerTraining):
     """A training of `decoder` and `post_quant_conv`; all other weights stay those that it begins with.
 
     Args:
-        start: weights of a trained tokenizer.
         pictures, names, steps, batch, rate, seed, device: as of `TokenizerTraining`.
     """
 
     def __init__(
         self,
-        start: Mapping[str, Tensor],
         pictures: Pictures,
         names: Names,
         steps: int,
@@ -45,7 +41,7 @@ class DecoderTraining(TokenizerTraining):
         seed: int,
         device: torch.device,
     ) -> None:
-        super().__init__(pictures, names, steps, batch, rate, seed, perceptual=0.0, device=device, start=start)
+        super().__init__(pictures, names, steps, batch, rate, seed, perceptual=0.0, device=device)
         self.decay = 0.99
         self.model.requires_grad_(False)
         trained = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
@@ -71,15 +67,13 @@ class DecoderTraining(TokenizerTraining):
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/decoder"), steps=5000, batch=16, rate=1.2e-3)
-    parser.add_argument(
-        "--tokenizer", type=Path, default=Path("data/tiny/tokenizer"), help="where it was trained (default: %(default)s)"
-    )
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
+    parser.set_defaults(start="data/tiny/tokenizer")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
     pictures = Pictures(a.data)
-    start, names = best_average(a.tokenizer), names_of(pictures, a.cache)
-    run(DecoderTraining(start, pictures, names, a.steps, a.batch, a.rate, a.seed, device()), a.out)
+    names = names_of(pictures, a.cache)
+    run(DecoderTraining(pictures, names, a.steps, a.batch, a.rate, a.seed, device()), a.out, a.start)
     return 0
 
 

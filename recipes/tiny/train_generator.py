@@ -7,7 +7,7 @@ Resumes from the checkpoint in --out. Losses on wordings that training never use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,10 @@ class GeneratorTraining(AveragedTraining[GeneratorModel]):
         each = [torch.full((count,), weight / count) for weight, count in zip(weights, counts, strict=True)]
         return (losses.view(len(codes), -1) * torch.cat(each).to(losses)).sum(dim=1).mean() / sum(weights)
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with the weights of another training, but with this tokenizer's codebook."""
+        super().begin({**weights, "codebook": self.model.codebook})
+
     @torch.no_grad()
     def evaluate(self, out: Path) -> dict[str, float]:
         """The loss over 64 training pictures with captions in wordings that training never uses, for 5 scales and for all."""
@@ -206,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = codebook(arguments.tokenizer).to(device())
     arguments.out.mkdir(parents=True, exist_ok=True)
     prompts = kept_text_tokenizer(
-        arguments.out / PROMPTS, lambda: train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size)
+        arguments.out / PROMPTS, lambda: train_prompt_tokenizer(sorted(THINGS.values()), TINY.codebook_size), arguments.start
     )
     with Tokenizer.from_pretrained(arguments.tokenizer) as tokenizer:
         training = GeneratorTraining(
@@ -214,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if arguments.compile:
         training.model.transformer.compile(dynamic=True)
-    run(training, arguments.out)
+    run(training, arguments.out, arguments.start)
     return 0
 
 

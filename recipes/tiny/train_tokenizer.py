@@ -65,7 +65,6 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         steps: of the whole training. batch: pictures in a step. rate: largest learning rate. seed: of all choices.
         perceptual: weight of the teacher's features.
         device: where the model is.
-        start: weights to begin with; None initialises them.
     """
 
     def __init__(
@@ -78,18 +77,14 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         seed: int,
         perceptual: float,
         device: torch.device,
-        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.perceptual, self.names = perceptual, names
         self.pictures, self.steps, self.batch, self.rate, self.seed, self.device = pictures, steps, batch, rate, seed, device
-        self.warm_up = WARM_UP if start is None else 0
+        self.warm_up = WARM_UP
         first = to_tensor([picture for picture, _ in pictures.batch(FIRST, seed, 2**31)], torch.device("cpu"))
         model = TokenFlowTokenizer(TINY)
-        if start is None:
-            initialise(model, first)
-        else:
-            model.load_state_dict(start)
+        initialise(model, first)
         self.half = has_bfloat16(device)
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.guesses = CodeGuesses(names.known).to(device)
@@ -216,15 +211,21 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
     def score(self, figures: dict[str, float]) -> float:
         return figures["photos"]
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        super().begin(weights)
+        self.warm_up = 0
+
     def state(self) -> dict[str, Any]:
         teacher = {"mean": self.teacher.mean, "std": self.teacher.std}
-        return super().state() | {"teacher": teacher, "used": self.used, "guesses": self.guesses.state_dict()}
+        own = {"teacher": teacher, "used": self.used, "guesses": self.guesses.state_dict(), "warm_up": self.warm_up}
+        return super().state() | own
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.teacher.mean, self.teacher.std = (state["teacher"][name].to(self.device) for name in ("mean", "std"))
         self.used = state["used"].to(self.device)
         self.guesses.load_state_dict(state["guesses"])
+        self.warm_up = state["warm_up"]
 
 
 def thumbnail_psnr(picture: Pixels) -> float:
@@ -246,13 +247,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), steps=20000, batch=16, rate=5e-4)
     parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the teacher's features (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
-    parser.add_argument("--start", type=Path, help="where another training wrote the weights to begin with")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
     pictures = Pictures(a.data)
-    start = best_average(a.start) if a.start else None
     names = names_of(pictures, a.cache)
-    run(TokenizerTraining(pictures, names, a.steps, a.batch, a.rate, a.seed, a.perceptual, device(), start), a.out)
+    run(TokenizerTraining(pictures, names, a.steps, a.batch, a.rate, a.seed, a.perceptual, device()), a.out, a.start)
     return 0
 
 

@@ -307,7 +307,10 @@ def main(argv: list[str] | None = None) -> int:
     pictures = Pictures(arguments.data)
     names = names_of(pictures, arguments.cache)
     found = _encoded(pictures, names, arguments.models, out, arguments.seed)
-    text = kept_text_tokenizer(out / TEXT_TOKENIZER, lambda: train_text_tokenizer(_texts(found["train"].subjects, names.known)))
+    subjects = found["train"].subjects
+    text = kept_text_tokenizer(
+        out / TEXT_TOKENIZER, lambda: train_text_tokenizer(_texts(subjects, names.known)), arguments.start
+    )
     training = UnderstanderTraining(
         found["train"],
         found["heldout"],
@@ -321,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if arguments.compile:
         training.model.transformer.compile(dynamic=True)
-    run(training, out)
+    run(training, out, arguments.start)
     return 0
 
 

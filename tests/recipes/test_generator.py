@@ -58,6 +58,16 @@ def test_a_resumed_generator_training_repeats_the_steps(make: Any, tmp_path: Pat
     assert again.evaluate(tmp_path) == first.evaluate(tmp_path)
 
 
+def test_a_training_that_begins_with_weights_keeps_its_codebook(make: Any) -> None:
+    first, again = make(), make()
+    first.run_step()
+    kept = again.model.codebook.clone()
+    again.begin({**first.model.state_dict(), "codebook": torch.zeros_like(kept)})
+    for model in (again.model, again.average):
+        assert torch.equal(model.codebook, kept)
+        assert torch.equal(model.head.weight, first.model.head.weight)
+
+
 def test_muon_has_the_matrices_of_the_transformer_and_each_weight_has_one_optimizer(make: Any) -> None:
     training = make()
     assert isinstance(training.optimizer, Optimizers)

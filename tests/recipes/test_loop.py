@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from recipes.tiny import loop
-from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, cooled, kept_text_tokenizer, plot, read_curve, run
+from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, cooled, kept_text_tokenizer, plot, read_curve, run, training_parser
 from recipes.tiny.understander_model import train_text_tokenizer
 
 
@@ -34,8 +35,11 @@ class Walk:
     def score(self, figures: dict[str, float]) -> float:
         return figures["photos"]
 
+    def begin(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.weights = weights["weights"]
+
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "weights": self.weights}
+        return {"step": self.step, "weights": self.weights, "average": {"weights": self.weights}}
 
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.weights = state["step"], state["weights"]
@@ -121,6 +125,29 @@ def test_the_curve_is_plotted(tmp_path: Path) -> None:
 
 def test_a_training_keeps_its_text_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    first = kept_text_tokenizer(path, lambda: train_text_tokenizer(["What is this?"] * 9))
-    again = kept_text_tokenizer(path, lambda: train_text_tokenizer(["An apple, a dog and a cat."] * 9))
+    first = kept_text_tokenizer(path, lambda: train_text_tokenizer(["What is this?"] * 9), None)
+    again = kept_text_tokenizer(path, lambda: train_text_tokenizer(["An apple, a dog and a cat."] * 9), None)
     assert again.get_vocab() == first.get_vocab()
+    (tmp_path / "later").mkdir()
+    later = kept_text_tokenizer(tmp_path / "later" / path.name, lambda: train_text_tokenizer(["Nothing."]), tmp_path)
+    assert later.get_vocab() == first.get_vocab()
+
+
+def test_a_training_begins_with_the_best_weights_of_another_and_then_goes_on_with_its_own(tmp_path: Path) -> None:
+    run(Walk(steps=3, scores=(0.0, 1.0, 3.0, 2.0)), tmp_path / "other")
+    best = load(tmp_path / "other" / BEST)["average"]
+    run(begun := Walk(steps=0), tmp_path / "own", tmp_path / "other")
+    torch.testing.assert_close(begun.weights, best["weights"], rtol=0, atol=0)
+    run(through := Walk(), tmp_path / "own", tmp_path / "other")
+    run(again := Walk(), tmp_path / "own", tmp_path / "other")
+    torch.testing.assert_close(again.weights, through.weights, rtol=0, atol=0)
+
+
+def test_only_a_training_with_weights_can_be_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Walk(steps=1), tmp_path)
+    parser = training_parser("Train.", tmp_path, 1, 1, 1.0)
+    assert parser.parse_args(["--start", str(tmp_path)]).start == tmp_path
+    assert parser.parse_args([]).start is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--start", str(tmp_path / "none")])
+    assert f"{tmp_path / 'none'} has no best.pt" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
 from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
+from recipes.tiny.optimizers import KernelMuon, Optimizers
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
 from recipes.tiny.subjects import Names
@@ -163,12 +164,25 @@ def test_a_training_that_begins_with_weights_keeps_their_codes(data: Path, names
     """It quantizes from the first step on, and does not fill the codebooks anew; it trains them."""
     pictures = Pictures(data)
     start = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU).model.state_dict()
-    again = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=4, perceptual=0.0, device=CPU, start=start)
+    again = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=4, perceptual=0.0, device=CPU)
+    again.begin(start)
     again.run_step()
     assert again.used.sum() == len(again.pictures.batch(1, 4, 0)) * sum(side * side for side in (1, 4, 16))
     for name, value in again.model.state_dict().items():
         assert torch.allclose(value, start[name], atol=0.02), name
         assert not name.startswith("quantize") or not torch.equal(value, start[name])
+
+
+@pytest.mark.usefixtures("_small")
+def test_each_weight_of_the_tokenizer_has_one_optimizer(data: Path, names: Names) -> None:
+    training = TokenizerTraining(Pictures(data), names, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
+    assert isinstance(training.optimizer, Optimizers)
+    kernels, matrices, others = training.optimizer.parts
+    assert isinstance(kernels, KernelMuon)
+    trained = [*kernels.kernels, *(p for part in (matrices, others) for group in part.param_groups for p in group["params"])]
+    assert len(trained) == len({id(p) for p in trained})
+    assert {id(p) for p in trained} == {id(p) for module in (training.model, training.guesses) for p in module.parameters()}
+    assert {id(p) for p in training.model.quantize.parameters()} <= {id(p) for p in others.param_groups[0]["params"]}
 
 
 @pytest.mark.usefixtures("_small")
@@ -185,9 +199,10 @@ def test_training_the_decoder_alone_changes_no_code(
     start = whole.average.state_dict()
 
     def training() -> DecoderTraining:
-        return DecoderTraining(start, pictures, names, 20, 2, 1e-3, seed=3, device=CPU)
+        return DecoderTraining(pictures, names, 20, 2, 1e-3, seed=3, device=CPU)
 
     first = training()
+    first.begin(start)
     losses = [first.run_step()["pixels"]]
     torch.save(first.state(), tmp_path / "state")
     losses += [first.run_step()["pixels"] for _ in range(2)]
