@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["SIDE", "Entry", "Pictures", "Pixels", "centred", "changed", "cropped", "to_tensor"]
+__all__ = ["SIDE", "Pictures", "Pixels", "centred", "cropped", "to_tensor"]
 
 SIDE = 256
-PHOTO_SHARE = 0.5
+PHOTO_SHARE = 0.45
 """The share of photographs in a training batch; the rest are icons."""
-CROPPED, CHANGED = 0.4, 0.25
-"""The shares of icons that are cropped, and that are made smaller and moved."""
 
 Pixels = NDArray[np.uint8]
-Entry = dict[str, Any]
-"""A line of the manifest."""
 
 
 def to_tensor(pictures: list[Pixels], device: torch.device) -> Tensor:
@@ -43,15 +40,13 @@ class Pictures:
 
     def __init__(self, directory: Path) -> None:
         lines = (directory / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-        entries: list[Entry] = [json.loads(line) for line in lines]
+        entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.icons: Pixels = np.load(directory / "icons.npy", mmap_mode="r")
         self.licences = sorted({str(entry.get("licence")) for entry in entries})
         self.icon_entries = [entry for entry in entries if entry["kind"] == "icon"]
-        self._train_icon_entries = [entry for entry in self.icon_entries if entry["split"] == "train"]
-        self.train_icons = [entry["row"] for entry in self._train_icon_entries]
+        self.train_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "train"]
         self.test_icons = [entry["row"] for entry in self.icon_entries if entry["split"] == "heldout"]
         self.photo_entries = [entry for entry in entries if entry["kind"] == "photo"]
-        self._train_photo_entries = [entry for entry in self.photo_entries if entry["split"] == "train"]
         self._directory = directory
         self.photos, held_out, others = (
             [self.photograph(entry) for entry in self.photo_entries if entry["split"] == split]
@@ -60,7 +55,7 @@ class Pictures:
         self.test_photos = [centred(photo) for photo in held_out]
         self.other_photos = [centred(photo) for photo in others]
 
-    def photograph(self, entry: Entry) -> Image.Image:
+    def photograph(self, entry: Mapping[str, Any]) -> Image.Image:
         """Read the photograph of an entry of the manifest."""
         return Image.open(self._directory / entry["file"]).convert("RGB")
 
@@ -69,28 +64,23 @@ class Pictures:
         drawings = [np.asarray(self.icons[row]) for row in self.test_icons[:icons]]
         return {"photos": self.test_photos, "others": self.other_photos, "icons": drawings}
 
-    def batch(self, size: int, seed: int, step: int) -> list[tuple[Pixels, Entry]]:
-        """Choose `size` pictures of the training split, each with its entry, and crop, move, mirror and tint them at random."""
+    def batch(self, size: int, seed: int, step: int) -> list[Pixels]:
+        """Choose `size` pictures of the training split, and crop, mirror and tint them at random."""
         rng = np.random.default_rng([seed, step])
         return [self._photo(rng) if rng.random() < PHOTO_SHARE else self._icon(rng) for _ in range(size)]
 
-    def _photo(self, rng: np.random.Generator) -> tuple[Pixels, Entry]:
-        choice = rng.integers(len(self.photos))
-        photo = self.photos[choice]
-        return _tinted(cropped(photo, rng, min(1.0, 140 / min(photo.size))), rng, 0.15), self._train_photo_entries[choice]
+    def _photo(self, rng: np.random.Generator) -> Pixels:
+        photo = self.photos[rng.integers(len(self.photos))]
+        return _tinted(cropped(photo, rng, min(1.0, 140 / min(photo.size))), rng, 0.15)
 
-    def _icon(self, rng: np.random.Generator) -> tuple[Pixels, Entry]:
-        entry = self._train_icon_entries[rng.integers(len(self._train_icon_entries))]
-        picture = np.asarray(self.icons[entry["row"]])
-        way = rng.random()
-        if way < CROPPED:
+    def _icon(self, rng: np.random.Generator) -> Pixels:
+        picture = np.asarray(self.icons[self.train_icons[rng.integers(len(self.train_icons))]])
+        if rng.random() < 0.5:
             side = int(rng.uniform(150, SIDE))
             left, top = (int(rng.integers(SIDE - side + 1)) for _ in range(2))
             box = (left, top, left + side, top + side)
             picture = np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC, box))
-        elif way < CROPPED + CHANGED:
-            return changed(picture, rng), entry
-        return _mirrored(picture, rng), entry
+        return _mirrored(picture, rng)
 
 
 def centred(photo: Image.Image) -> Pixels:
@@ -107,17 +97,6 @@ def cropped(photo: Image.Image, rng: np.random.Generator, least: float) -> Pixel
     left, top = (int(rng.integers(extent - side + 1)) for extent in photo.size)
     crop = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2.0)
     return _mirrored(np.asarray(crop), rng)
-
-
-def changed(picture: Pixels, rng: np.random.Generator) -> Pixels:
-    """Mirror a drawing, make it smaller and move it on its white background, at random."""
-    if rng.random() < 0.5:
-        picture = picture[:, ::-1]
-    side = int(rng.uniform(0.6, 1.0) * SIDE)
-    small = Image.fromarray(np.ascontiguousarray(picture)).resize((side, side), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (SIDE, SIDE), "white")
-    canvas.paste(small, (int(rng.integers(SIDE - side + 1)), int(rng.integers(SIDE - side + 1))))
-    return np.asarray(canvas)
 
 
 def _mirrored(picture: Pixels, rng: np.random.Generator) -> Pixels:

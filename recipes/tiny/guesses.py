@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.tiny.captions import STYLES
 from recipes.tiny.colours import COLOURS
-from recipes.tiny.config import TINY
 from recipes.tiny.subjects import COUNTS, PHOTO, Subject
 
-__all__ = ["CodeGuesses", "groups", "guess_loss", "labels"]
+__all__ = ["groups", "guess_loss", "labels"]
 
 _STYLES = [*STYLES, PHOTO]
-_HIDDEN = 96
 _UNKNOWN = -100
 """What the cross entropy ignores."""
 
@@ -40,19 +38,3 @@ def guess_loss(guesses: Tensor, known: Tensor, sizes: Sequence[int]) -> Tensor:
         every = F.cross_entropy(group.flatten(0, 1), right.repeat_interleave(group.shape[1]), reduction="none")
         loss = loss + every.sum() / max(1, int((right != _UNKNOWN).sum()) * group.shape[1])
     return loss
-
-
-class CodeGuesses(nn.Module):
-    """Guesses from the codes of a picture and from what the semantic decoder makes of them. It is not part of the tokenizer."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self.sizes = groups(names)
-        self.decoded = nn.Linear(TINY.semantic_decoder.width, sum(self.sizes))
-        self.cells = nn.Sequential(nn.Linear(TINY.code_dim, _HIDDEN), nn.GELU())
-        self.codes = nn.Linear(_HIDDEN, sum(self.sizes))
-
-    def forward(self, features: Tensor, decoded: Tensor, known: Tensor) -> Tensor:
-        """The loss of the guesses, of quantized features [B, N, C], the decoder's output [B, N, W] and labels [B, 4]."""
-        guesses = torch.stack([self.decoded(decoded.mean(dim=1)), self.codes(self.cells(features).mean(dim=1))], dim=1)
-        return guess_loss(guesses, known, self.sizes)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from recipes.tiny.captions import held_out_caption, with_article
 from recipes.tiny.concepts import THINGS
-from recipes.tiny.data import Entry, Pictures, Pixels, to_tensor
+from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.questions import KINDS, question
 from recipes.tiny.scenes import scenes
 from recipes.tiny.subjects import Names
@@ -30,6 +30,7 @@ from tokenflow_sdk.pictures.images import psnr
 __all__ = ["first_token", "generation", "labels_from_codes", "recognised", "reconstruction", "seconds", "understanding"]
 
 Floats = NDArray[np.float32]
+Entry = dict[str, Any]
 CPU = torch.device("cpu")
 ASKED_TOGETHER = 8
 

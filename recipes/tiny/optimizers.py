@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenflow_export.models.tokenizer import TokenFlowTokenizer
-
-__all__ = ["KernelMuon", "Optimizers", "tokenizer_optimizers", "transformer_optimizers"]
+__all__ = ["KernelMuon", "Optimizers", "transformer_optimizers"]
 
 
 class Optimizers:
@@ -75,23 +73,5 @@ def transformer_optimizers(transformer: nn.Module, others: Iterable[nn.Module], 
         [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
-        ]
-    )
-
-
-def tokenizer_optimizers(model: TokenFlowTokenizer, others: Iterable[nn.Module], rate: float) -> Optimizers:
-    """Muon for the kernels and matrices of a tokenizer, AdamW for its codebooks, other weights, and other modules."""
-    kernels: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, weight in model.named_parameters():
-        group = {4: kernels, 2: matrices}.get(weight.ndim, rest)
-        (rest if "embedding" in name else group).append(weight)
-    rest += [weight for module in others for weight in module.parameters()]
-    return Optimizers(
-        [
-            KernelMuon(kernels, rate),
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
         ]
     )

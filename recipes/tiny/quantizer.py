@@ -14,8 +14,7 @@ from tokenflow_export.tokenizer.graphs import CodebookSearch
 
 __all__ = ["Quantized", "TrainingQuantizer"]
 
-COMMITMENT = 1.0
-"""How hard the latent is held to its codes. At 0.25 its length swings up and down with Muon, and the codes lag behind."""
+COMMITMENT = 0.25
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.tiny.colours import colours
-from recipes.tiny.data import SIDE, Entry, Pictures, Pixels, centred, changed, cropped
+from recipes.tiny.data import SIDE, Pictures, centred, cropped
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.subjects import PHOTO, Names, Subject
 
-__all__ = ["Scene", "composed", "names_of", "scene", "scenes"]
+__all__ = ["Scene", "changed", "composed", "names_of", "scenes"]
+
+Pixels = NDArray[np.uint8]
 
 _PLACES = ((0.03, 0.03), (0.51, 0.51), (0.51, 0.03), (0.03, 0.51))
 """Left upper corners of up to four drawings in one picture; two stand diagonally."""
@@ -28,6 +32,17 @@ class Scene:
 
     picture: Pixels
     subject: Subject
+
+
+def changed(picture: Pixels, rng: np.random.Generator) -> Pixels:
+    """Mirror a drawing, make it smaller and move it on its white background, at random."""
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+    side = int(rng.uniform(0.6, 1.0) * SIDE)
+    small = Image.fromarray(np.ascontiguousarray(picture)).resize((side, side), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(small, (int(rng.integers(SIDE - side + 1)), int(rng.integers(SIDE - side + 1))))
+    return np.asarray(canvas)
 
 
 def composed(drawings: Sequence[Pixels], rng: np.random.Generator) -> Pixels:
@@ -65,25 +80,23 @@ def scenes(pictures: Pictures, names: Names, split: str, variants: int, several:
         name = names.of(entry)
         made = variants if names.counts[name] <= _FEW else max(1, variants // 4)
         for variant in range(made if name else 1):
-            yield scene(entry, names, changed(picture, rng) if variant else picture)
+            yield _scene(entry, names, changed(picture, rng) if variant else picture)
     for entry in pictures.photo_entries:
         if entry["split"] == split:
             photo = pictures.photograph(entry)
             for variant in range(variants):
-                yield scene(entry, names, cropped(photo, rng, 0.6) if variant else centred(photo))
+                yield _scene(entry, names, cropped(photo, rng, 0.6) if variant else centred(photo))
     single = [(entry, str(names.of(entry))) for entry in entries if names.countable(entry)]
     for _ in range(int(several * len(single))):
         yield _several(single, pictures, rng)
 
 
-def scene(entry: Entry, names: Names, picture: Pixels) -> Scene:
-    """A picture that was made from the one of an entry."""
+def _scene(entry: Mapping[str, Any], names: Names, picture: Pixels) -> Scene:
     name = names.of(entry)
-    colour = colours(np.ascontiguousarray(picture))
-    return Scene(picture, Subject(((name, 1),) if name else (), colour, entry["style"] or PHOTO))
+    return Scene(picture, Subject(((name, 1),) if name else (), colours(picture), entry["style"] or PHOTO))
 
 
-def _several(named: Sequence[tuple[Entry, str]], pictures: Pictures, rng: np.random.Generator) -> Scene:
+def _several(named: Sequence[tuple[Mapping[str, Any], str]], pictures: Pictures, rng: np.random.Generator) -> Scene:
     """Two to four of one thing, or two things of one style, of entries and their names."""
     first, name = named[int(rng.integers(len(named)))]
     group = [first] * int(rng.integers(2, 5))

@@ -17,8 +17,6 @@ from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.loop import cooled, device, run, training_parser
 from recipes.tiny.optimizers import KernelMuon, Optimizers
-from recipes.tiny.scenes import names_of
-from recipes.tiny.subjects import Names
 from recipes.tiny.train_tokenizer import TokenizerTraining, pixel_loss
 
 __all__ = ["DecoderTraining", "main"]
@@ -28,20 +26,19 @@ class DecoderTraining(TokenizerTraining):
     """A training of `decoder` and `post_quant_conv`; all other weights stay those that it begins with.
 
     Args:
-        pictures, names, steps, batch, rate, seed, device: as of `TokenizerTraining`.
+        pictures, steps, batch, rate, seed, device: as of `TokenizerTraining`.
     """
 
     def __init__(
         self,
         pictures: Pictures,
-        names: Names,
         steps: int,
         batch: int,
         rate: float,
         seed: int,
         device: torch.device,
     ) -> None:
-        super().__init__(pictures, names, steps, batch, rate, seed, perceptual=0.0, device=device)
+        super().__init__(pictures, steps, batch, rate, seed, perceptual=0.0, device=device)
         self.decay = 0.99
         self.model.requires_grad_(False)
         trained = [*self.model.post_quant_conv.parameters(), *self.model.decoder.parameters()]
@@ -52,7 +49,7 @@ class DecoderTraining(TokenizerTraining):
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
-        x = to_tensor([picture for picture, _ in self._pictures()], self.device)
+        x = to_tensor(self._pictures(), self.device)
         count = sum(side * side for side in TINY.patch_nums[: self._scales()])
         with torch.no_grad():
             codes, _ = self.model.quantize.encode(self.model.latent(x))
@@ -67,13 +64,10 @@ class DecoderTraining(TokenizerTraining):
 
 def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__, out=Path("data/tiny/decoder"), steps=5000, batch=16, rate=1.2e-3)
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.set_defaults(start="data/tiny/tokenizer")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
-    pictures = Pictures(a.data)
-    names = names_of(pictures, a.cache)
-    run(DecoderTraining(pictures, names, a.steps, a.batch, a.rate, a.seed, device()), a.out, a.start)
+    run(DecoderTraining(Pictures(a.data), a.steps, a.batch, a.rate, a.seed, device()), a.out, a.start)
     return 0
 
 

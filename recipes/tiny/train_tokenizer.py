@@ -2,10 +2,9 @@
 
     python -m recipes.tiny.train_tokenizer --data data/tiny --out data/tiny/tokenizer
 
-From the codes it also learns to guess what the pictures show (`recipes.tiny.guesses`). With --start it begins with the best
-checkpoint of another training. Resumes from the checkpoint in --out. Every 250 steps, figures on held-out pictures are added
-to curve.jsonl there and plotted in curve.png, and samples.jpg shows reconstructions. best.pt is the checkpoint with the
-highest PSNR on held-out photographs.
+Resumes from the checkpoint in --out. Every 250 steps, figures on held-out pictures are added to curve.jsonl there and
+plotted in curve.png, and samples.jpg shows reconstructions. best.pt is the checkpoint with the highest PSNR on held-out
+photographs.
 """
 
 from __future__ import annotations
@@ -22,14 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.tiny.config import TINY
-from recipes.tiny.data import Entry, Pictures, Pixels, to_tensor
-from recipes.tiny.guesses import CodeGuesses, labels
+from recipes.tiny.data import Pictures, Pixels, to_tensor
 from recipes.tiny.initial import initialise
 from recipes.tiny.loop import AveragedTraining, best_average, cooled, device, has_bfloat16, run, training_parser
-from recipes.tiny.optimizers import tokenizer_optimizers
 from recipes.tiny.quantizer import TrainingQuantizer
-from recipes.tiny.scenes import names_of, scene
-from recipes.tiny.subjects import Names
 from recipes.tiny.teacher import Teacher
 from tokenflow_export.models.tokenizer import TokenFlowTokenizer
 from tokenflow_sdk.pictures.contact_sheet import contact_sheet
@@ -42,12 +37,10 @@ SAMPLES = "samples.jpg"
 FIRST = 256
 """Pictures that the weights are initialised with."""
 WARM_UP = 150
-"""Steps without quantization, after which the codebooks are initialised; none if the weights are those of another training."""
+"""Steps without quantization, after which the codebooks are initialised; none with the weights of another training."""
 RESTART_EVERY = 100
-FEWER_SCALES = 0.2
+FEWER_SCALES = 0.1
 """Share of steps that use the coarser scales only, so that these decode to a picture too."""
-GUESSED = 0.03
-"""Weight of the guesses of what pictures show."""
 
 
 def load_tokenizer(directory: Path) -> TokenFlowTokenizer:
@@ -58,57 +51,38 @@ def load_tokenizer(directory: Path) -> TokenFlowTokenizer:
 
 
 class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
-    """The training of the tokenizer: model, average, optimizer and step, which a checkpoint keeps, and the data.
-
-    Args:
-        pictures: to learn from, and to measure with. names: of what they show.
-        steps: of the whole training. batch: pictures in a step. rate: largest learning rate. seed: of all choices.
-        perceptual: weight of the teacher's features.
-        device: where the model is.
-    """
+    """The training of the tokenizer: model, average, optimizer and step, which a checkpoint keeps, and the data."""
 
     def __init__(
-        self,
-        pictures: Pictures,
-        names: Names,
-        steps: int,
-        batch: int,
-        rate: float,
-        seed: int,
-        perceptual: float,
-        device: torch.device,
+        self, pictures: Pictures, steps: int, batch: int, rate: float, seed: int, perceptual: float, device: torch.device
     ) -> None:
         torch.manual_seed(seed)
-        self.perceptual, self.names = perceptual, names
+        self.perceptual, self.warm_up = perceptual, WARM_UP
         self.pictures, self.steps, self.batch, self.rate, self.seed, self.device = pictures, steps, batch, rate, seed, device
-        self.warm_up = WARM_UP
-        first = to_tensor([picture for picture, _ in pictures.batch(FIRST, seed, 2**31)], torch.device("cpu"))
+        first = to_tensor(pictures.batch(FIRST, seed, 2**31), torch.device("cpu"))
         model = TokenFlowTokenizer(TINY)
         initialise(model, first)
         self.half = has_bfloat16(device)
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.guesses = CodeGuesses(names.known).to(device)
-        super().__init__(model, tokenizer_optimizers(model, [self.guesses], rate), decay=0.998)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        super().__init__(model, optimizer, decay=0.999)
         self.teacher = Teacher().to(device)
         with torch.no_grad():
             self.teacher.calibrate(first[:64].to(device))
         self.quantizer = TrainingQuantizer(TINY, device)
         self.used = torch.zeros(TINY.codebook_size, device=device)
         self.reader = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future[list[tuple[Pixels, Entry]]]] = {}
+        self.ahead: dict[int, Future[list[Pixels]]] = {}
 
     def run_step(self) -> dict[str, float]:
         """Run one optimizer step, and return the losses."""
-        shown = self._pictures()
-        x = to_tensor([picture for picture, _ in shown], self.device)
+        x = to_tensor(self._pictures(), self.device)
         if 0 < self.step == self.warm_up:
             self._initialise_codes()
         scales = self._scales()
-        subjects = [scene(entry, self.names, picture).subject for picture, entry in shown]
-        known = torch.tensor([labels(subject, self.names.known) for subject in subjects], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             latent = self._latent(x)
-            losses = self._losses(x, known, latent.float(), scales)
+            losses = self._losses(x, latent.float(), scales)
         self.descend(torch.stack(list(losses.values())).sum(), self.rate * cooled(self.step, self.steps))
         return {name: float(value.detach()) for name, value in losses.items()}
 
@@ -117,10 +91,10 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         rng = np.random.default_rng([self.seed, self.step, 1])
         return int(rng.integers(1, len(TINY.patch_nums))) if rng.random() < FEWER_SCALES else None
 
-    def _pictures(self) -> list[tuple[Pixels, Entry]]:
-        """The pictures of this step and their entries. Those of the next are read meanwhile."""
+    def _pictures(self) -> list[Pixels]:
+        """The pictures of this step. Those of the next are read meanwhile."""
 
-        def read(step: int) -> Future[list[tuple[Pixels, Entry]]]:
+        def read(step: int) -> Future[list[Pixels]]:
             return self.reader.submit(self.pictures.batch, self.batch, self.seed, step)
 
         now = self.ahead.get(self.step) or read(self.step)
@@ -132,7 +106,7 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         pixel = self.model.pixel_branch(x).flatten(2).transpose(1, 2)
         return torch.cat([semantic, pixel], dim=-1)
 
-    def _losses(self, x: Tensor, known: Tensor, latent: Tensor, scales: int | None) -> dict[str, Tensor]:
+    def _losses(self, x: Tensor, latent: Tensor, scales: int | None) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         features = latent
         if self.step >= self.warm_up:
@@ -146,9 +120,7 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         semantic, pixel = torch.split(maps, [TINY.semantic_dim, TINY.pixel_dim], dim=1)
         y = self.model.decoder(self.model.post_quant_conv(pixel)).float()
         losses["pixels"] = pixel_loss(y, x)
-        decoded = self.model.decoder_vqkd(semantic)
-        semantic_features = self.model.decode_task_layer(decoded).float()
-        losses["guesses"] = GUESSED * self.guesses(features, decoded, known)
+        semantic_features = self.model.decode_task_layer(self.model.decoder_vqkd(semantic)).float()
         with torch.no_grad():
             target = self.teacher(x)
         losses["semantic"] = 0.25 * F.mse_loss(semantic_features, target)
@@ -171,8 +143,7 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
         """Put residual cells of four batches into the codebooks."""
         cells = []
         for i in range(4):
-            batch = self.pictures.batch(16, self.seed, 2**31 + 1 + i)
-            x = to_tensor([picture for picture, _ in batch], self.device)
+            x = to_tensor(self.pictures.batch(16, self.seed, 2**31 + 1 + i), self.device)
             cells.append(self.quantizer.ideal_cells(self._latent(x)))
         every = torch.cat(cells)
         pick = torch.randperm(len(every), device=self.device)[: TINY.codebook_size]
@@ -217,14 +188,12 @@ class TokenizerTraining(AveragedTraining[TokenFlowTokenizer]):
 
     def state(self) -> dict[str, Any]:
         teacher = {"mean": self.teacher.mean, "std": self.teacher.std}
-        own = {"teacher": teacher, "used": self.used, "guesses": self.guesses.state_dict(), "warm_up": self.warm_up}
-        return super().state() | own
+        return super().state() | {"teacher": teacher, "used": self.used, "warm_up": self.warm_up}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.teacher.mean, self.teacher.std = (state["teacher"][name].to(self.device) for name in ("mean", "std"))
         self.used = state["used"].to(self.device)
-        self.guesses.load_state_dict(state["guesses"])
         self.warm_up = state["warm_up"]
 
 
@@ -244,14 +213,11 @@ def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), steps=20000, batch=16, rate=5e-4)
+    parser = training_parser(__doc__, out=Path("data/tiny/tokenizer"), steps=70000, batch=4, rate=8e-4)
     parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the teacher's features (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads)
-    pictures = Pictures(a.data)
-    names = names_of(pictures, a.cache)
-    run(TokenizerTraining(pictures, names, a.steps, a.batch, a.rate, a.seed, a.perceptual, device()), a.out, a.start)
+    run(TokenizerTraining(Pictures(a.data), a.steps, a.batch, a.rate, a.seed, a.perceptual, device()), a.out, a.start)
     return 0
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from recipes.tiny.colours import COLOURS, colours
-from recipes.tiny.data import SIDE, changed
+from recipes.tiny.data import SIDE
 from recipes.tiny.questions import KINDS, UNKNOWN, checks, conversation, question
-from recipes.tiny.scenes import composed
+from recipes.tiny.scenes import changed, composed
 from recipes.tiny.subjects import PHOTO, Names, Subject, amount, plural
 
 APPLES = Subject((("apple", 3),), ("red", "green"), "3d")

@@ -11,16 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.tiny import guesses, train_decoder, train_tokenizer
+from recipes.tiny import train_decoder, train_tokenizer
 from recipes.tiny.config import TINY
 from recipes.tiny.data import Pictures, to_tensor
 from recipes.tiny.export import write_released_layout
 from recipes.tiny.generator_model import SIZES, GeneratorModel
 from recipes.tiny.initial import LATENT_NORM, initialise
-from recipes.tiny.optimizers import KernelMuon, Optimizers
 from recipes.tiny.prompts import BOS, train_prompt_tokenizer
 from recipes.tiny.quantizer import TrainingQuantizer
-from recipes.tiny.subjects import Names
 from recipes.tiny.train_decoder import DecoderTraining
 from recipes.tiny.train_tokenizer import SAMPLES, TokenizerTraining
 from tests.support.generation_oracle import UncachedGenerator
@@ -47,7 +45,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "kind": "photo",
                 "split": ["train", "heldout", "others"][i],
                 "file": f"photos/{i}.jpg",
-                "path_in_source": "fog.jpg",
                 "label": None,
                 "style": None,
             }
@@ -59,30 +56,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def names(data: Path, tmp_path: Path) -> Names:
-    (tmp_path / "package" / "en").mkdir(parents=True)
-    groups = [{"label": "red apple", "group": 4}, {"label": "fox", "group": 3}]
-    (tmp_path / "package" / "en" / "data.json").write_text(json.dumps(groups))
-    pictures = Pictures(data)
-    return Names([*pictures.icon_entries, *pictures.photo_entries], tmp_path)
-
-
 def test_batches_depend_on_seed_and_step_alone(data: Path) -> None:
     first, again = Pictures(data), Pictures(data)
     for step in (0, 7):
         a, b = first.batch(6, 3, step), again.batch(6, 3, step)
-        assert all(np.array_equal(x, y) and one == other for (x, one), (y, other) in zip(a, b, strict=True))
-        assert all(x.shape == (256, 256, 3) and x.dtype == np.uint8 for x, _ in a)
-        assert {entry["split"] for _, entry in a} == {"train"}
-    assert not all(np.array_equal(x, y) for (x, _), (y, _) in zip(first.batch(6, 3, 0), first.batch(6, 3, 7), strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(x.shape == (256, 256, 3) and x.dtype == np.uint8 for x in a)
+    assert not all(np.array_equal(x, y) for x, y in zip(first.batch(6, 3, 0), first.batch(6, 3, 7), strict=True))
 
 
 def test_the_first_weights_are_a_linear_autoencoder(data: Path) -> None:
     """Before any training, without quantization, decoding is the projection on the principal components."""
     torch.manual_seed(0)
     model = TokenFlowTokenizer(TINY)
-    x = to_tensor([picture for picture, _ in Pictures(data).batch(8, 0, 0)], CPU)
+    x = to_tensor(Pictures(data).batch(8, 0, 0), CPU)
     initialise(model, x)
     with torch.inference_mode():
         latent = model.pixel_branch(x)
@@ -131,15 +118,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     for name, value in {"TINY": small, "Teacher": Patches, "FIRST": 4, "WARM_UP": 1, "RESTART_EVERY": 1}.items():
         monkeypatch.setattr(train_tokenizer, name, value)
-    monkeypatch.setattr(guesses, "TINY", small)
 
 
 @pytest.mark.usefixtures("_small")
-def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, names: Names, tmp_path: Path) -> None:
+def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, tmp_path: Path) -> None:
     """From the saved state, in another process's place, the next losses and figures are the same to the last bit."""
 
     def training() -> TokenizerTraining:
-        return TokenizerTraining(Pictures(data), names, 20, 1, 1e-3, seed=3, perceptual=0.1, device=CPU)
+        return TokenizerTraining(Pictures(data), 20, 1, 1e-3, seed=3, perceptual=0.1, device=CPU)
 
     first = training()
     for _ in range(3):
@@ -151,7 +137,7 @@ def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, names: Names
     again.load(state)
     torch.set_rng_state(state["rng"])
     assert [again.run_step() for _ in range(2)] == expected
-    assert set(expected[0]) == {"codes", "pixels", "semantic", "guesses", "perceptual"}
+    assert set(expected[0]) == {"codes", "pixels", "semantic", "perceptual"}
     figures = again.evaluate(tmp_path)
     assert figures == first.evaluate(tmp_path)
     assert again.score(figures) == figures["photos"] != figures["others"]
@@ -160,11 +146,11 @@ def test_a_resumed_tokenizer_training_repeats_the_steps(data: Path, names: Names
 
 
 @pytest.mark.usefixtures("_small")
-def test_a_training_that_begins_with_weights_keeps_their_codes(data: Path, names: Names) -> None:
+def test_a_training_that_begins_with_weights_keeps_their_codes(data: Path) -> None:
     """It quantizes from the first step on, and does not fill the codebooks anew; it trains them."""
     pictures = Pictures(data)
-    start = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU).model.state_dict()
-    again = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=4, perceptual=0.0, device=CPU)
+    start = TokenizerTraining(pictures, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU).model.state_dict()
+    again = TokenizerTraining(pictures, 20, 1, 1e-3, seed=4, perceptual=0.0, device=CPU)
     again.begin(start)
     again.run_step()
     assert again.used.sum() == len(again.pictures.batch(1, 4, 0)) * sum(side * side for side in (1, 4, 16))
@@ -174,32 +160,18 @@ def test_a_training_that_begins_with_weights_keeps_their_codes(data: Path, names
 
 
 @pytest.mark.usefixtures("_small")
-def test_each_weight_of_the_tokenizer_has_one_optimizer(data: Path, names: Names) -> None:
-    training = TokenizerTraining(Pictures(data), names, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
-    assert isinstance(training.optimizer, Optimizers)
-    kernels, matrices, others = training.optimizer.parts
-    assert isinstance(kernels, KernelMuon)
-    trained = [*kernels.kernels, *(p for part in (matrices, others) for group in part.param_groups for p in group["params"])]
-    assert len(trained) == len({id(p) for p in trained})
-    assert {id(p) for p in trained} == {id(p) for module in (training.model, training.guesses) for p in module.parameters()}
-    assert {id(p) for p in training.model.quantize.parameters()} <= {id(p) for p in others.param_groups[0]["params"]}
-
-
-@pytest.mark.usefixtures("_small")
-def test_training_the_decoder_alone_changes_no_code(
-    data: Path, names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_the_decoder_alone_changes_no_code(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the decoder's own weights, all of which are trained; and from the saved state the steps are the same."""
     monkeypatch.setattr(train_decoder, "TINY", train_tokenizer.TINY)
     monkeypatch.setattr(train_tokenizer, "FEWER_SCALES", 0.5)
     pictures = Pictures(data)
-    whole = TokenizerTraining(pictures, names, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
+    whole = TokenizerTraining(pictures, 20, 1, 1e-3, seed=3, perceptual=0.0, device=CPU)
     for _ in range(2):
         whole.run_step()
     start = whole.average.state_dict()
 
     def training() -> DecoderTraining:
-        return DecoderTraining(pictures, names, 20, 2, 1e-3, seed=3, device=CPU)
+        return DecoderTraining(pictures, 20, 2, 1e-3, seed=3, device=CPU)
 
     first = training()
     first.begin(start)
