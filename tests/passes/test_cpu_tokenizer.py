@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.support.cpu_graphs import FLOAT, NEAREST, SAME, Attributes, operators, rewritten, search, upsampling
+from tests.support.cpu_graphs import FLOAT, NEAREST, SAME, Attributes, decoder, operators, rewritten, search, upsampling
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -75,6 +75,32 @@ def test_an_upsampled_map_that_is_a_result_stays(tmp_path: Path) -> None:
     model.graph.output.append(helper.make_tensor_value_info("u", FLOAT, ["batch", 6, 10, 14]))
     onnx.save(model, tmp_path / "g.onnx")
     assert rewrite_for_cpu(tmp_path / "g.onnx") is None
+
+
+def test_large_convolutions_of_a_decoder_have_fewer_products(tmp_path: Path) -> None:
+    found = operators(rewritten(decoder(tmp_path / "g.onnx")))
+    assert (found["Conv"], found["SpaceToDepth"]) == (2 + 4, 1)  # two transforms, and the four after the enlarging
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": (127, 128)},
+        {"channels": (128, 127)},
+        {"size": (22, 23)},
+        {"size": ("h", 23)},
+        {"conv": SAME | {"dilations": [2, 2], "pads": [2, 2, 2, 2]}},
+    ],
+)
+def test_small_and_other_convolutions_of_a_decoder_stay(tmp_path: Path, changes: Attributes) -> None:
+    """Small maps do not pay for the weights of the transforms."""
+    found = operators(rewritten(decoder(tmp_path / "g.onnx", **changes)))
+    assert (found["Conv"], found["SpaceToDepth"]) == (1 + 4, 0)
+
+
+def test_large_convolutions_of_an_encoder_stay(tmp_path: Path) -> None:
+    """One difference more could tip a code."""
+    assert rewrite_for_cpu(decoder(tmp_path / "g.onnx", resize=NEAREST | {"mode": "linear"})) is None
 
 
 @pytest.mark.parametrize("axis", [-1, 2])

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
-__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "operators", "rewritten", "save", "search", "upsampling"]
+__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "decoder", "operators", "rewritten", "save", "search", "upsampling"]
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -74,6 +74,29 @@ def upsampling(
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
     x, y = ("x", FLOAT, ["batch", 6, 5, 7]), ("y", FLOAT, ["batch", 10, "h", "w"])
     return save(path, nodes, [x], [y], weights, opset=opset)
+
+
+def decoder(
+    path: Path,
+    channels: tuple[int, int] = (128, 136),
+    size: tuple[Any, Any] = (26, 23),
+    conv: Attributes = SAME,
+    bias: bool = True,
+    resize: Attributes = NEAREST,
+) -> Path:
+    """A convolution whose result is enlarged and convolved to three channels; the file says the sizes of its map."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (channels[1], channels[0], 3, 3), "b": (channels[1],), "v": (3, channels[1], 3, 3)}
+    weights = {name: (rng.standard_normal(shape) / 34).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Conv", ["r", "w", "b"] if bias else ["r", "w"], ["c"], **conv),
+        helper.make_node("Resize", ["c", "", "s"], ["u"], **resize),
+        helper.make_node("Conv", ["u", "v"], ["y"], **SAME),
+    ]
+    x, r = ("x", FLOAT, ["batch", channels[0], "h", "w"]), ("r", FLOAT, ["batch", channels[0], *size])
+    y = ("y", FLOAT, ["batch", 3, "H", "W"])
+    return save(path, nodes, [x], [y], weights | {"s": np.array([1, 1, 2, 2], np.float32)}, inner=[r])
 
 
 def search(path: Path, columns: int = 1024, shape: tuple[Any, ...] = ("batch", 5), **attributes: Any) -> Path:

@@ -3,6 +3,8 @@
 - Nearest-neighbour upsampling to twice the side and a 3x3 convolution become four 2x2 convolutions of the small map, one for
   each pixel of a 2x2 block: 4/9 of the products. Several taps of the 3x3 kernel read the same small pixel, so their weights are
   added. Results are equal but for rounding.
+- Large 3x3 convolutions of a decoder are computed by Winograd's filtering, with 1/4 of the products (`winograd.py`). Results
+  differ by some 1e-5 of their spread. An encoder keeps its convolutions, because such a difference could tip a code.
 - ArgMax over many columns, which compares number by number, becomes a maximum of each block of columns and two short ArgMax:
   that of the maxima finds the block, and that of the block finds the column. Results are equal, the first of equals too.
 """
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_sdk.passes import winograd
 from tokenflow_sdk.passes.cpu_graph import PREFIX, Graph, Node, node_field
 
 __all__ = ["constants", "replacements"]
@@ -23,6 +26,8 @@ _BLOCK = 128
 """Columns of one maximum; blocks of 32 to 256 columns are equally fast."""
 _MANY = 1024
 """ArgMax over fewer columns than this stays."""
+_WIDE = 128
+"""Convolutions of fewer channels than this stay."""
 _TAPS: dict[int, NDArray[np.float32]] = {
     0: np.array([[1, 0, 0], [0, 1, 1]], np.float32),
     1: np.array([[1, 1, 0], [0, 0, 1]], np.float32),
@@ -34,10 +39,13 @@ def replacements(graph: Graph) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number of each node to be replaced, and the fields with the nodes that stand in its place."""
     resizes = {node.outputs[0]: i for i, node in enumerate(graph.nodes) if _doubles(graph, node)}
     for i, node in enumerate(graph.nodes):
-        if node.operator == "Conv" and node.inputs[0] in resizes and _is_plain_3x3(graph, node):
-            resize = resizes[node.inputs[0]]
-            yield resize, []
-            yield i, list(_four_convolutions(graph.nodes[resize].inputs[0], node))
+        if node.operator == "Conv" and _is_plain_3x3(graph, node):
+            resize = resizes.get(node.inputs[0])
+            if resize is not None and graph.uses[node.inputs[0]] == 1:
+                yield resize, []
+                yield i, list(_four_convolutions(graph.nodes[resize].inputs[0], node))
+            elif resizes and _is_large(graph, node):  # only a decoder enlarges maps
+                yield i, list(winograd.convolution(node, _channels(graph, node), graph.shape(node.inputs[0])[2:]))
         elif node.operator == "ArgMax" and _is_long(graph, node):
             yield i, list(_two_steps(node))
 
@@ -55,14 +63,24 @@ def _doubles(graph: Graph, node: Node) -> bool:
 
 
 def _is_plain_3x3(graph: Graph, conv: Node) -> bool:
-    """Whether a node is a float32 3x3 convolution that keeps the size, and alone reads its input."""
+    """Whether a node is a float32 3x3 convolution that keeps the size."""
     return (
         conv.attributes.get("kernel_shape") == [3, 3]
         and conv.attributes.get("pads") == [1, 1, 1, 1]
         and conv.has(strides=[1, 1], dilations=[1, 1], group=1, auto_pad="NOTSET")
         and conv.inputs[1] in graph.float_tensors
-        and graph.uses[conv.inputs[0]] == 1
     )
+
+
+def _is_large(graph: Graph, conv: Node) -> bool:
+    """Whether a convolution has products enough for the transforms to pay, and pixels for weights four times as large."""
+    channels, (_, _, *size) = _channels(graph, conv), graph.shape(conv.inputs[0]) or [0, 0]
+    return len(size) == 2 and min(channels, default=0) >= _WIDE and size[0] * size[1] >= 4 * max(channels)
+
+
+def _channels(graph: Graph, conv: Node) -> list[int]:
+    """The channels of a convolution's result and input; none if the file does not say them."""
+    return graph.weight_shapes.get(conv.inputs[1], [])[:2]
 
 
 def _four_convolutions(source: str, conv: Node) -> Iterator[bytes]:
@@ -110,4 +128,4 @@ def constants() -> dict[str, NDArray[Any]]:
     taps = {f"rows_{i}": matrix for i, matrix in _TAPS.items()} | {f"columns_{i}": matrix.T for i, matrix in _TAPS.items()}
     numbers: dict[str, object] = {"blocks": [0, 0, -1, _BLOCK], "last": [-1], "width": _BLOCK}
     integers = {name: np.array(value, np.int64) for name, value in numbers.items()}
-    return {PREFIX + name: array for name, array in (taps | integers).items()}
+    return {PREFIX + name: array for name, array in (taps | integers).items()} | winograd.constants()
