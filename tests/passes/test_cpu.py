@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from tests.support.cpu_graphs import search, upsampling
+from tests.support.cpu_graphs import decoder, search, upsampling
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
@@ -37,7 +37,7 @@ def test_a_damaged_graph_is_left_to_onnxruntime(tmp_path: Path, cut: float) -> N
     assert rewrite_for_cpu(path) is None
 
 
-@pytest.mark.parametrize("make", [upsampling, search])
+@pytest.mark.parametrize("make", [upsampling, search, decoder])
 def test_changed_bytes_are_never_an_error_here(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     path = make(tmp_path / "g.onnx")
     data, rng = path.read_bytes(), np.random.default_rng(0)

@@ -79,24 +79,31 @@ def upsampling(
 def decoder(
     path: Path,
     channels: tuple[int, int] = (128, 136),
-    size: tuple[Any, Any] = (26, 23),
-    conv: Attributes = SAME,
-    bias: bool = True,
+    size: tuple[Any, Any] | None = (62, 59),
+    bias: str | None = "b",
     resize: Attributes = NEAREST,
+    searches: bool = False,
+    opset: int = 20,
 ) -> Path:
     """A convolution whose result is enlarged and convolved to three channels; the file says the sizes of its map."""
     rng = np.random.default_rng(0)
     shapes = {"w": (channels[1], channels[0], 3, 3), "b": (channels[1],), "v": (3, channels[1], 3, 3)}
+    # Divided by the root of 9 * 128 products, so that results are about as large as what they are made of.
     weights = {name: (rng.standard_normal(shape) / 34).astype(np.float32) for name, shape in shapes.items()}
     nodes = [
         helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Conv", ["r", "w", "b"] if bias else ["r", "w"], ["c"], **conv),
+        helper.make_node("Conv", ["r", "w"] if bias is None else ["r", "w", bias], ["c"], **SAME),
         helper.make_node("Resize", ["c", "", "s"], ["u"], **resize),
         helper.make_node("Conv", ["u", "v"], ["y"], **SAME),
     ]
-    x, r = ("x", FLOAT, ["batch", channels[0], "h", "w"]), ("r", FLOAT, ["batch", channels[0], *size])
-    y = ("y", FLOAT, ["batch", 3, "H", "W"])
-    return save(path, nodes, [x], [y], weights | {"s": np.array([1, 1, 2, 2], np.float32)}, inner=[r])
+    x, y = ("x", FLOAT, ["batch", channels[0], "h", "w"]), ("y", FLOAT, ["batch", 3, "H", "W"])
+    outputs: list[Shape] = [y]
+    if searches:
+        nodes.append(helper.make_node("ArgMax", ["y"], ["i"], axis=1))
+        outputs.append(("i", INT64, ["batch", 1, "H", "W"]))
+    inner: list[Shape] = [] if size is None else [("r", FLOAT, ["batch", channels[0], *size])]
+    scales = {"s": np.array([1, 1, 2, 2], np.float32)}
+    return save(path, nodes, [x], outputs, weights | scales, inner=inner, opset=opset)
 
 
 def search(path: Path, columns: int = 1024, shape: tuple[Any, ...] = ("batch", 5), **attributes: Any) -> Path:

@@ -4,13 +4,14 @@
   each pixel of a 2x2 block: 4/9 of the products. Several taps of the 3x3 kernel read the same small pixel, so their weights are
   added. Results are equal but for rounding.
 - Large 3x3 convolutions of a decoder are computed by Winograd's filtering, with 1/4 of the products (`winograd.py`). Results
-  differ by some 1e-5 of their spread. An encoder keeps its convolutions, because such a difference could tip a code.
+  differ by up to 5e-5 of their spread. A graph that searches for codes keeps its convolutions: a difference could tip a code.
 - ArgMax over many columns, which compares number by number, becomes a maximum of each block of columns and two short ArgMax:
   that of the maxima finds the block, and that of the block finds the column. Results are equal, the first of equals too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,10 @@ _BLOCK = 128
 """Columns of one maximum; blocks of 32 to 256 columns are equally fast."""
 _MANY = 1024
 """ArgMax over fewer columns than this stays."""
-_WIDE = 128
-"""Convolutions of fewer channels than this stay."""
+_WIDE, _LEAST = 128, 2**29
+"""A convolution from or to fewer channels, or of fewer products, stays: transforms would take what the products save."""
+_LARGEST = 2**24
+"""A map of more pixels than this is a damaged file's."""
 _TAPS: dict[int, NDArray[np.float32]] = {
     0: np.array([[1, 0, 0], [0, 1, 1]], np.float32),
     1: np.array([[1, 1, 0], [0, 0, 1]], np.float32),
@@ -38,13 +41,14 @@ _TAPS: dict[int, NDArray[np.float32]] = {
 def replacements(graph: Graph) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number of each node to be replaced, and the fields with the nodes that stand in its place."""
     resizes = {node.outputs[0]: i for i, node in enumerate(graph.nodes) if _doubles(graph, node)}
+    decodes = bool(resizes) and not any(node.operator == "ArgMax" for node in graph.nodes)
     for i, node in enumerate(graph.nodes):
         if node.operator == "Conv" and _is_plain_3x3(graph, node):
             resize = resizes.get(node.inputs[0])
             if resize is not None and graph.uses[node.inputs[0]] == 1:
                 yield resize, []
                 yield i, list(_four_convolutions(graph.nodes[resize].inputs[0], node))
-            elif resizes and _is_large(graph, node):  # only a decoder enlarges maps
+            elif decodes and _is_large(graph, node):
                 yield i, list(winograd.convolution(node, _channels(graph, node), graph.shape(node.inputs[0])[2:]))
         elif node.operator == "ArgMax" and _is_long(graph, node):
             yield i, list(_two_steps(node))
@@ -74,8 +78,11 @@ def _is_plain_3x3(graph: Graph, conv: Node) -> bool:
 
 def _is_large(graph: Graph, conv: Node) -> bool:
     """Whether a convolution has products enough for the transforms to pay, and pixels for weights four times as large."""
-    channels, (_, _, *size) = _channels(graph, conv), graph.shape(conv.inputs[0]) or [0, 0]
-    return len(size) == 2 and min(channels, default=0) >= _WIDE and size[0] * size[1] >= 4 * max(channels)
+    channels, size = _channels(graph, conv), graph.shape(conv.inputs[0])[2:]
+    if len(size) != 2 or min(channels, default=0) < _WIDE:
+        return False
+    pixels = math.prod(size)
+    return 9 * math.prod(channels) * pixels >= _LEAST and 4 * max(channels) <= pixels <= _LARGEST
 
 
 def _channels(graph: Graph, conv: Node) -> list[int]:

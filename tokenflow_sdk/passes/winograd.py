@@ -1,12 +1,13 @@
 """3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3) (https://arxiv.org/abs/1509.09308), as operators of a graph.
 
-A map is cut into tiles of 4x4 pixels. A tile's result needs the 6x6 pixels around it: they are transformed to 36 numbers for
-each channel, each of these is multiplied by weights of its own, and the 36 products are transformed back to 16 pixels. That is
-36 products for a channel instead of 144.
+A map is cut into tiles of 4x4 pixels. A tile's result needs the 6x6 pixels around it. They are transformed to 36 numbers for
+each channel; each of the 36 is multiplied by weights of its own and summed over the channels; and the 36 sums are transformed
+back to 16 pixels. That is 36 products for a pair of channels instead of 144.
 
-The transforms take whole strips of a map. With the 16 pixels of tiles apart (SpaceToDepth), rows and columns of 6 pixels are
-those of a tile and the first two of the next one, so that each transform is a convolution along tiles, one after another in
-memory. The last row and column of tiles, which are one too many, get numbers that mean nothing, and are cut off at the end.
+The pixels are transformed a strip of the map at a time. With the 16 pixels of tiles apart (SpaceToDepth), rows and columns of
+six pixels are those of a tile and the first two of the next one, so that each transform is a convolution along tiles, one after
+another in memory. The last row and column of tiles, which are one too many, get numbers that mean nothing, and are cut off.
+A pixel that is not finite spoils some 8x8 pixels around it, where a convolution spoils 3x3.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ __all__ = ["constants", "convolution"]
 
 _TILE = 4
 _MOST = 2**23
-"""Most numbers that a strip of a map is transformed to, so that memory does not grow with the map."""
-_INPUT = np.array(
+"""About how many numbers a strip of one picture is transformed to, so that they take no more memory in a larger map."""
+_INPUT, _KERNEL, _OUTPUT = (f"{PREFIX}winograd_{name}" for name in ("input", "kernel", "output"))
+_FROM_PIXELS = np.array(
     [
         [4, 0, -5, 0, 1, 0],
         [0, -4, -4, 1, 1, 0],
@@ -33,16 +35,13 @@ _INPUT = np.array(
         [0, -2, -1, 2, 1, 0],
         [0, 2, -1, -2, 1, 0],
         [0, 4, 0, -5, 0, 1],
-    ],
-    np.float32,
+    ]
 )
-"""B^T: six pixels in a row to six numbers."""
-_KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float64) / 24
-"""G: three weights in a row to six numbers."""
-_OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
-"""A^T: six products in a row to four pixels."""
-_PIXELS, _KERNELS, _PRODUCTS = (f"{PREFIX}winograd_{name}" for name in ("pixels", "kernels", "products"))
-_NINE, _ORIGIN, _SIDES, _CHANNELS = (f"{PREFIX}winograd_{name}" for name in ("nine", "origin", "sides", "channels"))
+"""Transforms six pixels in a row to six numbers."""
+_FROM_WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+"""Transforms three weights in a row to six numbers."""
+_TO_PIXELS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+"""Transforms six sums in a row to four pixels."""
 
 
 def convolution(conv: Node, channels: Sequence[int], size: Sequence[int]) -> Iterator[bytes]:
@@ -51,71 +50,75 @@ def convolution(conv: Node, channels: Sequence[int], size: Sequence[int]) -> Ite
     Args:
         conv: the convolution.
         channels: of its result, and of its input.
-        size: height and width of its map, in pixels.
+        size: height and width of its map in pixels, which every call must have.
     """
-    name = PREFIX + conv.outputs[0]
-    yield node_field("Reshape", [conv.inputs[1], _NINE], f"{name}_kernels")
-    yield node_field("MatMul", [f"{name}_kernels", _KERNELS], f"{name}_kernel_numbers")
-    yield node_field("Transpose", [f"{name}_kernel_numbers"], f"{name}_number_kernels", perm=[1, 0])
-    yield node_field("Constant", [], f"{name}_as_weights", value_ints=[36, *channels])
-    yield node_field("Reshape", [f"{name}_number_kernels", f"{name}_as_weights"], f"{name}_weights")
+    (source, kernels, *bias), (result,) = (name for name in conv.inputs if name), conv.outputs
+    name = PREFIX + result
+    shapes = {"as_kernels": [-1, 9], "as_weights": [36, *channels], "as_bias": [-1, 1, 1], "start": [0, 0], "sides": [2, 3]}
+    yield from _constants(name, shapes)
+    yield node_field("Reshape", [kernels, f"{name}/as_kernels"], f"{name}/kernels")
+    yield node_field("Gemm", [_KERNEL, f"{name}/kernels"], f"{name}/kernel_numbers", transB=1)
+    yield node_field("Reshape", [f"{name}/kernel_numbers", f"{name}/as_weights"], f"{name}/weights")
 
     height, width = (-(-side // _TILE) for side in size)  # in tiles
-    count = -(-36 * max(channels) * height * width // _MOST)
-    cuts = [height * i // count for i in range(count + 1)]
-    for start, stop in pairwise(cuts):
-        yield from _strip(conv, channels, size, start, stop)
-    bias, strips = conv.inputs[2:], [f"{name}_{start}_strip" for start in cuts[:-1]]
-    yield node_field("Concat", strips, f"{name}_whole" if bias else conv.outputs[0], axis=2)
+    count = min(height, -(-36 * max(channels) * height * width // _MOST))
+    strips = []
+    for start, stop in pairwise(height * i // count for i in range(count + 1)):
+        strips.append(f"{name}/strip_{start}")
+        yield from _strip(source, name, channels, size, start, stop)
+    yield node_field("Concat", strips, f"{name}/map" if bias else result, axis=2)
     if bias:
-        yield node_field("Reshape", [*bias, _CHANNELS], f"{name}_bias")
-        yield node_field("Add", [f"{name}_whole", f"{name}_bias"], conv.outputs[0])
+        yield node_field("Reshape", [*bias, f"{name}/as_bias"], f"{name}/bias")
+        yield node_field("Add", [f"{name}/map", f"{name}/bias"], result)
 
 
-def _strip(conv: Node, channels: Sequence[int], size: Sequence[int], start: int, stop: int) -> Iterator[bytes]:
+def _strip(source: str, name: str, channels: Sequence[int], size: Sequence[int], start: int, stop: int) -> Iterator[bytes]:
     """The nodes that compute the rows of tiles from `start` to `stop`, without the bias."""
     results, sources = channels
     top, rows, width = start * _TILE, stop - start + 1, -(-size[1] // _TILE) + 1
     tiles = rows * width
 
     def own(what: str) -> str:
-        return f"{PREFIX}{conv.outputs[0]}_{start}_{what}"
+        return f"{name}/strip_{start}/{what}"
 
-    numbers: dict[str, list[int]] = {
-        # Of other strips' rows only the one before and those of the next tiles stay; negative padding cuts.
+    shapes = {
+        # A strip reads the row of pixels before its own, and the row of tiles after them; negative padding cuts the others off.
         "pads": [0, 0, 1 - top, 1, 0, 0, top - 1 + rows * _TILE - size[0], width * _TILE - 1 - size[1]],
         "size": [min(stop * _TILE, size[0]) - top, size[1]],
         "as_rows": [-1, _TILE, sources * tiles],
         "as_columns": [-1, _TILE, 6 * sources * tiles],
         "as_numbers": [-1, 36, sources, tiles],
-        "as_product_rows": [-1, 6, 6 * results * tiles],
-        "as_product_columns": [-1, 6, results * tiles],
+        "as_sum_rows": [-1, 6, 6 * results * tiles],
+        "as_sum_columns": [-1, 6, results * tiles],
         "as_tiles": [-1, _TILE * _TILE * results, rows, width],
     }
-    for what, value in numbers.items():
-        yield node_field("Constant", [], own(what), value_ints=value)
-    yield node_field("Pad", [conv.inputs[0], own("pads")], own("padded"))
+    yield from _constants(f"{name}/strip_{start}", shapes)
+    yield node_field("Pad", [source, own("pads")], own("padded"))
     yield node_field("SpaceToDepth", [own("padded")], own("tiles"), blocksize=_TILE)
     yield node_field("Reshape", [own("tiles"), own("as_rows")], own("rows"))
-    yield node_field("Conv", [own("rows"), _PIXELS], own("row_numbers"), kernel_shape=[2], pads=[0, 1])
+    yield node_field("Conv", [own("rows"), _INPUT], own("row_numbers"), kernel_shape=[2], pads=[0, 1])
     yield node_field("Reshape", [own("row_numbers"), own("as_columns")], own("columns"))
-    columns = [own("columns"), _PIXELS]
-    yield node_field("Conv", columns, own("column_numbers"), kernel_shape=[2], dilations=[width], pads=[0, width])
-    yield node_field("Reshape", [own("column_numbers"), own("as_numbers")], own("numbers"))
-    yield node_field("MatMul", [f"{PREFIX}{conv.outputs[0]}_weights", own("numbers")], own("products"))
-    yield node_field("Reshape", [own("products"), own("as_product_rows")], own("product_rows"))
-    yield node_field("MatMul", [_PRODUCTS, own("product_rows")], own("pixel_rows"))
-    yield node_field("Reshape", [own("pixel_rows"), own("as_product_columns")], own("product_columns"))
-    yield node_field("MatMul", [_PRODUCTS, own("product_columns")], own("pixel_columns"))
+    below = [width]
+    yield node_field("Conv", [own("columns"), _INPUT], own("both"), kernel_shape=[2], dilations=below, pads=[0, *below])
+    yield node_field("Reshape", [own("both"), own("as_numbers")], own("numbers"))
+    yield node_field("MatMul", [f"{name}/weights", own("numbers")], own("sums"))
+    yield node_field("Reshape", [own("sums"), own("as_sum_rows")], own("sum_rows"))
+    yield node_field("MatMul", [_OUTPUT, own("sum_rows")], own("pixel_rows"))
+    yield node_field("Reshape", [own("pixel_rows"), own("as_sum_columns")], own("sum_columns"))
+    yield node_field("MatMul", [_OUTPUT, own("sum_columns")], own("pixel_columns"))
     yield node_field("Reshape", [own("pixel_columns"), own("as_tiles")], own("new_tiles"))
     yield node_field("DepthToSpace", [own("new_tiles")], own("pixels"), blocksize=_TILE, mode="DCR")
-    yield node_field("Slice", [own("pixels"), _ORIGIN, own("size"), _SIDES], own("strip"))
+    yield node_field("Slice", [own("pixels"), f"{name}/start", own("size"), f"{name}/sides"], f"{name}/strip_{start}")
+
+
+def _constants(name: str, shapes: dict[str, list[int]]) -> Iterator[bytes]:
+    for what, value in shapes.items():
+        yield node_field("Constant", [], f"{name}/{what}", value_ints=value)
 
 
 def constants() -> dict[str, NDArray[Any]]:
     """The constants of the new nodes."""
-    pixels = np.zeros((6, _TILE, 2), np.float32)  # of a tile, and of the next one
-    pixels[:, :, 0], pixels[:, :2, 1] = _INPUT[:, :_TILE], _INPUT[:, _TILE:]
-    numbers = {_NINE: [-1, 9], _ORIGIN: [0, 0], _SIDES: [2, 3], _CHANNELS: [-1, 1, 1]}
-    arrays = {_PIXELS: pixels, _KERNELS: np.kron(_KERNEL, _KERNEL).T.astype(np.float32), _PRODUCTS: _OUTPUT}
-    return arrays | {name: np.array(value, np.int64) for name, value in numbers.items()}
+    along = np.zeros((6, _TILE, 2))  # pixels of a tile, and of the next one
+    along[:, :, 0], along[:, :2, 1] = _FROM_PIXELS[:, :_TILE], _FROM_PIXELS[:, _TILE:]
+    matrices = {_INPUT: along, _KERNEL: np.kron(_FROM_WEIGHTS, _FROM_WEIGHTS), _OUTPUT: _TO_PIXELS}
+    return {name: matrix.astype(np.float32) for name, matrix in matrices.items()}

@@ -172,7 +172,9 @@ class TokenLoop:
             "temperature": np.asarray([1 if p.greedy else p.temperature for p in params], np.float32),
             "top_k": np.asarray(top_k, np.int32),
             "top_p": np.asarray(top_p, np.float32),
-            "noise": np.asarray([uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in rows], np.float32),
+            "noise": np.asarray(
+                [0 if t.params.greedy else uniform(t.params.seed, 0, len(t.tokens), 0, 1)[0] for t in rows], np.float32
+            ),
             "ranks": np.arange(window, dtype=np.int32),
         }
         found, logits = run_sampling(head, feeds, "token_ids")
