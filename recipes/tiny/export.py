@@ -4,6 +4,8 @@
     python -m recipes.tiny.export --generator data/tiny/generator --out models/tiny
     python -m recipes.tiny.export --understander data/tiny/understander --out models/tiny
 
+Of several trainings of an understander that began with the same weights, the mean of their weights is exported.
+
 They are exported as the released models are. For that, the language models are written to directories in the released layouts.
 Each is exported before the next is trained: language models read the tokenizer's codes, and the understander the drawings too.
 """
@@ -139,7 +141,8 @@ def _export_language_model(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in KINDS:
-        parser.add_argument(f"--{kind}", type=Path, help=f"where the {kind} was trained; none is exported without it")
+        several = {"nargs": "+", "metavar": "DIR"} if kind == "understander" else {}
+        parser.add_argument(f"--{kind}", type=Path, help=f"where the {kind} was trained; none is exported without it", **several)
     parser.add_argument("--out", type=Path, default=Path("models/tiny"))
     parser.add_argument(
         "--cfg-scale", type=float, default=CFG_SCALE, help="guidance for requests that give none (default: %(default)s)"
@@ -161,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             bundle = Bundle.open(out / "generator", GeneratorConfig)
             replace(bundle, provenance={**bundle.provenance, "draws": DRAWS}).write_manifest()
         if arguments.understander:
-            understander, text = load_understander(arguments.understander)
+            understander, text = load_understander(*arguments.understander)
             _export_language_model(
                 out,
                 "understander",

@@ -123,10 +123,14 @@ class AveragedTraining(Generic[M]):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def best_average(directory: Path) -> dict[str, Tensor]:
-    """The averaged weights of a training's best checkpoint."""
-    average: dict[str, Tensor] = torch.load(directory / BEST, map_location="cpu", weights_only=True)["average"]
-    return average
+def best_average(*directories: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's best checkpoint; the mean of several trainings that began with the same weights."""
+    averages = [torch.load(each / BEST, map_location="cpu", weights_only=True)["average"] for each in directories]
+    mean: dict[str, Tensor] = averages[0]
+    for name, weights in mean.items():
+        if weights.is_floating_point():
+            mean[name] = torch.stack([average[name] for average in averages]).mean(dim=0)
+    return mean
 
 
 def kept_text_tokenizer(path: Path, make: Callable[[], TextTokenizer], start: Path | None) -> TextTokenizer:

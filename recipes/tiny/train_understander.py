@@ -119,11 +119,11 @@ class Encoded:
         return Encoded(torch.cat([self.codes, other.codes]), self.subjects + other.subjects)
 
 
-def load_understander(directory: Path) -> tuple[UnderstanderModel, TextTokenizer]:
-    """Load the averaged understander of a training's best checkpoint, and its text tokenizer."""
-    text = TextTokenizer.from_file(str(directory / TEXT_TOKENIZER))
+def load_understander(*directories: Path) -> tuple[UnderstanderModel, TextTokenizer]:
+    """Load the averaged understander of a training's best checkpoint, or the mean of several, and the first text tokenizer."""
+    text = TextTokenizer.from_file(str(directories[0] / TEXT_TOKENIZER))
     model = UnderstanderModel(text.get_vocab_size())
-    model.load_state_dict(best_average(directory))
+    model.load_state_dict(best_average(*directories))
     return model.eval().requires_grad_(False), text
 
 
@@ -136,6 +136,7 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         rows: the codebook [K, C]; the model reads the quantized features of codes.
         text: tokenizes questions and answers.
         steps: of the whole training. batch: pictures in a step, at least. rate: largest learning rate. seed: of all choices.
+        noise: the spread of the noise added to features that it learns from, as a share of their own.
     """
 
     def __init__(
@@ -149,13 +150,14 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         batch: int,
         rate: float,
         seed: int,
+        noise: float = 0.0,
     ) -> None:
         torch.manual_seed(seed)
         self.device = rows.device
         self.half = has_bfloat16(self.device)
         self.train, self.held_out, self.names, self.text = train, held_out, names, text
         self.quantizer = quantizer(rows)
-        self.steps, self.batch, self.rate, self.seed = steps, batch, rate, seed
+        self.steps, self.batch, self.rate, self.seed, self.noise = steps, batch, rate, seed, noise
         self.chances = _chances(train.subjects)
         self.known = torch.tensor([labels(known, names) for known in train.subjects], device=self.device)
         self.groups = groups(names)
@@ -181,6 +183,9 @@ class UnderstanderTraining(AveragedTraining[UnderstanderModel]):
         features = self._features(self.train, picks)
         count = features.shape[1] if last else int(SEEN * features.shape[1])
         cells = torch.from_numpy(np.sort(rng.permutation(features.shape[1])[:count])).to(self.device)
+        if self.noise:
+            noise = torch.from_numpy(rng.standard_normal(features.shape, np.float32)).to(self.device)
+            features = features + self.noise * features.std() * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             hidden = self.model.hidden(features, asked, cells)
             guesses = self.guess(hidden[:, count // 2 : count])
@@ -300,6 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = transformer_parser(__doc__, out=Path("data/tiny/understander"), steps=20000, batch=16, rate=1e-3)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages as fetched (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("models/tiny"), help="codes, drawings (default: %(default)s)")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="added to features, as a share of their spread (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
@@ -321,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.batch,
         arguments.rate,
         arguments.seed,
+        arguments.noise,
     )
     if arguments.compile:
         training.model.transformer.compile(dynamic=True)

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from recipes.tiny import loop
-from recipes.tiny.loop import BEST, CHECKPOINT, CURVE, cooled, kept_text_tokenizer, plot, read_curve, run, training_parser
+from recipes.tiny.loop import (
+    BEST,
+    CHECKPOINT,
+    CURVE,
+    best_average,
+    cooled,
+    kept_text_tokenizer,
+    plot,
+    read_curve,
+    run,
+    training_parser,
+)
 from recipes.tiny.understander_model import train_text_tokenizer
 
 
@@ -141,6 +152,16 @@ def test_a_training_begins_with_the_best_weights_of_another_and_then_goes_on_wit
     run(through := Walk(), tmp_path / "own", tmp_path / "other")
     run(again := Walk(), tmp_path / "own", tmp_path / "other")
     torch.testing.assert_close(again.weights, through.weights, rtol=0, atol=0)
+
+
+def test_the_mean_of_two_trainings(tmp_path: Path) -> None:
+    ends = []
+    for number in range(2):
+        out = tmp_path / str(number)
+        run(Walk(steps=3 + number, scores=tuple(map(float, range(10)))), out)
+        ends.append(best_average(out)["weights"])
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(best_average(tmp_path / "0", tmp_path / "1")["weights"], (ends[0] + ends[1]) / 2)
 
 
 def test_only_a_training_with_weights_can_be_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
