@@ -141,8 +141,10 @@ def _export_language_model(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in KINDS:
-        several = {"nargs": "+", "metavar": "DIR"} if kind == "understander" else {}
-        parser.add_argument(f"--{kind}", type=Path, help=f"where the {kind} was trained; none is exported without it", **several)
+        several = "+" if kind == "understander" else None
+        parser.add_argument(
+            f"--{kind}", type=Path, nargs=several, help=f"where the {kind} was trained; none is exported without it"
+        )
     parser.add_argument("--out", type=Path, default=Path("models/tiny"))
     parser.add_argument(
         "--cfg-scale", type=float, default=CFG_SCALE, help="guidance for requests that give none (default: %(default)s)"

@@ -20,13 +20,13 @@ from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 @pytest.mark.parametrize("content", [b"", b"ArgMax", b"\x0a\x06ArgMax\x3a\xff\x01"])
 def test_what_is_no_graph_is_left_to_onnxruntime(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "g.onnx").write_bytes(content)
-    assert rewrite_for_cpu(tmp_path / "g.onnx") is None
+    assert rewrite_for_cpu(tmp_path / "g.onnx", 2) is None
 
 
 def test_a_graph_that_cannot_be_read_is_not_run_as_it_is(tmp_path: Path) -> None:
     """Pictures would depend, in their last digits, on whether a file could be read."""
     with pytest.raises(FileNotFoundError):
-        rewrite_for_cpu(tmp_path / "g.onnx")
+        rewrite_for_cpu(tmp_path / "g.onnx", 2)
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.5, 0.99])
@@ -34,7 +34,7 @@ def test_a_damaged_graph_is_left_to_onnxruntime(tmp_path: Path, cut: float) -> N
     path = search(tmp_path / "g.onnx")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * cut)])
-    assert rewrite_for_cpu(path) is None
+    assert rewrite_for_cpu(path, 2) is None
 
 
 @pytest.mark.parametrize("make", [upsampling, search, decoder])
@@ -44,7 +44,7 @@ def test_changed_bytes_are_never_an_error_here(tmp_path: Path, make: Callable[[P
     # Nodes come first and shapes last; weights between them are most of the bytes.
     for at in rng.choice([*range(300), *range(len(data) - 200, len(data))], 100):
         path.write_bytes(data[:at] + bytes([rng.integers(256)]) + data[at + 1 :])
-        rewrite_for_cpu(path)
+        rewrite_for_cpu(path, 2)
 
 
 def test_weights_in_another_file_are_found_also_by_links(tmp_path: Path) -> None:

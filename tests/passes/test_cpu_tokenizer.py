@@ -67,14 +67,14 @@ def test_weights_may_be_stored_in_half(tmp_path: Path) -> None:
     ],
 )
 def test_other_resizes_and_convolutions_stay(tmp_path: Path, changes: Attributes) -> None:
-    assert rewrite_for_cpu(upsampling(tmp_path / "g.onnx", **changes)) is None
+    assert rewrite_for_cpu(upsampling(tmp_path / "g.onnx", **changes), 2) is None
 
 
 def test_an_upsampled_map_that_is_a_result_stays(tmp_path: Path) -> None:
     model = onnx.load(upsampling(tmp_path / "g.onnx"))
     model.graph.output.append(helper.make_tensor_value_info("u", FLOAT, ["batch", 6, 10, 14]))
     onnx.save(model, tmp_path / "g.onnx")
-    assert rewrite_for_cpu(tmp_path / "g.onnx") is None
+    assert rewrite_for_cpu(tmp_path / "g.onnx", 2) is None
 
 
 def test_large_convolutions_of_a_decoder_have_fewer_products(tmp_path: Path) -> None:
@@ -102,8 +102,15 @@ def test_other_convolutions_stay(tmp_path: Path, changes: Attributes) -> None:
     assert (found["Conv"], found["SpaceToDepth"]) == (1 + 4, 0)
 
 
+@pytest.mark.parametrize(("channels", "threads", "found"), [(128, 1, 1), (128, 3, 0), (256, 4, 1), (256, 5, 0)])
+def test_many_threads_keep_the_convolutions_of_few_channels(tmp_path: Path, channels: int, threads: int, found: int) -> None:
+    """What one thread does alone would take longer than all of them with the convolution."""
+    path = decoder(tmp_path / "g.onnx", channels=(channels, channels), size=(64, 64))
+    assert operators(rewritten(path, threads))["SpaceToDepth"] == found
+
+
 def test_large_convolutions_of_an_encoder_stay(tmp_path: Path) -> None:
-    assert rewrite_for_cpu(decoder(tmp_path / "g.onnx", resize=NEAREST | {"mode": "linear"})) is None
+    assert rewrite_for_cpu(decoder(tmp_path / "g.onnx", resize=NEAREST | {"mode": "linear"}), 2) is None
 
 
 @pytest.mark.parametrize("axis", [-1, 2])
@@ -136,7 +143,7 @@ def test_a_search_among_equals_finds_the_first(tmp_path: Path) -> None:
     ],
 )
 def test_other_searches_stay(tmp_path: Path, changes: Attributes) -> None:
-    assert rewrite_for_cpu(search(tmp_path / "g.onnx", **changes)) is None
+    assert rewrite_for_cpu(search(tmp_path / "g.onnx", **changes), 2) is None
 
 
 def test_the_bundled_model_finds_the_same_codes_and_pictures_within_one() -> None:

@@ -160,7 +160,7 @@ def test_an_rms_norm_is_one_node(tmp_path: Path, stored_in_half: bool) -> None:
     ],
 )
 def test_other_norms_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert rewrite_for_cpu(norm(tmp_path / "g.onnx", **changes)) is None
+    assert rewrite_for_cpu(norm(tmp_path / "g.onnx", **changes), 2) is None
 
 
 def test_rows_are_rounded_to_the_same_8_bits(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_products_of_integers_are_exact_and_scaled(tmp_path: Path) -> None:
     "changes", [{"first": "Add"}, {"swapped": True}, {"view": 1}, {"axis": None}, {"kind": TensorProto.DOUBLE}]
 )
 def test_other_turns_of_heads_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert rewrite_for_cpu(rotary(tmp_path / "g.onnx", **changes)) is None
+    assert rewrite_for_cpu(rotary(tmp_path / "g.onnx", **changes), 2) is None
 
 
 @pytest.mark.parametrize("watched", ["q_1", "q_a", "q_first"])
@@ -215,14 +215,14 @@ def test_graphs_with_graphs_in_them_stay(tmp_path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
     model.graph.node.append(node("If", ["yes"], ["m_out"], then_branch=inner, else_branch=inner))
     onnx.save(model, tmp_path / "g.onnx")
-    assert rewrite_for_cpu(tmp_path / "g.onnx") is None
+    assert rewrite_for_cpu(tmp_path / "g.onnx", 2) is None
 
 
 def test_operators_of_other_domains_are_others(tmp_path: Path) -> None:
     model = onnx.load(norm(tmp_path / "g.onnx"))
     next(each for each in model.graph.node if each.op_type == "Pow").domain = "mine"
     onnx.save(model, tmp_path / "g.onnx")
-    assert rewrite_for_cpu(tmp_path / "g.onnx") is None
+    assert rewrite_for_cpu(tmp_path / "g.onnx", 2) is None
 
 
 def test_a_graph_may_have_onnxruntimes_operators_already(tmp_path: Path) -> None:
@@ -252,4 +252,4 @@ def test_changed_bytes_are_never_an_error_here(tmp_path: Path, make: Any) -> Non
     data, rng = path.read_bytes(), np.random.default_rng(0)
     for at in rng.choice(len(data), 200):
         path.write_bytes(data[:at] + bytes([rng.integers(256)]) + data[at + 1 :])
-        rewrite_for_cpu(path)
+        rewrite_for_cpu(path, 2)

@@ -130,9 +130,7 @@ def test_cells_that_are_not_seen_change_nothing_and_others_keep_their_places(tex
 
 
 @pytest.mark.parametrize(("step", "noise"), [(0, 0.0), (5, 0.5), (8, 0.0)])
-def test_a_resumed_understander_training_repeats_the_steps(
-    text: Tokenizer, tmp_path: Path, step: int, noise: float
-) -> None:
+def test_a_resumed_understander_training_repeats_the_steps(text: Tokenizer, tmp_path: Path, step: int, noise: float) -> None:
     rng = np.random.default_rng(0)
     subjects = [Subject((("apple", 1 + i % 2),), ("red",), "3d") for i in range(5)] + [Subject((), ("blue",), PHOTO)]
     codes = torch.from_numpy(rng.integers(0, TINY.codebook_size, (6, TINY.n_codes)).astype(np.int16))

@@ -40,8 +40,8 @@ def save(
     return path
 
 
-def rewritten(path: Path) -> onnx.ModelProto:
-    found = rewrite_for_cpu(path)
+def rewritten(path: Path, threads: int = 2) -> onnx.ModelProto:
+    found = rewrite_for_cpu(path, threads)
     assert found is not None
     return onnx.load_from_string(found.graph)
 

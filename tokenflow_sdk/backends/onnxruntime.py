@@ -133,7 +133,8 @@ class OnnxRuntimeSession(Session):
         if not _adds_in_32_bits():
             settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            rewritten = rewrite_for_cpu(path) if [name for name, _ in providers] == [CPU] else None
+            on_cpu = [name for name, _ in providers] == [CPU]
+            rewritten = rewrite_for_cpu(path, settings.intra_op_num_threads) if on_cpu else None
         except OSError as error:
             raise BackendError(f"{path} cannot be read: {reason(error)}.", "Check the file, and free memory.") from error
         if rewritten is not None:

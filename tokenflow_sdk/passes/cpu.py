@@ -30,8 +30,12 @@ class Rewritten(NamedTuple):
     weights: Path
 
 
-def rewrite_for_cpu(path: Path) -> Rewritten | None:
+def rewrite_for_cpu(path: Path, threads: int) -> Rewritten | None:
     """The graph of an `.onnx` file, rewritten for onnxruntime's CPU kernels; its weights in other files stay there.
+
+    Args:
+        path: the file.
+        threads: that will run a call.
 
     Returns:
         The new graph, or None if there is nothing to rewrite, or the file is damaged, of which onnxruntime says more.
@@ -43,12 +47,12 @@ def rewrite_for_cpu(path: Path) -> Rewritten | None:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # Other graphs are not taken apart; weights may be gigabytes.
             found = any(data.find(operator) >= 0 for operator in _OPERATORS)
-            return _rewritten(data, path.parent) if found else None
+            return _rewritten(data, path.parent, threads) if found else None
     except (ValueError, IndexError):
         return None
 
 
-def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
+def _rewritten(data: bytes | mmap.mmap, directory: Path, threads: int) -> Rewritten | None:
     whole = slice(0, len(data))
     model = Message(data, whole)
     opsets = {opset.text(1): opset.numbers(2) for opset in model.messages(8)}
@@ -58,7 +62,7 @@ def _rewritten(data: bytes | mmap.mmap, directory: Path) -> Rewritten | None:
     graph = Graph(data, place)
     if graph.nested:
         return None
-    replaced = dict([*cpu_tokenizer.replacements(graph), *cpu_transformer.replacements(graph)])
+    replaced = dict([*cpu_tokenizer.replacements(graph, threads), *cpu_transformer.replacements(graph)])
     files = {(directory / name).resolve() for name in graph.files}
     if not replaced or len({file.parent for file in files}) > 1:
         return None

@@ -29,6 +29,8 @@ _MANY = 1024
 """ArgMax over fewer columns than this stays."""
 _WIDE, _LEAST = 128, 2**29
 """A convolution from or to fewer channels, or of fewer products, stays: transforms would take what the products save."""
+_WIDE_A_THREAD = 64
+"""Nor one of fewer channels for each thread: onnxruntime moves the pixels of tiles on a single one, whatever there are."""
 _LARGEST = 2**24
 """A map of more pixels than this is a damaged file's."""
 _TAPS: dict[int, NDArray[np.float32]] = {
@@ -38,7 +40,7 @@ _TAPS: dict[int, NDArray[np.float32]] = {
 """For the first and the second pixel of two: which of three taps read the left, and which the right small pixel of two."""
 
 
-def replacements(graph: Graph) -> Iterator[tuple[int, list[bytes]]]:
+def replacements(graph: Graph, threads: int) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number of each node to be replaced, and the fields with the nodes that stand in its place."""
     resizes = {node.outputs[0]: i for i, node in enumerate(graph.nodes) if _doubles(graph, node)}
     decodes = bool(resizes) and not any(node.operator == "ArgMax" for node in graph.nodes)
@@ -48,7 +50,7 @@ def replacements(graph: Graph) -> Iterator[tuple[int, list[bytes]]]:
             if resize is not None and graph.uses[node.inputs[0]] == 1:
                 yield resize, []
                 yield i, list(_four_convolutions(graph.nodes[resize].inputs[0], node))
-            elif decodes and _is_large(graph, node):
+            elif decodes and _is_large(graph, node, threads):
                 yield i, list(winograd.convolution(node, _channels(graph, node), graph.shape(node.inputs[0])[2:]))
         elif node.operator == "ArgMax" and _is_long(graph, node):
             yield i, list(_two_steps(node))
@@ -76,10 +78,10 @@ def _is_plain_3x3(graph: Graph, conv: Node) -> bool:
     )
 
 
-def _is_large(graph: Graph, conv: Node) -> bool:
+def _is_large(graph: Graph, conv: Node, threads: int) -> bool:
     """Whether a convolution has products enough for the transforms to pay, and pixels for weights four times as large."""
     channels, size = _channels(graph, conv), graph.shape(conv.inputs[0])[2:]
-    if len(size) != 2 or min(channels, default=0) < _WIDE:
+    if len(size) != 2 or min(channels, default=0) < max(_WIDE, _WIDE_A_THREAD * threads):
         return False
     pixels = math.prod(size)
     return 9 * math.prod(channels) * pixels >= _LEAST and 4 * max(channels) <= pixels <= _LARGEST
