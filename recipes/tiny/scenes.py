@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.tiny.colours import colours
-from recipes.tiny.data import SIDE, Pictures, centred, cropped
+from recipes.tiny.data import SIDE, Pictures, Pixels, centred, cropped
 from recipes.tiny.sources import NAMES, fetch
 from recipes.tiny.subjects import PHOTO, Names, Subject
 
 __all__ = ["Scene", "changed", "composed", "names_of", "scenes"]
-
-Pixels = NDArray[np.uint8]
 
 _PLACES = ((0.03, 0.03), (0.51, 0.51), (0.51, 0.03), (0.03, 0.51))
 """Left upper corners of up to four drawings in one picture; two stand diagonally."""

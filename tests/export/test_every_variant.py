@@ -11,6 +11,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.export.test_full_size import build_for_tensorrt_rtx
+from tests.support.cpu_graphs import operators, rewritten
 from tests.support.mini import export_mini
 from tokenflow_export.checkpoints.standin import standin_arrays
 from tokenflow_export.checkpoints.tokenizer import load_model
@@ -44,5 +45,8 @@ def test_every_variant_goes_the_same_way(
         found = tokenizer.encode_array(photo[None])[0]
         assert (found == codes[0].numpy()).mean() > 0.99
         assert psnr(tokenizer.decode_array(codes.int().numpy())[0], model.decode(codes)[0].numpy()) >= 55
+    # Its large convolutions are known by the sizes that the exporter writes into the graph.
+    assert operators(rewritten(bundle / "decode.onnx"))["SpaceToDepth"] > 0
+    assert operators(rewritten(bundle / "encode.onnx"))["SpaceToDepth"] == 0
     if variant == "siglip_384":
         build_for_tensorrt_rtx(bundle, figure)

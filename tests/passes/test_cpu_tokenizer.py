@@ -8,9 +8,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from tests.support.cpu_graphs import FLOAT, NEAREST, SAME, Attributes, decoder, operators, rewritten, search, upsampling
+from tests.support.cpu_graphs import (
+    FLOAT,
+    NEAREST,
+    SAME,
+    Attributes,
+    decoder,
+    operators,
+    rewritten,
+    search,
+    stored_in_half,
+    upsampling,
+)
 from tokenflow_sdk.backends.onnxruntime import OnnxRuntimeSession
 from tokenflow_sdk.backends.session import SessionOptions
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
@@ -37,14 +48,8 @@ def test_upsampling_and_a_convolution_are_four_small_ones(tmp_path: Path, bias: 
 
 
 def test_weights_may_be_stored_in_half(tmp_path: Path) -> None:
-    model = onnx.load(upsampling(tmp_path / "g.onnx"))
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
-    half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "half")
-    model.graph.initializer.remove(weight)
-    model.graph.initializer.append(half)
-    model.graph.node.insert(0, helper.make_node("Cast", ["half"], ["w"], to=FLOAT))
-    onnx.save(model, tmp_path / "h.onnx")
-    before, after = both(tmp_path / "h.onnx", np.random.default_rng(1).standard_normal((1, 6, 5, 7)).astype(np.float32))
+    path = stored_in_half(upsampling(tmp_path / "g.onnx"), "w")
+    before, after = both(path, np.random.default_rng(1).standard_normal((1, 6, 5, 7)).astype(np.float32))
     np.testing.assert_allclose(after, before, atol=2e-5)
 
 

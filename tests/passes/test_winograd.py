@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from tests.support.cpu_graphs import Attributes, decoder, operators, rewritten
+from tests.support.cpu_graphs import Attributes, decoder, operators, rewritten, stored_in_half
 from tokenflow_sdk.passes import winograd
 
 
@@ -58,14 +58,7 @@ def test_strips_of_a_map_are_those_of_the_whole(
 
 
 def test_weights_may_be_stored_in_half(tmp_path: Path) -> None:
-    model = onnx.load(decoder(tmp_path / "g.onnx"))
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
-    half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "half")
-    model.graph.initializer.remove(weight)
-    model.graph.initializer.append(half)
-    model.graph.node.insert(0, helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT))
-    onnx.save(model, tmp_path / "h.onnx")
-    before, after = both(tmp_path / "h.onnx", (1, 128, 62, 59))
+    before, after = both(stored_in_half(decoder(tmp_path / "g.onnx"), "w"), (1, 128, 62, 59))
     np.testing.assert_allclose(after, before, atol=1e-4)
 
 

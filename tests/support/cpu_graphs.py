@@ -13,7 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tokenflow_sdk.passes.cpu import rewrite_for_cpu
 
-__all__ = ["FLOAT", "NEAREST", "SAME", "Attributes", "decoder", "operators", "rewritten", "save", "search", "upsampling"]
+__all__ = [
+    "FLOAT",
+    "NEAREST",
+    "SAME",
+    "Attributes",
+    "decoder",
+    "operators",
+    "rewritten",
+    "save",
+    "search",
+    "stored_in_half",
+    "upsampling",
+]
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -38,6 +50,18 @@ def save(
     graph = helper.make_graph(nodes, "g", *values[:2], weights, value_info=values[2])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
     return path
+
+
+def stored_in_half(path: Path, name: str) -> Path:
+    """The same graph in another file, with a weight in float16 that is cast to float32."""
+    model = onnx.load(path)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "half")
+    model.graph.initializer.remove(weight)
+    model.graph.initializer.append(half)
+    model.graph.node.insert(0, helper.make_node("Cast", ["half"], [name], to=FLOAT))
+    onnx.save(model, path.with_name("half.onnx"))
+    return path.with_name("half.onnx")
 
 
 def rewritten(path: Path, threads: int = 2) -> onnx.ModelProto:

@@ -4,7 +4,7 @@
   each pixel of a 2x2 block: 4/9 of the products. Several taps of the 3x3 kernel read the same small pixel, so their weights are
   added. Results are equal but for rounding.
 - Large 3x3 convolutions of a decoder are computed by Winograd's filtering, with 1/4 of the products (`winograd.py`). Results
-  differ by up to 5e-5 of their spread. A graph that searches for codes keeps its convolutions: a difference could tip a code.
+  differ by up to 6e-5 of their spread. A graph that searches for codes keeps its convolutions: a difference could tip a code.
 - ArgMax over many columns, which compares number by number, becomes a maximum of each block of columns and two short ArgMax:
   that of the maxima finds the block, and that of the block finds the column. Results are equal, the first of equals too.
 """

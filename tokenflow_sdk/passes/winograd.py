@@ -98,8 +98,8 @@ def _strip(source: str, name: str, channels: Sequence[int], size: Sequence[int],
     yield node_field("Reshape", [own("tiles"), own("as_rows")], own("rows"))
     yield node_field("Conv", [own("rows"), _INPUT], own("row_numbers"), kernel_shape=[2], pads=[0, 1])
     yield node_field("Reshape", [own("row_numbers"), own("as_columns")], own("columns"))
-    below = [width]
-    yield node_field("Conv", [own("columns"), _INPUT], own("both"), kernel_shape=[2], dilations=below, pads=[0, *below])
+    columns = [own("columns"), _INPUT]
+    yield node_field("Conv", columns, own("both"), kernel_shape=[2], dilations=[width], pads=[0, width])
     yield node_field("Reshape", [own("both"), own("as_numbers")], own("numbers"))
     yield node_field("MatMul", [f"{name}/weights", own("numbers")], own("sums"))
     yield node_field("Reshape", [own("sums"), own("as_sum_rows")], own("sum_rows"))
