@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tokenflow_sdk.engines.build import engine_graph
-from tokenflow_sdk.passes.quantize import LARGEST, ActivationRanges, inner_convolutions, quantize
+from tokenflow_sdk.passes.quantize import LARGEST, ActivationRanges, inner_convolutions, quantize, unscaled_convolutions
 
 FLOATS = {"fp32": (TensorProto.FLOAT, np.float32), "fp16": (TensorProto.FLOAT16, np.float16)}
 
@@ -112,6 +112,19 @@ def test_the_outermost_convolutions_stay(kind: str, mini_bundles) -> None:
     left = {every[name].partition(".weight")[0] for name in set(every) - set(inner_convolutions(model))}
     expected = {"post_quant_conv", "decoder.conv_in", "decoder.conv_out"}
     assert left == (expected | {"decoder.skip"} if kind == "tiny" else expected)
+
+
+@pytest.mark.parametrize("kind", ["clip", "tiny"])
+def test_convolutions_behind_a_norm_are_scaled(kind: str, mini_bundles) -> None:
+    """All of a block are, but for what attention sums up. Maps are enlarged, and given other channels, as they are."""
+    model = ir.load(mini_bundles(kind) / "decode.onnx")
+    weights = {
+        str(node.name): str(node.inputs[1].name).removesuffix(".weight") for node in model.graph if node.op_type == "Conv"
+    }
+    unscaled = {weights[name] for name in unscaled_convolutions(model)}
+    inner = {weights[name] for name in inner_convolutions(model)}
+    assert unscaled == {name for name in inner if name.rpartition(".")[2] in ("proj_out", "nin_shortcut", "conv")}
+    assert {name.rpartition(".")[2] for name in inner - unscaled} == {"conv1", "conv2", "q", "k", "v"}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", None])

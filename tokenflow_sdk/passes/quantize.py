@@ -20,7 +20,7 @@ from tokenflow_sdk.passes.graph import drop_unused, import_onnx_ir
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LARGEST", "ActivationRanges", "DecoderType", "EightBit", "inner_convolutions", "quantize"]
+__all__ = ["LARGEST", "ActivationRanges", "DecoderType", "EightBit", "inner_convolutions", "quantize", "unscaled_convolutions"]
 
 EightBit = Literal["int8", "fp8"]
 DecoderType = Literal[EightBit, "bf16"]
@@ -76,6 +76,23 @@ def inner_convolutions(model: ir.Model) -> list[str]:
         for node in model.graph
         if node.op_type == "Conv" and node.inputs[0] in normal and node.outputs[0] in followed
     ]
+
+
+def unscaled_convolutions(model: ir.Model) -> list[str]:
+    """Names of the inner convolutions whose input no norm has scaled since the last product, in graph order.
+
+    They are few and cost much quality in 8 bits. Most resize the map that all blocks add to, or change its channels, and what
+    is rounded there stays in the map, while a block rounds only what it adds.
+    """
+    scaled: set[ir.Value] = set()
+    for node in model.graph:
+        read = [value for value in node.inputs if value is not None and value.const_value is None]
+        multiplies = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        # A tensor's sizes, which a reshape reads beside it, need no scale.
+        if node.op_type in (*_NORMS, "Shape") or (not multiplies and read and all(value in scaled for value in read)):
+            scaled.update(node.outputs)
+    inner = set(inner_convolutions(model))
+    return [str(node.name) for node in model.graph if node.name in inner and node.inputs[0] not in scaled]
 
 
 def quantize(model: ir.Model, ranges: ActivationRanges) -> None:

@@ -20,8 +20,9 @@ from tokenflow_export.tokenizer.reference_images import reference_pictures
 from tokenflow_sdk.bundle.bundle import Bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import decoder_ranges
+from tokenflow_sdk.errors import ParityError
 from tokenflow_sdk.parity.tokenizer_report import EIGHT_BIT_PSNR
-from tokenflow_sdk.passes.quantize import inner_convolutions
+from tokenflow_sdk.passes.quantize import inner_convolutions, unscaled_convolutions
 
 STEPS = ProgressSteps(Console(quiet=True))
 
@@ -73,19 +74,39 @@ def test_what_is_found_is_stored_where_engines_are_built(
     assert "1 crops of 5 photos" in capsys.readouterr().out
 
 
-def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [1, 4])
+def test_where_all_would_cost_too_much_some_are_left_in_half(tiny: Path, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(tiny, TokenizerConfig)
     images = reference_pictures(256, 2)
     monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
     monkeypatch.setattr("tokenflow_export.precision.calibrate.QUANTILES", (1.0,))
     plain = calibrate(bundle, images[:1], images[1:], STEPS)
     assert plain["int8"].kept == 0
-    monkeypatch.setattr("tokenflow_export.precision.search.GROUPS", 2)
-    monkeypatch.setattr("tokenflow_export.precision.calibrate.MIN_PSNR", plain["int8"].least_psnr + 2)
+    least = plain["int8"].least_psnr + 2
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.MIN_PSNR", least)
+    # Found by one picture, with which too few are left for another: more are, until all are near enough.
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.FEW", few)
     careful = calibrate(bundle, images[:1], images[1:], STEPS)["int8"]
-    assert careful.kept > 0
+    assert 0 < careful.kept < plain["int8"].convolutions
     assert careful.convolutions + careful.kept == plain["int8"].convolutions
-    assert careful.least_psnr > plain["int8"].least_psnr
+    assert careful.least_psnr >= least
+    # What is left in half is first what no norm has scaled, then the beginning of the graph.
+    graph = ir.load(tiny / "decode.onnx")
+    every, unscaled = inner_convolutions(graph), unscaled_convolutions(graph)
+    order = unscaled + [name for name in every if name not in unscaled]
+    kept = json.loads((tiny / "ranges.json").read_text())["int8"]["decode"]
+    assert set(order[careful.kept :]) == set(kept)
+
+
+def test_a_decoder_that_half_itself_costs_too_much_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = reference_pictures(256, 2)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.EightBit", Literal["int8"])
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.QUANTILES", (1.0,))
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.MIN_PSNR", 99.0)
+    monkeypatch.setattr("tokenflow_export.precision.calibrate.FEW", 1)
+    with pytest.raises(ParityError, match=r"misses 99\.0 dB even with all of its convolutions in half"):
+        calibrate(Bundle.open(tiny, TokenizerConfig), images[:1], images[1:], STEPS)
+    assert not (tiny / "ranges.json").exists()
 
 
 def test_pinned_nodes_are_not_rounded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
