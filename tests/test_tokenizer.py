@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,13 @@ def test_a_cpu_has_as_many_calls_at_once_as_fill_its_cores(fake: Tokenizer, monk
     monkeypatch.setattr("tokenflow_sdk.tokenizer.available_cores", lambda: 8)
     assert fake.lanes() == 2
     for threads, lanes in ((1, 8), (2, 4), (8, 2), (16, 2)):
+        fake._threads = threads
+        assert fake.lanes() == lanes
+    # The calls of a large model fill the cores themselves, of 8 threads those of 8 times as large ones.
+    entry = fake.bundle.graph("encode")
+    for size, threads, lanes in ((1e8, 1, 8), (1.6e9, None, 1), (7.9e8, 8, 2), (8e8, 8, 1), (8e8, 5, 1), (8e8, 4, 2)):
+        large = replace(entry, files=(replace(entry.files[0], size=int(size)), replace(entry.files[0], size=0)))
+        monkeypatch.setattr(fake, "bundle", replace(fake.bundle, graphs={"encode": large}))
         fake._threads = threads
         assert fake.lanes() == lanes
     monkeypatch.setattr(FakeSession, "device", "cuda:0")

@@ -37,6 +37,8 @@ from tokenflow_sdk.reopening import Reopening
 __all__ = ["Tokenizer"]
 
 GRAPHS = ("encode", "decode", "semantic", "features")
+_LARGE = 100_000_000
+"""Bytes of weights for each thread from which on a call leaves its threads no gaps."""
 
 
 class Tokenizer(Reopening):
@@ -460,10 +462,17 @@ class Tokenizer(Reopening):
         return self.graphs.latent(check_batch(images, self.config.image_size))
 
     def lanes(self) -> int:
-        """Calls of the encode graph at once: two, so that one fills the gaps of the other; more where one takes few cores."""
+        """Calls of the encode graph at once: two, so that one fills the gaps of the other.
+
+        On a CPU more where one takes few cores; and one where it fills them, as a large model does: two would only take each
+        other's caches, and twice the memory.
+        """
+        if self.graphs.load("encode").device != "cpu":
+            return 2
         cores = available_cores()
-        on_cpu = self.graphs.load("encode").device == "cpu"
-        return max(2, cores // (self._threads or cores)) if on_cpu else 2
+        threads = self._threads or cores
+        size = sum(file.size for file in self.bundle.graph("encode").files)
+        return max(1 if size >= threads * _LARGE else 2, cores // threads)
 
     def close(self) -> None:
         """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""
