@@ -137,30 +137,6 @@ def test_codes_are_those_of_onnxruntime(mini_bundle: Path) -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize("stable", [True, False])
-def test_searches_give_the_lowest_of_the_best_without_topk(stable: bool) -> None:
-    from openvino import opset13 as ops
-
-    values = np.random.default_rng(0).integers(-3, 3, (2, 5, 300)).astype(np.float32)
-    values[0, 0], values[0, 1, ::2], values[0, 2] = 7, np.inf, -np.inf
-    values[0, 3], values[0, 3, 100] = -0.0, 0.0
-    given = ops.parameter([-1, 5, 300], np.float32, name="values")
-    top = ops.topk(given, np.int64(1), -1, "max", "value", index_element_type="i64", stable=stable)
-    model = openvino.Model([ops.squeeze(top.output(1), np.int64(-1))], [given])
-    two = ops.topk(given, np.int64(2), -1, "max", "value", index_element_type="i32")
-    both = ops.topk(given, np.int64(1), -1, "max", "value", index_element_type="i32")
-    least = ops.topk(given, np.int64(1), -1, "min", "value", index_element_type="i32")
-    others = openvino.Model([two.output(1), *both.outputs(), least.output(1)], [given])
-    for each in (model, others):
-        backend._rewrite_searches(each)
-    assert "TopK" not in {node.get_type_name() for node in model.get_ops()}
-    assert [node.get_type_name() for node in others.get_ops()].count("TopK") == 3
-    (found,) = openvino.Core().compile_model(model, "CPU", properties(CPU))(values).values()
-    assert found.dtype == np.int64
-    assert np.array_equal(found, values.argmax(-1))
-
-
-@needs_openvino
 def test_no_topk_is_left_in_an_encoder(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle, TokenizerConfig)
     compiled = compile_graph(bundle.graph_path("encode"), bundle.graph("encode"), CPU).model

@@ -24,6 +24,7 @@ from tokenflow_sdk.backends.session import Array, Session, SessionOptions, Tenso
 from tokenflow_sdk.bundle.schema import GraphEntry, TensorSpec
 from tokenflow_sdk.errors import ArgumentError, BackendError, CorruptBundleError, MissingPackageError
 from tokenflow_sdk.forking import keep_in_children, no_fork
+from tokenflow_sdk.passes.openvino import rewrite
 
 __all__ = [
     "OPENVINO",
@@ -190,7 +191,7 @@ def compile_graph(path: Path, entry: GraphEntry, options: SessionOptions, bfloat
             names = {name for port in model.inputs for name in port.names}
             if len(model.inputs) == len(entry.inputs) and all(spec.name in names for spec in entry.inputs):
                 model.reshape({spec.name: [1, *spec.shape[1:]] for spec in entry.inputs})
-                _rewrite_searches(model)
+                rewrite(model, device == "CPU")
             _check_io(path.name, entry, model)
             return Compiled(_core().compile_model(model, device, properties(options, bfloat16)))
     except Exception as error:
@@ -218,35 +219,6 @@ def load_compiled(data: NDArray[np.uint8], options: SessionOptions, bfloat16: bo
         if not _is_own(error):
             raise
         return None
-
-
-def _rewrite_searches(model: Any) -> None:
-    """Replace every search for the largest of a row, which OpenVINO runs as a slow TopK, by reductions that give the same.
-
-    The result is the lowest of the indices whose value is the row's largest, as of ONNX's ArgMax. The codebook searches took
-    half of the encoder of `tiny`.
-    """
-    ops = importlib.import_module("openvino.opset13")
-    found = False
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "TopK" or node.output(0).get_target_inputs():
-            continue
-        values, shape = node.input_value(0), node.input_value(0).get_partial_shape()
-        told = node.get_attributes()
-        last = told["axis"] in (-1, len(shape) - 1) and shape[-1].is_static
-        if told["mode"] != "max" or not last or node.get_output_partial_shape(1)[-1] != 1:
-            continue
-        found, row = True, shape[-1].get_length()
-        largest = ops.reduce_max(values, np.int64(-1), keep_dims=True)
-        indices, none, first = (ops.constant(array) for array in (np.arange(row, dtype=np.int32), np.int32(row), np.int32(0)))
-        candidates = ops.select(ops.equal(values, largest), indices, none)
-        lowest = ops.reduce_min(candidates, np.int64(-1), keep_dims=True)
-        # In a row of -inf alone none is equal: its reductions begin with the smallest finite number.
-        lowest = ops.convert(ops.select(ops.less(lowest, none), lowest, first), told["index_element_type"])
-        for reader in node.output(1).get_target_inputs():
-            reader.replace_source_output(lowest.output(0))
-    if found:
-        model.validate_nodes_and_infer_types()
 
 
 def _check_io(name: str, entry: GraphEntry, model: Any) -> None:

@@ -43,7 +43,7 @@ from tokenflow_sdk.steps import StepLog
 
 __all__ = ["REVISION", "FewerBits", "open_openvino"]
 
-REVISION = "1"
+REVISION = "2"
 """Changes with what `compile_graph` makes of a graph."""
 _EXACT = Annotations("fp32", {}, None)
 _EXACT_CODES = "; if it is codes that differ, the build config `cpu-bf16-decoder` computes them in float32"
@@ -69,7 +69,7 @@ def open_openvino(
         OutputError: the graph of an 8-bit decoder cannot be prepared.
     """
     key, cache = _key(path, entry, options, annotations), EngineCache()
-    bfloat16 = annotations.precision_of(path.stem) == "bf16"
+    bfloat16 = _rounds(path.stem, options, annotations)
     compiled = _load(cache, key, options, bfloat16)
     if compiled is None:
         compiled = _compiled(path, entry, options, bfloat16, annotations.ranges)
@@ -223,8 +223,15 @@ def _require_products(config: BuildConfig) -> None:
         )
 
 
+def _rounds(graph: str, options: SessionOptions, annotations: Annotations) -> bool:
+    """Whether a graph computes in bfloat16 what it does not in 8 bits: where the processor has it, a decoder in 8 bits does."""
+    eight = annotations.ranges is not None and graph == "decode"
+    return annotations.precision_of(graph) == "bf16" or (eight and options.device in ("auto", "cpu") and has_bfloat16())
+
+
 def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> EngineKey:
     """The key of a compiled model in the engine cache."""
+    rounds = _rounds(path.stem, options, annotations)
     return EngineKey(
         graph=path.stem,
         graph_sha256=graph_digest(entry),
@@ -233,7 +240,7 @@ def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: An
         version=import_openvino().__version__,
         target="cpu" if options.device == "auto" else options.device,
         precision="fp16" if options.device == "npu" else annotations.key(path.stem),
-        profile=hashlib.sha256(json.dumps(properties(options), sort_keys=True).encode()).hexdigest()[:16],
+        profile=hashlib.sha256(json.dumps(properties(options, rounds), sort_keys=True).encode()).hexdigest()[:16],
         gpu=processor(),
     )
 

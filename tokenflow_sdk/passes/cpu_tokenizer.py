@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenflow_sdk.passes import winograd
 from tokenflow_sdk.passes.cpu_graph import PREFIX, Graph, Node, node_field
 
-__all__ = ["constants", "replacements"]
+__all__ = ["TAPS", "constants", "replacements"]
 
 _BLOCK = 128
 """Columns of one maximum; blocks of 32 to 256 columns are equally fast."""
@@ -33,7 +33,7 @@ _WIDE_A_THREAD = 64
 """Nor one of fewer channels for each thread: onnxruntime moves the pixels of tiles on a single one, whatever there are."""
 _LARGEST = 2**24
 """A map of more pixels than this is a damaged file's."""
-_TAPS: dict[int, NDArray[np.float32]] = {
+TAPS: dict[int, NDArray[np.float32]] = {
     0: np.array([[1, 0, 0], [0, 1, 1]], np.float32),
     1: np.array([[1, 1, 0], [0, 0, 1]], np.float32),
 }
@@ -94,9 +94,9 @@ def _channels(graph: Graph, conv: Node) -> list[int]:
 
 def _four_convolutions(source: str, conv: Node) -> Iterator[bytes]:
     weight, name, parts = conv.inputs[1], PREFIX + conv.outputs[0], []
-    for row in _TAPS:
+    for row in TAPS:
         yield node_field("MatMul", [f"{PREFIX}rows_{row}", weight], f"{name}_rows_{row}")
-        for column in _TAPS:
+        for column in TAPS:
             kernel, part = f"{name}_kernel_{row}{column}", f"{name}_{row}{column}"
             yield node_field("MatMul", [f"{name}_rows_{row}", f"{PREFIX}columns_{column}"], kernel)
             # The first pixel of two also reads the small pixel before its own, the second one the next.
@@ -134,7 +134,7 @@ def _two_steps(node: Node) -> Iterator[bytes]:
 
 def constants() -> dict[str, NDArray[Any]]:
     """The constants of the new nodes; onnxruntime drops those that a graph does not use."""
-    taps = {f"rows_{i}": matrix for i, matrix in _TAPS.items()} | {f"columns_{i}": matrix.T for i, matrix in _TAPS.items()}
+    taps = {f"rows_{i}": matrix for i, matrix in TAPS.items()} | {f"columns_{i}": matrix.T for i, matrix in TAPS.items()}
     numbers: dict[str, object] = {"blocks": [0, 0, -1, _BLOCK], "last": [-1], "width": _BLOCK}
     integers = {name: np.array(value, np.int64) for name, value in numbers.items()}
     return {PREFIX + name: array for name, array in (taps | integers).items()} | winograd.constants()
