@@ -25,6 +25,7 @@ from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.bundle.schema import GraphEntry
 from tokenflow_sdk.cli import main
 from tokenflow_sdk.engines import openvino_models
+from tokenflow_sdk.engines.annotations import Annotations
 from tokenflow_sdk.engines.build_config import BuildConfig
 from tokenflow_sdk.engines.cache import EngineCache
 from tokenflow_sdk.engines.openvino_models import FewerBits, open_openvino
@@ -191,6 +192,28 @@ def test_a_decoder_in_8_bits_is_held_to_its_own_bar(tmp_path: Path, capsys: pyte
     assert figures["flips"] == []
     assert main(["build", str(wrong), *words]) == 2
     assert "decoded pictures agree to" in capsys.readouterr().err
+
+
+def test_a_decoder_in_8_bits_has_the_rest_in_bfloat16_where_the_processor_has_it(
+    processor: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundled_tokenizer(tmp_path)
+    bundle = store_ranges(path, 8.0)
+    annotations = Annotations.of(bundle, BuildConfig.from_file("cpu-int8-decoder"))
+    asked: list[tuple[str, bool]] = []
+    compile_graph = openvino_models.compile_graph
+
+    def recorded(path: Path, entry: GraphEntry, options: SessionOptions, bfloat16: bool) -> Compiled:
+        asked.append((path.stem, bfloat16))
+        return compile_graph(path, entry, options, bfloat16)
+
+    monkeypatch.setattr(openvino_models, "compile_graph", recorded)
+    for bfloat16 in (True, False, True):
+        processor(bfloat16)
+        for name in ("features", "decode"):
+            open_openvino(bundle.graph_path(name), bundle.graph(name), SessionOptions("cpu"), annotations=annotations)
+    # Each is compiled once, and kept apart from the other.
+    assert asked == [("features", False), ("decode", True), ("decode", False)]
 
 
 def test_a_processor_without_the_products_is_refused(

@@ -36,8 +36,9 @@ __all__ = ["Cost", "calibrate", "magnitudes"]
 
 QUANTILES = (1.0, 0.99999, 0.9999)
 """Quantiles of the magnitudes that are tried as ranges. Cutting off the few largest keeps the others more precise."""
-MIN_PSNR = EIGHT_BIT_PSNR + 1.5
-"""dB that must be reached here: more than a certificate asks for, because OpenVINO rounds the rest to bfloat16, not float16."""
+MIN_PSNR = EIGHT_BIT_PSNR + 2
+"""dB that must be reached here: more than a certificate asks for, because an engine rounds differently. OpenVINO rounds what is
+not in 8 bits to bfloat16, and with a decoder that by this alone has 45 dB, the least that is certified, 42 become 40.2."""
 FEW = 4
 """Ranges are compared by the pictures that 8 bits cost most, so many of them; what is found is measured on all."""
 
