@@ -143,8 +143,8 @@ def test_a_cpu_has_as_many_calls_at_once_as_fill_its_cores(fake: Tokenizer, monk
         assert fake.lanes() == lanes
     # The calls of a large model fill the cores themselves, of 8 threads those of 8 times as large ones.
     entry = fake.bundle.graph("encode")
-    for size, threads, lanes in ((1e8, 1, 8), (1.6e9, None, 1), (7.9e8, 8, 2), (8e8, 8, 1), (8e8, 5, 1), (8e8, 4, 2)):
-        large = replace(entry, files=(replace(entry.files[0], size=int(size)), replace(entry.files[0], size=0)))
+    for size, threads, lanes in ((1e8, 1, 8), (1.6e9, None, 1), (7.9e8, 8, 2), (8e8, 8, 1), (9e9, 5, 2), (9e9, 9, 1)):
+        large = replace(entry, files=tuple(replace(entry.files[0], size=int(part)) for part in (1e6, size - 1e6)))
         monkeypatch.setattr(fake, "bundle", replace(fake.bundle, graphs={"encode": large}))
         fake._threads = threads
         assert fake.lanes() == lanes

@@ -464,15 +464,15 @@ class Tokenizer(Reopening):
     def lanes(self) -> int:
         """Calls of the encode graph at once: two, so that one fills the gaps of the other.
 
-        On a CPU more where one takes few cores; and one where it fills them, as a large model does: two would only take each
-        other's caches, and twice the memory.
+        On a CPU more where one takes few cores; and one where it takes all and leaves no gaps, as with a large model on few
+        cores: two would only take each other's caches.
         """
         if self.graphs.load("encode").device != "cpu":
             return 2
         cores = available_cores()
         threads = self._threads or cores
         size = sum(file.size for file in self.bundle.graph("encode").files)
-        return max(1 if size >= threads * _LARGE else 2, cores // threads)
+        return 1 if threads >= cores and size >= threads * _LARGE else max(2, cores // threads)
 
     def close(self) -> None:
         """Free the graphs. Closing twice is fine; anything else afterwards raises ArgumentError."""

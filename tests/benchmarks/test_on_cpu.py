@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import on_cpu
+from tests.support.mini import bundled_tokenizer, store_ranges
 
 
 def test_rows_are_measured_once_and_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +35,28 @@ def test_rows_are_measured_once_and_stand_in_one_table(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.strip() == table.strip()
     assert table.count("**") == 4
     assert table.count("123,000 ms (100.0%)") == 2
+
+
+def test_a_calibrated_decoder_is_a_side_and_other_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'tokenflow-sdk[openvino]'")
+    bundle = bundled_tokenizer(tmp_path)
+    store_ranges(bundle, 0.01)
+    monkeypatch.setattr(on_cpu, "find_bundle", lambda *_: bundle)
+    monkeypatch.setenv("TOKENFLOW_CACHE", str(tmp_path / "cache"))
+    words = ["--variants", "tiny", "--seconds", "0", "--threads", "1", "--out", str(tmp_path / "cpu")]
+    on_cpu.main(words)
+    (path,) = (tmp_path / "cpu").glob("*-1.json")
+    stored = json.loads(path.read_text())
+    assert "ours-int8" not in stored["rows"]["tiny encode"]
+    # Ranges that are far too small are refused, and a processor without the products is.
+    assert re.search("is refused|is not known to have products", stored["rows"]["tiny decode"]["ours-int8"]["why"])
+    stored["rows"] = {"clipb_256 encode": {"ours": {"seconds": 1.0, "same": 1.0}}} | stored["rows"]
+    stored["rows"]["tiny encode"]["ours"]["seconds"] = 123.0
+    path.write_text(json.dumps(stored))
+    on_cpu.main([*words, "--again"])
+    again = json.loads(path.read_text())["rows"]
+    assert list(again) == ["clipb_256 encode", "tiny encode", "tiny decode"]
+    assert again["tiny encode"]["ours"]["seconds"] < 100
 
 
 def test_a_side_without_a_time_says_why() -> None:

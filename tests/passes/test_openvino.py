@@ -49,8 +49,10 @@ def test_searches_give_the_lowest_of_the_best_without_topk(stable: bool) -> None
     assert np.array_equal(found, values.argmax(-1))
 
 
-def upsampled(kernel: tuple[int, int] = (3, 3), bias: Any = None, half: bool = False, **changed: Any) -> tuple[Any, np.ndarray]:
-    """A map [1, 4, 5, 3] enlarged and convolved to 6 channels, and the weights."""
+def upsampled(
+    kernel: tuple[int, int] = (3, 3), bias: Any = None, half: bool = False, eight: bool = False, **changed: Any
+) -> tuple[Any, np.ndarray]:
+    """A map [1, 4, 5, 3] enlarged and convolved to 6 channels, and the weights; with scales of 2.2 and 2.3 it is as large."""
     told = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "scales": [2.0, 2.0]}
     told |= {"pads": [1, 1], "strides": [1, 1], "dilations": [1, 1]} | changed
     given = ops.parameter([1, 4, 5, 3], np.float32, name="map")
@@ -59,6 +61,8 @@ def upsampled(kernel: tuple[int, int] = (3, 3), bias: Any = None, half: bool = F
     large = ops.interpolate(given, scales, how[0], "scales", axes=np.array([2, 3]), **told)
     weight = RNG.standard_normal((6, 4, *kernel)).astype(np.float16 if half else np.float32)
     constant = ops.convert(ops.constant(weight), "f32") if half else ops.constant(weight)
+    if eight:
+        constant = ops.multiply(ops.convert(ops.constant(weight.astype(np.int8)), "f32"), ops.constant(np.float32(0.1)))
     last = ops.convolution(large, constant, how[3], how[2], how[2], how[4])
     if bias is not None:
         last = ops.add(last, ops.constant(bias)) if bias.shape[1] != 6 else ops.add(ops.constant(bias), last)
@@ -92,6 +96,8 @@ def test_upsampling_and_a_convolution_are_four_of_the_small_map(bias: np.ndarray
         {"coordinate_transformation_mode": "half_pixel"},
         {"nearest_mode": "ceil"},
         {"scales": [2.0, 3.0]},
+        {"scales": [2.2, 2.3]},
+        {"eight": True},
         {"pads": [0, 0]},
         {"strides": [2, 2]},
         {"dilations": [2, 2], "pads": [1, 1]},
@@ -111,6 +117,20 @@ def normalized(sizes: list[int], groups: int, axis: int = 2, **changed: Any) -> 
     told = {"normalize_variance": True, "eps": 1e-3, "eps_mode": "inside_sqrt"} | changed
     norm = ops.mvn(rows, np.array([axis]), **told)
     return openvino.Model([ops.reshape(norm, np.array(sizes), False)], [given])
+
+
+def test_what_else_reads_an_upsampled_map_or_its_convolution_is_as_it_was() -> None:
+    model, weight = upsampled(bias=np.ones((1, 6, 1, 1), np.float32))
+    (large,) = (node for node in model.get_ops() if node.get_type_name() == "Interpolate")
+    (conv,) = (node for node in model.get_ops() if node.get_type_name() == "Convolution")
+    outputs = [model.get_results()[0].input_value(0), large.output(0), ops.relu(conv).output(0)]
+    several = openvino.Model([ops.result(output) for output in outputs], model.get_parameters())
+    rewrite(several, on_cpu=True)
+    image = RNG.standard_normal((1, 4, 5, 3)).astype(np.float32)
+    found = list(openvino.Core().compile_model(several, "CPU", properties(CPU))(image).values())
+    np.testing.assert_allclose(found[0], enlarged_and_convolved(image, weight, 1), atol=2e-5)
+    np.testing.assert_array_equal(found[1], image.repeat(2, axis=2).repeat(2, axis=3))
+    np.testing.assert_allclose(found[2], enlarged_and_convolved(image, weight, 0), atol=2e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -153,6 +173,13 @@ def test_a_gpu_computes_its_own_way_and_a_graph_that_searches_as_before() -> Non
     rewrite(searching, on_cpu=True)
     assert "MVN" in kinds(searching)
     assert "TopK" not in kinds(searching)
+    # Also where its search is another than those that are replaced.
+    model = normalized([1, 6, 7, 9], 2)
+    two = ops.topk(model.get_results()[0].input_value(0), np.int64(2), -1, "max", "value", index_element_type="i32")
+    searching = openvino.Model([two.output(1)], model.get_parameters())
+    rewrite(searching, on_cpu=True)
+    assert "MVN" in kinds(searching)
+    assert "TopK" in kinds(searching)
 
 
 @pytest.mark.parametrize("kind", ["clip", "tiny"])

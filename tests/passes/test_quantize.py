@@ -127,6 +127,20 @@ def test_convolutions_behind_a_norm_are_scaled(kind: str, mini_bundles) -> None:
     assert {name.rpartition(".")[2] for name in inner - unscaled} == {"conv1", "conv2", "q", "k", "v"}
 
 
+def test_a_norm_whose_gain_is_stored_in_half_scales_too(mini_bundles) -> None:
+    model = ir.load(mini_bundles("clip") / "decode.onnx")
+    expected = unscaled_convolutions(model)
+    norm = next(node for node in model.graph if node.op_type == "InstanceNormalization")
+    gain = next(node for node in model.graph if node.op_type == "Mul" and node.inputs[1].const_value is not None)
+    stored = ir.Value(name="half", type=ir.TensorType(ir.DataType.FLOAT16))
+    stored.const_value = ir.Tensor(gain.inputs[1].const_value.numpy().astype(np.float16), name="half")
+    model.graph.register_initializer(stored)
+    cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
+    model.graph.insert_before(norm, cast)
+    gain.replace_input_with(1, cast.outputs[0])
+    assert unscaled_convolutions(model) == expected
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", None])
 def test_a_decoder_for_engines(precision, mini_bundles, tmp_path: Path) -> None:
     """Every pair has the type of what it stands in; pinned nodes are left alone; the bundle's graph is untouched."""

@@ -36,7 +36,8 @@ class BuildConfig:
         precision: of convolutions and matrix products; see `tokenflow_sdk.passes.half_precision` for what stays in float32.
             OpenVINO has `fp32` and `bf16`.
         decoder: type of the convolutions of a tokenizer's decoder: `int8` or `fp8`, for a bundle that was calibrated
-            (`tokenflow export calibrate`); or `bf16`, for OpenVINO beside `fp32`: codes stay exact. None: `precision` holds for
+            (`tokenflow export calibrate`); or `bf16`, for OpenVINO beside `fp32`: codes stay exact. What OpenVINO
+            does not compute in `int8` of a decoder is in bfloat16 where the processor has it. None: `precision` holds for
             the decoder too.
         batch: least (always 1), usual and largest number of images in a call, or of questions an understander answers at once.
         pages: size of a language model's key/value pool; 0: room for eight images, or for eight questions about images.

@@ -69,7 +69,7 @@ def open_openvino(
         OutputError: the graph of an 8-bit decoder cannot be prepared.
     """
     key, cache = _key(path, entry, options, annotations), EngineCache()
-    bfloat16 = _rounds(path.stem, options, annotations)
+    bfloat16 = _in_bfloat16(path.stem, options, annotations)
     compiled = _load(cache, key, options, bfloat16)
     if compiled is None:
         compiled = _compiled(path, entry, options, bfloat16, annotations.ranges)
@@ -152,8 +152,10 @@ class FewerBits:
     def require(self, certificate: Certificate) -> None:
         """Raise EngineRefusedError unless a certificate of `certify` has passed."""
         what = f"{self.bundle.path.name} in {self._precision} on OpenVINO"
-        rounded = self.build_config.precision == "bf16"
-        certificate.require(what, f"Leave the build config out{_EXACT_CODES if rounded else ''}.")
+        hint = f"Leave the build config out{_EXACT_CODES if self.build_config.precision == 'bf16' else ''}."
+        if self.build_config.decoder == "int8":
+            hint = "Calibrate the bundle again (`tokenflow export calibrate`), or leave the build config out."
+        certificate.require(what, hint)
 
     def certify(self) -> Certificate:
         """Compare the graphs with the bundle's reference now, and store the certificate with each.
@@ -223,15 +225,15 @@ def _require_products(config: BuildConfig) -> None:
         )
 
 
-def _rounds(graph: str, options: SessionOptions, annotations: Annotations) -> bool:
-    """Whether a graph computes in bfloat16 what it does not in 8 bits: where the processor has it, a decoder in 8 bits does."""
+def _in_bfloat16(graph: str, options: SessionOptions, annotations: Annotations) -> bool:
+    """Whether a graph's products are in bfloat16, but for those in 8 bits. A decoder's beside 8 bits are where it is fast."""
     eight = annotations.ranges is not None and graph == "decode"
     return annotations.precision_of(graph) == "bf16" or (eight and options.device in ("auto", "cpu") and has_bfloat16())
 
 
 def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: Annotations) -> EngineKey:
     """The key of a compiled model in the engine cache."""
-    rounds = _rounds(path.stem, options, annotations)
+    bfloat16 = _in_bfloat16(path.stem, options, annotations)
     return EngineKey(
         graph=path.stem,
         graph_sha256=graph_digest(entry),
@@ -240,7 +242,7 @@ def _key(path: Path, entry: GraphEntry, options: SessionOptions, annotations: An
         version=import_openvino().__version__,
         target="cpu" if options.device == "auto" else options.device,
         precision="fp16" if options.device == "npu" else annotations.key(path.stem),
-        profile=hashlib.sha256(json.dumps(properties(options, rounds), sort_keys=True).encode()).hexdigest()[:16],
+        profile=hashlib.sha256(json.dumps(properties(options, bfloat16), sort_keys=True).encode()).hexdigest()[:16],
         gpu=processor(),
     )
 

@@ -29,25 +29,21 @@ def rewrite(model: Any, on_cpu: bool) -> None:
         model: its shapes are static.
         on_cpu: whether a CPU is to run it. Elsewhere only searches are replaced.
     """
-    found = _replace_all(model, _search)
-    if not found and on_cpu:
-        found = _replace_all(model, _upsampling) | _replace_all(model, _norm)
-    if found:
-        model.validate_nodes_and_infer_types()
+    searches = any(node.get_type_name() == "TopK" for node in model.get_ops())
+    for replacement in [_search] if searches else [_upsampling, _norm] if on_cpu else []:
+        _replace_all(model, replacement)
+    model.validate_nodes_and_infer_types()
 
 
-def _replace_all(model: Any, replacement: Callable[[Any, Any], tuple[Any, Any] | None]) -> bool:
-    """Whether any node was replaced. A replacement is an old output and the node whose output is read in its place."""
+def _replace_all(model: Any, replacement: Callable[[Any, Any], tuple[Any, Any] | None]) -> None:
+    """Replace nodes. A replacement is an old output, and the node whose output is read in its place."""
     ops = importlib.import_module("openvino.opset13")
-    found = False
     for node in model.get_ordered_ops():
         pair = replacement(ops, node)
         if pair is not None:
             old, new = pair
             for reader in old.get_target_inputs():
                 reader.replace_source_output(new.output(0))
-            found = True
-    return found
 
 
 def _search(ops: Any, node: Any) -> tuple[Any, Any] | None:
@@ -99,10 +95,12 @@ def _doubles(node: Any) -> bool:
     if node.get_type_name() != "Interpolate":
         return False
     told, small, large = node.get_attributes(), _sizes(node.input_value(0)), _sizes(node.output(0))
-    how = [told["mode"], told["coordinate_transformation_mode"], told["nearest_mode"]]
-    unpadded = not any([*told["pads_begin"], *told["pads_end"]])
+    how = [told[name] for name in ("mode", "shape_calculation_mode", "coordinate_transformation_mode", "nearest_mode")]
+    scales = node.input_value(1).get_node()
+    # A side of 3 becomes 6 by a scale of 2.3 as well, of other pixels.
+    by_two = scales.get_type_name() == "Constant" and set(scales.get_data().ravel()[-2:]) == {2}
     doubled = len(small) == 4 and large == [*small[:2], *(2 * side for side in small[2:])]
-    return how == ["nearest", "asymmetric", "floor"] and unpadded and doubled
+    return how == ["nearest", "scales", "asymmetric", "floor"] and by_two and doubled
 
 
 def _weight(conv: Any) -> Any:

@@ -88,8 +88,8 @@ def unscaled_convolutions(model: ir.Model) -> list[str]:
     for node in model.graph:
         read = [value for value in node.inputs if value is not None and value.const_value is None]
         multiplies = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-        # A tensor's sizes, which a reshape reads beside it, need no scale.
-        if node.op_type in (*_NORMS, "Shape") or (not multiplies and read and all(value in scaled for value in read)):
+        # Constants that a node makes, weights stored in half for example, need no scale, nor do the sizes that a reshape reads.
+        if node.op_type in (*_NORMS, "Shape") or (not multiplies and all(value in scaled for value in read)):
             scaled.update(node.outputs)
     inner = set(inner_convolutions(model))
     return [str(node.name) for node in model.graph if node.name in inner and node.inputs[0] not in scaled]

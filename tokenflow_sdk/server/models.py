@@ -85,7 +85,8 @@ class Models:
         for_language = options.for_language_models()
         opened = self._closing.enter_context
         tok = self.tokenizer = opened(Tokenizer.open(s.tokenizer, options, s.batch_limit)).load()
-        self._lanes = Lanes(tok.lanes(), tok.batch_limit, s.batch_wait_ms / 1000, self.metrics)
+        # Two at least, so that nothing waits for the decode of another request alone.
+        self._lanes = Lanes(max(2, tok.lanes()), tok.batch_limit, s.batch_wait_ms / 1000, self.metrics)
         self._closing.callback(self._lanes.close)
         self._encode = Operation("encode", lambda items: tok.encode_array(np.stack(items)))
         self._decode = Operation("decode", lambda items: tok.decode_array(np.stack(items)))

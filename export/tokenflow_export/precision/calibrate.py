@@ -40,7 +40,9 @@ MIN_PSNR = EIGHT_BIT_PSNR + 2
 """dB that must be reached here: more than a certificate asks for, because an engine rounds differently. OpenVINO rounds what is
 not in 8 bits to bfloat16, and with a decoder that by this alone has 45 dB, the least that is certified, 42 become 40.2."""
 FEW = 4
-"""Ranges are compared by the pictures that 8 bits cost most, so many of them; what is found is measured on all."""
+"""Pictures by which convolutions to leave are looked for: those that 8 bits cost most. What is found is measured on all."""
+MORE = 4
+"""Convolutions that are left as well at a time, where another picture is not near enough then."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +71,23 @@ class _Judge:
         Raises:
             ParityError: `MIN_PSNR` is missed without any convolution in 8 bits.
         """
-        pictures, decibels = self._decode(candidates[0])
-        worst = np.argsort(decibels)[:FEW]
-        least = [decibels.min(), *(self._decode(ranges, worst)[1].min() for ranges in candidates[1:])]
-        best = int(np.argmax(least))
-        ranges = candidates[best]
-        if best == 0 and least[0] >= MIN_PSNR:
+        tried = [self._decode(ranges) for ranges in candidates]
+        best = int(np.argmax([decibels.min() for _, decibels in tried]))
+        ranges, (pictures, decibels) = candidates[best], tried[best]
+        if decibels.min() >= MIN_PSNR:
             return best, ranges, pictures
-        left = 0
-        if least[best] < MIN_PSNR:
-            # The more are left, the nearer. Found by the worst pictures alone, so others may be the worst afterwards.
-            left = bisect_left(range(len(self.order)), True, 1, key=lambda n: self._suffices(ranges, n, worst))
-        while True:
-            tried = ranges.without(self.order[:left])
-            pictures, decibels = self._decode(tried)
+        # The more are left, the nearer is a picture. With those that are found, others may be the worst.
+        worst = np.argsort(decibels)[:FEW]
+        fewest = bisect_left(range(len(self.order)), True, 1, key=lambda n: self._suffices(ranges, n, worst))
+        for left in (*range(fewest, len(self.order), MORE), len(self.order)):
+            pictures, decibels = self._decode(ranges.without(self.order[:left]))
             if decibels.min() >= MIN_PSNR:
-                return best, tried, pictures
-            if not tried.magnitudes:
-                raise ParityError(
-                    f"The decoder misses {MIN_PSNR} dB even with all of its convolutions in half: {decibels.min():.1f} dB.",
-                    "Build its engines with --precision fp32.",
-                )
-            left += max(1, len(self.order) // 12)
+                return best, ranges.without(self.order[:left]), pictures
+        raise ParityError(
+            f"The decoder of {self.bundle.path.name} misses the {MIN_PSNR} dB that {ranges.dtype} needs even with all of its "
+            f"convolutions in half: {decibels.min():.1f} dB.",
+            "Leave 8 bits out: build without --decoder.",
+        )
 
     def _suffices(self, ranges: ActivationRanges, left: int, rows: NDArray[np.intp]) -> bool:
         return bool(self._decode(ranges.without(self.order[:left]), rows)[1].min() >= MIN_PSNR)
