@@ -95,7 +95,7 @@ def _doubles(node: Any) -> bool:
     if node.get_type_name() != "Interpolate":
         return False
     told, small, large = node.get_attributes(), _sizes(node.input_value(0)), _sizes(node.output(0))
-    how = [told[name] for name in ("mode", "shape_calculation_mode", "coordinate_transformation_mode", "nearest_mode")]
+    how = [told.get(name) for name in ("mode", "shape_calculation_mode", "coordinate_transformation_mode", "nearest_mode")]
     scales = node.input_value(1).get_node()
     # A side of 3 becomes 6 by a scale of 2.3 as well, of other pixels.
     by_two = scales.get_type_name() == "Constant" and set(scales.get_data().ravel()[-2:]) == {2}
