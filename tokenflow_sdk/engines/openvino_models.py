@@ -226,7 +226,7 @@ def _require_products(config: BuildConfig) -> None:
 
 
 def _in_bfloat16(graph: str, options: SessionOptions, annotations: Annotations) -> bool:
-    """Whether what a graph does not compute in 8 bits is in bfloat16: on request, and beside 8 bits where the processor has it."""
+    """Whether what a graph does not do in 8 bits is in bfloat16: on request, and beside 8 bits where the processor has it."""
     eight = annotations.ranges is not None and graph == "decode"
     return annotations.precision_of(graph) == "bf16" or (eight and options.device in ("auto", "cpu") and has_bfloat16())
 
