@@ -43,7 +43,7 @@ from tokenflow_sdk.backends.openvino import has_bfloat16
 from tokenflow_sdk.bundle.bundle import Bundle, find_bundle
 from tokenflow_sdk.bundle.model_config import TokenizerConfig
 from tokenflow_sdk.engines.annotations import RANGES
-from tokenflow_sdk.errors import TokenFlowError
+from tokenflow_sdk.errors import EngineRefusedError, TokenFlowError
 from tokenflow_sdk.pictures.images import preprocess, psnr
 
 VARIANTS = ("tiny", "clipb_256", "siglip_384")
@@ -107,23 +107,23 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
         ways |= {"openvino": {"backend": "openvino"}} | ({"ours-bf16": {"build_config": "cpu-bf16"}} if has_bfloat16() else {})
     with ExitStack() as stack:
 
-        def opens(**way: Any) -> Tokenizer | TokenFlowError:
+        def opens(**way: Any) -> Tokenizer:
+            return stack.enter_context(Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way))
+
+        def decoder(build_config: str) -> Function:
             try:
-                return stack.enter_context(Tokenizer.from_pretrained(bundle, device="cpu", threads=threads, **way))
+                return opens(build_config=build_config).decode_array
             except TokenFlowError as error:
-                return error
+                return partial(raises, error)
 
         opened: dict[str, Tokenizer] = {}
         refused: dict[str, Side] = {}
         for side, way in ways.items():
-            tokenizer = opens(**way)
-            if isinstance(tokenizer, Tokenizer):
-                opened[side] = tokenizer
-                continue
-            # Rounding changes codes; pictures may be near enough.
-            decoder = opens(build_config="cpu-bf16-decoder")
-            decode = decoder.decode_array if isinstance(decoder, Tokenizer) else partial(raises, decoder)
-            refused[side] = {"encode": partial(raises, tokenizer), "decode": decode}
+            try:
+                opened[side] = opens(**way)
+            except EngineRefusedError as error:
+                # Rounding changes codes; pictures may be near enough.
+                refused[side] = {"encode": partial(raises, error), "decode": decoder("cpu-bf16-decoder")}
         config = opened["ours"].config
         codecs: dict[str, Codec] = (
             {**opened} if variant == "tiny" else {**opened, **eager(variant, checkpoint, config, threads)}
@@ -133,9 +133,7 @@ def sides(variant: str, threads: int) -> Iterator[tuple[TokenizerConfig, dict[st
         }
         found |= refused | {"onnxruntime": plain(bundle, threads)}
         if "openvino" in ways and RANGES in Bundle.open(bundle, TokenizerConfig).assets:
-            decoder = opens(build_config="cpu-int8-decoder")
-            decode = decoder.decode_array if isinstance(decoder, Tokenizer) else partial(raises, decoder)
-            found["ours-int8"] = {"decode": decode}
+            found["ours-int8"] = {"decode": decoder("cpu-int8-decoder")}
         yield config, {side: found[side] for side in SIDES if side in found}
 
 

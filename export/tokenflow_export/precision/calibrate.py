@@ -195,8 +195,8 @@ def calibrate(
     own = float(np.mean([psnr(a, b) for a, b in zip(exact, held_out, strict=False)]))
     pinned = pinned_nodes(bundle, "fp16").get("decode", ())
     found = {name: row for name, row in magnitudes(bundle, codes, QUANTILES, steps).items() if name not in pinned}
-    unscaled = [name for name in unscaled_convolutions(load_graph(bundle.graph_path("decode"))) if name in found]
-    order = [*unscaled, *(name for name in found if name not in unscaled)]
+    unscaled = set(unscaled_convolutions(load_graph(bundle.graph_path("decode"))))
+    order = sorted(found, key=lambda name: name not in unscaled)
     judge = _Judge(bundle, pinned, judged, exact, order, steps)
     costs: dict[EightBit, Cost] = {}
     lists = {}
